@@ -1,0 +1,62 @@
+# `make help` lists the targets. The first one that needs it makes an environment in .venv and installs into it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+OUT ?= gpu-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables gpu-check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed ## make the environment and install lavi into it
+
+format: install ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+lint: install ## check format and style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: install ## check types
+	$(BIN)/mypy
+
+test: install ## run the tests (about five minutes on two cores)
+	$(BIN)/pytest
+
+test-all: install ## run the tests that train, too
+	$(BIN)/pytest -m 'not gpu'
+
+quickstart: install ## draw data, train LaVi and concatenation, set them side by side (about six minutes)
+	$(BIN)/python -m datamodules.scenes --out data/scenes
+	$(BIN)/python -m lavi.fit --recipe recipes/quickstart.yaml --run runs/quickstart/$(STAMP)/lavi
+	$(BIN)/python -m lavi.fit --recipe recipes/scenes/concat.yaml --run runs/quickstart/$(STAMP)/concat
+	$(BIN)/python -m lavi.evaluate --checkpoint runs/quickstart/$(STAMP)/lavi runs/quickstart/$(STAMP)/concat
+
+digits: install ## your own data, shown on real scans: write, pack, train, score
+	test -d data/digits || $(BIN)/python -m datamodules.digits --out data/digits
+	for split in train validation test; do \
+	  test -d data/digits/shards/$$split || $(BIN)/python -m datamodules.pack --json data/digits/$$split.json \
+	    --images data/digits/images --out data/digits/shards/$$split --per-shard 500 || exit 1; done
+	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
+	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
+
+tensorboard: install ## look at all runs
+	$(BIN)/tensorboard --logdir runs
+
+tables: install ## write the README's tables from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
+
+gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+clean: ## remove what this Makefile made, except data and runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,79 @@
+"""What does a prompt cost under each fusion, and does it show on the clock?
+
+    python benchmarks/fusion_cost.py --out benchmarks/results/fusion_cost.jsonl
+
+LaVi and token concatenation on SigLIP-so400m and Qwen2 of 0.5B (on a GPU in bf16; elsewhere at reduced size, which
+gives ratios and no GPU figure), random weights, one image of growing length, the bare language model (the floor)
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from callbacks.efficiency import Efficiency, sweep_table
+from datamodules.tokenizer import train_tokenizer
+from lavi.efficiency import record
+from lavi.recipe import Recipe
+
+FULL = {
+    "vision": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14},
+    "language": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+    "sweep": [0, 9, 144, 729, 1458, 2916, 7290],
+    "dtype": "bfloat16",
+}  # fmt: skip
+REDUCED = {
+    "vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 224, "patch_size": 16},
+    "language": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "sweep": [0, 9, 144, 729, 1458],
+    "dtype": "float32",
+}  # fmt: skip
+
+
+def recipe_of(sizes: dict[str, Any], tokenizer: Path) -> Recipe:
+    """A recipe of bare configurations."""
+    tower = {"model_type": "siglip_vision_model"} | sizes["vision"]
+    language = {"model_type": "qwen2", "max_position_embeddings": 32768, "tie_word_embeddings": True} | sizes["language"]
+    model = {
+        "_target_": "lavi.model.VisionLanguageModel",
+        "vision": {"_target_": "lavi.vision.hf.HFVision", "config": tower, "layer": -2},
+        "language": {
+            "_target_": "lavi.language.load.LanguageModel",
+            "config": language,
+            "tokenizer": str(tokenizer),
+            "dtype": sizes["dtype"],
+        },
+        "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 4, "bottleneck": 64},
+    }
+    return Recipe({"seed": 0, "model": model}, source="benchmarks/fusion_cost.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append the records to this file of JSON lines")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each stage")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = FULL if device.type == "cuda" else REDUCED
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(["a prompt of no meaning"], Path(folder))
+        recipe = recipe_of(sizes, Path(folder))
+        records = Efficiency(visual_tokens=sizes["sweep"], text_tokens=50, runs=args.runs).sweep(recipe, device)
+    for made in records:
+        made.knobs = {"size": "full" if sizes is FULL else "reduced"}
+    if args.out:
+        record.write(records, args.out)
+    console = Console()
+    console.print(sweep_table(records))
+    if device.type != "cuda":
+        console.print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")
+
+
+if __name__ == "__main__":
+    main()

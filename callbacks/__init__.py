@@ -1,0 +1,1 @@
+"""Lightning callbacks that a recipe can name."""

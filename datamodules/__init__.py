@@ -1,0 +1,1 @@
+"""Shards in, batches out: readers, writers and the built-in data."""

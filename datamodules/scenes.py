@@ -1,0 +1,391 @@
+"""Built-in data: small scenes with known truth, written as ordinary shards.
+
+    python -m datamodules.scenes --out data/scenes
+
+draws train, validation and test scenes (64 x 64 pixels: coloured shapes of two sizes, some with a letter or digit),
+asks questions whose answers are known, and writes WebDataset shards with a tokenizer beside them. The same seed gives
+the same bytes, whatever the number of processes.
+
+Question families. Easy: colour, shape, existence. Hard: count, relation, comparison, reading, two_images. Answers are
+balanced inside each shard (the answer least given so far to the same question is asked first), so that guessing
+without the image stays near chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.shards import ShardJob, open_image, shard_jobs, write_shards
+from datamodules.tokenizer import train_tokenizer
+from lavi.errors import HelpFormatter, UserError, front
+
+SIDE = 64
+CELLS = 3
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (60, 90, 235),
+    "yellow": (240, 220, 50),
+    "purple": (170, 60, 200),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SIZES = {"small": 6, "large": 9}
+GLYPHS = "0123456789ACEHKLPRTX"
+NUMBERS = ("zero", "one", "two", "three", "four")
+LEVELS = {
+    "colour": "easy",
+    "shape": "easy",
+    "existence": "easy",
+    "count": "hard",
+    "relation": "hard",
+    "comparison": "hard",
+    "reading": "hard",
+    "two_images": "hard",
+}
+SPLITS = {"train": 1, "validation": 2, "test": 3, "tower": 4}
+"""Each split draws its scenes from a seed of its own; ``tower`` trains the built-in vision tower and nothing else."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: its look, and its centre in pixels."""
+
+    colour: str
+    shape: str
+    size: str
+    glyph: str
+    x: int
+    y: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Some things on a grey ground; no two of the same colour and shape."""
+
+    things: tuple[Thing, ...]
+    ground: int
+
+    @classmethod
+    def draw_from(cls, rng: random.Random) -> Scene:
+        """A random scene of two to five things, in cells of a grid, moved about a little."""
+        count = rng.randint(2, 5)
+        looks = [(c, s) for c in COLOURS for s in SHAPES]
+        # Few colours, or few shapes, in two scenes of three: so that there is something to count.
+        colours = rng.sample(list(COLOURS), rng.choice((1, 2, len(COLOURS))))
+        shapes = rng.sample(SHAPES, len(SHAPES) if len(colours) < 3 else rng.choice((1, 2, len(SHAPES))))
+        some = [look for look in looks if look[0] in colours and look[1] in shapes]
+        chosen = rng.sample(some, min(count, len(some)))
+        cells = rng.sample([(x, y) for x in range(CELLS) for y in range(CELLS)], len(chosen))
+        step = SIDE // CELLS
+        things = []
+        for (colour, shape), (cx, cy) in zip(chosen, cells, strict=True):
+            size = rng.choice(list(SIZES))
+            room = step // 2 - SIZES[size]
+            x, y = (c * step + step // 2 + rng.randint(-room, room) for c in (cx, cy))
+            glyph = rng.choice(GLYPHS) if size == "large" and rng.random() < 0.6 else ""
+            things.append(Thing(colour, shape, size, glyph, x, y))
+        return cls(tuple(things), ground=rng.randint(20, 70))
+
+    def image(self) -> Image.Image:
+        """The scene as a (64, 64) RGB image."""
+        image = Image.new("RGB", (SIDE, SIDE), (self.ground,) * 3)
+        pen = ImageDraw.Draw(image)
+        for thing in self.things:
+            _draw(pen, thing)
+        return image
+
+    def matching(self, *, colour: str | None = None, shape: str | None = None) -> list[Thing]:
+        """The things of this colour and shape."""
+        return [t for t in self.things if colour in (None, t.colour) and shape in (None, t.shape)]
+
+
+def _draw(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
+    x, y, r, ink = thing.x, thing.y, SIZES[thing.size], COLOURS[thing.colour]
+    if thing.shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    elif thing.shape == "square":
+        pen.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=ink)
+    elif thing.shape == "triangle":
+        pen.polygon(((x, y - r), (x + r, y + r), (x - r, y + r)), fill=ink)
+    elif thing.shape == "diamond":
+        pen.polygon(((x, y - r), (x + r, y), (x, y + r), (x - r, y)), fill=ink)
+    else:
+        arm = r // 3 + 1
+        pen.rectangle((x - r, y - arm, x + r, y + arm), fill=ink)
+        pen.rectangle((x - arm, y - r, x + arm, y + r), fill=ink)
+    if thing.glyph:
+        font = ImageFont.load_default(size=12)
+        pen.text((x, y + (2 if thing.shape == "triangle" else 0)), thing.glyph, fill=(0, 0, 0), font=font, anchor="mm")
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene, or about two, with its true answer; ``kind`` groups those that must balance."""
+
+    family: str
+    text: str
+    answer: str
+    kind: str
+
+
+def questions(scene: Scene, family: str) -> Iterator[Question]:
+    """Every question of a family that this scene can answer without doubt."""
+    things = scene.things
+    if family == "colour":
+        for shape in SHAPES:
+            if len(found := scene.matching(shape=shape)) == 1:
+                yield Question(family, f"what colour is the {shape}?", found[0].colour, shape)
+    elif family == "shape":
+        for colour in COLOURS:
+            if len(found := scene.matching(colour=colour)) == 1:
+                yield Question(family, f"what shape is the {colour} thing?", found[0].shape, colour)
+    elif family == "existence":
+        for shape in SHAPES:
+            answer = "yes" if scene.matching(shape=shape) else "no"
+            yield Question(family, f"is there a {shape}?", answer, "existence")
+        for colour in COLOURS:
+            answer = "yes" if scene.matching(colour=colour) else "no"
+            yield Question(family, f"is there anything {colour}?", answer, "existence")
+    elif family == "count":
+        for shape in SHAPES:
+            if len(found := scene.matching(shape=shape)) < len(NUMBERS):
+                yield Question(family, f"how many {shape}s?", NUMBERS[len(found)], "count")
+        for colour in COLOURS:
+            if len(found := scene.matching(colour=colour)) < len(NUMBERS):
+                yield Question(family, f"how many {colour} things?", NUMBERS[len(found)], "count")
+    elif family == "relation":
+        for a in things:
+            for b in things:
+                if a.x + 10 <= b.x or b.x + 10 <= a.x:
+                    text = f"is the {a.name} left or right of the {b.name}?"
+                    yield Question(family, text, "left" if a.x < b.x else "right", "x")
+                if a.y + 10 <= b.y or b.y + 10 <= a.y:
+                    text = f"is the {a.name} above or below the {b.name}?"
+                    yield Question(family, text, "above" if a.y < b.y else "below", "y")
+    elif family == "comparison":
+        for a in things:
+            for b in things:
+                if a.size != b.size:
+                    text = f"is the {a.name} larger than the {b.name}?"
+                    yield Question(family, text, "yes" if a.size == "large" else "no", "larger")
+    elif family == "reading":
+        for thing in things:
+            if thing.glyph:
+                yield Question(family, f"what is written on the {thing.name}?", thing.glyph, "glyph")
+
+
+def questions_of_two(first: Scene, second: Scene) -> Iterator[Question]:
+    """Which of two images shows a thing that stands in one of them only."""
+    for thing in first.things + second.things:
+        inside = [bool(s.matching(colour=thing.colour, shape=thing.shape)) for s in (first, second)]
+        if sum(inside) == 1:
+            text = f"which image has the {thing.name}?"
+            yield Question("two_images", text, "first" if inside[0] else "second", "two")
+
+
+@dataclass
+class Examiner:
+    """Picks questions so that, for each kind, all answers are given about equally often."""
+
+    rng: random.Random
+    given: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def pick(self, candidates: list[Question]) -> Question | None:
+        """One of the candidates whose answer was given least so far to its kind of question."""
+        if not candidates:
+            return None
+        self.rng.shuffle(candidates)
+        kind = self.rng.choice(sorted({q.kind for q in candidates}))
+        chosen = min((q for q in candidates if q.kind == kind), key=self.times_given)
+        self.given[self._slot(chosen)] += 1
+        return chosen
+
+    def times_given(self, question: Question) -> int:
+        return self.given[self._slot(question)]
+
+    @staticmethod
+    def _slot(question: Question) -> tuple[str, str, str]:
+        return question.family, question.kind, question.answer
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def conversation(chosen: list[Question], images: int) -> dict[str, Any]:
+    """The JSON of a sample: the images, then the questions with their answers, one turn each."""
+    messages: list[dict[str, Any]] = []
+    for turn, question in enumerate(chosen):
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images if turn == 0 else 0)]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
+        tags = {"family": question.family, "level": LEVELS[question.family]}
+        messages.append({"role": "assistant", "content": question.answer, **tags})
+    return {"messages": messages}
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """High quality and full colour resolution: at 64 pixels the usual halving of colour blurs the glyphs."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=92, subsampling=0)
+    return stream.getvalue()
+
+
+def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
+    """The samples of one shard. Every eighth is about two images."""
+    examiner = Examiner(random.Random(f"{seed}/{split}/shard/{job.index}"))
+    one_image = [family for family in LEVELS if family != "two_images"]
+    for index in range(job.start, job.stop):
+        rng = random.Random(f"{seed}/{SPLITS[split]}/{index}")
+        scenes = [Scene.draw_from(rng) for _ in range(2 if index % 8 == 7 else 1)]
+        chosen: list[Question] = []
+        if len(scenes) == 2:
+            pool = list(questions_of_two(*scenes))
+            while len(chosen) < min(turns, 3) and (question := examiner.pick(pool)):
+                chosen.append(question)
+                pool.remove(question)
+        else:
+            # A test sample asks one family, each in its turn; a training sample as many families as it has turns.
+            start = index % 8 if turns == 1 else rng.randrange(len(one_image))
+            for family in (one_image * 2)[start:][: len(one_image)]:
+                if len(chosen) < turns and (question := examiner.pick(list(questions(scenes[0], family)))):
+                    chosen.append(question)
+        if not chosen:  # Two scenes that hold the same things; a scene alone always has a colour or a count to ask for.
+            continue
+        sample: dict[str, Any] = {"__key__": f"{split}-{index:06d}", "json": conversation(chosen, len(scenes))}
+        names = ["jpg"] if len(scenes) == 1 else ["0.jpg", "1.jpg"]
+        yield sample | {name: jpeg(scene.image()) for name, scene in zip(names, scenes, strict=True)}
+
+
+def sentences() -> Iterator[str]:
+    """What these scenes make people say, for the tokenizer."""
+    rng = random.Random("tokenizer")
+    for _ in range(400):
+        scene, other = Scene.draw_from(rng), Scene.draw_from(rng)
+        asked = [q for family in LEVELS for q in questions(scene, family)]
+        for question in asked + list(questions_of_two(scene, other)):
+            yield question.text
+            yield question.answer
+
+
+def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, workers: int) -> bool:
+    """Write all splits and the tokenizer; returns False if the same data are there already.
+
+    Raises:
+        UserError: ``out`` holds something else.
+    """
+    made_by = {"scenes": 1, "seed": seed, "counts": counts, "turns": turns}
+    note = out / "made_by.json"
+    if note.is_file() and json.loads(note.read_text()) == made_by:
+        return False
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds other data and is left as it is: choose another --out, or remove it first.")
+    for split, count in counts.items():
+        make = partial(make_samples, split=split, seed=seed, turns=turns if split == "train" else 1)
+        jobs = shard_jobs(count, per_shard=max(1, min(1000, count // 8)))
+        write_shards(out / split, jobs, make, made_by=made_by, workers=workers, label=f"scenes: {split}")
+    train_tokenizer(sentences(), out / "tokenizer")
+    note.write_text(json.dumps(made_by))
+    return True
+
+
+# --- labels for the built-in tower ------------------------------------------------------------------------------------
+
+PATCH_CLASSES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 1 + len(SIZES), "glyph": 1 + len(GLYPHS)}
+"""Classes of each attribute at a patch; class 0 is "nothing here"."""
+
+
+def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
+    """For each attribute, what the patches of a ``grid`` x ``grid`` raster show: (N,) each.
+
+    A patch belongs to the thing whose square around its centre covers most of it, if that is a fifth or more.
+    """
+    labels = {name: torch.zeros(grid, grid, dtype=torch.long) for name in PATCH_CLASSES}
+    covered = torch.full((grid, grid), 0.2)
+    side = SIDE / grid
+    starts = torch.arange(grid) * side
+    for thing in scene.things:
+        r = SIZES[thing.size]
+        # Overlap along one axis, as a share of the patch: (grid,) for x and for y.
+        x, y = (((starts + side).clamp(max=c + r) - starts.clamp(min=c - r)).clamp(min=0) / side for c in (thing.x, thing.y))
+        share = y[:, None] * x[None, :]
+        mine = share > covered
+        covered = torch.where(mine, share, covered)
+        values = {
+            "colour": 1 + list(COLOURS).index(thing.colour),
+            "shape": 1 + SHAPES.index(thing.shape),
+            "size": 1 + list(SIZES).index(thing.size),
+            "glyph": 1 + GLYPHS.index(thing.glyph) if thing.glyph else 0,
+        }
+        for name, value in values.items():
+            labels[name][mine] = value
+    return {name: label.flatten() for name, label in labels.items()}
+
+
+class TowerScenes(pl.LightningDataModule):
+    """Endless scenes of the ``tower`` split with their patch labels, drawn as they are needed.
+
+    Args:
+        processor: the tower's preprocessing, image to (C, H, W).
+        grid: patches along a side.
+    """
+
+    def __init__(self, processor: Callable[[Image.Image], Tensor], *, grid: int, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.processor, self.grid, self.batch_size, self.seed = processor, grid, batch_size, seed
+
+    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+        return DataLoader(self, batch_size=None, sampler=range(2**31), num_workers=1)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
+        scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
+        pixels = torch.stack([self.processor(open_image(jpeg(s.image()), "tower", "jpg")) for s in scenes])
+        labels = [patch_labels(s, self.grid) for s in scenes]
+        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in PATCH_CLASSES}
+
+
+@front
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m datamodules.scenes", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    parser.add_argument("--train", type=int, default=12000, help="training scenes")
+    parser.add_argument("--validation", type=int, default=800, help="validation scenes, one question each")
+    parser.add_argument("--test", type=int, default=1600, help="test scenes, one question each")
+    parser.add_argument("--turns", type=int, default=6, help="questions in a training conversation")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    args = parser.parse_args()
+    counts = {"train": args.train, "validation": args.validation, "test": args.test}
+    if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
+        raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")
+    written = write_dataset(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
+    print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")
+
+
+if __name__ == "__main__":
+    main()

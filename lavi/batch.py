@@ -1,0 +1,94 @@
+"""The data contract: what a data module hands to a model. Imports nothing of lavi.
+
+One alphabet of shapes, used in every file: B batch rows, T text tokens, N visual tokens, D language width, Dv vision
+width, L decoder layers, F frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a token that is not trained."""
+
+
+@dataclass
+class Sample:
+    """One conversation, decoded.
+
+    ``messages`` are dicts with ``role`` and ``content``; ``content`` is a string, or a list of ``{"type": "image"}``
+    and ``{"type": "text", "text": ...}`` parts. An assistant's message may carry ``family`` and ``level`` for the
+    per-family accuracy. ``images`` stand in the order of the image parts.
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    images: list[Image.Image] = field(default_factory=list)
+
+
+class ImagePlace(NamedTuple):
+    """Where one image stands: in ``row``, just before the text token of column ``column``; it has ``views`` views."""
+
+    row: int
+    column: int
+    views: int = 1
+
+
+class Answer(NamedTuple):
+    """One trained answer: the labels of ``row`` in columns ``[start, stop)``, its question family and level."""
+
+    row: int
+    start: int
+    stop: int
+    family: str = "all"
+    level: str = "all"
+
+
+class Position(NamedTuple):
+    """How far a stream had been read when a batch was complete: by which reader, in which epoch, how many samples."""
+
+    reader: int
+    epoch: int
+    read: int
+
+
+@dataclass
+class Batch:
+    """What a model sees.
+
+    Text is the text alone: an image has a *place* in it and no tokens of its own; a fusion decides what stands there.
+    The layout (``spans``, ``places``) stays on the host, so that arranging a sequence never waits for a device.
+
+    Shapes: ``input_ids`` (B, T) int64; ``labels`` (B, T) int64, :data:`IGNORE` where nothing is trained;
+    ``attention_mask`` (B, T) bool; ``pixels`` (sum of views, C, H, W) float, rows in order, images in order;
+    ``spans`` B pairs [start, stop) of the columns that hold text, the rest is padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    pixels: Tensor
+    spans: list[tuple[int, int]]
+    places: list[ImagePlace]
+    answers: list[Answer] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Samples dropped while this batch was read: (key, cause)."""
+    position: Position | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``; the layout stays on the host."""
+        names = ("input_ids", "labels", "attention_mask", "pixels")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
+
+    def without_images(self) -> Batch:
+        """The no-image control: the same questions, nothing to see."""
+        return replace(self, pixels=self.pixels[:0], places=[])

@@ -1,0 +1,88 @@
+"""One record format for every measurement: a JSON line. TensorBoard, tables and plots are views of these."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Record:
+    """One method at one point: what was counted, and what was measured on the device in use.
+
+    ``flops``: FLOPs by component, for a prefill of one row. ``milliseconds``: stage -> [median, p10, p90].
+    ``mib``: memory by class. ``accuracy``: percent by group. What was not measured is empty.
+    """
+
+    method: str
+    text_tokens: int
+    visual_tokens: int
+    visual_tokens_in_language: int
+    views: int
+    flops: dict[str, float] = field(default_factory=dict)
+    flops_floor: float = 0.0
+    flops_causal_discount: float = 0.0
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    mib: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    seed: int | None = None
+    recipe: str = ""
+
+    @property
+    def gflops_language(self) -> float:
+        """Billions of FLOPs of all but the vision encoder."""
+        return sum(v for k, v in self.flops.items() if k != "vision_encoder") / 1e9
+
+    @property
+    def gflops_total(self) -> float:
+        return sum(self.flops.values()) / 1e9
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        return cls(**json.loads(line))
+
+
+def write(records: Iterable[Record], file: Path) -> None:
+    """Append records to a file of JSON lines."""
+    with open(file, "a") as stream:
+        stream.writelines(record.to_json() + "\n" for record in records)
+
+
+def read(file: Path) -> list[Record]:
+    """All records of a file."""
+    return [Record.from_json(line) for line in file.read_text().splitlines() if line]
+
+
+def device_name(device: torch.device) -> str:
+    """What was measured on: the GPU's name, or ``CPU`` with its architecture and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def commit() -> str:
+    """The commit of the code that measured, if it runs from a checkout; ``+`` marks uncommitted changes."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

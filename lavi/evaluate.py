@@ -1,0 +1,59 @@
+"""Score trained runs on their test split, and set them side by side.
+
+    python -m lavi.evaluate --checkpoint runs/A [runs/B ...]
+
+For each run: accuracy per question family, the same with the images shuffled among the questions and without images
+(what can be guessed), FLOPs, milliseconds and memory of one typical prompt. All runs are timed in this process, on
+this device, so that their ratios mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavi.errors import HelpFormatter, front
+
+
+@front
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lavi.evaluate", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, metavar="RUN", help="run folders of lavi.fit")
+    parser.add_argument("--limit", type=int, help="score at most this many test samples")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also append the records to this file of JSON lines")
+    parser.add_argument("--trust", action="store_true", help="build whatever the runs' recipes name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER")
+    args = parser.parse_args()
+    import torch
+    from rich.console import Console
+
+    from lavi import evaluation
+    from lavi.checkpoint import load_run
+    from lavi.efficiency import measure, record
+    from lavi.report import table
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    console, records, twins = Console(), [], []
+    for run in args.checkpoint:
+        recipe, module = load_run(run, overrides=args.overrides, trust=args.trust)
+        model = module.to(device).model
+        samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
+        scores = evaluation.evaluate(model, samples, device=device, name=run.name)
+        text, visual = evaluation.typical_prompt(model, samples)
+        made = measure.measure(measure.count(recipe, model, text=text, visual=visual), model, device=device)
+        made.accuracy, made.controls = scores["accuracy"], scores["controls"]
+        made.knobs = {"run": run.name, "test_samples": len(samples)}
+        record.write([made], run / "evaluation.jsonl")
+        records.append(made)
+        twin = measure.concat_twin(recipe)
+        twins.append(measure.count(twin, measure.build_on(twin, "meta"), text=text, visual=visual))
+    if args.out:
+        record.write(records, args.out)
+    columns, rows = evaluation.side_by_side(records, twins[0])
+    title = f"{len(samples)} test samples; one prompt of {text} text tokens; 1 multiply-add = 2 FLOPs; {records[0].device}"
+    console.print(table(title, columns, rows))
+
+
+if __name__ == "__main__":
+    main()

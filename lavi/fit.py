@@ -1,0 +1,91 @@
+"""Train a recipe.
+
+    python -m lavi.fit --recipe recipes/quickstart.yaml                      train; the run folder is runs/NAME
+    python -m lavi.fit --recipe recipes/quickstart.yaml trainer.max_steps=50 change any key of the recipe
+    python -m lavi.fit --resume runs/NAME                                    go on where a run stopped
+
+Watch it with `tensorboard --logdir runs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavi.errors import HelpFormatter, UserError, front
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lavi.fit", description=__doc__, formatter_class=HelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe to train")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="a run folder to go on with")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="steps between two checkpoints")
+    parser.add_argument("--trust", action="store_true", help="with --resume: build whatever the run's recipe names")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    args = parser.parse_args()
+    if args.resume and args.run:
+        parser.error("--run names a new folder, and --resume goes on in the old one")
+    if args.save_every < 1:
+        parser.error("--save-every is at least 1")
+    return args
+
+
+@front
+def main() -> int:
+    args = arguments()
+    from rich.console import Console
+
+    from lavi import checkpoint
+    from lavi.recipe import Recipe
+
+    console = Console()
+    if args.resume:
+        resume_from = checkpoint.resume_point(args.resume)
+        recipe, run = Recipe.load(args.resume / checkpoint.RECIPE, args.overrides, trusted=args.trust), args.resume
+    else:
+        resume_from = None
+        recipe = Recipe.load(args.recipe, args.overrides)
+        wanted = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
+        run = checkpoint.new_run_folder(wanted, exact=args.run is not None)
+    return train(recipe, run, resume_from, args.save_every, console)
+
+
+def train(recipe, run: Path, resume_from: Path | None, save_every: int, console) -> int:  # type: ignore[no-untyped-def]
+    """Build everything, show what is about to happen, train, show what came of it."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from rich.syntax import Syntax
+
+    from lavi import checkpoint, startup
+    from lavi.model import VisionLanguageModel
+    from lavi.report import metrics_table
+
+    console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
+    pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
+    model = recipe.build("model")
+    module = recipe.build("module", model=model)
+    data = recipe.build("data", processor=model.processor)
+    keep = checkpoint.KeepRun(run, recipe, every=save_every)
+    logger = TensorBoardLogger(run, name="", version="")
+    callbacks = [keep, *recipe.build_callbacks()]
+    trainer: pl.Trainer = recipe.build("trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run))
+    console.print(startup.what_trains(module))
+    if isinstance(model, VisionLanguageModel):
+        console.print(startup.as_trained(model, data.stream("train")))
+    (run / checkpoint.RECIPE).write_text(recipe.yaml())
+    console.print(f"run folder: {run}   (tensorboard --logdir {run.parent})")
+    try:
+        trainer.fit(module, data, ckpt_path=resume_from)
+    except (SystemExit, KeyboardInterrupt):
+        if not keep.asked_to_stop or keep.saved_step < 0:
+            raise UserError("interrupted before the first step: nothing was saved.") from None
+        console.print(f"stopped at step {keep.saved_step}, saved. Go on with: python -m lavi.fit --resume {run}")
+        return 130
+    console.print(metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

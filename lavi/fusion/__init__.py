@@ -1,0 +1,1 @@
+"""How vision meets language: one file a method, all behind one contract (base.py)."""

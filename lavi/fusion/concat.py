@@ -1,0 +1,87 @@
+"""Token concatenation, the baseline everything is measured against (LLaVA: arXiv 2304.08485, 2310.03744).
+
+    image -> tower -> projector -> V (N, D)      [ text before | V ... V | text after ] -> decoder
+                                                   the image stands where the conversation puts it
+
+Every visual token is a token of the language model: it costs its attention, its feed-forward part and its cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lavi.batch import Batch
+from lavi.fusion.base import Cost, Fusion
+from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.load import LanguageModel
+from lavi.language.surgery import open_decoder
+from lavi.nn.flops import linear_flops
+
+
+class ConcatFusion(Fusion):
+    """A two-layer GELU projector (LLaVA-1.5), then the visual tokens are spliced into the text."""
+
+    def bind(self, language: LanguageModel, vision_width: int) -> None:
+        self.widths = (vision_width, language.width)
+        self.projector = nn.Sequential(
+            nn.Linear(vision_width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+        )
+        open_decoder(language.hf)
+
+    def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        text = language.embed(batch.input_ids)  # (B, T, D)
+        projected = self.projector(features.float()).to(text.dtype).flatten(0, 1)  # (views N, D)
+        rows, width = text.shape[:2]
+        order, columns = splice(batch, tokens_per_view=features.shape[1], text_width=width)
+        flat = torch.cat([text.flatten(0, 1), projected, text.new_zeros(1, text.shape[-1])])
+        padding = len(flat) - 1
+        order = order.to(text.device)
+        mask = order >= 0
+        return DecoderInput(
+            inputs_embeds=flat[order.masked_fill(~mask, padding)],  # (B, T', D)
+            attention_mask=mask,
+            vision=VisualContext(text_columns=columns.to(text.device)),
+        )
+
+    def tokens_in_language(self, visual: int) -> int:
+        return visual
+
+    def costs(self, text: int, visual: int) -> dict[str, Cost]:
+        vision_width, width = self.widths
+        return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
+
+
+def splice(batch: Batch, *, tokens_per_view: int, text_width: int) -> tuple[Tensor, Tensor]:
+    """Where every token of the arranged sequence comes from, and where every text token goes; made on the host.
+
+    Returns:
+        ``order`` (B, T'): an index into [text (B T) | visual tokens (views N)], -1 for padding; on the side where
+        the text was padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
+    """
+    visual: dict[tuple[int, int], list[int]] = {}  # (row, column) -> the visual tokens that stand before it
+    first = len(batch) * text_width
+    for place in batch.places:
+        count = place.views * tokens_per_view
+        visual.setdefault((place.row, place.column), []).extend(range(first, first + count))
+        first += count
+    rows = []
+    for row, (start, stop) in enumerate(batch.spans):
+        sequence: list[int] = []
+        for column in range(start, stop):
+            sequence += visual.get((row, column), [])
+            sequence.append(row * text_width + column)
+        rows.append(sequence)
+    longest = max(len(sequence) for sequence in rows)
+    order = torch.full((len(rows), longest), -1, device="cpu")
+    columns = torch.zeros(len(rows), text_width, dtype=torch.long, device="cpu")
+    # Text padded on the left keeps its ends together, for decoding.
+    pads_left = all(stop == text_width for _, stop in batch.spans)
+    for row, sequence in enumerate(rows):
+        offset = longest - len(sequence) if pads_left else 0
+        order[row, offset : offset + len(sequence)] = torch.tensor(sequence, device="cpu")
+        for at, token in enumerate(sequence):
+            if token < len(batch) * text_width:
+                columns[row, token % text_width] = offset + at
+    return order, columns
+

@@ -1,0 +1,55 @@
+"""Ask a trained run about an image.
+
+    python -m lavi.generate --checkpoint runs/NAME --image photo.jpg --question "what colour is the circle?"
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavi.errors import HelpFormatter, UserError, front
+
+
+@front
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lavi.generate", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be given several times")
+    parser.add_argument("--question", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
+    parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (not streamed)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
+    args = parser.parse_args()
+    if not args.question.strip():
+        raise UserError("--question is empty.")
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from transformers import TextStreamer
+
+    from lavi.batch import Sample
+    from lavi.checkpoint import load_run
+    from lavi.evaluation import collate
+
+    images = []
+    for file in args.image:
+        try:
+            images.append(Image.open(file).convert("RGB"))
+        except FileNotFoundError:
+            raise UserError(f"there is no image {file}.") from None
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} is not an image that opens ({error}).") from None
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    _, module = load_run(args.checkpoint, trust=args.trust)
+    model = module.to(device).model
+    batch = collate(model, [Sample("question", [{"role": "user", "content": args.question}], images)]).to(device)
+    if args.beams > 1:
+        print(model.answer(batch, max_new_tokens=args.max_new_tokens, num_beams=args.beams)[0])
+        return
+    streamer = TextStreamer(model.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(batch, max_new_tokens=args.max_new_tokens, streamer=streamer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Language models: loading, and the surgery that lets a fusion in."""

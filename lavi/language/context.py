@@ -1,0 +1,55 @@
+"""What travels between a fusion and a decoder: the arranged input, and the one keyword ``vision``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class VisualContext:
+    """What the decoder layers of one call may see; made anew for each call, so no state outlives it.
+
+    It travels as the keyword ``vision`` through the decoder (never under a name that transformers drops after
+    prefill, such as ``pixel_values``). A fusion that works inside the layers subclasses it and overrides
+    :meth:`around`; what a layer needs of the image is computed before the decoder starts and carried here, so that
+    decode steps and checkpointed recomputation find the same tensors.
+    """
+
+    text_columns: Tensor | None = None
+    """(B, T): where the text tokens stand in the arranged sequence; logits are computed there only. None: all."""
+
+    def at(self, past: int, length: int) -> VisualContext:
+        """The context as ``length`` tokens see it that follow ``past`` cached ones."""
+        return self
+
+    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does."""
+        return call(hidden, *args, vision=self, **kwargs)
+
+    def for_generation(self, beams: int) -> VisualContext:
+        """The context of a prompt about to be continued, each row ``beams`` times."""
+        return replace(self, text_columns=None)
+
+
+@dataclass
+class DecoderInput:
+    """A sequence as a fusion arranged it: ids (B, T) or embeddings (B, T', D), mask (B, T') bool, and the context."""
+
+    attention_mask: Tensor
+    vision: VisualContext
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(B, T'): padding does not count, on either side."""
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def sequence(self) -> dict[str, Tensor]:
+        """``input_ids`` or ``inputs_embeds``, and ``attention_mask``, as transformers names them."""
+        named = {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}

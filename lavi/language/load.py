@@ -1,0 +1,109 @@
+"""Language models of transformers: from a hub name, a local folder or a bare configuration, with their tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from lavi.errors import UserError, nearest
+from lavi.language.context import DecoderInput
+from lavi.language.surgery import decoder_of
+from lavi.vision.base import on_meta
+
+
+class LanguageModel(nn.Module):
+    """A causal language model and its tokenizer. ``hf`` is the transformers model, under its original names.
+
+    Args:
+        source: hub name or local folder of a checkpoint.
+        config: instead of ``source``, a bare configuration: ``model_type`` and its keys; weights start random.
+            ``vocab_size`` defaults to the tokenizer's.
+        tokenizer: hub name or folder of the tokenizer; with ``source``, that by default.
+        dtype: of the weights.
+        attention: the attention kernel, the same for every method that is to be compared.
+
+    Raises:
+        UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        *,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
+    ) -> None:
+        super().__init__()
+        if (source is None) == (config is None):
+            raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
+        name = tokenizer or source
+        if name is None:
+            raise UserError("a language model from a bare configuration needs 'tokenizer' (a folder or a hub name).")
+        self.tokenizer = _tokenizer(name)
+        settings = _config(source, config, vocabulary=len(self.tokenizer))
+        torch_dtype = getattr(torch, dtype)
+        if source is not None and not on_meta():
+            self.hf = AutoModelForCausalLM.from_pretrained(
+                source, config=settings, dtype=torch_dtype, attn_implementation=attention
+            )
+        else:
+            self.hf = AutoModelForCausalLM.from_config(settings, dtype=torch_dtype, attn_implementation=attention)
+        self.attention = attention
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.hf.config.hidden_size)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The L decoder layers."""
+        return decoder_of(self.hf)[1]
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was made for."""
+        return int(self.hf.config.max_position_embeddings)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, D) embeddings."""
+        return self.hf.get_input_embeddings()(ids)
+
+    def forward(self, inputs: DecoderInput) -> Tensor:
+        """Logits (B, T, vocabulary) at the text tokens."""
+        out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
+        return out.logits
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): {reason}"
+        ) from None
+
+
+def _config(source: str | None, config: dict[str, Any] | None, *, vocabulary: int) -> PretrainedConfig:
+    if source is not None:
+        try:
+            return AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no language model at '{source}': {str(error).splitlines()[0]}") from None
+    assert config is not None
+    keys = {"vocab_size": vocabulary} | config
+    kind = keys.pop("model_type", None)
+    if kind is None:
+        raise UserError("a bare language-model configuration needs 'model_type', such as qwen2 or llama.")
+    try:
+        return AutoConfig.for_model(kind, **keys)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raise UserError(f"transformers knows no model type '{kind}': {nearest(kind, CONFIG_MAPPING.keys())}") from None

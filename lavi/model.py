@@ -1,0 +1,105 @@
+"""VisionLanguageModel: vision -> reducer -> fusion -> language; forward and generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavi.batch import Batch
+from lavi.chat import Chat
+from lavi.fusion.base import Fusion
+from lavi.language.context import VisualContext
+from lavi.language.load import LanguageModel
+from lavi.processor import Processor
+from lavi.vision.base import VisionBackbone
+
+
+class VisionLanguageModel(nn.Module):
+    """A vision backbone and a language model, brought together by a fusion.
+
+    Args:
+        vision: pixels (views, C, H, W) to features (views, N, Dv).
+        language: the language model and its tokenizer.
+        fusion: how they meet; bound here.
+        chat_template: a named template, or None for the tokenizer's own.
+        context_length: the most tokens of a conversation; at most, and by default, what the language model was made for.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: VisionBackbone,
+        language: LanguageModel,
+        fusion: Fusion,
+        chat_template: str | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision, self.language, self.fusion = vision, language, fusion
+        fusion.bind(language, vision.width)
+        self.chat = Chat(language.tokenizer, chat_template)
+        self.processor = Processor(
+            chat=self.chat,
+            preprocess=vision.preprocess,
+            pixel_shape=vision.pixel_shape,
+            context_length=min(context_length or language.context_length, language.context_length),
+            tokens_per_image=fusion.tokens_in_language(vision.tokens),
+        )
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(views, C, H, W) to (views, N, Dv); of a frozen tower, without a graph."""
+        if not len(pixels):
+            return pixels.new_zeros(0, self.vision.tokens, self.vision.width)
+        trained = any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.vision(pixels)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them."""
+        return self.language(self.fusion(batch, self.features(batch.pixels), self.language))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, max_new_tokens: int = 32, num_beams: int = 1, **decoding: Any) -> list[list[int]]:
+        """Continue each row of a left-padded batch; the ids of each answer, without its end token and padding.
+
+        Args:
+            decoding: what transformers' ``generate`` takes besides: ``streamer``, ``do_sample``, ``temperature`` ...
+        """
+        inputs = self.fusion(batch, self.features(batch.pixels), self.language)
+        settings: dict[str, Any] = {"eos_token_id": self.end_ids(), "pad_token_id": self.chat.pad_id, "do_sample": False}
+        settings |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | decoding
+        vision = inputs.vision.for_generation(num_beams)
+        out: Tensor = self.language.hf.generate(**inputs.sequence(), vision=vision, **settings)  # type: ignore[operator]
+        prompt = inputs.input_ids.shape[1] if inputs.input_ids is not None else 0  # embeddings are not given back
+        return [_until(row, settings["eos_token_id"] or ()) for row in out[:, prompt:].tolist()]
+
+    def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:
+        """Everything between the tower and the first token: the decoder's output (last-token logits, cache), the context."""
+        inputs = self.fusion(batch, features, self.language)
+        vision = inputs.vision.for_generation(beams=1)
+        out = self.language.hf(
+            **inputs.sequence(), position_ids=inputs.position_ids, vision=vision, use_cache=True, logits_to_keep=1
+        )
+        return out, vision
+
+    def answer(self, batch: Batch, **decoding: Any) -> list[str]:
+        """:meth:`generate`, as text."""
+        return [self.chat.decode(ids) for ids in self.generate(batch, **decoding)]
+
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer."""
+        end = self.language.hf.generation_config.eos_token_id
+        own = self.language.tokenizer.eos_token_id
+        ids = {own} if own is not None else set()
+        return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))
+
+
+def _until(ids: Sequence[int], end: Sequence[int]) -> list[int]:
+    """The ids before the first end token."""
+    for at, token in enumerate(ids):
+        if token in end:
+            return list(ids[:at])
+    return list(ids)

@@ -1,0 +1,1 @@
+"""Small pure-torch modules; they know nothing of any model family."""

@@ -1,0 +1,53 @@
+"""What a run shows before its first step: what trains, and one conversation as it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lavi.batch import IGNORE, Batch
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+
+
+def what_trains(module: pl.LightningModule) -> Table:
+    """A table of the model's parts: parameters, how many of them train, at which rate."""
+    table = Table(title="What trains", title_justify="left")
+    for column in ("part", "parameters", "trained", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    rates = getattr(module, "learning_rate", {})
+    for name, part in module.model.named_children():
+        sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        rate = rates.get(name, "frozen") if isinstance(rates, dict) else rates
+        table.add_row(name, f"{sum(size for size, _ in sizes):,}", f"{trained:,}", str(rate))
+    return table
+
+
+def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> RenderableType:
+    """The first conversation as the model is trained on it: the trained tokens stand out.
+
+    Raises:
+        UserError: no answer of the first batch ends with an end token: answers would never stop.
+    """
+    batch = next(iter(batches))
+    start, stop = batch.spans[0]
+    tokenizer = model.chat.tokenizer
+    images = [place.column for place in batch.places if place.row == 0]
+    text = Text()
+    for column in range(start, stop):
+        text.append("[image] " * images.count(column), style="blue")
+        trained = int(batch.labels[0, column]) != IGNORE
+        text.append(tokenizer.decode([int(batch.input_ids[0, column])]), style="bold green" if trained else "dim")
+    trained_tokens = int((batch.labels != IGNORE).sum())
+    share = trained_tokens / int(batch.attention_mask.sum())
+    ends = set(model.end_ids())
+    if not any(int(batch.labels[a.row, a.stop - 1]) in ends for a in batch.answers):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends))) or "none is known"
+        raise UserError(f"no trained answer ends with an end token ({names}): choose the chat template of this tokenizer.")
+    note = Text(f"trained: {100 * share:.0f} % of the tokens (green), the end token among them", style="italic")
+    return Group(Text(f"One conversation as trained (sample '{batch.keys[0]}')", style="italic"), text, note)

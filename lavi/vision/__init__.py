@@ -1,0 +1,1 @@
+"""Vision backbones: pixels in, (views, N, Dv) features out."""

@@ -1,0 +1,48 @@
+"""The contract of a vision backbone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+class VisionBackbone(nn.Module, ABC):
+    """Pixels in, a grid of features out.
+
+    Attributes:
+        width: Dv, the width of a feature.
+        grid: rows and columns of the feature grid of one view.
+    """
+
+    width: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """N of one view."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    @abstractmethod
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one view."""
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One image to (C, H, W), by the backbone's own mean, deviation, size and interpolation."""
+
+    @abstractmethod
+    def flops(self, views: int) -> float:
+        """FLOPs of encoding ``views`` views, in closed form (1 multiply-add = 2 FLOPs)."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(views, C, H, W) to (views, N, Dv)."""
+
+
+def on_meta() -> bool:
+    """Whether modules are being built on the meta device: then only configurations are read, never weights."""
+    return torch.get_default_device().type == "meta"

@@ -1,0 +1,144 @@
+"""Small models, data and recipes that all tests share. Nothing is downloaded; nothing is timed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from datamodules.scenes import sentences, write_dataset
+from datamodules.tokenizer import train_tokenizer
+from lavi.batch import Sample
+from lavi.fusion.base import Fusion
+from lavi.language.load import LanguageModel
+from lavi.model import VisionLanguageModel
+from lavi.vision.hf import HFVision
+
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(sentences(), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small scenes data set: 8 shards a split."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, seed=0, counts={"train": 240, "validation": 48, "test": 48}, turns=3, workers=2)
+    return folder
+
+
+@pytest.fixture
+def build(tokenizer: str):  # type: ignore[no-untyped-def]
+    """A small model of a fusion: the same weights whenever the seed is the same, but for the fusion's own."""
+
+    def make(fusion: Fusion, *, seed: int = 0, dtype: str = "float32", **config: Any) -> VisionLanguageModel:
+        torch.manual_seed(seed)
+        vision = HFVision(config=TOWER)
+        language = LanguageModel(config=QWEN2 | config, tokenizer=tokenizer, dtype=dtype)  # type: ignore[arg-type]
+        # Random norms: with all weights at 1 a wrong affine part would go unseen.
+        with torch.no_grad():
+            for name, parameter in language.hf.named_parameters():
+                if "norm" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return VisionLanguageModel(vision=vision, language=language, fusion=fusion).eval()
+
+    return make
+
+
+def awaken(fusion: Fusion, seed: int = 1) -> None:
+    """Leave the zero start: random numbers in every parameter of the fusion."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def image(seed: int):  # type: ignore[no-untyped-def]
+    """A random image."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+def ask(*parts: str | int, answer: str | None = None, key: str = "s") -> Sample:
+    """A sample of one question: strings are text, numbers are images of that seed."""
+    content = [{"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return Sample(key, messages, [image(p) for p in parts if isinstance(p, int)])
+
+
+def collate(model: VisionLanguageModel, samples: list[Sample], *, pad_left: bool = False, prompt: bool = False):  # type: ignore[no-untyped-def]
+    """Samples to a batch of a model."""
+    return model.processor.collate([model.processor.encode(s, prompt=prompt) for s in samples], pad_left=pad_left)
+
+
+@pytest.fixture
+def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
+    """A recipe that trains in a second."""
+    settings = {
+        "seed": 0,
+        "name": "tiny",
+        "model": {
+            "_target_": "lavi.model.VisionLanguageModel",
+            "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
+            "language": {"_target_": "lavi.language.load.LanguageModel", "config": QWEN2, "tokenizer": str(scenes / "tokenizer")},
+            "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
+        },
+        "module": {"_target_": "lavi.module.VisionLanguageModule", "learning_rate": {"fusion": 1e-3, "language": 1e-3}},
+        "data": {
+            "_target_": "datamodules.image_text.ImageTextData",
+            **{split: str(scenes / split) for split in ("train", "validation", "test")},
+            "batch_size": 4,
+            "shuffle": 20,
+        },
+        "trainer": {
+            "max_steps": 6,
+            "max_epochs": -1,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "val_check_interval": 6,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+        },
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return file

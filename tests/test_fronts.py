@@ -1,0 +1,239 @@
+"""The commands: train, stop, resume, score, ask; and one clear sentence for each user's mistake."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from lavi.checkpoint import LAST, RECIPE, TRAINED
+from lavi.efficiency.record import Record, read
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs ``python -m MODULE ARGUMENTS`` in this process, inside a folder of the test's own: (status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(module: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module(module).main()
+        printed = capsys.readouterr()
+        return int(left.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """A user's mistake: status 2, one line, no traceback."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def trained(run, tiny_recipe: Path, tmp_path: Path) -> Path:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "run"
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", folder)[0] == 0
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / TRAINED, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_fit_shows_what_it_does_and_keeps_what_was_trained(run, tiny_recipe: Path, tmp_path: Path) -> None:
+    status, out, _ = run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate={fusion: 0.001}")
+    assert status == 0
+    for words in ("What trains", "One conversation as trained", "the end token among them", "tensorboard --logdir runs", "after 6 steps"):
+        assert words in out
+    folder = tmp_path / "runs" / "tiny"
+    assert yaml.safe_load((folder / RECIPE).read_text())["module"]["learning_rate"] == {"fusion": 0.001}
+    kept = weights(folder)
+    assert kept
+    assert all(name.startswith("model.fusion.") for name in kept)  # exactly what was trained
+    with safe_open(folder / TRAINED, framework="pt") as file:
+        header = file.metadata()
+    assert yaml.safe_load(header["recipe"])["name"] == "tiny"
+    assert "torch" in json.loads(header["versions"])
+    assert header["step"] == "6"
+    assert any(folder.glob("events.out.tfevents*"))
+
+
+def test_a_run_folder_is_never_written_over(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
+    before = (trained / TRAINED).read_bytes()
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "--run", trained), "exists", "--resume")
+    for name in ("tiny", "tiny-2"):
+        assert run("lavi.fit", "--recipe", tiny_recipe, "trainer.max_steps=1")[0] == 0
+        assert (tmp_path / "runs" / name / TRAINED).is_file()
+    assert (trained / TRAINED).read_bytes() == before
+
+
+def test_resuming_ends_where_one_go_ends_bit_for_bit(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    kept = tmp_path / "kept"
+    # The schedule knows six steps from the start: the run is cut by copying its checkpoint of step three.
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", half, "--save-every", 3, "trainer.limit_val_batches=0")[0] == 0
+    code = f"""
+import shutil, lavi.checkpoint as c
+save = c.KeepRun._save
+def and_copy(self, trainer):
+    save(self, trainer)
+    if trainer.global_step == 3: shutil.copytree(self.folder, {str(kept)!r})
+c.KeepRun._save = and_copy
+import sys; sys.argv = ['fit', '--recipe', {str(tiny_recipe)!r}, '--run', {str(tmp_path / "cut")!r}, '--save-every', '3']
+import lavi.fit; lavi.fit.main()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    status, out, _ = run("lavi.fit", "--resume", kept)
+    assert status == 0
+    whole, resumed = weights(trained), weights(kept)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "lavi.fit", "--recipe", tiny_recipe, "--run", folder, "trainer.max_steps=100000"]
+    command += ["--save-every", "5", "trainer.val_check_interval=100000"]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (folder / LAST).is_file() or started.poll() is not None:
+            break
+        time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "Traceback" not in err
+    said = " ".join(out.split())
+    assert f"python -m lavi.fit --resume {folder}" in said
+    step = int(said.split("stopped at step ")[1].split(",")[0])
+    assert step > 0
+    resumed = subprocess.run(
+        [sys.executable, "-m", "lavi.fit", "--resume", folder, f"trainer.max_steps={step + 2}", "trainer.limit_val_batches=0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"after {step + 2} steps" in " ".join(resumed.stdout.split())
+
+
+def test_evaluate_scores_with_controls_and_costs(run, trained: Path) -> None:
+    status, out, _ = run("lavi.evaluate", "--checkpoint", trained, "--out", "records.jsonl")
+    assert status == 0
+    for words in ("held-out accuracy", "shuffled images", "no image", "ceiling", "peak MiB", "visual tokens in the language model"):
+        assert words in out
+    (made,) = read(Path("records.jsonl"))
+    assert made.method == "lavi"
+    assert made.visual_tokens_in_language == 0
+    assert {"all", "level/easy", "family/colour"} <= set(made.accuracy)
+    assert Record.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_answers(run, trained: Path, beams: int) -> None:
+    Image.new("RGB", (50, 30)).save("a.png")
+    question = ["--question", "what colour is the circle?", "--max-new-tokens", 4, "--beams", beams]
+    status, out, err = run("lavi.generate", "--checkpoint", trained, "--image", "a.png", *question)
+    assert status == 0, err
+    assert run("lavi.generate", "--checkpoint", trained, *question)[0] == 0  # without an image, the language model
+
+
+def test_mistakes_with_recipes(run, tiny_recipe: Path) -> None:
+    refused(run("lavi.fit", "--recipe", "gone.yaml"), "there is no recipe gone.yaml")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "model.fusion.evry=2"), "command line", "did you mean 'every'?")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "data.train=gone"), "no shards at gone", "datamodules.scenes")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "model.language.tokenizer=gone"), "tiny.yaml", "no tokenizer at 'gone'")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "model.fusion.layers=[9]"), "layers [9]", "0 to 3")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate={fusoin: 1}"), "did you mean 'fusion'?")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "data.workers=9"), "8 shards cannot feed 9 readers")
+    empty = Path("empty")
+    empty.mkdir()
+    refused(run("lavi.fit", "--recipe", tiny_recipe, f"data.train={empty}"), "has no .tar file", "datamodules.pack")
+
+
+def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
+    ask = ["--question", "what?"]
+    refused(run("lavi.generate", "--checkpoint", "gone", *ask), "gone is not a run folder")
+    refused(run("lavi.fit", "--resume", "gone"), "gone has no last.ckpt")
+    refused(run("lavi.generate", "--checkpoint", trained, "--image", "gone.jpg", *ask), "there is no image gone.jpg")
+    Path("text.jpg").write_text("no pixels")
+    refused(run("lavi.generate", "--checkpoint", trained, "--image", "text.jpg", *ask), "text.jpg is not an image that opens")
+    refused(run("lavi.generate", "--checkpoint", trained, "--question", "circle " * 400), "more than the context of 256")
+    refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "made by another recipe")
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    settings: dict[str, Any] = yaml.safe_load((other / RECIPE).read_text())
+    settings["model"]["fusion"]["bottleneck"] = 8
+    (other / RECIPE).write_text(yaml.safe_dump(settings))
+    refused(run("lavi.generate", "--checkpoint", other, *ask), "made by another recipe", "in the file", "in the model")
+    (other / TRAINED).write_bytes(b"broken")
+    refused(run("lavi.generate", "--checkpoint", other, *ask), "not a readable checkpoint")
+    settings["model"]["fusion"]["_target_"] = "os.system"
+    (other / RECIPE).write_text(yaml.safe_dump(settings))
+    refused(run("lavi.generate", "--checkpoint", other, *ask), "wants to build 'os.system'", "--trust")
+
+
+def test_your_own_data(run, tmp_path: Path) -> None:
+    """LLaVA-style JSON and an image folder become shards that read back as they were."""
+    from datamodules.shards import decode, find_shards, read_shard
+
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(images / "a.png")
+    Image.new("RGB", (5, 5)).save(images / "sub" / "b.jpg")
+    entries = [
+        {"id": "one", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]},
+        {
+            "id": "x/y.z",
+            "image": ["a.png", "sub/b.jpg"],
+            "conversations": [
+                {"from": "human", "value": "is <image>\nlarger than <image>\n?"},
+                {"from": "gpt", "value": "yes", "family": "size"},
+            ],
+        },
+        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]},
+    ]
+    Path("d.json").write_text(json.dumps(entries))
+    assert run("datamodules.pack", "--json", "d.json", "--images", images, "--out", "shards", "--per-shard", 2)[0] == 0
+    one, two, three = [decode(raw) for shard in find_shards("shards") for raw in read_shard(shard)]
+    assert one.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what?"}]
+    assert [image.size for image in two.images] == [(9, 7), (5, 5)]
+    kinds = [part["type"] for part in two.messages[0]["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"]
+    assert two.messages[1]["family"] == "size"
+    assert three.images == []
+    pack = ["datamodules.pack", "--images", images, "--out", "new", "--json"]
+    refused(run("datamodules.pack", "--json", "d.json", "--images", images, "--out", "shards"), "shards exists")
+    refused(run(*pack, "gone.json"), "there is no gone.json")
+    Path("bad.json").write_text("{")
+    refused(run(*pack, "bad.json"), "bad.json is not JSON")
+    Path("bad.json").write_text(json.dumps([{"id": "n"}]))
+    refused(run(*pack, "bad.json"), "entry 0 has no 'conversations'")
+    Path("bad.json").write_text(json.dumps([entries[0] | {"image": "gone.png"}]))
+    refused(run(*pack, "bad.json"), "entry 'one': there is no image")
+    Path("bad.json").write_text(json.dumps([{"id": "q", "conversations": entries[0]["conversations"][:1]}]))
+    refused(run(*pack, "bad.json"), "entry 'q' has no answer")
+    assert not Path("new").exists()
+    assert not list(Path().glob("new.part*"))

@@ -1,0 +1,212 @@
+"""What every fusion must hold, whatever it computes (the oracles of LaVi and of concatenation)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from conftest import ask, awaken, collate
+from lavi.batch import Batch
+from lavi.fusion.base import Fusion
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.language.surgery import close
+from lavi.module import summed_loss
+
+FUSIONS = {
+    "lavi": lambda: LaViFusion(every=2, bottleneck=16),
+    "lavi-attention": lambda: LaViFusion(every=1, targets=["attention"], bottleneck=16),
+    "lavi-ffn": lambda: LaViFusion(every=2, targets=["ffn"], bottleneck=16),
+    "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", bottleneck=16),
+    "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", bottleneck=16),
+    "concat": ConcatFusion,
+}
+IN_NORMS = [name for name in FUSIONS if name.startswith("lavi")]
+
+SAMPLES = [
+    ask(1, "what colour is the circle?", answer="red", key="a"),
+    ask("hello", 2, "which image has the red circle?", 3, answer="first", key="b"),
+    ask("is there a blue square?", answer="yes", key="c"),
+]
+
+
+@pytest.fixture(params=FUSIONS)
+def fusion(request: pytest.FixtureRequest) -> Fusion:
+    return FUSIONS[request.param]()
+
+
+def bare_logits(model, batch: Batch) -> Tensor:  # type: ignore[no-untyped-def]
+    """What the language model says to the text alone."""
+    positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model.language.hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+
+
+def row(logits: Tensor, batch: Batch, index: int) -> Tensor:
+    start, stop = batch.spans[index]
+    return logits[index, start:stop]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", IN_NORMS)
+def test_zero_deltas_are_the_language_model_bit_for_bit(build, name: str, dtype: str) -> None:
+    model = build(FUSIONS[name](), dtype=dtype)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(model(batch), bare_logits(model, batch))
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_without_an_image_the_language_model_answers(build, name: str) -> None:
+    model = build(FUSIONS[name]())
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES).without_images()
+    with torch.no_grad():
+        alone, bare = model(batch), bare_logits(model, batch)
+        assert all(torch.equal(row(alone, batch, i), row(bare, batch, i)) for i in range(len(SAMPLES)))
+        mixed = model(collate(model, SAMPLES))  # a row without an image, beside rows with one
+        torch.testing.assert_close(row(mixed, batch, 2), row(bare, batch, 2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", IN_NORMS)
+def test_a_row_without_an_image_is_untouched_bit_for_bit(build, name: str) -> None:
+    model = build(FUSIONS[name]())
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(model(batch)[2], bare_logits(model, batch)[2])
+
+
+def test_later_tokens_change_no_earlier_logits(build, fusion: Fusion) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES[:2])
+    changed = copy.deepcopy(batch)
+    changed.input_ids[:, 8:] = (changed.input_ids[:, 8:] + 7) % 300
+    with torch.no_grad():
+        before, after = model(batch), model(changed)
+    torch.testing.assert_close(before[:, :8], after[:, :8], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(before[:, 8:], after[:, 8:], atol=1e-3)
+
+
+def test_an_image_changes_what_follows_it_and_nothing_before(build, fusion: Fusion) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    one, other = (collate(model, [ask("hello there", seed, "what colour?", answer="red")]) for seed in (1, 2))
+    place = one.places[0].column
+    with torch.no_grad():
+        a, b = model(one), model(other)
+    torch.testing.assert_close(a[:, :place], b[:, :place], atol=1e-6, rtol=1e-5)
+    assert (a[:, place:] - b[:, place:]).abs().amax() > 1e-3
+
+
+def test_the_order_of_two_images_matters(build, fusion: Fusion) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    first, swapped = (collate(model, [ask(*pair, "which image has the red circle?", answer="first")]) for pair in ((1, 2), (2, 1)))
+    with torch.no_grad():
+        assert (model(first) - model(swapped)).abs().amax() > 1e-4
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_batch_answers_as_its_rows_alone(build, fusion: Fusion, pad_left: bool) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES, pad_left=pad_left)
+    with torch.no_grad():
+        together = model(batch)
+        for index, sample in enumerate(SAMPLES):
+            alone = model(collate(model, [sample]))[0]
+            torch.testing.assert_close(row(together, batch, index), alone, atol=2e-5, rtol=1e-4)
+
+
+def test_cached_decoding_equals_the_full_forward(build, fusion: Fusion) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which image has the red circle?", 3), ask("hello")]
+    batch = collate(model, prompts, prompt=True, pad_left=True)
+    answers = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
+    for index, prompt in enumerate(prompts):  # greedy, one full forward a token, no cache and no padding
+        alone = collate(model, [prompt], prompt=True)
+        said: list[int] = []
+        for _ in range(6):
+            longer = copy.deepcopy(alone)
+            longer.input_ids = torch.cat([alone.input_ids, torch.tensor([said], dtype=torch.long)], dim=1)
+            longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
+            longer.spans = [(0, longer.input_ids.shape[1])]
+            with torch.no_grad():
+                said.append(int(model(longer)[0, -1].argmax()))
+        assert answers[index] == said
+
+
+def test_beams_see_their_own_row(build, fusion: Fusion) -> None:
+    model = build(fusion)
+    awaken(model.fusion)
+    prompts = [ask(1, "what colour is the circle?"), ask(2, "what colour is the circle?"), ask("hello")]
+    together = model.generate(collate(model, prompts, prompt=True, pad_left=True), max_new_tokens=5, num_beams=3)
+    alone = [model.generate(collate(model, [p], prompt=True), max_new_tokens=5, num_beams=3)[0] for p in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_checkpointed_gradients_are_the_gradients(build, fusion: Fusion, forwards: int) -> None:
+    """Also for two forwards before one backward: nothing of a call may live on a shared object."""
+    model = build(fusion).train()
+    awaken(model.fusion)
+    batches = [collate(model, SAMPLES[:2]), collate(model, SAMPLES[1:])][:forwards]
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        losses = [summed_loss(model(batch), batch.labels)[0] for batch in batches]
+        torch.stack(losses).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.language.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.language.layers)
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_one_step_makes_a_wrong_image_matter(build, fusion: Fusion) -> None:
+    model = build(fusion).train()
+    batch = collate(model, SAMPLES[:1])
+    optimizer = torch.optim.SGD(model.fusion.parameters(), lr=1.0)
+    summed_loss(model(batch), batch.labels)[0].backward()
+    optimizer.step()
+    wrong = collate(model, [ask(9, "what colour is the circle?", answer="red")])
+    with torch.no_grad():
+        assert (model(batch) - model(wrong)).abs().amax() > 1e-4
+
+
+def test_every_parameter_is_in_every_graph(build, fusion: Fusion) -> None:
+    """A rank whose batch has no image must not hang the others."""
+    model = build(fusion).train()
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES[2:])
+    summed_loss(model(batch), batch.labels)[0].backward()
+    missing = [name for name, p in model.fusion.named_parameters() if p.grad is None]
+    assert not missing
+
+
+def test_closing_gives_the_language_model_back(build, fusion: Fusion) -> None:
+    plain = build(ConcatFusion())
+    close(plain.language.hf)
+    opened = build(fusion)
+    assert list(opened.language.hf.state_dict()) == list(plain.language.hf.state_dict())
+    opened.language.hf.load_state_dict(plain.language.hf.state_dict())  # the original checkpoint still loads
+    close(opened.language.hf)
+    assert [type(m) for m in opened.language.hf.modules()] == [type(m) for m in plain.language.hf.modules()]
+
+
+def test_reentrant_free_checkpointing_of_the_whole_model(build, fusion: Fusion) -> None:
+    model = build(fusion).train()
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    direct = model(batch)
+    torch.testing.assert_close(checkpoint(model, batch, use_reentrant=False), direct)

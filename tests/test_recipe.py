@@ -1,0 +1,115 @@
+"""Recipes: merging, and errors that name the place and the nearest right thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lavi.errors import UserError
+from lavi.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_every_recipe_is_right_and_says_how_to_run_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    Recipe.load(file)
+    header = file.read_text().split("\n\n")[0].splitlines()
+    comment = "\n".join(line for line in header if line.startswith("#"))
+    for word in ("run:", "needs:", "expect:", str(file.relative_to(ROOT))):
+        assert word in comment, f"{file} lacks '{word}' in its header"
+
+
+def child(tiny_recipe: Path, text: str) -> Path:
+    file = tiny_recipe.with_name("child.yaml")
+    file.write_text(f"extends: {tiny_recipe.name}\n{text}")
+    return file
+
+
+def test_a_child_changes_only_its_lines(tiny_recipe: Path) -> None:
+    recipe = Recipe.load(child(tiny_recipe, "seed: 7\nmodel:\n  fusion: {every: 1}\n"), ["trainer.max_steps=3"])
+    assert recipe.settings["seed"] == 7
+    assert recipe.settings["model"]["fusion"] == {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 1, "bottleneck": 16}
+    assert recipe.settings["trainer"]["max_steps"] == 3
+    assert recipe.settings["name"] == "tiny"
+
+
+def test_another_target_replaces_the_component_whole(tiny_recipe: Path) -> None:
+    recipe = Recipe.load(child(tiny_recipe, "model:\n  fusion: {_target_: lavi.fusion.concat.ConcatFusion}\n"))
+    assert recipe.settings["model"]["fusion"] == {"_target_": "lavi.fusion.concat.ConcatFusion"}
+    override = "model.fusion._target_=lavi.fusion.concat.ConcatFusion"
+    assert Recipe.load(tiny_recipe, [override]).settings["model"]["fusion"] == recipe.settings["model"]["fusion"]
+
+
+def test_the_resolved_recipe_is_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(child(tiny_recipe, "seed: 7\n"))
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(recipe.yaml())
+    assert Recipe.load(saved).settings == recipe.settings
+
+
+WRONG = {
+    "unknown section": ("callback: {}\n", r"child.yaml:2: a recipe has no section 'callback': did you mean 'callbacks'\?"),
+    "unknown key": ("model:\n  fusion: {evry: 2}\n", r"child.yaml:3: 'model.fusion.evry' is unknown .* did you mean 'every'\?"),
+    "unknown key of the trainer": ("trainer:\n  max_step: 3\n", r"child.yaml:3: 'trainer.max_step' .* did you mean 'max_steps'\?"),
+    "wrong type": ("model:\n  fusion: {every: often}\n", r"child.yaml:3: 'model.fusion.every' must be int, not 'often'"),
+    "wrong item": ("module:\n  learning_rate: {fusion: fast}\n", r"child.yaml:3: 'module.learning_rate' must be dict\[str, float\]"),
+    "wrong choice": ("model:\n  fusion: {parameters: all}\n", r"child.yaml:3: .* must be Literal\['both', 'scale', 'shift'\]"),
+    "wrong component": (
+        "model:\n  fusion: {_target_: lavi.vision.hf.HFVision, source: x}\n",
+        r"child.yaml:3: 'model.fusion' must be Fusion, not lavi.vision.hf.HFVision",
+    ),
+    "no such module": (
+        "model:\n  fusion: {_target_: lavi.fusion.lavy.LaViFusion}\n",
+        r"child.yaml:3: there is no module 'lavi.fusion.lavy': did you mean 'lavi.fusion.lavi'\?",
+    ),
+    "no such class": (
+        "model:\n  fusion: {_target_: lavi.fusion.lavi.LavyFusion}\n",
+        r"child.yaml:3: module 'lavi.fusion.lavi' has no 'LavyFusion': did you mean 'LaViFusion'\?",
+    ),
+    "not YAML": ("model: {fusion: [}\n", r"child.yaml:2: not readable as YAML"),
+    "no component": ("data: nothing\n", r"child.yaml:2: section 'data' must name a component by _target_"),
+    "interpolation": ("seed: ${nothing}\n", r"nothing"),
+    "missing argument": (
+        "data:\n  _target_: datamodules.scenes.TowerScenes\n",
+        r"child.yaml:2: 'data' \(datamodules.scenes.TowerScenes\) needs 'grid'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_with_its_place(tiny_recipe: Path, case: str) -> None:
+    text, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        Recipe.load(child(tiny_recipe, text))
+
+
+def test_files_that_are_not_there_and_loops(tiny_recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no recipe .*tinny.yaml: did you mean '.*tiny.yaml'\?"):
+        Recipe.load(tiny_recipe.with_name("tinny.yaml"))
+    tiny_recipe.with_name("a.yaml").write_text("extends: b.yaml\n")
+    tiny_recipe.with_name("b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(UserError, match="'extends' goes round in a circle: .*a.yaml -> .*b.yaml -> .*a.yaml"):
+        Recipe.load(tiny_recipe.with_name("a.yaml"))
+    tiny_recipe.with_name("c.yaml").write_text("extends: gone.yaml\n")
+    with pytest.raises(UserError, match=r"gone.yaml \(extended by .*c.yaml\)"):
+        Recipe.load(tiny_recipe.with_name("c.yaml"))
+    with pytest.raises(UserError, match="write key=value"):
+        Recipe.load(tiny_recipe, ["trainer.max_steps"])
+
+
+def test_a_recipe_from_a_checkpoint_builds_classes_of_known_packages_only(tiny_recipe: Path) -> None:
+    settings = yaml.safe_load(tiny_recipe.read_text())
+    for target, message in {
+        "subprocess.Popen": "outside lavi",
+        "torch.hub.load": "outside lavi",
+        "lavi.errors.nearest": "is not a class",
+    }.items():
+        settings["model"] = {"_target_": target, "name": "x", "known": []}
+        tiny_recipe.write_text(yaml.safe_dump(settings))
+        with pytest.raises(UserError, match=message):
+            Recipe.load(tiny_recipe, trusted=False)

@@ -1,0 +1,96 @@
+"""The built-in data: reproducible, balanced, true, and ordinary."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from datamodules.scenes import LEVELS, SIZES, Scene, patch_labels, questions, questions_of_two, write_dataset
+from datamodules.shards import decode, find_shards, read_shard
+from lavi.errors import UserError
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*.tar"))}
+
+
+def samples(folder: Path):  # type: ignore[no-untyped-def]
+    return [decode(raw) for shard in find_shards(str(folder)) for raw in read_shard(shard)]
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(scenes: Path, tmp_path: Path) -> None:
+    counts = {"train": 240, "validation": 48, "test": 48}
+    write_dataset(tmp_path / "again", seed=0, counts=counts, turns=3, workers=1)
+    write_dataset(tmp_path / "other", seed=1, counts=counts, turns=3, workers=2)
+    assert digests(scenes) == digests(tmp_path / "again")
+    assert not set(digests(scenes).values()) & set(digests(tmp_path / "other").values())
+
+
+def test_what_is_there_is_kept(scenes: Path, tmp_path: Path) -> None:
+    counts = {"train": 240, "validation": 48, "test": 48}
+    assert write_dataset(scenes, seed=0, counts=counts, turns=3, workers=1) is False
+    with pytest.raises(UserError, match="holds other data"):
+        write_dataset(scenes, seed=5, counts=counts, turns=3, workers=1)
+
+
+def test_answers_are_balanced_so_that_guessing_is_chance(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", seed=3, counts={"train": 2000, "validation": 8, "test": 8}, turns=6, workers=2)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples(tmp_path / "d" / "train"):
+        for said in sample.messages[1::2]:
+            answers[said["family"]][said["content"]] += 1
+    assert set(answers) == set(LEVELS)
+    for family, given in answers.items():
+        likeliest = max(given.values()) / given.total()
+        assert likeliest < 1.25 / len(given), f"{family}: the likeliest answer is right in {likeliest:.0%}"
+
+
+def test_splits_share_no_scene(scenes: Path) -> None:
+    seen = [{s.images[0].tobytes() for s in samples(scenes / split)} for split in ("train", "validation", "test")]
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
+    assert not seen[1] & seen[2]
+
+
+def test_every_family_is_asked_and_two_images_come_as_two(scenes: Path) -> None:
+    for sample in samples(scenes / "test"):
+        family = sample.messages[1]["family"]
+        assert len(sample.images) == (2 if family == "two_images" else 1)
+        assert sample.messages[1]["level"] == LEVELS[family]
+    assert {s.messages[1]["family"] for s in samples(scenes / "test")} == set(LEVELS)
+
+
+def test_answers_are_true() -> None:
+    """By another route than the one that made them: what stands in the picture."""
+    for seed in range(60):
+        scene, other = (Scene.draw_from(random.Random(f"{seed}/{i}")) for i in (0, 1))
+        names = {t.name: t for t in scene.things}
+        for q in [q for family in LEVELS for q in questions(scene, family)]:
+            words = q.text.rstrip("?").split()
+            if q.family == "existence":
+                assert (q.answer == "yes") == any(words[-1] in name.split() for name in names)
+            elif q.family == "reading":
+                assert names[" ".join(words[-2:])].glyph == q.answer
+            elif q.family == "comparison":
+                a, b = names[" ".join(words[2:4])], names[" ".join(words[-2:])]
+                assert (q.answer == "yes") == (SIZES[a.size] > SIZES[b.size])
+            elif q.family == "relation":
+                a, b = names[" ".join(words[2:4])], names[" ".join(words[-2:])]
+                true = {"left": a.x < b.x, "right": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
+                assert true[q.answer]
+        for q in questions_of_two(scene, other):
+            name = " ".join(q.text.rstrip("?").split()[-2:])
+            assert name in {t.name for t in (scene if q.answer == "first" else other).things}
+
+
+def test_patch_labels_name_what_the_patch_shows() -> None:
+    scene = Scene.draw_from(random.Random(5))
+    labels = patch_labels(scene, 8)
+    for thing in scene.things:
+        patch = min(thing.y // 8, 7) * 8 + min(thing.x // 8, 7)
+        assert labels["size"][patch] == 1 + list(SIZES).index(thing.size)
+    assert (labels["colour"] == 0).any()
