@@ -23,23 +23,53 @@ from lavi.efficiency import record
 from lavi.recipe import Recipe
 
 FULL = {
-    "vision": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14},
-    "language": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+    "vision": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+    "language": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
     "sweep": [0, 9, 144, 729, 1458, 2916, 7290],
     "dtype": "bfloat16",
-}  # fmt: skip
+}
 REDUCED = {
-    "vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 224, "patch_size": 16},
-    "language": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "vision": {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "language": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "sweep": [0, 9, 144, 729, 1458],
     "dtype": "float32",
-}  # fmt: skip
+}
 
 
 def recipe_of(sizes: dict[str, Any], tokenizer: Path) -> Recipe:
     """A recipe of bare configurations."""
     tower = {"model_type": "siglip_vision_model"} | sizes["vision"]
-    language = {"model_type": "qwen2", "max_position_embeddings": 32768, "tie_word_embeddings": True} | sizes["language"]
+    language = {"model_type": "qwen2", "max_position_embeddings": 32768, "tie_word_embeddings": True} | sizes[
+        "language"
+    ]
     model = {
         "_target_": "lavi.model.VisionLanguageModel",
         "vision": {"_target_": "lavi.vision.hf.HFVision", "config": tower, "layer": -2},

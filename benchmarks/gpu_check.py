@@ -47,7 +47,12 @@ def run(command: list[str], log: Path, *, timeout: float) -> str:
     with open(log, "w") as stream:
         try:
             done = subprocess.run(
-                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, env=os.environ | {"PYTHONPATH": str(ROOT)}
+                command,
+                cwd=ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
         except subprocess.TimeoutExpired:
             return "out of time"

@@ -63,7 +63,12 @@ class Efficiency(pl.Callback):
                 made = count(made_from, on_meta[name], text=self.text_tokens, visual=visual)
                 room = on_meta[name].language.context_length
                 if made.visual_tokens_in_language + self.text_tokens > room:
-                    log.warning("%s with %d visual tokens is longer than its %d positions: not measured", made.method, visual, room)
+                    log.warning(
+                        "%s with %d visual tokens is longer than its %d positions: not measured",
+                        made.method,
+                        visual,
+                        room,
+                    )
                     continue
                 if self.runs:
                     measure(made, on_device[name], device=device, runs=self.runs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lavi.batch import Batch, Sample
+from lavi.model import VisionLanguageModel
 
 
 class Samples(pl.Callback):
@@ -39,7 +42,7 @@ def first_questions(data: pl.LightningDataModule, count: int) -> list[Sample]:
 
 def answer_all(module: pl.LightningModule, samples: list[Sample], max_new_tokens: int) -> list[str]:
     """What the model says to the first question of each sample."""
-    model = module.model
+    model = cast(VisionLanguageModel, module.model)
     asked = [Sample(s.key, s.messages[: first_answer(s)], s.images) for s in samples]
     batch: Batch = model.processor.collate([model.processor.encode(s, prompt=True) for s in asked], pad_left=True)
     training = module.training

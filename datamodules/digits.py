@@ -50,7 +50,9 @@ def write_digits(out: Path, *, seed: int) -> dict[str, int]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise UserError("the scans ship inside scikit-learn: pip install scikit-learn (or install with the dev extra).") from None
+        raise UserError(
+            "the scans ship inside scikit-learn: pip install scikit-learn (or install with the dev extra)."
+        ) from None
     if out.exists():
         raise UserError(f"{out} exists and is left as it is: choose another --out, or remove it first.")
     scans = load_digits()
@@ -75,7 +77,9 @@ def write_digits(out: Path, *, seed: int) -> dict[str, int]:
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m datamodules.digits", description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.digits", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("data/digits"), help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     args = parser.parse_args()

@@ -62,20 +62,22 @@ class BatchStream(IterableDataset[Batch]):
         if ready:
             yield self._batch(ready, skipped, position)
         if not skipped.seen:
-            raise UserError(f"none of the {skipped.total} samples in {self.stream.shards[0]} ... can be used: {skipped}.")
+            raise UserError(
+                f"none of the {skipped.total} samples in {self.stream.shards[0]} ... can be used: {skipped}."
+            )
 
     def _positions(self, slot: Slot) -> Iterator[tuple[Position, dict[str, Any]]]:
         """Raw samples with the position behind each."""
-        epoch, read = self.first.get(slot.index, (0, 0))
-        for epoch in itertools.count(epoch):
-            samples = itertools.islice(self.stream.epoch(epoch, slot), read, self.limit)
-            empty = read == 0
-            for read, raw in enumerate(samples, start=read + 1):
-                empty = False
-                yield Position(slot.index, epoch, read), raw
-            read = 0
-            if not self.endless or empty:
+        first_epoch, already_read = self.first.get(slot.index, (0, 0))
+        for epoch in itertools.count(first_epoch):
+            samples = itertools.islice(self.stream.epoch(epoch, slot), already_read, self.limit)
+            position = None
+            for number, raw in enumerate(samples, start=already_read + 1):
+                position = Position(slot.index, epoch, number)
+                yield position, raw
+            if not self.endless or (position is None and not already_read):
                 return
+            already_read = 0
 
     def _batch(self, ready: list[Ready], skipped: Skipped, position: Position) -> Batch:
         return replace(self.processor.collate(ready), skipped=skipped.take(), position=position)
@@ -104,7 +106,7 @@ class Skipped:
         if self.total > self.max_share * max(100, self.seen + self.total):
             raise UserError(
                 f"{self.total} of {self.seen + self.total} samples are broken, more than data.max_skipped="
-                f"{self.max_share:g} allows; the last is sample '{key}': {cause}. Mend or remove them, or raise the share."
+                f"{self.max_share:g} allows; the last is sample '{key}': {cause}. Mend or remove them, or raise it."
             )
 
     def take(self) -> list[tuple[str, str]]:
@@ -165,7 +167,9 @@ class ImageTextData(pl.LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         shards = ShardStream(find_shards(source), self.seed, self.shuffle if endless else 0)
         shards.check(ranks * max(1, self.workers if endless else 1))
-        stream = BatchStream(shards, self.processor, self.batch_size, self.max_skipped, endless, rank, ranks, limit=limit)
+        stream = BatchStream(
+            shards, self.processor, self.batch_size, self.max_skipped, endless, rank, ranks, limit=limit
+        )
         return replace(stream, first=self.read, turn=self.turn) if endless else stream
 
     def samples(self, split: str, *, limit: int | None = None) -> list[Sample]:
@@ -183,7 +187,9 @@ class ImageTextData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         workers = self.workers
-        return DataLoader(self.stream("train", endless=True), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(
+            self.stream("train", endless=True), batch_size=None, num_workers=workers, persistent_workers=workers > 0
+        )
 
     def val_dataloader(self) -> Iterable[Batch]:
         if self.sources["validation"] is None:
@@ -211,7 +217,7 @@ class ImageTextData(pl.LightningDataModule):
         for name in ("workers", "seed"):
             if state[name] != getattr(self, name):
                 raise UserError(
-                    f"the run was read with data.{name}={state[name]}, not {getattr(self, name)}: its place in the data "
-                    f"is known for that only. Resume with data.{name}={state[name]}."
+                    f"the run was read with data.{name}={state[name]}, not {getattr(self, name)}: its place in the "
+                    f"data is known for that only. Resume with data.{name}={state[name]}."
                 )
         self.read, self.turn = dict(state["read"]), state["turn"]

@@ -74,7 +74,10 @@ def make_samples(job: ShardJob, *, entries: list[dict[str, Any]], images: Path) 
         files = entry.get("image", [])
         files = [files] if isinstance(files, str) else files
         # The index makes the key unique; a dot or a slash in it would be read as the start of the member's type.
-        sample: dict[str, Any] = {"__key__": f"{index:08d}-{re.sub(r'[./]', '_', name)}", "json": {"messages": messages_of(entry, name)}}
+        sample: dict[str, Any] = {
+            "__key__": f"{index:08d}-{re.sub(r'[./]', '_', name)}",
+            "json": {"messages": messages_of(entry, name)},
+        }
         for number, file in enumerate(files):
             kind = Path(file).suffix.lower().lstrip(".")
             if kind not in IMAGE_TYPES:
@@ -87,7 +90,9 @@ def make_samples(job: ShardJob, *, entries: list[dict[str, Any]], images: Path) 
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m datamodules.pack", description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.pack", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True, help="the conversations")
     parser.add_argument("--images", type=Path, required=True, help="the folder their image names start from")
     parser.add_argument("--out", type=Path, required=True, help="the shard folder to write; must not exist")
@@ -99,7 +104,9 @@ def main() -> None:
     entries = read_llava(args.json)
     make = partial(make_samples, entries=entries, images=args.images)
     jobs = shard_jobs(len(entries), args.per_shard)
-    write_shards(args.out, jobs, make, made_by={"json": args.json.name}, workers=args.workers, label=f"packing {args.json.name}")
+    write_shards(
+        args.out, jobs, make, made_by={"json": args.json.name}, workers=args.workers, label=f"packing {args.json.name}"
+    )
     print(f"{args.out}: {len(entries)} samples in {len(jobs)} shards")
 
 

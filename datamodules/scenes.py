@@ -35,7 +35,7 @@ from datamodules.tokenizer import train_tokenizer
 from lavi.errors import HelpFormatter, UserError, front
 
 SIDE = 64
-CELLS = 3
+CELLS = 2
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -45,7 +45,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-SIZES = {"small": 6, "large": 9}
+SIZES = {"small": 8, "large": 13}
 GLYPHS = "0123456789ACEHKLPRTX"
 NUMBERS = ("zero", "one", "two", "three", "four")
 LEVELS = {
@@ -87,12 +87,16 @@ class Scene:
 
     @classmethod
     def draw_from(cls, rng: random.Random) -> Scene:
-        """A random scene of two to five things, in cells of a grid, moved about a little."""
-        count = rng.randint(2, 5)
+        """A random scene of one to four things, in cells of a grid, moved about a little.
+
+        Scenes of one thing teach what its look is called, before others teach to find the thing that was asked for.
+        """
+        count = rng.randint(1, 4)
         looks = [(c, s) for c in COLOURS for s in SHAPES]
-        # Few colours, or few shapes, in two scenes of three: so that there is something to count.
-        colours = rng.sample(list(COLOURS), rng.choice((1, 2, len(COLOURS))))
-        shapes = rng.sample(SHAPES, len(SHAPES) if len(colours) < 3 else rng.choice((1, 2, len(SHAPES))))
+        # One scene in three has few colours or few shapes, so that there is something to count.
+        few_colours, few_shapes = rng.choice(((True, False), (False, True), *[(False, False)] * 4))
+        colours = rng.sample(list(COLOURS), rng.randint(1, 2) if few_colours else len(COLOURS))
+        shapes = rng.sample(SHAPES, rng.randint(1, 2) if few_shapes else len(SHAPES))
         some = [look for look in looks if look[0] in colours and look[1] in shapes]
         chosen = rng.sample(some, min(count, len(some)))
         cells = rng.sample([(x, y) for x in range(CELLS) for y in range(CELLS)], len(chosen))
@@ -134,8 +138,8 @@ def _draw(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
         pen.rectangle((x - r, y - arm, x + r, y + arm), fill=ink)
         pen.rectangle((x - arm, y - r, x + arm, y + r), fill=ink)
     if thing.glyph:
-        font = ImageFont.load_default(size=12)
-        pen.text((x, y + (2 if thing.shape == "triangle" else 0)), thing.glyph, fill=(0, 0, 0), font=font, anchor="mm")
+        font = ImageFont.load_default(size=17)
+        pen.text((x, y + (4 if thing.shape == "triangle" else 0)), thing.glyph, fill=(0, 0, 0), font=font, anchor="mm")
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -165,17 +169,17 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
     elif family == "existence":
         for shape in SHAPES:
             answer = "yes" if scene.matching(shape=shape) else "no"
-            yield Question(family, f"is there a {shape}?", answer, "existence")
+            yield Question(family, f"is there a {shape}?", answer, "shape")
         for colour in COLOURS:
             answer = "yes" if scene.matching(colour=colour) else "no"
-            yield Question(family, f"is there anything {colour}?", answer, "existence")
+            yield Question(family, f"is there anything {colour}?", answer, "colour")
     elif family == "count":
         for shape in SHAPES:
             if len(found := scene.matching(shape=shape)) < len(NUMBERS):
-                yield Question(family, f"how many {shape}s?", NUMBERS[len(found)], "count")
+                yield Question(family, f"how many {shape}s?", NUMBERS[len(found)], "shape")
         for colour in COLOURS:
             if len(found := scene.matching(colour=colour)) < len(NUMBERS):
-                yield Question(family, f"how many {colour} things?", NUMBERS[len(found)], "count")
+                yield Question(family, f"how many {colour} things?", NUMBERS[len(found)], "colour")
     elif family == "relation":
         for a in things:
             for b in things:
@@ -328,7 +332,9 @@ def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     for thing in scene.things:
         r = SIZES[thing.size]
         # Overlap along one axis, as a share of the patch: (grid,) for x and for y.
-        x, y = (((starts + side).clamp(max=c + r) - starts.clamp(min=c - r)).clamp(min=0) / side for c in (thing.x, thing.y))
+        x, y = (
+            ((starts + side).clamp(max=c + r) - starts.clamp(min=c - r)).clamp(min=0) / side for c in (thing.x, thing.y)
+        )
         share = y[:, None] * x[None, :]
         mine = share > covered
         covered = torch.where(mine, share, covered)
@@ -351,7 +357,9 @@ class TowerScenes(pl.LightningDataModule):
         grid: patches along a side.
     """
 
-    def __init__(self, processor: Callable[[Image.Image], Tensor], *, grid: int, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, processor: Callable[[Image.Image], Tensor], *, grid: int, batch_size: int = 64, seed: int = 0
+    ) -> None:
         super().__init__()
         self.processor, self.grid, self.batch_size, self.seed = processor, grid, batch_size, seed
 
@@ -371,7 +379,9 @@ class TowerScenes(pl.LightningDataModule):
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m datamodules.scenes", description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.scenes", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     parser.add_argument("--train", type=int, default=12000, help="training scenes")

@@ -127,7 +127,9 @@ def find_shards(source: str) -> list[str]:
     if path.is_dir():
         found = sorted(str(p) for p in path.glob("*.tar"))
         if not found:
-            raise UserError(f"the shard folder {source} has no .tar file: pack your data with `python -m datamodules.pack`.")
+            raise UserError(
+                f"the shard folder {source} has no .tar file: pack your data with `python -m datamodules.pack`."
+            )
         return found
     found = list(braceexpand.braceexpand(source))
     missing = [p for p in found if not Path(p).is_file()]
@@ -195,7 +197,9 @@ def decode(raw: dict[str, Any]) -> Sample:
         raise BrokenSample(key, "its .json member is not JSON") from None
     except (KeyError, TypeError):
         raise BrokenSample(key, "its JSON has no 'messages'") from None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "role" in m and "content" in m for m in messages
+    ):
         raise BrokenSample(key, "its 'messages' are not a list of {'role', 'content'}")
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise BrokenSample(key, "its conversation has no answer (no message of role 'assistant')")

@@ -99,8 +99,8 @@ class Chat:
             inside = [t for t, (a, b) in enumerate(offsets) if a >= start and b <= stop and a < b]
             if not inside or any(a < start < b for a, b in offsets):
                 raise UserError(
-                    f"the answer '{message['content']}' does not start with a token of its own: the chat template's prompt "
-                    "ends in the middle of one (often a space too many)."
+                    f"the answer '{message['content']}' does not start with a token of its own: the chat template's "
+                    "prompt ends in the middle of one (often a space too many)."
                 )
             for token in inside:
                 labels[token] = ids[token]
@@ -115,7 +115,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _plain(self, messages: Sequence[dict[str, Any]], images: int) -> list[dict[str, str]]:
         """Messages with string contents, an :data:`IMAGE` where an image stands."""
@@ -131,9 +131,10 @@ class Chat:
         return plain
 
     def _render(self, plain: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             list(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
         )
+        return str(rendered)
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
         """The characters of an answer and of the end token behind it."""

@@ -1,9 +1,9 @@
 """Run folders and checkpoints: what was trained is kept, together with the recipe and the versions that made it.
 
-    runs/name/recipe.yaml            the resolved recipe
-              trained.safetensors    trained parameters; recipe, versions and step in its header
-              last.ckpt              Lightning's checkpoint (optimiser, schedule, place in the data) for --resume
-              events.out.tfevents    TensorBoard
+runs/name/recipe.yaml            the resolved recipe
+          trained.safetensors    trained parameters; recipe, versions and step in its header
+          last.ckpt              Lightning's checkpoint (optimiser, schedule, place in the data) for --resume
+          events.out.tfevents    TensorBoard
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 
 RECIPE, TRAINED, LAST = "recipe.yaml", "trained.safetensors", "last.ckpt"
@@ -37,7 +38,9 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
     folder, number = wanted, 1
     while folder.exists():
         if exact:
-            raise UserError(f"{folder} exists and is left as it is: choose another --run, or go on with --resume {folder}.")
+            raise UserError(
+                f"{folder} exists and is left as it is: choose another --run, or go on with --resume {folder}."
+            )
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     folder.mkdir(parents=True)
@@ -93,13 +96,15 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         raise UserError(f"there is no {file}: give --checkpoint a run folder of `python -m lavi.fit`.")
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{file} is not a readable checkpoint ({error}).") from None
 
 
-def load_run(folder: Path, *, overrides: list[str] | None = None, trust: bool = False) -> tuple[Recipe, pl.LightningModule]:
-    """The recipe of a run, and its module with the trained weights, ready to answer.
+def load_run(
+    folder: Path, *, overrides: list[str] | None = None, trust: bool = False
+) -> tuple[Recipe, VisionLanguageModel]:
+    """The recipe of a run, and its model with the trained weights, ready to answer.
 
     Raises:
         UserError: not a run folder, or its weights and its recipe do not belong together.
@@ -111,13 +116,13 @@ def load_run(folder: Path, *, overrides: list[str] | None = None, trust: bool = 
     recipe = Recipe.load(folder / RECIPE, overrides or [], trusted=trust)
     module: pl.LightningModule = recipe.build("module", model=recipe.build("model"))
     load_trained(module, folder / TRAINED)
-    return recipe, module.eval()
+    return recipe, cast(VisionLanguageModel, module.eval().model)
 
 
 class KeepRun(pl.Callback):
     """Writes checkpoints: every so many steps, at the end, and when the run is asked to stop (Ctrl-C, SIGTERM).
 
-    A stop is carried out between two steps, so that a checkpoint never holds half a step; a second Ctrl-C stops at once.
+    A stop is carried out between two steps, so that a checkpoint never holds half a step; a second Ctrl-C stops now.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, every: int) -> None:
@@ -149,13 +154,17 @@ class KeepRun(pl.Callback):
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
         checkpoint["recipe"] = self.recipe.yaml()
         if trainer.is_global_zero:
-            save_trained(checkpoint["state_dict"], self.folder / TRAINED, recipe=self.recipe.yaml(), step=trainer.global_step)
+            save_trained(
+                checkpoint["state_dict"], self.folder / TRAINED, recipe=self.recipe.yaml(), step=trainer.global_step
+            )
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         expected, given = trained_names(module), set(checkpoint["state_dict"])
         if expected != given:
             some = ", ".join(sorted(expected ^ given)[:3])
-            raise UserError(f"{self.folder / LAST} was made by another recipe: {some} ... differ. Resume with the run's own.")
+            raise UserError(
+                f"{self.folder / LAST} was made by another recipe: {some} ... differ. Resume with the run's own."
+            )
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self.saved_step == trainer.global_step:
@@ -179,7 +188,7 @@ def resume_point(folder: Path) -> Path:
         UserError: there is none.
     """
     if not (folder / LAST).is_file():
-        raise UserError(f"{folder} has no {LAST} to resume from: give the run folder that `python -m lavi.fit` printed.")
+        raise UserError(
+            f"{folder} has no {LAST} to resume from: give the run folder that `python -m lavi.fit` printed."
+        )
     return folder / LAST
-
-

@@ -18,12 +18,16 @@ from lavi.errors import HelpFormatter, front
 @front
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lavi.evaluate", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, metavar="RUN", help="run folders of lavi.fit")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True, metavar="RUN", help="run folders of lavi.fit"
+    )
     parser.add_argument("--limit", type=int, help="score at most this many test samples")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also append the records to this file of JSON lines")
     parser.add_argument("--trust", action="store_true", help="build whatever the runs' recipes name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER"
+    )
     args = parser.parse_args()
     import torch
     from rich.console import Console
@@ -36,8 +40,8 @@ def main() -> None:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     console, records, twins = Console(), [], []
     for run in args.checkpoint:
-        recipe, module = load_run(run, overrides=args.overrides, trust=args.trust)
-        model = module.to(device).model
+        recipe, model = load_run(run, overrides=args.overrides, trust=args.trust)
+        model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         scores = evaluation.evaluate(model, samples, device=device, name=run.name)
         text, visual = evaluation.typical_prompt(model, samples)
@@ -51,7 +55,9 @@ def main() -> None:
     if args.out:
         record.write(records, args.out)
     columns, rows = evaluation.side_by_side(records, twins[0])
-    title = f"{len(samples)} test samples; one prompt of {text} text tokens; 1 multiply-add = 2 FLOPs; {records[0].device}"
+    title = (
+        f"{len(samples)} test samples; one prompt of {text} text tokens; 1 multiply-add = 2 FLOPs; {records[0].device}"
+    )
     console.print(table(title, columns, rows))
 
 

@@ -53,7 +53,8 @@ def with_shuffled_images(prompts: Sequence[Prompt]) -> list[Prompt]:
         half = len(same) // 2
         images |= {i: prompts[j].sample.images for i, j in zip(same, same[half:] + same[:half], strict=True)}
     return [
-        Prompt(Sample(p.sample.key, p.sample.messages, images[i]), p.truth, p.family, p.level) for i, p in enumerate(prompts)
+        Prompt(Sample(p.sample.key, p.sample.messages, images[i]), p.truth, p.family, p.level)
+        for i, p in enumerate(prompts)
     ]
 
 
@@ -89,7 +90,9 @@ def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]
         yield prompts[start : start + size]
 
 
-def evaluate(model: VisionLanguageModel, samples: Sequence[Sample], *, device: torch.device, name: str) -> dict[str, Any]:
+def evaluate(
+    model: VisionLanguageModel, samples: Sequence[Sample], *, device: torch.device, name: str
+) -> dict[str, Any]:
     """Accuracy on the samples, and on the controls: their images shuffled among them, and none at all."""
     prompts = prompts_of(samples)
     scores = {"accuracy": score(model, prompts, device=device, label=f"{name}: answering")}
@@ -126,7 +129,12 @@ def side_by_side(records: Sequence[Record], baseline: Record) -> tuple[list[str]
     rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))
     for with_vision in (False, True):
         pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
-        rows.append(row(f"saved, {'with' if with_vision else 'without'} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
+        rows.append(
+            row(
+                f"saved, {'with' if with_vision else 'without'} vision encoder (%)",
+                [f"{saved:.1f}" for saved, _ in pairs],
+            )
+        )
         rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
         cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]

@@ -10,9 +10,16 @@ Watch it with `tensorboard --logdir runs`.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lavi.errors import HelpFormatter, UserError, front
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lavi.recipe import Recipe
 
 
 def arguments() -> argparse.Namespace:
@@ -20,7 +27,9 @@ def arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe to train")
     what.add_argument("--resume", type=Path, metavar="RUN", help="a run folder to go on with")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)")
+    parser.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)"
+    )
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="steps between two checkpoints")
     parser.add_argument("--trust", action="store_true", help="with --resume: build whatever the run's recipe names")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
@@ -52,7 +61,7 @@ def main() -> int:
     return train(recipe, run, resume_from, args.save_every, console)
 
 
-def train(recipe, run: Path, resume_from: Path | None, save_every: int, console) -> int:  # type: ignore[no-untyped-def]
+def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int, console: Console) -> int:
     """Build everything, show what is about to happen, train, show what came of it."""
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -62,6 +71,7 @@ def train(recipe, run: Path, resume_from: Path | None, save_every: int, console)
     from lavi.model import VisionLanguageModel
     from lavi.report import metrics_table
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
     model = recipe.build("model")
@@ -70,7 +80,9 @@ def train(recipe, run: Path, resume_from: Path | None, save_every: int, console)
     keep = checkpoint.KeepRun(run, recipe, every=save_every)
     logger = TensorBoardLogger(run, name="", version="")
     callbacks = [keep, *recipe.build_callbacks()]
-    trainer: pl.Trainer = recipe.build("trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run))
+    trainer: pl.Trainer = recipe.build(
+        "trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run), enable_checkpointing=False
+    )
     console.print(startup.what_trains(module))
     if isinstance(model, VisionLanguageModel):
         console.print(startup.as_trained(model, data.stream("train")))

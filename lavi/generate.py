@@ -1,6 +1,6 @@
 """Ask a trained run about an image.
 
-    python -m lavi.generate --checkpoint runs/NAME --image photo.jpg --question "what colour is the circle?"
+python -m lavi.generate --checkpoint runs/NAME --image photo.jpg --question "what colour is the circle?"
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from lavi.errors import HelpFormatter, UserError, front
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lavi.generate", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be given several times")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be given several times"
+    )
     parser.add_argument("--question", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (not streamed)")
@@ -41,8 +43,8 @@ def main() -> None:
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} is not an image that opens ({error}).") from None
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    _, module = load_run(args.checkpoint, trust=args.trust)
-    model = module.to(device).model
+    _, model = load_run(args.checkpoint, trust=args.trust)
+    model.to(device)
     batch = collate(model, [Sample("question", [{"role": "user", "content": args.question}], images)]).to(device)
     if args.beams > 1:
         print(model.answer(batch, max_new_tokens=args.max_new_tokens, num_beams=args.beams)[0])

@@ -25,7 +25,7 @@ class VisionLanguageModel(nn.Module):
         language: the language model and its tokenizer.
         fusion: how they meet; bound here.
         chat_template: a named template, or None for the tokenizer's own.
-        context_length: the most tokens of a conversation; at most, and by default, what the language model was made for.
+        context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
     """
 
     def __init__(
@@ -62,22 +62,28 @@ class VisionLanguageModel(nn.Module):
         return self.language(self.fusion(batch, self.features(batch.pixels), self.language))
 
     @torch.no_grad()
-    def generate(self, batch: Batch, *, max_new_tokens: int = 32, num_beams: int = 1, **decoding: Any) -> list[list[int]]:
+    def generate(
+        self, batch: Batch, *, max_new_tokens: int = 32, num_beams: int = 1, **decoding: Any
+    ) -> list[list[int]]:
         """Continue each row of a left-padded batch; the ids of each answer, without its end token and padding.
 
         Args:
             decoding: what transformers' ``generate`` takes besides: ``streamer``, ``do_sample``, ``temperature`` ...
         """
         inputs = self.fusion(batch, self.features(batch.pixels), self.language)
-        settings: dict[str, Any] = {"eos_token_id": self.end_ids(), "pad_token_id": self.chat.pad_id, "do_sample": False}
+        settings: dict[str, Any] = {
+            "eos_token_id": self.end_ids(),
+            "pad_token_id": self.chat.pad_id,
+            "do_sample": False,
+        }
         settings |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | decoding
         vision = inputs.vision.for_generation(num_beams)
-        out: Tensor = self.language.hf.generate(**inputs.sequence(), vision=vision, **settings)  # type: ignore[operator]
+        out: Any = self.language.hf.generate(**inputs.sequence(), vision=vision, **settings)  # type: ignore[misc]
         prompt = inputs.input_ids.shape[1] if inputs.input_ids is not None else 0  # embeddings are not given back
         return [_until(row, settings["eos_token_id"] or ()) for row in out[:, prompt:].tolist()]
 
     def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:
-        """Everything between the tower and the first token: the decoder's output (last-token logits, cache), the context."""
+        """From features to the first token: the decoder's output (last-token logits, cache), and the context."""
         inputs = self.fusion(batch, features, self.language)
         vision = inputs.vision.for_generation(beams=1)
         out = self.language.hf(

@@ -46,8 +46,8 @@ class VisionLanguageModule(pl.LightningModule):
         for part in learning_rate:
             if part not in dict(model.named_children()):
                 raise UserError(f"module.learning_rate names '{part}': {nearest(part, dict(model.named_children()))}")
-        for name, part in model.named_children():
-            part.requires_grad_(name in learning_rate)
+        for name, child in model.named_children():
+            child.requires_grad_(name in learning_rate)
         self.accuracy = {"train": FamilyAccuracy(), "val": FamilyAccuracy()}
 
     def train(self, mode: bool = True) -> VisionLanguageModule:
@@ -64,7 +64,7 @@ class VisionLanguageModule(pl.LightningModule):
         total = self._sum_over_ranks(tokens)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {float(loss)} at step {self.global_step}, in a batch of samples {', '.join(batch.keys[:8])}: "
+                f"the loss is {float(loss)} at step {self.global_step}, in samples {', '.join(batch.keys[:8])}: "
                 "lower module.learning_rate or train in fp32; checkpoints written before this step are intact."
             )
         # Gradients are averaged over ranks: times their number, each token of the global batch weighs the same.
@@ -74,7 +74,7 @@ class VisionLanguageModule(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+        if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_accuracy("train")
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -100,8 +100,8 @@ class VisionLanguageModule(pl.LightningModule):
             return value
         return self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        rates = {name: rate for name, rate in self.learning_rate.items()}
+    def configure_optimizers(self) -> Any:
+        rates = self.learning_rate
         parts = [
             {"params": chosen, "lr": rates[name], "name": f"{name}/{kind}", "weight_decay": decay}
             for name in rates
@@ -129,5 +129,7 @@ class VisionLanguageModule(pl.LightningModule):
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the trained tokens, and their number; logits (B, T, vocabulary), labels (B, T)."""
     targets = labels[:, 1:].flatten()
-    loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"
+    )
     return loss, (targets != IGNORE).sum()

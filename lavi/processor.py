@@ -32,7 +32,7 @@ class Processor:
         preprocess: one image to (C, H, W).
         pixel_shape: (C, H, W) of one view.
         context_length: the most tokens a conversation may have, its visual tokens included.
-        tokens_per_image: the visual tokens of one image that stand in the sequence: 0 unless the fusion puts them there.
+        tokens_per_image: visual tokens of one image that stand in the sequence: 0 unless the fusion puts them there.
     """
 
     chat: Chat

@@ -34,7 +34,11 @@ from lavi.errors import UserError, nearest
 TARGET = "_target_"
 SECTIONS = ("seed", "name", "model", "module", "data", "trainer", "callbacks")
 TRAINER = "lightning.pytorch.Trainer"
-PROVIDED = {"module": ("model",), "data": ("processor",), "trainer": ("callbacks", "logger", "default_root_dir")}
+PROVIDED = {
+    "module": ("model",),
+    "data": ("processor",),
+    "trainer": ("callbacks", "logger", "default_root_dir", "enable_checkpointing"),
+}
 """What the fronts hand to a section's component themselves."""
 
 TRUSTED = ("lavi.", "datamodules.", "callbacks.", "torch.optim.", "lightning.pytorch.", "torchmetrics.")
@@ -138,8 +142,11 @@ class Recipe:
         given = {name: value for name, value in node.items() if name != TARGET}
         for name, value in given.items():
             if name not in parameters and not takes_any:
+                where, near = self._where(f"{key}.{name}"), nearest(name, parameters)
+                raise UserError(f"{where}: '{key}.{name}' is unknown to {node[TARGET]}: {near}")
+            if name in PROVIDED.get(key, ()):
                 raise UserError(
-                    f"{self._where(f'{key}.{name}')}: '{key}.{name}' is unknown to {node[TARGET]}: {nearest(name, parameters)}"
+                    f"{self._where(f'{key}.{name}')}: '{key}.{name}' is set by the program, not by a recipe."
                 )
             self._check_node(value, f"{key}.{name}")
             self._check_type(value, hints.get(name, Any), f"{key}.{name}")
@@ -155,7 +162,9 @@ class Recipe:
         component = isinstance(value, dict) and TARGET in value
         kind = self._find(value[TARGET], key) if component else None
         if not _fits(value, hint, kind):
-            wanted = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+            wanted = (
+                getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+            )
             shown = value[TARGET] if component else repr(value)
             raise UserError(f"{self._where(key)}: '{key}' must be {wanted}, not {shown}.")
 
@@ -307,7 +316,9 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
     if inspect.isclass(hint) and issubclass(hint, list | dict):
         return isinstance(value, hint)
     # Any other class wants a component; what is no class (Any, a protocol, a type variable) takes what comes.
-    return not inspect.isclass(hint) or hint is object or getattr(hint, "_is_protocol", False) or isinstance(value, hint)
+    return (
+        not inspect.isclass(hint) or hint is object or getattr(hint, "_is_protocol", False) or isinstance(value, hint)
+    )
 
 
 def _is_component(value: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import lightning.pytorch as pl
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
@@ -20,7 +22,7 @@ def what_trains(module: pl.LightningModule) -> Table:
     for column in ("part", "parameters", "trained", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")
     rates = getattr(module, "learning_rate", {})
-    for name, part in module.model.named_children():
+    for name, part in cast(nn.Module, module.model).named_children():
         sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         rate = rates.get(name, "frozen") if isinstance(rates, dict) else rates
@@ -42,12 +44,14 @@ def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> Renderab
     for column in range(start, stop):
         text.append("[image] " * images.count(column), style="blue")
         trained = int(batch.labels[0, column]) != IGNORE
-        text.append(tokenizer.decode([int(batch.input_ids[0, column])]), style="bold green" if trained else "dim")
+        text.append(str(tokenizer.decode([int(batch.input_ids[0, column])])), style="bold green" if trained else "dim")
     trained_tokens = int((batch.labels != IGNORE).sum())
     share = trained_tokens / int(batch.attention_mask.sum())
     ends = set(model.end_ids())
     if not any(int(batch.labels[a.row, a.stop - 1]) in ends for a in batch.answers):
         names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends))) or "none is known"
-        raise UserError(f"no trained answer ends with an end token ({names}): choose the chat template of this tokenizer.")
+        raise UserError(
+            f"no trained answer ends with an end token ({names}): choose the chat template of this tokenizer."
+        )
     note = Text(f"trained: {100 * share:.0f} % of the tokens (green), the end token among them", style="italic")
     return Group(Text(f"One conversation as trained (sample '{batch.keys[0]}')", style="italic"), text, note)

@@ -119,7 +119,11 @@ def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
         "model": {
             "_target_": "lavi.model.VisionLanguageModel",
             "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
-            "language": {"_target_": "lavi.language.load.LanguageModel", "config": QWEN2, "tokenizer": str(scenes / "tokenizer")},
+            "language": {
+                "_target_": "lavi.language.load.LanguageModel",
+                "config": QWEN2,
+                "tokenizer": str(scenes / "tokenizer"),
+            },
             "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
         },
         "module": {"_target_": "lavi.module.VisionLanguageModule", "learning_rate": {"fusion": 1e-3, "language": 1e-3}},

@@ -12,7 +12,10 @@ from lavi.errors import UserError
 TWO_TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour?"}]},
     {"role": "assistant", "content": "red", "family": "colour", "level": "easy"},
-    {"role": "user", "content": [{"type": "text", "text": "and "}, {"type": "image"}, {"type": "text", "text": "this?"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "and "}, {"type": "image"}, {"type": "text", "text": "this?"}],
+    },
     {"role": "assistant", "content": "blue", "family": "colour", "level": "easy"},
 ]
 
@@ -29,7 +32,10 @@ def test_the_conversation_as_trained(chat: Chat) -> None:
     trained = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
     assert chat.tokenizer.decode([encoded.ids[i] for i in trained]) == "red<|end|>blue<|end|>"
     assert all(encoded.labels[i] == encoded.ids[i] for i in trained)
-    assert [chat.tokenizer.decode(encoded.ids[t.start : t.stop]) for t in encoded.turns] == ["red<|end|>", "blue<|end|>"]
+    assert [chat.tokenizer.decode(encoded.ids[t.start : t.stop]) for t in encoded.turns] == [
+        "red<|end|>",
+        "blue<|end|>",
+    ]
     assert [(t.family, t.level) for t in encoded.turns] == [("colour", "easy")] * 2
 
 
@@ -60,7 +66,9 @@ def test_named_templates_train_answer_and_end(tokenizer: str, template: str) -> 
 
 
 def test_words_that_look_like_an_image_are_words(chat: Chat) -> None:
-    encoded = chat.encode([{"role": "user", "content": f"a <image> {IMAGE}"}, {"role": "assistant", "content": "b"}], images=0)
+    encoded = chat.encode(
+        [{"role": "user", "content": f"a <image> {IMAGE}"}, {"role": "assistant", "content": "b"}], images=0
+    )
     assert encoded.image_columns == []
     assert "<image>" in chat.tokenizer.decode(encoded.ids)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QWEN2, TOWER
 
 from callbacks.efficiency import Efficiency, write_curves
-from conftest import QWEN2, TOWER
 from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.measure import build_on, concat_twin, count, measure, saving
 from lavi.efficiency.record import Record, read, write
@@ -154,7 +154,9 @@ def test_memory_grows_with_the_tokens_in_the_language_model(tiny_recipe: Path) -
 def test_records_round_trip_and_become_curves(tiny_recipe: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    records = Efficiency(visual_tokens=[0, 16, 64], text_tokens=12, runs=2).sweep(Recipe.load(tiny_recipe), torch.device("cpu"))
+    records = Efficiency(visual_tokens=[0, 16, 64], text_tokens=12, runs=2).sweep(
+        Recipe.load(tiny_recipe), torch.device("cpu")
+    )
     write(records, tmp_path / "r.jsonl")
     assert read(tmp_path / "r.jsonl") == records
     assert [(r.method, r.visual_tokens) for r in records] == [(m, n) for n in (0, 16, 64) for m in ("lavi", "concat")]

@@ -65,7 +65,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_fit_shows_what_it_does_and_keeps_what_was_trained(run, tiny_recipe: Path, tmp_path: Path) -> None:
     status, out, _ = run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate={fusion: 0.001}")
     assert status == 0
-    for words in ("What trains", "One conversation as trained", "the end token among them", "tensorboard --logdir runs", "after 6 steps"):
+    for words in (
+        "What trains",
+        "One conversation as trained",
+        "the end token among them",
+        "tensorboard --logdir runs",
+        "after 6 steps",
+    ):
         assert words in out
     folder = tmp_path / "runs" / "tiny"
     assert yaml.safe_load((folder / RECIPE).read_text())["module"]["learning_rate"] == {"fusion": 0.001}
@@ -93,7 +99,10 @@ def test_resuming_ends_where_one_go_ends_bit_for_bit(run, tiny_recipe: Path, tra
     half = tmp_path / "half"
     kept = tmp_path / "kept"
     # The schedule knows six steps from the start: the run is cut by copying its checkpoint of step three.
-    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", half, "--save-every", 3, "trainer.limit_val_batches=0")[0] == 0
+    assert (
+        run("lavi.fit", "--recipe", tiny_recipe, "--run", half, "--save-every", 3, "trainer.limit_val_batches=0")[0]
+        == 0
+    )
     code = f"""
 import shutil, lavi.checkpoint as c
 save = c.KeepRun._save
@@ -101,11 +110,13 @@ def and_copy(self, trainer):
     save(self, trainer)
     if trainer.global_step == 3: shutil.copytree(self.folder, {str(kept)!r})
 c.KeepRun._save = and_copy
-import sys; sys.argv = ['fit', '--recipe', {str(tiny_recipe)!r}, '--run', {str(tmp_path / "cut")!r}, '--save-every', '3']
-import lavi.fit; lavi.fit.main()
+import sys
+sys.argv = ['fit', '--recipe', {str(tiny_recipe)!r}, '--run', {str(tmp_path / "cut")!r}, '--save-every', '3']
+import lavi.fit
+lavi.fit.main()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
-    status, out, _ = run("lavi.fit", "--resume", kept)
+    status, _, _ = run("lavi.fit", "--resume", kept)
     assert status == 0
     whole, resumed = weights(trained), weights(kept)
     assert whole.keys() == resumed.keys()
@@ -130,7 +141,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -
     step = int(said.split("stopped at step ")[1].split(",")[0])
     assert step > 0
     resumed = subprocess.run(
-        [sys.executable, "-m", "lavi.fit", "--resume", folder, f"trainer.max_steps={step + 2}", "trainer.limit_val_batches=0"],
+        [
+            sys.executable,
+            "-m",
+            "lavi.fit",
+            "--resume",
+            folder,
+            f"trainer.max_steps={step + 2}",
+            "trainer.limit_val_batches=0",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -142,7 +161,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -
 def test_evaluate_scores_with_controls_and_costs(run, trained: Path) -> None:
     status, out, _ = run("lavi.evaluate", "--checkpoint", trained, "--out", "records.jsonl")
     assert status == 0
-    for words in ("held-out accuracy", "shuffled images", "no image", "ceiling", "peak MiB", "visual tokens in the language model"):
+    for words in (
+        "held-out accuracy",
+        "shuffled images",
+        "no image",
+        "ceiling",
+        "peak MiB",
+        "visual tokens in the language model",
+    ):
         assert words in out
     (made,) = read(Path("records.jsonl"))
     assert made.method == "lavi"
@@ -155,7 +181,7 @@ def test_evaluate_scores_with_controls_and_costs(run, trained: Path) -> None:
 def test_generate_answers(run, trained: Path, beams: int) -> None:
     Image.new("RGB", (50, 30)).save("a.png")
     question = ["--question", "what colour is the circle?", "--max-new-tokens", 4, "--beams", beams]
-    status, out, err = run("lavi.generate", "--checkpoint", trained, "--image", "a.png", *question)
+    status, _, err = run("lavi.generate", "--checkpoint", trained, "--image", "a.png", *question)
     assert status == 0, err
     assert run("lavi.generate", "--checkpoint", trained, *question)[0] == 0  # without an image, the language model
 
@@ -164,7 +190,9 @@ def test_mistakes_with_recipes(run, tiny_recipe: Path) -> None:
     refused(run("lavi.fit", "--recipe", "gone.yaml"), "there is no recipe gone.yaml")
     refused(run("lavi.fit", "--recipe", tiny_recipe, "model.fusion.evry=2"), "command line", "did you mean 'every'?")
     refused(run("lavi.fit", "--recipe", tiny_recipe, "data.train=gone"), "no shards at gone", "datamodules.scenes")
-    refused(run("lavi.fit", "--recipe", tiny_recipe, "model.language.tokenizer=gone"), "tiny.yaml", "no tokenizer at 'gone'")
+    refused(
+        run("lavi.fit", "--recipe", tiny_recipe, "model.language.tokenizer=gone"), "tiny.yaml", "no tokenizer at 'gone'"
+    )
     refused(run("lavi.fit", "--recipe", tiny_recipe, "model.fusion.layers=[9]"), "layers [9]", "0 to 3")
     refused(run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate={fusoin: 1}"), "did you mean 'fusion'?")
     refused(run("lavi.fit", "--recipe", tiny_recipe, "data.workers=9"), "8 shards cannot feed 9 readers")
@@ -179,8 +207,13 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
     refused(run("lavi.fit", "--resume", "gone"), "gone has no last.ckpt")
     refused(run("lavi.generate", "--checkpoint", trained, "--image", "gone.jpg", *ask), "there is no image gone.jpg")
     Path("text.jpg").write_text("no pixels")
-    refused(run("lavi.generate", "--checkpoint", trained, "--image", "text.jpg", *ask), "text.jpg is not an image that opens")
-    refused(run("lavi.generate", "--checkpoint", trained, "--question", "circle " * 400), "more than the context of 256")
+    refused(
+        run("lavi.generate", "--checkpoint", trained, "--image", "text.jpg", *ask),
+        "text.jpg is not an image that opens",
+    )
+    refused(
+        run("lavi.generate", "--checkpoint", trained, "--question", "circle " * 400), "more than the context of 256"
+    )
     refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "made by another recipe")
     other = tmp_path / "other"
     shutil.copytree(trained, other)
@@ -204,7 +237,11 @@ def test_your_own_data(run, tmp_path: Path) -> None:
     Image.new("RGB", (9, 7), (255, 0, 0)).save(images / "a.png")
     Image.new("RGB", (5, 5)).save(images / "sub" / "b.jpg")
     entries = [
-        {"id": "one", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]},
+        {
+            "id": "one",
+            "image": "a.png",
+            "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}],
+        },
         {
             "id": "x/y.z",
             "image": ["a.png", "sub/b.jpg"],

@@ -72,7 +72,10 @@ def test_using_lavi_needs_no_tensorboard_and_no_room_above() -> None:
 def test_the_project_speaks_of_itself_alone() -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
-        if Path(name).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".jsonl"} and name != "tests/test_house.py":
+        if (
+            Path(name).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".jsonl"}
+            and name != "tests/test_house.py"
+        ):
             text = (ROOT / name).read_text(errors="ignore")
             for word in ("/work/", "/root/", "/opt/"):
                 assert word not in text, f"{name} names a path of somebody's machine: {word}"

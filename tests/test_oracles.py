@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from conftest import ask, awaken, collate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conftest import ask, awaken, collate
 from lavi.batch import Batch
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
@@ -42,7 +42,9 @@ def fusion(request: pytest.FixtureRequest) -> Fusion:
 def bare_logits(model, batch: Batch) -> Tensor:  # type: ignore[no-untyped-def]
     """What the language model says to the text alone."""
     positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return model.language.hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    return model.language.hf(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions
+    ).logits
 
 
 def row(logits: Tensor, batch: Batch, index: int) -> Tensor:
@@ -106,7 +108,9 @@ def test_an_image_changes_what_follows_it_and_nothing_before(build, fusion: Fusi
 def test_the_order_of_two_images_matters(build, fusion: Fusion) -> None:
     model = build(fusion)
     awaken(model.fusion)
-    first, swapped = (collate(model, [ask(*pair, "which image has the red circle?", answer="first")]) for pair in ((1, 2), (2, 1)))
+    first, swapped = (
+        collate(model, [ask(*pair, "which image has the red circle?", answer="first")]) for pair in ((1, 2), (2, 1))
+    )
     with torch.no_grad():
         assert (model(first) - model(swapped)).abs().amax() > 1e-4
 
@@ -126,7 +130,11 @@ def test_a_batch_answers_as_its_rows_alone(build, fusion: Fusion, pad_left: bool
 def test_cached_decoding_equals_the_full_forward(build, fusion: Fusion) -> None:
     model = build(fusion)
     awaken(model.fusion)
-    prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which image has the red circle?", 3), ask("hello")]
+    prompts = [
+        ask(1, "what colour is the circle?"),
+        ask("hello", 2, "which image has the red circle?", 3),
+        ask("hello"),
+    ]
     batch = collate(model, prompts, prompt=True, pad_left=True)
     answers = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
     for index, prompt in enumerate(prompts):  # greedy, one full forward a token, no cache and no padding

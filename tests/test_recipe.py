@@ -33,7 +33,11 @@ def child(tiny_recipe: Path, text: str) -> Path:
 def test_a_child_changes_only_its_lines(tiny_recipe: Path) -> None:
     recipe = Recipe.load(child(tiny_recipe, "seed: 7\nmodel:\n  fusion: {every: 1}\n"), ["trainer.max_steps=3"])
     assert recipe.settings["seed"] == 7
-    assert recipe.settings["model"]["fusion"] == {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 1, "bottleneck": 16}
+    assert recipe.settings["model"]["fusion"] == {
+        "_target_": "lavi.fusion.lavi.LaViFusion",
+        "every": 1,
+        "bottleneck": 16,
+    }
     assert recipe.settings["trainer"]["max_steps"] == 3
     assert recipe.settings["name"] == "tiny"
 
@@ -53,12 +57,30 @@ def test_the_resolved_recipe_is_the_recipe(tiny_recipe: Path, tmp_path: Path) ->
 
 
 WRONG = {
-    "unknown section": ("callback: {}\n", r"child.yaml:2: a recipe has no section 'callback': did you mean 'callbacks'\?"),
-    "unknown key": ("model:\n  fusion: {evry: 2}\n", r"child.yaml:3: 'model.fusion.evry' is unknown .* did you mean 'every'\?"),
-    "unknown key of the trainer": ("trainer:\n  max_step: 3\n", r"child.yaml:3: 'trainer.max_step' .* did you mean 'max_steps'\?"),
-    "wrong type": ("model:\n  fusion: {every: often}\n", r"child.yaml:3: 'model.fusion.every' must be int, not 'often'"),
-    "wrong item": ("module:\n  learning_rate: {fusion: fast}\n", r"child.yaml:3: 'module.learning_rate' must be dict\[str, float\]"),
-    "wrong choice": ("model:\n  fusion: {parameters: all}\n", r"child.yaml:3: .* must be Literal\['both', 'scale', 'shift'\]"),
+    "unknown section": (
+        "callback: {}\n",
+        r"child.yaml:2: a recipe has no section 'callback': did you mean 'callbacks'\?",
+    ),
+    "unknown key": (
+        "model:\n  fusion: {evry: 2}\n",
+        r"child.yaml:3: 'model.fusion.evry' is unknown .* did you mean 'every'\?",
+    ),
+    "unknown key of the trainer": (
+        "trainer:\n  max_step: 3\n",
+        r"child.yaml:3: 'trainer.max_step' .* did you mean 'max_steps'\?",
+    ),
+    "wrong type": (
+        "model:\n  fusion: {every: often}\n",
+        r"child.yaml:3: 'model.fusion.every' must be int, not 'often'",
+    ),
+    "wrong item": (
+        "module:\n  learning_rate: {fusion: fast}\n",
+        r"child.yaml:3: 'module.learning_rate' must be dict\[str, float\]",
+    ),
+    "wrong choice": (
+        "model:\n  fusion: {parameters: all}\n",
+        r"child.yaml:3: .* must be Literal\['both', 'scale', 'shift'\]",
+    ),
     "wrong component": (
         "model:\n  fusion: {_target_: lavi.vision.hf.HFVision, source: x}\n",
         r"child.yaml:3: 'model.fusion' must be Fusion, not lavi.vision.hf.HFVision",
@@ -93,7 +115,7 @@ def test_files_that_are_not_there_and_loops(tiny_recipe: Path) -> None:
         Recipe.load(tiny_recipe.with_name("tinny.yaml"))
     tiny_recipe.with_name("a.yaml").write_text("extends: b.yaml\n")
     tiny_recipe.with_name("b.yaml").write_text("extends: a.yaml\n")
-    with pytest.raises(UserError, match="'extends' goes round in a circle: .*a.yaml -> .*b.yaml -> .*a.yaml"):
+    with pytest.raises(UserError, match=r"'extends' goes round in a circle: .*a.yaml -> .*b.yaml -> .*a.yaml"):
         Recipe.load(tiny_recipe.with_name("a.yaml"))
     tiny_recipe.with_name("c.yaml").write_text("extends: gone.yaml\n")
     with pytest.raises(UserError, match=r"gone.yaml \(extended by .*c.yaml\)"):

@@ -15,7 +15,9 @@ from lavi.errors import UserError
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*.tar"))}
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*.tar"))
+    }
 
 
 def samples(folder: Path):  # type: ignore[no-untyped-def]

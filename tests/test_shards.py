@@ -62,7 +62,7 @@ def test_each_epoch_has_every_sample_once_in_its_own_order(stream: ShardStream) 
 def test_readers_share_the_samples_without_overlap(stream: ShardStream, ranks: int, workers: int) -> None:
     slots = [Slot(rank, ranks, worker, workers) for rank in range(ranks) for worker in range(workers)]
     parts = [keys(stream.epoch(0, slot)) for slot in slots]
-    assert sorted(sum(parts, [])) == sorted(keys(stream.epoch(0, Slot())))
+    assert sorted(key for part in parts for key in part) == sorted(keys(stream.epoch(0, Slot())))
     assert all(parts)
 
 
@@ -153,10 +153,10 @@ def test_too_many_broken_samples_stop_the_run_with_the_cause(tmp_path: Path, dat
 def test_empty_and_missing_folders_say_what_to_do(tmp_path: Path, data) -> None:
     with pytest.raises(UserError, match=r"has no .tar file: pack your data with `python -m datamodules.pack`"):
         data().stream("train")
-    with pytest.raises(UserError, match="no shards at .*gone.tar: make the built-in data"):
+    with pytest.raises(UserError, match=r"no shards at .*gone.tar: make the built-in data"):
         find_shards(str(tmp_path / "gone.tar"))
     (tmp_path / "a.tar").write_bytes(b"this is no tar file" * 100)
-    with pytest.raises(UserError, match="none of the 1 samples|cannot be read"):
+    with pytest.raises(UserError, match=r"none of the 1 samples|cannot be read"):
         list(data().stream("train"))
     with pytest.raises(UserError, match="the recipe names no validation data"):
         data().stream("validation")
@@ -220,5 +220,8 @@ def test_batches_hold_what_the_contract_says(build, scenes: Path) -> None:
     assert batch.attention_mask.sum(1).tolist() == [stop - start for start, stop in batch.spans]
     assert Counter(len(k) for k in batch.keys) == {12: 16}
     for answer in batch.answers:
-        assert (batch.labels[answer.row, answer.start : answer.stop] == batch.input_ids[answer.row, answer.start : answer.stop]).all()
+        assert (
+            batch.labels[answer.row, answer.start : answer.stop]
+            == batch.input_ids[answer.row, answer.start : answer.stop]
+        ).all()
     assert torch.is_floating_point(batch.pixels)

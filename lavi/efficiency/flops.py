@@ -57,11 +57,13 @@ def closed_form(model: VisionLanguageModel, *, text: int, visual: int, views: in
         "visual_ffn": language["ffn"] - alone["ffn"],
         "head": alone["head"],
     }
-    return Flops(components, causal_discount=language["scores"] / 2, floor=alone["attention"] + alone["ffn"] + alone["head"])
+    return Flops(
+        components, causal_discount=language["scores"] / 2, floor=alone["attention"] + alone["ffn"] + alone["head"]
+    )
 
 
 def language_flops(language: LanguageModel, *, tokens: int) -> dict[str, float]:
-    """The language model's prefill of ``tokens`` tokens: ``attention`` (with its ``scores``), ``ffn``, ``head`` (one token).
+    """The language model's prefill of ``tokens`` tokens: ``attention`` (with its ``scores``), ``ffn``, ``head`` (once).
 
     From the shapes of the weights, so that it holds for any family: every matrix of a layer meets every token once.
     """

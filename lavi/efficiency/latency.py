@@ -29,7 +29,14 @@ class Milliseconds:
 
 
 def stage_times(
-    model: VisionLanguageModel, *, text: int, visual: int, views: int, device: torch.device, runs: int = 20, warmup: int = 3
+    model: VisionLanguageModel,
+    *,
+    text: int,
+    visual: int,
+    views: int,
+    device: torch.device,
+    runs: int = 20,
+    warmup: int = 3,
 ) -> dict[str, Milliseconds]:
     """Time every stage for one row of ``text`` tokens and ``visual`` visual tokens out of ``views`` views."""
     batch, features = probe_inputs(model, text=text, visual=visual, device=device)

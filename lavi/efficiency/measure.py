@@ -68,7 +68,7 @@ def measure(made: Record, model: VisionLanguageModel, *, device: torch.device, r
 
 
 def saving(made: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:
-    """Percent of the baseline's FLOPs that a method saves, and the ceiling: what fusion that costs nothing would save."""
+    """Percent of the baseline's FLOPs that a method saves, and the ceiling: what fusion at no cost would save."""
     vision = made.flops["vision_encoder"] / 1e9 if with_vision else 0.0
     base = baseline.gflops_total if with_vision else baseline.gflops_language
     own = made.gflops_total if with_vision else made.gflops_language

@@ -10,7 +10,9 @@ from lavi.model import VisionLanguageModel
 MIB = 2**20
 
 
-def prefill_memory(model: VisionLanguageModel, *, text: int, visual: int, views: int, device: torch.device) -> dict[str, float]:
+def prefill_memory(
+    model: VisionLanguageModel, *, text: int, visual: int, views: int, device: torch.device
+) -> dict[str, float]:
     """``weights``, ``kv_cache`` after the prompt, and ``peak``: the most that tower and prefill held above the weights.
 
     On a GPU the peak is the allocator's; on the CPU it is summed from the allocations that torch's profiler records.

@@ -58,7 +58,7 @@ class Fusion(nn.Module, ABC):
 
 @dataclass
 class RowTokens:
-    """The visual tokens of each row, padded: ``tokens`` (B, N, Dv) and ``column`` (B, N), the text column each stands before.
+    """The visual tokens of each row, padded: ``tokens`` (B, N, Dv); ``column`` (B, N), the text column each is before.
 
     Padding stands before column :attr:`NEVER`. N is at least 1, so that no attention meets an empty axis.
     """

@@ -32,8 +32,7 @@ class ConcatFusion(Fusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         text = language.embed(batch.input_ids)  # (B, T, D)
         projected = self.projector(features.float()).to(text.dtype).flatten(0, 1)  # (views N, D)
-        rows, width = text.shape[:2]
-        order, columns = splice(batch, tokens_per_view=features.shape[1], text_width=width)
+        order, columns = splice(batch, tokens_per_view=features.shape[1], text_width=text.shape[1])
         flat = torch.cat([text.flatten(0, 1), projected, text.new_zeros(1, text.shape[-1])])
         padding = len(flat) - 1
         order = order.to(text.device)
@@ -84,4 +83,3 @@ def splice(batch: Batch, *, tokens_per_view: int, text_width: int) -> tuple[Tens
             if token < len(batch) * text_width:
                 columns[row, token % text_width] = offset + at
     return order, columns
-

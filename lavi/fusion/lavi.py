@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,9 @@ class LaViFusion(Fusion):
     def _choose_layers(self, count: int) -> list[int]:
         chosen = list(range(self.every - 1, count, self.every)) if self.wanted_layers is None else self.wanted_layers
         if not chosen or not all(0 <= layer < count for layer in chosen):
-            raise UserError(f"LaVi cannot modulate layers {chosen} (every={self.every}): the language model has 0 to {count - 1}.")
+            raise UserError(
+                f"LaVi cannot modulate layers {chosen} (every={self.every}): the language model has 0 to {count - 1}."
+            )
         return sorted(chosen)
 
     def _choose_norms(self, layer: int, found: list[NormTarget]) -> list[NormTarget]:
@@ -109,7 +111,7 @@ class LaViFusion(Fusion):
         rows = rows_of_tokens(batch, features)
         order = self.image_order(rows.image.clamp(max=self.max_images - 1))  # (B, N, Dv)
         tokens = rows.tokens.float() + order
-        visual = {int(layer): generator.visual(tokens) for layer, generator in self.generators.items()}
+        visual = {int(layer): cast(AttentionDeltas, g).visual(tokens) for layer, g in self.generators.items()}
         context = LaViContext(fusion=self, visual=visual, column=rows.column)
         return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)
 
@@ -117,7 +119,7 @@ class LaViFusion(Fusion):
         return 0
 
     def costs(self, text: int, visual: int) -> dict[str, Cost]:
-        generators = sum(generator.flops(text, visual) for generator in self.generators.values())
+        generators = sum(cast(AttentionDeltas, g).flops(text, visual) for g in self.generators.values())
         # Per element of a modulated norm: xhat (square, sum, product), dgamma xhat, the two sums.
         per_element = 3 * self.scale + self.scale + self.scale + self.shift
         norms = sum(len(targets) for targets in self.targets.values())
@@ -153,5 +155,3 @@ class LaViContext(VisualContext):
     def for_generation(self, beams: int) -> LaViContext:
         visual = {layer: kv.repeat_interleave(beams, dim=1) for layer, kv in self.visual.items()}
         return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(beams, dim=0))
-
-

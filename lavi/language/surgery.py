@@ -40,7 +40,7 @@ def _subclass(mixin: type, base: type) -> type:
 def swap(module: nn.Module, mixin: type) -> None:
     """Put ``mixin`` in front of the module's class; a second time changes nothing."""
     if not isinstance(module, mixin):
-        module.__class__ = _subclass(mixin, type(module))
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
 def close(model: nn.Module) -> None:
@@ -64,7 +64,9 @@ class FusedLayer(nn.Module):
 class FusedDecoder(nn.Module):
     """A stack of layers that places the context in time, and keeps only the hidden states that get logits."""
 
-    def forward(self, input_ids: Tensor | None = None, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor | None = None, *args: Any, vision: VisualContext | None = None, **kwargs: Any
+    ) -> Any:
         if vision is None:
             return super().forward(input_ids, *args, **kwargs)
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
@@ -78,12 +80,21 @@ class FusedDecoder(nn.Module):
 
 
 class FusedCausalLM(nn.Module):
-    """A causal language model whose signature names ``vision``: ``generate`` refuses keywords it does not find there."""
+    """A causal language model that names ``vision`` in its signature: ``generate`` refuses unknown keywords."""
 
-    def forward(self, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Any:
-        if vision is not None:
-            kwargs["vision"] = vision
-        return super().forward(*args, **kwargs)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = inspect.signature(cls.__mro__[2].forward)  # type: ignore[attr-defined]
+        named = [p for p in base.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        vision = inspect.Parameter("vision", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+        def forward(self: nn.Module, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Any:
+            if vision is not None:
+                kwargs["vision"] = vision
+            return super().forward(*args, **kwargs)
+
+        forward.__signature__ = base.replace(parameters=[*named, vision])  # type: ignore[attr-defined]
+        cls.forward = forward  # type: ignore[method-assign]
 
 
 # --- finding the parts ------------------------------------------------------------------------------------------------
@@ -110,17 +121,11 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         UserError: the family drops unknown keywords on the way.
     """
     stack, stack_layers = decoder_of(model)
-    signature = inspect.signature(model.forward)
     swap(model, FusedCausalLM)
-    if "vision" not in signature.parameters:
-        vision = inspect.Parameter("vision", inspect.Parameter.KEYWORD_ONLY, default=None)
-        named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        forward = model.forward.__func__  # type: ignore[attr-defined]
-        type(model).forward = _with_signature(forward, signature.replace(parameters=[*named, vision]))
     swap(stack, FusedDecoder)
     for index in layers:
         swap(stack_layers[index], FusedLayer)
-        stack_layers[index].fused_index = index
+        stack_layers[index].fused_index = index  # type: ignore[assignment]
     reached = _Canary()
     _dummy_forward(model, vision=reached)
     if missing := sorted(set(layers) - reached.layers):
@@ -129,17 +134,6 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
             f"{type(model).__name__} drops unknown keywords before its layers {missing}: vision cannot enter it. "
             "Choose a family that passes them on (Qwen2, Llama, Mistral, Gemma, Phi, OLMo, ...)."
         )
-
-
-def _with_signature(forward: Any, signature: inspect.Signature) -> Any:
-    """A function of its own for one class: the mixin's is shared by all of them."""
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return call
 
 
 class _Canary(VisualContext):
@@ -223,7 +217,8 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
         for hook in hooks:
             hook.remove()
     roles: dict[tuple[int, str], Role] = {
-        key: "both" if len(found) == 2 else ("attention" if "attention" in found else "ffn") for key, found in feeds.items()
+        key: "both" if len(found) == 2 else ("attention" if "attention" in found else "ffn")
+        for key, found in feeds.items()
     }
     return [NormTarget(*key, role=role, norm=norms[key]) for key, role in sorted(roles.items())]
 
@@ -247,11 +242,15 @@ def open_norm(target: NormTarget) -> None:
     norm = target.norm
     eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
     if eps is None:
-        raise UserError(f"norm '{target.name}' of layer {target.layer} has no eps that can be read: it cannot be modulated.")
+        raise UserError(
+            f"norm '{target.name}' of layer {target.layer} has no eps that can be read: it cannot be modulated."
+        )
     centred = _centres(norm, float(eps))
     if centred is None:
         kind = type(norm).__name__
-        raise UserError(f"norm '{target.name}' of layer {target.layer} ({kind}) is neither a layer norm nor an RMS norm.")
+        raise UserError(
+            f"norm '{target.name}' of layer {target.layer} ({kind}) is neither a layer norm nor an RMS norm."
+        )
     swap(norm, ModulatedNorm)
     assert isinstance(norm, ModulatedNorm)
     norm.eps_of_xhat, norm.centred = float(eps), centred

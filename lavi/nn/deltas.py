@@ -1,4 +1,4 @@
-"""Delta generators: from text hidden states and visual tokens to the deltas of a layer's norms (LaVi's conditioning module)."""
+"""Delta generators (LaVi's conditioning module): text hidden states and visual tokens to the deltas of norms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AttentionDeltas(nn.Module):
         nn.init.zeros_(self.deltas.bias)
 
     def visual(self, tokens: Tensor) -> Tensor:
-        """What the image contributes, computed once: ``tokens`` (B, N, Dv) to keys and values (2, B, heads, N, r / heads)."""
+        """The image's part, computed once: ``tokens`` (B, N, Dv) to keys and values (2, B, heads, N, r / heads)."""
         with torch.autocast(tokens.device.type, enabled=False):
             pair = self.key_value(self.vision_norm(tokens.float()))  # (B, N, 2 r)
         return pair.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -50,7 +50,9 @@ class AttentionDeltas(nn.Module):
             # and its parameters stay in the graph, so that a rank without images does not hang the others.
             allowed = (mask | ~sees)[:, None]  # (B, 1, T, N)
             key, value = visual
-            seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)  # (B, heads, T, r/heads)
+            seen = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=allowed
+            )  # (B, heads, T, r/heads)
             seen = nn.functional.silu(seen.transpose(1, 2).flatten(2))  # (B, T, r)
             return (self.deltas(seen) * sees).unflatten(-1, (self.outputs, self.width))
 

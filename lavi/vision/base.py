@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -33,6 +34,11 @@ class VisionBackbone(nn.Module, ABC):
     @abstractmethod
     def preprocess(self, image: Image.Image) -> Tensor:
         """One image to (C, H, W), by the backbone's own mean, deviation, size and interpolation."""
+
+    @property
+    def processor(self) -> Callable[[Image.Image], Tensor]:
+        """What a data module needs to feed this backbone alone."""
+        return self.preprocess
 
     @abstractmethod
     def flops(self, views: int) -> float:

@@ -1,4 +1,4 @@
-"""Vision towers of transformers: SigLIP, CLIP and their kin, from a hub name, a local folder or a bare configuration."""
+"""Vision towers of transformers (SigLIP, CLIP, ...): from a hub name, a local folder or a bare configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HFVision(VisionBackbone):
             self.tower = AutoModel.from_pretrained(source, config=settings)
         else:
             self.tower = AutoModel.from_config(settings)
-        self.processor = _image_processor(source, settings)
+        self.image_processor = _image_processor(source, settings)
         self.layers = _cut(self.tower, layer, settings.num_hidden_layers)
         self.width = settings.hidden_size
         side = settings.image_size // settings.patch_size
@@ -50,7 +50,7 @@ class HFVision(VisionBackbone):
         return self._pixel_shape
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-1]  # (views, [1 +] N, Dv)
@@ -68,7 +68,7 @@ class HFVision(VisionBackbone):
     def save_pretrained(self, folder: Path) -> None:
         """Write the tower and its preprocessing as an ordinary checkpoint folder."""
         self.tower.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
 
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
@@ -81,7 +81,9 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
             settings = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {reason}") from None
+            raise UserError(
+                f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {reason}"
+            ) from None
     return getattr(settings, "vision_config", settings)
 
 
@@ -105,4 +107,3 @@ def _cut(tower: nn.Module, layer: int, layers: int) -> int:
         raise UserError(f"cannot tell which modules of {type(tower).__name__} are its {layers} encoder layers.")
     del stacks[0][keep:]
     return keep
-

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import ask, awaken, collate
+
 from lavi.efficiency.measure import build_on, count, measure
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -32,7 +32,9 @@ def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[
 def test_zero_deltas_are_the_language_model_bit_for_bit_in_bf16(build) -> None:  # type: ignore[no-untyped-def]
     model = build(LaViFusion(every=2), dtype="bfloat16").cuda()
     batch = collate(model, SAMPLES).to("cuda")
-    bare = model.language.hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions(batch))
+    bare = model.language.hf(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions(batch)
+    )
     with torch.no_grad():
         assert torch.equal(model(batch), bare.logits)
 

@@ -1,0 +1,57 @@
+"""Write the README's tables from benchmarks/results, so that no figure in it is typed by hand.
+
+    python benchmarks/tables.py            rewrite README.md
+    python benchmarks/tables.py --check    fail if it would change
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file of records in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from lavi.efficiency.record import Record, read
+from lavi.evaluation import side_by_side
+from lavi.report import markdown
+
+ROOT = Path(__file__).parent.parent
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def comparison(records: list[Record]) -> str:
+    """The side-by-side table of an evaluation, and what it was measured on."""
+    baseline = next(made for made in records if made.method == "concat")
+    columns, rows = side_by_side(records, baseline)
+    made = records[0]
+    note = (
+        f"{made.knobs['test_samples']} test samples; one prompt of {made.text_tokens} text tokens, batch 1; "
+        f"1 multiply-add = 2 FLOPs; {made.device}, {made.dtype}, {made.attention}, torch {made.versions['torch']}."
+    )
+    return f"{markdown(columns, rows)}\n{note}\n"
+
+
+def render(text: str) -> str:
+    """The text with every table made anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        return found[1] + comparison(read(ROOT / "benchmarks" / "results" / f"{found[2]}.jsonl")) + found[3]
+
+    return TABLE.sub(fill, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before, after = readme.read_text(), render(readme.read_text())
+    if args.check:
+        sys.exit(before != after)
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What the README says can be done: its commands parse, its tables come from records."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip().startswith(("python -m", "make"))
+]
+
+
+def test_make_targets_exist() -> None:
+    named = {shlex.split(c)[1] for c in COMMANDS if c.startswith("make")} | set(re.findall(r"`make ([a-z-]+)", README))
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"quickstart", "test"} <= named
+    assert named <= {line.split()[0] for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize("module", sorted({shlex.split(c)[2] for c in COMMANDS if c.startswith("python")}))
+def test_commands_take_the_options_that_are_shown(module: str) -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    options = {o for c in COMMANDS if f" {module} " in c for o in re.findall(r"--[a-z-]+", c)}
+    assert all(option in helped.stdout for option in options)
+
+
+def test_recipes_that_are_shown_exist() -> None:
+    shown = {path for c in COMMANDS for path in re.findall(r"recipes/\S+\.yaml", c)}
+    assert shown
+    assert all((ROOT / path).is_file() for path in shown)
+
+
+def test_tables_come_from_records() -> None:
+    subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, check=True)
