@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -50,6 +51,9 @@ class BatchStream(IterableDataset[Batch]):
         ready: list[Ready] = []
         position = Position(slot.index, 0, 0)
         for position, raw in self._positions(slot):
+            if raw is None:
+                skipped.check()
+                continue
             try:
                 ready.append(self.processor.encode(decode(raw)))
             except (BrokenSample, UserError) as error:
@@ -66,16 +70,17 @@ class BatchStream(IterableDataset[Batch]):
                 f"none of the {skipped.total} samples in {self.stream.shards[0]} ... can be used: {skipped}."
             )
 
-    def _positions(self, slot: Slot) -> Iterator[tuple[Position, dict[str, Any]]]:
-        """Raw samples with the position behind each."""
+    def _positions(self, slot: Slot) -> Iterator[tuple[Position, dict[str, Any] | None]]:
+        """Raw samples with the position behind each; None when a pass over the data is complete."""
         first_epoch, already_read = self.first.get(slot.index, (0, 0))
         for epoch in itertools.count(first_epoch):
             samples = itertools.islice(self.stream.epoch(epoch, slot), already_read, self.limit)
-            position = None
+            position = Position(slot.index, epoch, already_read)
             for number, raw in enumerate(samples, start=already_read + 1):
                 position = Position(slot.index, epoch, number)
                 yield position, raw
-            if not self.endless or (position is None and not already_read):
+            yield position, None
+            if not self.endless or not position.read:
                 return
             already_read = 0
 
@@ -87,6 +92,8 @@ class BatchStream(IterableDataset[Batch]):
 class Skipped:
     """Broken samples, counted by cause; above a share of what was seen, reading stops and says why."""
 
+    last = ""
+
     max_share: float
     seen: int = 0
     total: int = 0
@@ -97,17 +104,30 @@ class Skipped:
         """Count one more.
 
         Raises:
-            UserError: it is one too many.
+            UserError: more than the share, beyond what chance explains.
         """
         self.total += 1
         self.causes[cause] += 1
         self.fresh.append((key, cause))
-        # A share of few samples says little: the first hundred count as a hundred.
-        if self.total > self.max_share * max(100, self.seen + self.total):
-            raise UserError(
-                f"{self.total} of {self.seen + self.total} samples are broken, more than data.max_skipped="
-                f"{self.max_share:g} allows; the last is sample '{key}': {cause}. Mend or remove them, or raise it."
-            )
+        self.last = f"sample '{key}': {cause}"
+        expected = self.max_share * (self.seen + self.total)
+        if self.total > expected + 4 * math.sqrt(expected) + 1:
+            self._stop()
+
+    def check(self) -> None:
+        """Hold the share exactly, when a pass over the data is complete.
+
+        Raises:
+            UserError: more than the share.
+        """
+        if self.total > self.max_share * (self.seen + self.total):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        raise UserError(
+            f"{self.total} of {self.seen + self.total} samples are broken, more than data.max_skipped="
+            f"{self.max_share:g} allows; the last is {self.last}. Mend or remove them, or raise it."
+        )
 
     def take(self) -> list[tuple[str, str]]:
         """Those added since the last call."""

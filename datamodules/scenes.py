@@ -47,7 +47,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 SIZES = {"small": 8, "large": 13}
 GLYPHS = "0123456789ACEHKLPRTX"
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two")
 LEVELS = {
     "colour": "easy",
     "shape": "easy",

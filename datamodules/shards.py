@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -90,10 +91,14 @@ def write_shards(
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     part.mkdir(parents=True)
     counts = {}
-    with ProcessPoolExecutor(max_workers=min(workers, len(jobs))) as pool:
-        futures = [pool.submit(_write_shard, part, job, make) for job in jobs]
-        for job, future in track(list(zip(jobs, futures, strict=True)), description=label, transient=True):
-            counts[shard_name(job.index)] = future.result()
+    try:
+        with ProcessPoolExecutor(max_workers=min(workers, len(jobs))) as pool:
+            futures = [pool.submit(_write_shard, part, job, make) for job in jobs]
+            for job, future in track(list(zip(jobs, futures, strict=True)), description=label, transient=True):
+                counts[shard_name(job.index)] = future.result()
+    except BaseException:
+        shutil.rmtree(part)
+        raise
     index = {"samples": sum(counts.values()), "shards": counts, "made_by": made_by}
     (part / INDEX).write_text(json.dumps(index, indent=1))
     part.rename(folder)

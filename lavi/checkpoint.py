@@ -132,6 +132,9 @@ class KeepRun(pl.Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Not before: a checkpoint that does not fit the recipe has been refused by now, its run folder untouched.
+        if trainer.is_global_zero:
+            (self.folder / RECIPE).write_text(self.recipe.yaml())
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     import torch
     from rich.console import Console
 

@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="steps between two checkpoints")
     parser.add_argument("--trust", action="store_true", help="with --resume: build whatever the run's recipe names")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.resume and args.run:
         parser.error("--run names a new folder, and --resume goes on in the old one")
     if args.save_every < 1:
@@ -86,7 +86,6 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int, 
     console.print(startup.what_trains(module))
     if isinstance(model, VisionLanguageModel):
         console.print(startup.as_trained(model, data.stream("train")))
-    (run / checkpoint.RECIPE).write_text(recipe.yaml())
     console.print(f"run folder: {run}   (tensorboard --logdir {run.parent})")
     try:
         trainer.fit(module, data, ckpt_path=resume_from)

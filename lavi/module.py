@@ -21,7 +21,7 @@ class VisionLanguageModule(pl.LightningModule):
     Args:
         model: what is trained.
         learning_rate: peak rate of each part that trains, by its name in the model (``fusion``, ``language``,
-            ``vision``); a part that is not named is frozen.
+            ``vision``); a part that is not named, or at null, is frozen.
         weight_decay: of AdamW, on matrices only.
         warmup: share of the steps over which the rate rises; then it falls along a cosine to a hundredth.
 
@@ -36,18 +36,19 @@ class VisionLanguageModule(pl.LightningModule):
         self,
         model: VisionLanguageModel,
         *,
-        learning_rate: dict[str, float],
+        learning_rate: dict[str, float | None],
         weight_decay: float = 0.0,
         warmup: float = 0.03,
     ) -> None:
         super().__init__()
         self.model = model
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.learning_rate = {part: rate for part, rate in learning_rate.items() if rate is not None}
+        self.weight_decay, self.warmup = weight_decay, warmup
         for part in learning_rate:
             if part not in dict(model.named_children()):
                 raise UserError(f"module.learning_rate names '{part}': {nearest(part, dict(model.named_children()))}")
         for name, child in model.named_children():
-            child.requires_grad_(name in learning_rate)
+            child.requires_grad_(name in self.learning_rate)
         self.accuracy = {"train": FamilyAccuracy(), "val": FamilyAccuracy()}
 
     def train(self, mode: bool = True) -> VisionLanguageModule:

@@ -63,7 +63,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_fit_shows_what_it_does_and_keeps_what_was_trained(run, tiny_recipe: Path, tmp_path: Path) -> None:
-    status, out, _ = run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate={fusion: 0.001}")
+    status, out, _ = run("lavi.fit", "--recipe", tiny_recipe, "module.learning_rate.language=null")
     assert status == 0
     for words in (
         "What trains",
@@ -74,7 +74,10 @@ def test_fit_shows_what_it_does_and_keeps_what_was_trained(run, tiny_recipe: Pat
     ):
         assert words in out
     folder = tmp_path / "runs" / "tiny"
-    assert yaml.safe_load((folder / RECIPE).read_text())["module"]["learning_rate"] == {"fusion": 0.001}
+    assert yaml.safe_load((folder / RECIPE).read_text())["module"]["learning_rate"] == {
+        "fusion": 0.001,
+        "language": None,
+    }
     kept = weights(folder)
     assert kept
     assert all(name.startswith("model.fusion.") for name in kept)  # exactly what was trained

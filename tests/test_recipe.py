@@ -75,7 +75,7 @@ WRONG = {
     ),
     "wrong item": (
         "module:\n  learning_rate: {fusion: fast}\n",
-        r"child.yaml:3: 'module.learning_rate' must be dict\[str, float\]",
+        r"child.yaml:3: 'module.learning_rate' must be dict\[str, float \| None\]",
     ),
     "wrong choice": (
         "model:\n  fusion: {parameters: all}\n",

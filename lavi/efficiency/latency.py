@@ -47,9 +47,8 @@ def stage_times(
         return hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True, logits_to_keep=1)
 
     def decode(cache: Any, vision: Any) -> Any:
-        length = cache.get_seq_length()
         hf(input_ids=token, past_key_values=cache, use_cache=True, vision=vision)
-        cache.crop(length)  # so that every run decodes at the same length
+        cache.crop(-1)  # so that every run decodes at the same length
 
     with torch.no_grad():
         out, vision = model.prefill(batch, features)

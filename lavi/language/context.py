@@ -51,9 +51,7 @@ class DecoderInput:
 
     def sequence(self) -> dict[str, Tensor]:
         """``input_ids`` or ``inputs_embeds``, and ``attention_mask``, as transformers names them."""
-        named = {
-            "input_ids": self.input_ids,
-            "inputs_embeds": self.inputs_embeds,
-            "attention_mask": self.attention_mask,
-        }
+        # A mask on meta has no values that transformers could look at; what is counted there is never padded.
+        mask = None if self.attention_mask.is_meta else self.attention_mask
+        named = {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "attention_mask": mask}
         return {name: tensor for name, tensor in named.items() if tensor is not None}

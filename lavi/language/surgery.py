@@ -84,16 +84,17 @@ class FusedCausalLM(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        base = inspect.signature(cls.__mro__[2].forward)  # type: ignore[attr-defined]
-        named = [p for p in base.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        original = cls.__mro__[2].forward  # type: ignore[attr-defined]
+        signature = inspect.signature(original)
+        named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         vision = inspect.Parameter("vision", inspect.Parameter.KEYWORD_ONLY, default=None)
 
         def forward(self: nn.Module, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Any:
             if vision is not None:
                 kwargs["vision"] = vision
-            return super().forward(*args, **kwargs)
+            return original(self, *args, **kwargs)
 
-        forward.__signature__ = base.replace(parameters=[*named, vision])  # type: ignore[attr-defined]
+        forward.__signature__ = signature.replace(parameters=[*named, vision])  # type: ignore[attr-defined]
         cls.forward = forward  # type: ignore[method-assign]
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from lavi.nn.flops import linear_flops
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the tensor's device; meta has none to switch off."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class AttentionDeltas(nn.Module):
@@ -37,13 +44,13 @@ class AttentionDeltas(nn.Module):
 
     def visual(self, tokens: Tensor) -> Tensor:
         """The image's part, computed once: ``tokens`` (B, N, Dv) to keys and values (2, B, heads, N, r / heads)."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             pair = self.key_value(self.vision_norm(tokens.float()))  # (B, N, 2 r)
         return pair.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, hidden: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
         """Deltas (B, T, outputs, D) in fp32, exactly 0 where ``mask`` (B, T, N) lets a token see nothing."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             query = self.query(self.text_norm(hidden.float())).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             sees = mask.any(-1, keepdim=True)  # (B, T, 1)
             # A row that may see nothing attends to everything and is multiplied by 0: no softmax over an empty set,
