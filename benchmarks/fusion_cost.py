@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from callbacks.efficiency import Efficiency, sweep_table
 from datamodules.tokenizer import train_tokenizer
 from lavi.efficiency import record
 from lavi.recipe import Recipe
+from lavi.report import console
 
 FULL = {
     "vision": {
@@ -99,10 +99,9 @@ def main() -> None:
         made.knobs = {"size": "full" if sizes is FULL else "reduced"}
     if args.out:
         record.write(records, args.out)
-    console = Console()
-    console.print(sweep_table(records))
+    console().print(sweep_table(records))
     if device.type != "cuda":
-        console.print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")
+        console().print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")
 
 
 if __name__ == "__main__":

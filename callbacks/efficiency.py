@@ -8,7 +8,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from lavi.checkpoint import RECIPE
@@ -16,7 +15,7 @@ from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, concat_twin, count, measure, saving
 from lavi.efficiency.record import Record
 from lavi.recipe import Recipe
-from lavi.report import table
+from lavi.report import console, table
 
 log = logging.getLogger("lavi")
 
@@ -49,7 +48,7 @@ class Efficiency(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 write_curves(records, Path(logger.log_dir))
-        Console().print(sweep_table(records))
+        console().print(sweep_table(records))
 
     def sweep(self, recipe: Recipe, device: torch.device) -> list[Record]:
         """One record for each method and number of visual tokens."""

@@ -256,10 +256,38 @@ def jpeg(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+ONE_IMAGE = ("existence", "count", "colour", "shape", "relation", "comparison", "reading")
+"""The families about one image, in the order a conversation asks them: no question gives away a later answer."""
+
+
+def _ask_one(scene: Scene, examiner: Examiner, index: int) -> list[Question]:
+    """One question, the families taking turns; the next one's if the scene has none of a family."""
+    start = index % 8
+    picks = (examiner.pick(list(questions(scene, family))) for family in ONE_IMAGE[start:] + ONE_IMAGE[:start])
+    return [next(question for question in picks if question)]
+
+
+def _converse(scene: Scene, examiner: Examiner, rng: random.Random, turns: int) -> list[Question]:
+    """Several questions, often several of a family: asking for two things' colours is what tells one from the other.
+
+    Of two families of which one gives the other away (the colour of the circle, the shape of the red thing) one is left
+    out; easy families are asked twice as often as hard ones.
+    """
+    left_out = {rng.choice(("colour", "shape")), rng.choice(("existence", "count"))}
+    families = [family for family in ONE_IMAGE if family not in left_out]
+    weights = [2 if LEVELS[family] == "easy" else 1 for family in families]
+    pools = {family: list(questions(scene, family)) for family in families}
+    chosen: list[Question] = []
+    for family in rng.choices(families, weights, k=3 * turns):
+        if len(chosen) < turns and (question := examiner.pick(pools[family])):
+            chosen.append(question)
+            pools[family] = [q for q in pools[family] if q.text != question.text]
+    return sorted(chosen, key=lambda question: ONE_IMAGE.index(question.family))
+
+
 def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
     """The samples of one shard. Every eighth is about two images."""
     examiner = Examiner(random.Random(f"{seed}/{split}/shard/{job.index}"))
-    one_image = [family for family in LEVELS if family != "two_images"]
     for index in range(job.start, job.stop):
         rng = random.Random(f"{seed}/{SPLITS[split]}/{index}")
         scenes = [Scene.draw_from(rng) for _ in range(2 if index % 8 == 7 else 1)]
@@ -270,11 +298,7 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterato
                 chosen.append(question)
                 pool.remove(question)
         else:
-            # A test sample asks one family, each in its turn; a training sample as many families as it has turns.
-            start = index % 8 if turns == 1 else rng.randrange(len(one_image))
-            for family in (one_image * 2)[start:][: len(one_image)]:
-                if len(chosen) < turns and (question := examiner.pick(list(questions(scenes[0], family)))):
-                    chosen.append(question)
+            chosen = _converse(scenes[0], examiner, rng, turns) if turns > 1 else _ask_one(scenes[0], examiner, index)
         if not chosen:  # Two scenes that hold the same things; a scene alone always has a colour or a count to ask for.
             continue
         sample: dict[str, Any] = {"__key__": f"{split}-{index:06d}", "json": conversation(chosen, len(scenes))}

@@ -30,15 +30,14 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     import torch
-    from rich.console import Console
 
     from lavi import evaluation
     from lavi.checkpoint import load_run
     from lavi.efficiency import measure, record
-    from lavi.report import table
+    from lavi.report import console, table
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    console, records, twins = Console(), [], []
+    records, twins = [], []
     for run in args.checkpoint:
         recipe, model = load_run(run, overrides=args.overrides, trust=args.trust)
         model.to(device)
@@ -58,7 +57,7 @@ def main() -> None:
     title = (
         f"{len(samples)} test samples; one prompt of {text} text tokens; 1 multiply-add = 2 FLOPs; {records[0].device}"
     )
-    console.print(table(title, columns, rows))
+    console().print(table(title, columns, rows))
 
 
 if __name__ == "__main__":

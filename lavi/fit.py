@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 from lavi.errors import HelpFormatter, UserError, front
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lavi.recipe import Recipe
 
 
@@ -44,12 +42,9 @@ def arguments() -> argparse.Namespace:
 @front
 def main() -> int:
     args = arguments()
-    from rich.console import Console
-
     from lavi import checkpoint
     from lavi.recipe import Recipe
 
-    console = Console()
     if args.resume:
         resume_from = checkpoint.resume_point(args.resume)
         recipe, run = Recipe.load(args.resume / checkpoint.RECIPE, args.overrides, trusted=args.trust), args.resume
@@ -58,19 +53,19 @@ def main() -> int:
         recipe = Recipe.load(args.recipe, args.overrides)
         wanted = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
         run = checkpoint.new_run_folder(wanted, exact=args.run is not None)
-    return train(recipe, run, resume_from, args.save_every, console)
+    return train(recipe, run, resume_from, args.save_every)
 
 
-def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int, console: Console) -> int:
+def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) -> int:
     """Build everything, show what is about to happen, train, show what came of it."""
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
     from rich.syntax import Syntax
 
-    from lavi import checkpoint, startup
+    from lavi import checkpoint, report, startup
     from lavi.model import VisionLanguageModel
-    from lavi.report import metrics_table
 
+    console = report.console()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
@@ -94,7 +89,7 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int, 
             raise UserError("interrupted before the first step: nothing was saved.") from None
         console.print(f"stopped at step {keep.saved_step}, saved. Go on with: python -m lavi.fit --resume {run}")
         return 130
-    console.print(metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
+    console.print(report.metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
     return 0
 
 

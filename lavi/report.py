@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+
+
+def console() -> Console:
+    """The terminal; wide enough for tables where there is none."""
+    found = Console()
+    return found if found.is_terminal else Console(width=150)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
