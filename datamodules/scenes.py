@@ -174,12 +174,15 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
             answer = "yes" if scene.matching(colour=colour) else "no"
             yield Question(family, f"is there anything {colour}?", answer, "colour")
     elif family == "count":
-        for shape in SHAPES:
-            if len(found := scene.matching(shape=shape)) < len(NUMBERS):
-                yield Question(family, f"how many {shape}s?", NUMBERS[len(found)], "shape")
-        for colour in COLOURS:
-            if len(found := scene.matching(colour=colour)) < len(NUMBERS):
-                yield Question(family, f"how many {colour} things?", NUMBERS[len(found)], "colour")
+        counted = [("shape", f"{shape}s", scene.matching(shape=shape)) for shape in SHAPES]
+        counted += [("colour", f"{colour} things", scene.matching(colour=colour)) for colour in COLOURS]
+        for kind in ("shape", "colour"):
+            mine = [(name, len(found)) for k, name, found in counted if k == kind]
+            # Only where there are two of something: elsewhere "zero" and "one" would be all there is to say.
+            if any(number == 2 for _, number in mine):
+                for name, number in mine:
+                    if number < len(NUMBERS):
+                        yield Question(family, f"how many {name}?", NUMBERS[number], kind)
     elif family == "relation":
         for a in things:
             for b in things:
