@@ -23,8 +23,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for records and logs")
     args = parser.parse_args()
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        print("This Python has no torch: name another, such as `make gpu-check PYTHON=.venv/bin/python`.")
+        return 2
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was run, and no GPU figure exists.")
         return 0
