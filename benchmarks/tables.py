@@ -23,7 +23,7 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def comparison(records: list[Record]) -> str:
     """The side-by-side table of an evaluation, and what it was measured on."""
-    baseline = next(made for made in records if made.method == "concat")
+    baseline = next((made for made in records if made.method == "concat"), None)
     columns, rows = side_by_side(records, baseline)
     made = records[0]
     note = (

@@ -259,8 +259,9 @@ def jpeg(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-ONE_IMAGE = ("existence", "count", "colour", "shape", "relation", "comparison", "reading")
-"""The families about one image, in the order a conversation asks them: no question gives away a later answer."""
+ONE_IMAGE = tuple(family for family in LEVELS if family != "two_images")
+EASY_TO_HARD = 6
+"""In training conversations an easy family is asked this many times as often as a hard one: what is learned first."""
 
 
 def _ask_one(scene: Scene, examiner: Examiner, index: int) -> list[Question]:
@@ -271,21 +272,18 @@ def _ask_one(scene: Scene, examiner: Examiner, index: int) -> list[Question]:
 
 
 def _converse(scene: Scene, examiner: Examiner, rng: random.Random, turns: int) -> list[Question]:
-    """Several questions, often several of a family: asking for two things' colours is what tells one from the other.
+    """Several questions in random order, none twice; often several of a family.
 
-    Of two families of which one gives the other away (the colour of the circle, the shape of the red thing) one is left
-    out; easy families are asked twice as often as hard ones.
+    Asking for two things' colours is what tells one from the other.
     """
-    left_out = {rng.choice(("colour", "shape")), rng.choice(("existence", "count"))}
-    families = [family for family in ONE_IMAGE if family not in left_out]
-    weights = [2 if LEVELS[family] == "easy" else 1 for family in families]
-    pools = {family: list(questions(scene, family)) for family in families}
+    pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
+    weights = [EASY_TO_HARD if LEVELS[family] == "easy" else 1 for family in ONE_IMAGE]
     chosen: list[Question] = []
-    for family in rng.choices(families, weights, k=3 * turns):
+    for family in rng.choices(ONE_IMAGE, weights, k=4 * turns):
         if len(chosen) < turns and (question := examiner.pick(pools[family])):
             chosen.append(question)
             pools[family] = [q for q in pools[family] if q.text != question.text]
-    return sorted(chosen, key=lambda question: ONE_IMAGE.index(question.family))
+    return chosen
 
 
 def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
@@ -326,7 +324,7 @@ def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, w
     Raises:
         UserError: ``out`` holds something else.
     """
-    made_by = {"scenes": 1, "seed": seed, "counts": counts, "turns": turns}
+    made_by = {"scenes": 2, "seed": seed, "counts": counts, "turns": turns}
     note = out / "made_by.json"
     if note.is_file() and json.loads(note.read_text()) == made_by:
         return False
@@ -414,7 +412,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=12000, help="training scenes")
     parser.add_argument("--validation", type=int, default=800, help="validation scenes, one question each")
     parser.add_argument("--test", type=int, default=1600, help="test scenes, one question each")
-    parser.add_argument("--turns", type=int, default=6, help="questions in a training conversation")
+    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
     counts = {"train": args.train, "validation": args.validation, "test": args.test}

@@ -109,8 +109,8 @@ def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> tup
     return int(median(lengths)), int(images) * model.vision.tokens
 
 
-def side_by_side(records: Sequence[Record], baseline: Record) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the comparison: one column a method, one row a figure."""
+def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the comparison: one column a method, one row a figure; savings are against ``baseline``."""
     from lavi.efficiency.measure import saving
 
     def row(name: str, cells: Sequence[str]) -> list[str]:
@@ -127,15 +127,11 @@ def side_by_side(records: Sequence[Record], baseline: Record) -> tuple[list[str]
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
     rows.append(row("GFLOPs, without vision encoder", [f"{r.gflops_language:.4f}" for r in records]))
     rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))
-    for with_vision in (False, True):
-        pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
-        rows.append(
-            row(
-                f"saved, {'with' if with_vision else 'without'} vision encoder (%)",
-                [f"{saved:.1f}" for saved, _ in pairs],
-            )
-        )
-        rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
+    if baseline is not None:
+        for with_vision, name in ((False, "without"), (True, "with")):
+            pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
+            rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
+            rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
         cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]
         rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", cells))

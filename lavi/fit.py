@@ -75,6 +75,8 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     keep = checkpoint.KeepRun(run, recipe, every=save_every)
     logger = TensorBoardLogger(run, name="", version="")
     callbacks = [keep, *recipe.build_callbacks()]
+    if recipe.settings["trainer"].get("enable_progress_bar", True):
+        callbacks.append(startup.StepBar())
     trainer: pl.Trainer = recipe.build(
         "trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run), enable_checkpointing=False
     )

@@ -13,6 +13,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError, nearest
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
+from lavi.optim import MuonAdamW, hidden_matrices
 
 
 class VisionLanguageModule(pl.LightningModule):
@@ -22,8 +23,10 @@ class VisionLanguageModule(pl.LightningModule):
         model: what is trained.
         learning_rate: peak rate of each part that trains, by its name in the model (``fusion``, ``language``,
             ``vision``); a part that is not named, or at null, is frozen.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: on matrices only.
         warmup: share of the steps over which the rate rises; then it falls along a cosine to a hundredth.
+        muon: train the hidden matrices with Muon, at this many times their part's rate, and only the rest (embeddings,
+            norms, biases) with AdamW; None: AdamW for all. For small models from scratch; finetuning uses AdamW.
 
     Raises:
         UserError: an unknown part.
@@ -39,11 +42,12 @@ class VisionLanguageModule(pl.LightningModule):
         learning_rate: dict[str, float | None],
         weight_decay: float = 0.0,
         warmup: float = 0.03,
+        muon: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.learning_rate = {part: rate for part, rate in learning_rate.items() if rate is not None}
-        self.weight_decay, self.warmup = weight_decay, warmup
+        self.weight_decay, self.warmup, self.muon = weight_decay, warmup, muon
         for part in learning_rate:
             if part not in dict(model.named_children()):
                 raise UserError(f"module.learning_rate names '{part}': {nearest(part, dict(model.named_children()))}")
@@ -102,21 +106,29 @@ class VisionLanguageModule(pl.LightningModule):
         return self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
 
     def configure_optimizers(self) -> Any:
-        rates = self.learning_rate
-        parts = [
-            {"params": chosen, "lr": rates[name], "name": f"{name}/{kind}", "weight_decay": decay}
-            for name in rates
-            for kind, decay, chosen in self._matrices_and_vectors(self.model.get_submodule(name))
-            if chosen
-        ]
-        optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.98))
+        groups = [group for name in self.learning_rate for group in self._groups_of(name)]
+        plain = self.muon is None
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if plain else MuonAdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _matrices_and_vectors(self, part: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]]:
+    def _groups_of(self, name: str) -> list[dict[str, Any]]:
+        """The parameter groups of one part: what Muon trains, other matrices, vectors (which never decay)."""
+        part, rate = self.model.get_submodule(name), self.learning_rate[name]
+        hidden = set() if self.muon is None else hidden_matrices(part)
         parameters = [p for p in part.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        return [("matrices", self.weight_decay, matrices), ("vectors", 0.0, vectors)]
+        muon = [p for p in parameters if id(p) in hidden]
+        matrices = [p for p in parameters if p.ndim > 1 and id(p) not in hidden]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        decay = self.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": muon, "lr": rate * (self.muon or 1.0), "weight_decay": decay, "name": f"{name}/muon"},
+            {"params": matrices, "lr": rate, "weight_decay": decay, "name": f"{name}/matrices"},
+            {"params": vectors, "lr": rate, "weight_decay": 0.0, "name": f"{name}/vectors"},
+        ]
+        if self.muon is not None:
+            groups = [group | {"kind": "muon" if group["params"] is muon else "adamw"} for group in groups]
+        return [group for group in groups if group["params"]]
 
     def _share_of_peak(self, step: int) -> float:
         total = self.trainer.max_steps

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,14 @@ from torch import nn
 from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
+
+
+class StepBar(RichProgressBar):
+    """Lightning's bar, counting epochs only where the recipe does: most of ours count steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        counts_epochs = self.trainer.max_epochs not in (None, -1)
+        return super()._get_train_description(current_epoch) if counts_epochs else "Training  "
 
 
 def what_trains(module: pl.LightningModule) -> Table:

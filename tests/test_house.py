@@ -18,7 +18,7 @@ ORDER = [
     {"processor"},
     {"fusion"},
     {"model"},
-    {"metrics", "module"},
+    {"metrics", "optim", "module"},
     {"recipe", "report"},
     {"checkpoint", "startup"},
     {"efficiency"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lavi.efficiency.flops import probe_inputs
@@ -45,6 +47,7 @@ def _peak_cuda(run: object, device: torch.device) -> float:
 def _peak_cpu(run: object) -> float:
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library reports that there is no GPU, as an error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()  # type: ignore[operator]
     held = peak = 0.0
