@@ -39,7 +39,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vision, self.language, self.fusion = vision, language, fusion
-        fusion.bind(language, vision.width)
+        fusion.bind(language, vision)
         self.chat = Chat(language.tokenizer, chat_template)
         self.processor = Processor(
             chat=self.chat,

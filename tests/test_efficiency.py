@@ -44,6 +44,9 @@ FUSIONS = {
     "concat": ConcatFusion,
     "lavi": LaViFusion,
     "lavi-all": lambda: LaViFusion(every=1, bottleneck=32),
+    "lavi-mlp": lambda: LaViFusion(generator="mlp", depth=2),
+    "lavi-conv": lambda: LaViFusion(generator="conv", depth=2),
+    "lavi-pooled": lambda: LaViFusion(generator="pooled", targets=["attention", "ffn", "final"]),
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", targets=["ffn"]),
 }
 SIZES = {"small": (TOWER, QWEN2, -1), "7B": (SIGLIP_SO400M, QWEN2_7B, -2)}

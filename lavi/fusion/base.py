@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
+from lavi.vision.base import VisionBackbone
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Cost:
 
 
 class Fusion(nn.Module, ABC):
-    """Built unbound from a recipe, then bound once to a language model and a vision width."""
+    """Built unbound from a recipe, then bound once to a language model and a vision backbone."""
 
     @abstractmethod
-    def bind(self, language: LanguageModel, vision_width: int) -> None:
-        """Make the parameters and open the decoder."""
+    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
+        """Make the parameters, for features of ``vision``'s width and grid, and open the decoder."""
 
     @abstractmethod
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
@@ -57,34 +58,45 @@ class Fusion(nn.Module, ABC):
 
 
 @dataclass
-class RowTokens:
-    """The visual tokens of each row, padded: ``tokens`` (B, N, Dv); ``column`` (B, N), the text column each is before.
+class Rows:
+    """Which of the tokens that stand view by view belong to each row, padded; made on the host, once a batch.
 
-    Padding stands before column :attr:`NEVER`. N is at least 1, so that no attention meets an empty axis.
+    Padding stands before column :attr:`NEVER`. M is at least 1, so that no attention meets an empty axis.
     """
 
-    tokens: Tensor
+    index: Tensor
+    """(B, M) into [the views' tokens | one zero vector]."""
     column: Tensor
-    image: Tensor
-    """(B, N) which image of its row a token belongs to, from 0."""
+    """(B, M): the text column each token stands before."""
 
     NEVER = 2**30
 
+    def gather(self, tokens: Tensor) -> Tensor:
+        """(views, S, E) to (B, M, E)."""
+        flat = torch.cat([tokens.flatten(0, 1), tokens.new_zeros(1, tokens.shape[-1])])  # (views S + 1, E)
+        return flat[self.index]
 
-def rows_of_tokens(batch: Batch, features: Tensor) -> RowTokens:
-    """Gather the features of each row's images; the index is made on the host, so no device is waited for."""
-    views, per_view, width = features.shape
-    rows: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (token, column, image) of each row
+
+def rows_of(batch: Batch, *, views: int, per_view: int, device: torch.device) -> Rows:
+    """The rows of a batch whose ``views`` views have ``per_view`` tokens each."""
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(len(batch))]  # (token, column) of each row
     first = 0
-    images_in_row = [0] * len(batch)
     for place in batch.places:
         tokens = range(first * per_view, (first + place.views) * per_view)
-        rows[place.row] += [(token, place.column, images_in_row[place.row]) for token in tokens]
-        images_in_row[place.row] += 1
+        rows[place.row] += [(token, place.column) for token in tokens]
         first += place.views
     longest = max(1, *(len(row) for row in rows))
-    nothing = (views * per_view, RowTokens.NEVER, 0)  # one zero vector stands behind the features
-    padded = torch.tensor([row + [nothing] * (longest - len(row)) for row in rows], device="cpu")  # (B, N, 3)
-    index, column, image = padded.to(features.device).unbind(-1)
-    flat = torch.cat([features.flatten(0, 1), features.new_zeros(1, width)])  # (views N + 1, Dv)
-    return RowTokens(flat[index], column, image)
+    nothing = (views * per_view, Rows.NEVER)
+    padded = torch.tensor([row + [nothing] * (longest - len(row)) for row in rows], device="cpu")  # (B, M, 2)
+    index, column = padded.to(device).unbind(-1)
+    return Rows(index, column)
+
+
+def image_of_view(batch: Batch, device: torch.device) -> Tensor:
+    """(views,): which image of its row each view belongs to, from 0."""
+    seen = [0] * len(batch)
+    numbers: list[int] = []
+    for place in batch.places:
+        numbers += [seen[place.row]] * place.views
+        seen[place.row] += 1
+    return torch.tensor(numbers, dtype=torch.long, device="cpu").to(device)

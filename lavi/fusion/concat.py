@@ -17,15 +17,16 @@ from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.flops import linear_flops
+from lavi.vision.base import VisionBackbone
 
 
 class ConcatFusion(Fusion):
     """A two-layer GELU projector (LLaVA-1.5), then the visual tokens are spliced into the text."""
 
-    def bind(self, language: LanguageModel, vision_width: int) -> None:
-        self.widths = (vision_width, language.width)
+    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
+        self.widths = (vision.width, language.width)
         self.projector = nn.Sequential(
-            nn.Linear(vision_width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+            nn.Linear(vision.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
         )
         open_decoder(language.hf)
 

@@ -18,6 +18,7 @@ bottleneck, ``dbeta`` also on RMS norms, several images and their order embeddin
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -26,23 +27,31 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch
 from lavi.errors import UserError
-from lavi.fusion.base import Cost, Fusion, rows_of_tokens
+from lavi.fusion.base import Cost, Fusion, image_of_view, rows_of
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
-from lavi.nn.deltas import AttentionDeltas
+from lavi.nn.deltas import GENERATORS, DeltaGenerator
+from lavi.nn.modulated_norm import Deltas, ModulatedNorm
+from lavi.vision.base import VisionBackbone
 
 
 class LaViFusion(Fusion):
-    """Modulates the norms that feed attention and feed-forward part of some decoder layers.
+    """Modulates the norms of attention and feed-forward part in some decoder layers.
 
     Args:
         every: modulate the last layer of every group of this many (paper: about a quarter of the layers).
         layers: the layers to modulate, instead of ``every``.
-        targets: which norms, by what they feed.
+        fraction: modulate this share of the layers, instead of ``every``.
+        where: with ``fraction``, which of them.
+        targets: which norms, by what they feed; where a family has none that feeds it (OLMo-2), the norm that closes
+            it. ``final`` is the norm before the head.
         parameters: what is modulated: the scale, the shift, or both (the paper's ablation).
-        bottleneck: width of a generator's attention.
-        heads: of a generator's attention.
+        generator: what makes the deltas (the paper's Table 4, and ``pooled`` as a control).
+        bottleneck: width of a generator.
+        heads: of the attention generator.
+        depth: blocks of the mixer and the convolution generator.
+        per_target: a generator for each norm, instead of one for all of its layer's.
         max_images: images of one conversation told apart by an embedding; later ones share the last.
 
     Raises:
@@ -54,89 +63,143 @@ class LaViFusion(Fusion):
         *,
         every: int = 4,
         layers: list[int] | None = None,
-        targets: list[Literal["attention", "ffn"]] | None = None,
+        fraction: float | None = None,
+        where: Literal["first", "last", "spread"] = "spread",
+        targets: list[Literal["attention", "ffn", "final"]] | None = None,
         parameters: Literal["both", "scale", "shift"] = "both",
+        generator: Literal["attention", "mlp", "conv", "pooled"] = "attention",
         bottleneck: int = 64,
         heads: int = 4,
+        depth: int = 1,
+        per_target: bool = False,
         max_images: int = 8,
     ) -> None:
         super().__init__()
         if bottleneck % heads:
             raise UserError(f"LaVi's bottleneck ({bottleneck}) must be a multiple of its heads ({heads}).")
-        self.every, self.wanted_layers, self.wanted_targets = every, layers, targets or ["attention", "ffn"]
+        if layers is not None and fraction is not None:
+            raise UserError("LaVi takes either 'layers' or 'fraction', not both.")
+        if fraction is not None and not 0 < fraction <= 1:
+            raise UserError(f"LaVi's fraction of modulated layers is above 0 and at most 1, not {fraction}.")
+        self.every, self.wanted_layers, self.fraction, self.where = every, layers, fraction, where
+        self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
-        self.bottleneck, self.heads, self.max_images = bottleneck, heads, max_images
+        self.kind, self.bottleneck, self.heads, self.depth = generator, bottleneck, heads, depth
+        self.per_target, self.max_images = per_target, max_images
 
-    def bind(self, language: LanguageModel, vision_width: int) -> None:
-        self.width = language.width
-        layers = self._choose_layers(len(language.layers))
+    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
+        self.width, self.grid, self.final = language.width, vision.grid, len(language.layers)
+        layers = self._choose_layers(self.final)
         found = norm_targets(language.hf)
         self.targets = {layer: self._choose_norms(layer, found) for layer in layers}
-        open_decoder(language.hf, layers)
-        for targets in self.targets.values():
-            for target in targets:
-                open_norm(target)
-        self.image_order = nn.Embedding(self.max_images, vision_width)
+        if "final" in self.wanted_targets:
+            self.targets[self.final] = self._choose_norms(self.final, found)
+        self.targets = {layer: targets for layer, targets in self.targets.items() if targets}
+        open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
+        for target in self.chosen:
+            open_norm(target, language.width)
+        self.image_order = nn.Embedding(self.max_images, vision.width)
         nn.init.normal_(self.image_order.weight, std=0.02)
-        self.generators = nn.ModuleDict(
-            {
-                str(layer): AttentionDeltas(
+        self.generators = nn.ModuleDict()
+        for layer, targets in self.targets.items():
+            for name, count in self._generators_of(layer, len(targets)):
+                self.generators[name] = GENERATORS[self.kind](
                     width=language.width,
-                    vision_width=vision_width,
-                    outputs=len(targets) * (self.scale + self.shift),
+                    vision_width=vision.width,
+                    outputs=count * (self.scale + self.shift),
                     bottleneck=self.bottleneck,
                     heads=self.heads,
+                    depth=self.depth,
                 )
-                for layer, targets in self.targets.items()
-            }
-        )
+
+    @property
+    def chosen(self) -> list[NormTarget]:
+        """The norms that are modulated."""
+        return [target for targets in self.targets.values() for target in targets]
+
+    def _generators_of(self, layer: int, norms: int) -> list[tuple[str, int]]:
+        """Names of a layer's generators, and how many norms each serves."""
+        return [(f"{layer}-{i}", 1) for i in range(norms)] if self.per_target else [(str(layer), norms)]
 
     def _choose_layers(self, count: int) -> list[int]:
-        chosen = list(range(self.every - 1, count, self.every)) if self.wanted_layers is None else self.wanted_layers
+        if self.wanted_targets == ["final"]:
+            return []
+        if self.wanted_layers is not None:
+            chosen = self.wanted_layers
+        elif self.fraction is not None:
+            chosen = spread_layers(count, max(1, round(self.fraction * count)), self.where)
+        else:
+            chosen = list(range(self.every - 1, count, self.every))
         if not chosen or not all(0 <= layer < count for layer in chosen):
             raise UserError(
                 f"LaVi cannot modulate layers {chosen} (every={self.every}): the language model has 0 to {count - 1}."
             )
-        return sorted(chosen)
+        return sorted(set(chosen))
 
     def _choose_norms(self, layer: int, found: list[NormTarget]) -> list[NormTarget]:
+        """For each wanted target the norm that feeds it, else the one that closes it."""
         of_layer = [target for target in found if target.layer == layer]
-        chosen = [t for t in of_layer if t.role == "both" or t.role in self.wanted_targets]
-        if not chosen:
-            roles = {t.name: t.role for t in of_layer}
-            raise UserError(f"layer {layer} has no norm that feeds {' or '.join(self.wanted_targets)}; found: {roles}.")
-        return chosen
+        wanted = ["final"] if layer == self.final else [t for t in self.wanted_targets if t != "final"]
+        chosen: dict[str, NormTarget] = {}
+        for want in wanted:
+            fitting = [t for t in of_layer if t.role in (want, "both")]
+            fitting.sort(key=lambda t: t.place, reverse=True)  # "feeds" before "closes"
+            if not fitting:
+                roles = {t.name: t.role for t in of_layer}
+                raise UserError(f"layer {layer} has no norm for target '{want}'; found: {roles}.")
+            chosen[fitting[0].name] = fitting[0]
+        return list(chosen.values())
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        rows = rows_of_tokens(batch, features)
-        order = self.image_order(rows.image.clamp(max=self.max_images - 1))  # (B, N, Dv)
-        tokens = rows.tokens.float() + order
-        visual = {int(layer): cast(AttentionDeltas, g).visual(tokens) for layer, g in self.generators.items()}
+        order = image_of_view(batch, features.device).clamp(max=self.max_images - 1)  # (views,)
+        tokens = features.float() + self.image_order(order)[:, None]  # (views, N, Dv)
+        slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
+        views, per_view, _ = next(iter(slots.values())).shape
+        rows = rows_of(batch, views=views, per_view=per_view, device=features.device)
+        visual = {name: rows.gather(slot) for name, slot in slots.items()}
         context = LaViContext(fusion=self, visual=visual, column=rows.column)
         return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)
+
+    def deltas(self, layer: int, hidden: Tensor, visual: dict[str, Tensor], mask: Tensor) -> list[Deltas]:
+        """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
+        norms = len(self.targets[layer])
+        made = [
+            self.generators[name](hidden, visual[name], mask) for name, _ in self._generators_of(layer, norms)
+        ]  # (B, T, outputs, D) each
+        parts = iter(torch.cat(made, dim=2).unbind(2))
+        return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in range(norms)]
 
     def tokens_in_language(self, visual: int) -> int:
         return 0
 
     def costs(self, text: int, visual: int) -> dict[str, Cost]:
-        generators = sum(cast(AttentionDeltas, g).flops(text, visual) for g in self.generators.values())
+        generators = sum(cast(DeltaGenerator, g).flops(text, visual) for g in self.generators.values())
         # Per element of a modulated norm: xhat (square, sum, product), dgamma xhat, the two sums.
         per_element = 3 * self.scale + self.scale + self.scale + self.shift
-        norms = sum(len(targets) for targets in self.targets.values())
-        modulation = float(per_element * norms * text * self.width)
+        modulation = float(per_element * len(self.chosen) * text * self.width)
         return {"generator": Cost(generators), "modulation": Cost(modulation, uncounted=modulation)}
+
+
+def spread_layers(count: int, chosen: int, where: str) -> list[int]:
+    """``chosen`` of ``count`` layers: the first, the last, or one at the end of each of equal groups."""
+    if where == "first":
+        return list(range(chosen))
+    if where == "last":
+        return list(range(count - chosen, count))
+    return [round((i + 1) * count / chosen) - 1 for i in range(chosen)]
 
 
 @dataclass
 class LaViContext(VisualContext):
-    """Keys and values of the image for each modulated layer, and who may see which visual token."""
+    """What the images left for each generator, and which of it each token may see."""
 
     fusion: LaViFusion = None  # type: ignore[assignment]
-    visual: dict[int, Tensor] = None  # type: ignore[assignment]
+    visual: dict[str, Tensor] = None  # type: ignore[assignment]
+    """For each generator (B, M, E)."""
     column: Tensor = None  # type: ignore[assignment]
-    """(B, N): the text column each visual token stands before."""
+    """(B, M): the text column each slot stands before."""
     mask: Tensor | None = None
-    """(B, T, N): which visual tokens each token of this call sees: those of the images before it."""
+    """(B, T, M): what each token of this call sees: the slots of the images before it."""
 
     def at(self, past: int, length: int) -> LaViContext:
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
@@ -144,14 +207,19 @@ class LaViContext(VisualContext):
 
     def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.mask is not None
-        fusion = self.fusion
-        deltas = fusion.generators[str(layer)](hidden, self.visual[layer], self.mask)  # (B, T, outputs, D)
-        parts = iter(deltas.unbind(2))
-        norms = [target.norm for target in fusion.targets[layer]]
-        pairs = [(next(parts) if fusion.scale else None, next(parts) if fusion.shift else None) for _ in norms]
-        with modulated(norms, pairs):  # type: ignore[arg-type]
+        norms = [cast(ModulatedNorm, target.norm) for target in self.fusion.targets[layer]]
+        with modulated(norms, self.fusion.deltas(layer, hidden, self.visual, self.mask)):
             return call(hidden, *args, **kwargs)
 
+    def around_stack(self) -> AbstractContextManager[object]:
+        final = self.fusion.final
+        if final not in self.fusion.targets:
+            return nullcontext()
+        norm = cast(ModulatedNorm, self.fusion.targets[final][0].norm)
+        assert self.mask is not None
+        mask = self.mask  # the final norm's input is known only when the norm is called
+        return modulated([norm], [lambda hidden: self.fusion.deltas(final, hidden, self.visual, mask)[0]])
+
     def for_generation(self, beams: int) -> LaViContext:
-        visual = {layer: kv.repeat_interleave(beams, dim=1) for layer, kv in self.visual.items()}
+        visual = {name: slots.repeat_interleave(beams, dim=0) for name, slots in self.visual.items()}
         return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(beams, dim=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,10 @@ class VisualContext:
     def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does."""
         return call(hidden, *args, vision=self, **kwargs)
+
+    def around_stack(self) -> AbstractContextManager[object]:
+        """Holds while the whole stack of layers runs, its final norm included."""
+        return nullcontext()
 
     def for_generation(self, beams: int) -> VisualContext:
         """The context of a prompt about to be continued, each row ``beams`` times."""

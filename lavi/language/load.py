@@ -46,13 +46,23 @@ class LanguageModel(nn.Module):
             raise UserError("a language model from a bare configuration needs 'tokenizer' (a folder or a hub name).")
         self.tokenizer = _tokenizer(name)
         settings = _config(source, config, vocabulary=len(self.tokenizer))
-        torch_dtype = getattr(torch, dtype)
-        if source is not None and not on_meta():
-            self.hf = AutoModelForCausalLM.from_pretrained(
-                source, config=settings, dtype=torch_dtype, attn_implementation=attention
-            )
-        else:
-            self.hf = AutoModelForCausalLM.from_config(settings, dtype=torch_dtype, attn_implementation=attention)
+        kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+        try:
+            if source is not None and not on_meta():
+                self.hf = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
+            else:
+                self.hf = AutoModelForCausalLM.from_config(settings, **kwargs)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
+                raise UserError(
+                    f"'{settings.model_type}' has no attention kernel '{attention}': set language.attention=eager."
+                ) from None
+            if "Unrecognized configuration class" in reason:
+                raise UserError(
+                    f"'{settings.model_type}' is no decoder-only language model: choose one such as qwen2 or llama."
+                ) from None
+            raise
         self.attention = attention
 
     @property

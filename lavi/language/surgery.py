@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from lavi.errors import UserError
 from lavi.language.context import VisualContext
-from lavi.nn.modulated_norm import ModulatedNorm, normalise
+from lavi.nn.modulated_norm import Deltas, ModulatedNorm, normalise
 
 # --- swapping classes -------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,9 @@ class FusedDecoder(nn.Module):
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        out = super().forward(input_ids, *args, vision=vision.at(past, tokens.shape[1]), **kwargs)
+        placed = vision.at(past, tokens.shape[1])
+        with placed.around_stack():
+            out = super().forward(input_ids, *args, vision=placed, **kwargs)
         if vision.text_columns is not None:
             index = vision.text_columns[..., None].expand(-1, -1, out.last_hidden_state.shape[-1])  # (B, T, D)
             out.last_hidden_state = out.last_hidden_state.gather(1, index)
@@ -122,6 +125,7 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         UserError: the family drops unknown keywords on the way.
     """
     stack, stack_layers = decoder_of(model)
+    _refuse_recurrent(model)
     swap(model, FusedCausalLM)
     swap(stack, FusedDecoder)
     for index in layers:
@@ -134,6 +138,21 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         raise UserError(
             f"{type(model).__name__} drops unknown keywords before its layers {missing}: vision cannot enter it. "
             "Choose a family that passes them on (Qwen2, Llama, Mistral, Gemma, Phi, OLMo, ...)."
+        )
+
+
+def _refuse_recurrent(model: PreTrainedModel) -> None:
+    """Padding and images before a token would enter a recurrent state, where no mask takes them out again.
+
+    Raises:
+        UserError: some layers keep a recurrent state instead of keys and values.
+    """
+    layers = DynamicCache(config=model.config).layers
+    recurrent = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+    if recurrent:
+        raise UserError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state instead of keys and values: "
+            "state-space and linear-attention hybrids are not supported; choose a family such as qwen2 or llama."
         )
 
 
@@ -162,66 +181,103 @@ def _dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
-Role = Literal["attention", "ffn", "both"]
+Role = Literal["attention", "ffn", "both", "final"]
 
 
 @dataclass(frozen=True)
 class NormTarget:
-    """A norm of a decoder layer and what it feeds, found by probing, never by name."""
+    """A norm of a decoder layer (or the final one) and what it belongs to, found by probing, never by name."""
 
     layer: int
+    """The layer's index; the number of layers for the final norm."""
     name: str
     role: Role
+    place: Literal["feeds", "closes"]
+    """Whether the norm feeds its branch, or closes it (the only norms that post-norm families such as OLMo-2 have)."""
     norm: nn.Module
+    flattened: bool
+    """Whether its input is (B T, D) and no longer (B, T, D), as in OPT: then rows and tokens cannot be told apart."""
 
 
 def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
-    """Which norms feed the attention and the feed-forward part of each layer.
+    """Which norms feed, and which close, the attention and the feed-forward part of each layer; and the final norm.
 
-    One dummy forward: a norm whose output *is* the input of a sibling feeds that sibling; a sibling that takes an
-    attention mask is an attention. So a ``post_attention_layernorm`` that feeds the MLP (Llama) is told from one that
-    closes the attention's branch (Gemma-2), and a norm that feeds both (Phi, Cohere) is found once, as "both".
+    One dummy forward: a norm whose output *is* the input of a sibling feeds that sibling, one whose input is a
+    sibling's output closes it; a sibling that takes an attention mask is an attention. So a
+    ``post_attention_layernorm`` that feeds the MLP (Llama) is told from one that closes the attention's branch
+    (Gemma-2), and a norm that feeds both (Phi, Cohere) is found once, as "both".
     """
-    _, layers = decoder_of(model)
-    outputs: dict[int, tuple[int, str, nn.Module]] = {}  # id of an output -> the norm it came from
-    alive: list[Tensor] = []  # keeps outputs from being freed, so that no id is used twice
-    feeds: dict[tuple[int, str], set[str]] = {}
-    norms: dict[tuple[int, str], nn.Module] = {}
-    hooks = []
-
-    def after_norm(index: int, name: str, norm: nn.Module) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[id(output)] = (index, name, norm)
-            alive.append(output)
-
-        return hook
-
-    def before_sibling(index: int, role: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            for value in (*args, *kwargs.values()):
-                if (found := outputs.get(id(value))) and found[0] == index:
-                    feeds.setdefault(found[:2], set()).add(role)
-                    norms[found[:2]] = found[2]
-
-        return hook
-
+    stack, layers = decoder_of(model)
+    _refuse_recurrent(model)
+    probe = _NormProbe()
     for index, layer in enumerate(layers):
         for name, child in layer.named_children():
             if _is_norm(child, model.config.hidden_size):
-                hooks.append(child.register_forward_hook(after_norm(index, name, child)))
-            else:
-                role = "attention" if takes_attention_mask(child) else "ffn"
-                hooks.append(child.register_forward_pre_hook(before_sibling(index, role), with_kwargs=True))
-    try:
+                probe.watch_norm(index, name, child)
+            elif any(True for _ in child.parameters()):  # not a dropout, which hands its input on
+                probe.watch_branch(index, "attention" if takes_attention_mask(child) else "ffn", child)
+    for name, child in stack.named_children():
+        if _is_norm(child, model.config.hidden_size):
+            probe.watch_norm(len(layers), name, child, final=True)
+    with probe.watching():
         _dummy_forward(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    roles: dict[tuple[int, str], Role] = {
-        key: "both" if len(found) == 2 else ("attention" if "attention" in found else "ffn")
-        for key, found in feeds.items()
-    }
-    return [NormTarget(*key, role=role, norm=norms[key]) for key, role in sorted(roles.items())]
+    return probe.found()
+
+
+class _NormProbe:
+    """Matches the tensors that go into and come out of norms and branches, by identity."""
+
+    def __init__(self) -> None:
+        self.norms: dict[tuple[int, str], nn.Module] = {}
+        self.roles: dict[tuple[int, str, str], set[str]] = {}  # (layer, norm, place) -> what it feeds or closes
+        self.out_of_norm: dict[int, tuple[int, str]] = {}  # id of an output -> the norm
+        self.out_of_branch: dict[int, tuple[int, str]] = {}  # id of an output -> (layer, role)
+        self.flattened: set[tuple[int, str]] = set()
+        self.alive: list[Tensor] = []  # keeps tensors from being freed, so that no id is used twice
+        self.hooks: list[Any] = []
+
+    def watch_norm(self, layer: int, name: str, norm: nn.Module, *, final: bool = False) -> None:
+        self.norms[layer, name] = norm
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.out_of_norm[id(output)] = (layer, name)
+            if output.ndim != 3:
+                self.flattened.add((layer, name))
+            self.alive.append(output)
+            closed = self.out_of_branch.get(id(args[0])) if args else None
+            if final and self.out_of_branch:  # after the layers, and not on the embeddings
+                self.roles[layer, name, "feeds"] = {"final"}
+            elif closed and closed[0] == layer:
+                self.roles.setdefault((layer, name, "closes"), set()).add(closed[1])
+
+        self.hooks.append(norm.register_forward_hook(hook))
+
+    def watch_branch(self, layer: int, role: str, branch: nn.Module) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            for value in (*args, *kwargs.values()):
+                if (norm := self.out_of_norm.get(id(value))) and norm[0] == layer:
+                    self.roles.setdefault((*norm, "feeds"), set()).add(role)
+            first = output[0] if isinstance(output, tuple) else output
+            self.out_of_branch[id(first)] = (layer, role)
+            self.alive.append(first)
+
+        self.hooks.append(branch.register_forward_hook(hook, with_kwargs=True))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for hook in self.hooks:
+                hook.remove()
+
+    def found(self) -> list[NormTarget]:
+        targets = []
+        for (layer, name, place), roles in sorted(self.roles.items()):
+            role = "both" if len(roles) == 2 else next(iter(roles))
+            norm, flat = self.norms[layer, name], (layer, name) in self.flattened
+            targets.append(NormTarget(layer, name, role, place, norm, flat))  # type: ignore[arg-type]
+        return targets
 
 
 def takes_attention_mask(module: nn.Module) -> bool:
@@ -230,53 +286,69 @@ def takes_attention_mask(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
+    """A norm over the whole width; its weight has that shape, or it has none (OLMo)."""
     weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (width,)
+    fits = weight is None or (isinstance(weight, Tensor) and weight.shape == (width,))
+    return "norm" in type(module).__name__.lower() and fits
 
 
-def open_norm(target: NormTarget) -> None:
+def open_norm(target: NormTarget, width: int) -> None:
     """Let a norm take deltas.
 
     Raises:
         UserError: what the norm computes is neither a layer norm nor a root-mean-square norm.
     """
     norm = target.norm
-    eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
-    if eps is None:
+    if isinstance(norm, ModulatedNorm):
+        return
+    if target.flattened:
         raise UserError(
-            f"norm '{target.name}' of layer {target.layer} has no eps that can be read: it cannot be modulated."
+            f"layer {target.layer} flattens rows and tokens before its norm '{target.name}' (as OPT does), which then "
+            f"cannot be modulated token by token: leave '{target.role}' out of the targets, or take another family."
         )
-    centred = _centres(norm, float(eps))
-    if centred is None:
-        kind = type(norm).__name__
+    kind = _kind_of(norm, width)
+    if kind is None:
+        name = type(norm).__name__
         raise UserError(
-            f"norm '{target.name}' of layer {target.layer} ({kind}) is neither a layer norm nor an RMS norm."
+            f"norm '{target.name}' of layer {target.layer} ({name}) is neither a layer norm nor an RMS norm: it cannot "
+            "be modulated."
         )
     swap(norm, ModulatedNorm)
     assert isinstance(norm, ModulatedNorm)
-    norm.eps_of_xhat, norm.centred = float(eps), centred
+    norm.eps_of_xhat, norm.centred = kind
 
 
-def _centres(norm: nn.Module, eps: float) -> bool | None:
-    """Whether a norm subtracts the mean, by feeding it numbers: a copy on the host, so weights may be on meta."""
+def _kind_of(norm: nn.Module, width: int) -> tuple[float, bool] | None:
+    """The eps of a norm and whether it subtracts the mean, by feeding it numbers; None if it is no such norm.
+
+    A copy on the host is probed, so weights may be on meta. No attribute is read: families name their eps differently,
+    or hide it in ``forward`` (OLMo).
+    """
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     for name, parameter in probe.named_parameters():
         nn.init.zeros_(parameter) if "bias" in name else nn.init.ones_(parameter)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, probe.get_parameter("weight").numel(), generator=generator, device="cpu") + 1.0
+    x = torch.randn(4, width, generator=generator, device="cpu") + 1.0
     with torch.no_grad(), torch.device("cpu"):
         y = probe(x)
         for centred in (True, False):
-            xhat = normalise(x, eps, centred=centred)
-            factor = (y * xhat).sum() / xhat.square().sum()  # 1, or 2 where the weight means (1 + w)
-            if torch.allclose(y, factor * xhat, atol=1e-4):
-                return centred
+            xhat = normalise(x, 0.0, centred=centred)
+            factor = float((y * xhat).sum() / xhat.square().sum())  # 1, or 2 where the weight means (1 + w)
+            if torch.allclose(y, factor * xhat, atol=1e-3):
+                return _eps_of(probe, xhat / xhat.square().mean(-1, keepdim=True).sqrt(), factor), centred
     return None
 
 
+def _eps_of(probe: nn.Module, unit: Tensor, factor: float) -> float:
+    """From an input of variance v: its output is factor * sqrt(v / (v + eps)) times as long as the unit input."""
+    v = 1e-6
+    shrunk = float((probe(unit * v**0.5) * unit).sum() / unit.square().sum()) / factor
+    return v * (1 / shrunk**2 - 1)
+
+
 @contextmanager
-def modulated(norms: Sequence[ModulatedNorm], deltas: Sequence[tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
-    """Bind one (dgamma, dbeta) pair, each (B, T, D) or None, to each norm for the time of one layer's call."""
+def modulated(norms: Sequence[ModulatedNorm], deltas: Sequence[Deltas | Callable[[Tensor], Deltas]]) -> Iterator[None]:
+    """Bind deltas, or what gives them, to each norm for the time of one call."""
     for norm, pair in zip(norms, deltas, strict=True):
         norm.deltas = pair
     try:

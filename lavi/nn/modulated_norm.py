@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+Deltas = tuple[Tensor | None, Tensor | None]
+"""(dgamma, dbeta), each (B, T, D) fp32, or None."""
 
 
 def normalise(x: Tensor, eps: float, *, centred: bool) -> Tensor:
@@ -21,8 +26,8 @@ class ModulatedNorm(nn.Module):
     with deltas of zero, since families cast at different places.
     """
 
-    deltas: tuple[Tensor | None, Tensor | None] | None = None
-    """(dgamma, dbeta), each (B, T, D) fp32 or None; None when nothing modulates."""
+    deltas: Deltas | Callable[[Tensor], Deltas] | None = None
+    """(dgamma, dbeta), or what gives them for the norm's input; None when nothing modulates."""
     eps_of_xhat: float
     centred: bool
 
@@ -30,7 +35,7 @@ class ModulatedNorm(nn.Module):
         y = super().forward(x)
         if self.deltas is None:
             return y
-        dgamma, dbeta = self.deltas
+        dgamma, dbeta = self.deltas(x) if callable(self.deltas) else self.deltas
         delta = dgamma * normalise(x, self.eps_of_xhat, centred=self.centred) if dgamma is not None else None
         if dbeta is not None:
             delta = dbeta if delta is None else delta + dbeta

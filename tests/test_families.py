@@ -1,0 +1,120 @@
+"""Language-model families: which norms are found, what cannot work, and the other ways of running a decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, TOWER, ask, awaken, collate
+from torch import Tensor
+
+from lavi.errors import UserError
+from lavi.fusion.base import Fusion
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.lavi import LaViFusion, spread_layers
+from lavi.language.load import LanguageModel
+from lavi.language.surgery import norm_targets
+from lavi.model import VisionLanguageModel
+from lavi.vision.hf import HFVision
+
+FEEDS_BOTH_APART = {"attention": "feeds", "ffn": "feeds"}
+CLOSES = {"attention": "closes", "ffn": "closes"}
+ROLES = {
+    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "smollm3", "gemma", "phi3", "olmo"), FEEDS_BOTH_APART),
+    **dict.fromkeys(("granite", "stablelm", "gpt_neox", "gpt2", "starcoder2", "ernie4_5", "glm"), FEEDS_BOTH_APART),
+    **dict.fromkeys(("gemma2", "gemma3_text", "glm4"), FEEDS_BOTH_APART),  # and norms that close their branches
+    "phi": {"both": "feeds"},
+    "cohere": {"both": "feeds"},
+    "olmo2": CLOSES,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roles_are_found_by_probing(build, family: str) -> None:
+    model = build(ConcatFusion(), family=family)
+    found = norm_targets(model.language.hf)
+    for layer in range(4):
+        of_layer = [t for t in found if t.layer == layer]
+        best = {t.role: t.place for t in sorted(of_layer, key=lambda t: t.place)}  # "feeds" wins over "closes"
+        assert best == ROLES[family]
+    assert [t.role for t in found if t.layer == 4] == ["final"]
+
+
+def test_a_closing_norm_is_used_only_where_none_feeds(build) -> None:
+    for family, place in (("gemma2", "feeds"), ("olmo2", "closes")):
+        chosen = build(LaViFusion(every=2), family=family).fusion.chosen
+        assert {(t.layer, t.role, t.place) for t in chosen} == {
+            (layer, role, place) for layer in (1, 3) for role in ("attention", "ffn")
+        }
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "where", "layers"),
+    [
+        (28, 7, "spread", [3, 7, 11, 15, 19, 23, 27]),
+        (4, 4, "spread", [0, 1, 2, 3]),
+        (6, 4, "spread", [1, 2, 3, 5]),
+        (8, 2, "first", [0, 1]),
+        (8, 2, "last", [6, 7]),
+    ],
+)
+def test_a_share_of_the_layers(count: int, chosen: int, where: str, layers: list[int]) -> None:
+    assert spread_layers(count, chosen, where) == layers
+
+
+OTHER_KEYS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 600}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 64}, "as OPT does"),
+        ({"model_type": "falcon"}, "Falcon"),
+        ({"model_type": "bloom"}, "Bloom"),
+        ({"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, "decoder-only"),
+        ({"model_type": "jamba", "num_key_value_heads": 2, "intermediate_size": 64}, "Jamba"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_with_the_reason(tokenizer: str, config: dict[str, object], reason: str) -> None:
+    def build() -> None:
+        language = LanguageModel(config=OTHER_KEYS | config, tokenizer=tokenizer, attention="eager")
+        VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=LaViFusion(every=1))
+
+    with pytest.raises(UserError, match=reason):
+        build()
+
+
+def test_a_family_without_the_kernel_says_which_one_to_take(tokenizer: str) -> None:
+    with pytest.raises(UserError, match="attention=eager"):
+        LanguageModel(config=FAMILIES["gemma2"], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["lavi", "concat"])
+def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) -> None:
+    fusion: Fusion = LaViFusion(every=2, bottleneck=16) if kind == "lavi" else ConcatFusion()
+    model = build(fusion, family=family)
+    awaken(model.fusion)
+    prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which image has the red circle?", 3), ask("hi")]
+    batch = collate(model, prompts, prompt=True, pad_left=True)
+    growing = model.generate(batch, max_new_tokens=6, eos_token_id=None)
+    static = model.generate(batch, max_new_tokens=6, eos_token_id=None, cache_implementation="static")
+    assert static == growing
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["attention", "mlp", "conv", "pooled"])
+def test_torch_compile_breaks_no_graph(build, family: str, kind: str) -> None:
+    model = build(LaViFusion(every=2, bottleneck=16, generator=kind), family=family)
+    awaken(model.fusion)
+    batch = collate(model, [ask(1, "what colour is the circle?")])
+
+    def run(inputs) -> Tensor:  # type: ignore[no-untyped-def]
+        return model.language(inputs)
+
+    with torch.no_grad():
+        inputs = model.fusion(batch, model.features(batch.pixels), model.language)
+        torch._dynamo.reset()
+        compiled = torch.compile(run, backend="eager", fullgraph=True)  # fullgraph: a graph break is an error
+        torch.testing.assert_close(compiled(inputs), run(inputs), atol=1e-5, rtol=1e-4)
