@@ -15,73 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sizes import QWEN2_05B, SIGLIP_SO400M, recipe_of
 
 from callbacks.efficiency import Efficiency, sweep_table
 from datamodules.tokenizer import train_tokenizer
 from lavi.efficiency import record
-from lavi.recipe import Recipe
 from lavi.report import console
 
-FULL = {
-    "vision": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-    "language": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
+FULL: dict[str, Any] = {
+    "vision": SIGLIP_SO400M,
+    "language": QWEN2_05B,
     "sweep": [0, 9, 144, 729, 1458, 2916, 7290],
     "dtype": "bfloat16",
 }
-REDUCED = {
-    "vision": {
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-    "language": {
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+REDUCED: dict[str, Any] = {
+    "vision": SIGLIP_SO400M
+    | {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+    | {"image_size": 224, "patch_size": 16},
+    "language": QWEN2_05B
+    | {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    | {"num_attention_heads": 4},
     "sweep": [0, 9, 144, 729, 1458],
     "dtype": "float32",
 }
-
-
-def recipe_of(sizes: dict[str, Any], tokenizer: Path) -> Recipe:
-    """A recipe of bare configurations."""
-    tower = {"model_type": "siglip_vision_model"} | sizes["vision"]
-    language = {"model_type": "qwen2", "max_position_embeddings": 32768, "tie_word_embeddings": True} | sizes[
-        "language"
-    ]
-    model = {
-        "_target_": "lavi.model.VisionLanguageModel",
-        "vision": {"_target_": "lavi.vision.hf.HFVision", "config": tower, "layer": -2},
-        "language": {
-            "_target_": "lavi.language.load.LanguageModel",
-            "config": language,
-            "tokenizer": str(tokenizer),
-            "dtype": sizes["dtype"],
-        },
-        "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 4, "bottleneck": 64},
-    }
-    return Recipe({"seed": 0, "model": model}, source="benchmarks/fusion_cost.py")
 
 
 def main() -> None:
@@ -93,7 +49,9 @@ def main() -> None:
     sizes = FULL if device.type == "cuda" else REDUCED
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["a prompt of no meaning"], Path(folder))
-        recipe = recipe_of(sizes, Path(folder))
+        recipe = recipe_of(
+            sizes["vision"], sizes["language"], Path(folder), dtype=sizes["dtype"], source="benchmarks/fusion_cost.py"
+        )
         records = Efficiency(visual_tokens=sizes["sweep"], text_tokens=50, runs=args.runs).sweep(recipe, device)
     for made in records:
         made.knobs = {"size": "full" if sizes is FULL else "reduced"}

@@ -1,6 +1,6 @@
 """Write the README's tables from benchmarks/results, so that no figure in it is typed by hand.
 
-    python benchmarks/tables.py            rewrite README.md
+    python benchmarks/tables.py            rewrite README.md and docs/
     python benchmarks/tables.py --check    fail if it would change
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file of records in benchmarks/results.
@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from generator_cost import generator_table
 
 from lavi.efficiency.record import Record, read
 from lavi.evaluation import side_by_side
@@ -33,11 +36,21 @@ def comparison(records: list[Record]) -> str:
     return f"{markdown(columns, rows)}\n{note}\n"
 
 
+def generators(records: list[Record]) -> str:
+    """What each delta generator adds."""
+    return markdown(*generator_table(records))
+
+
+KINDS: dict[str, Callable[[list[Record]], str]] = {"generators": generators}
+"""How a file of records becomes a table; :func:`comparison` where nothing is said."""
+
+
 def render(text: str) -> str:
     """The text with every table made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        return found[1] + comparison(read(ROOT / "benchmarks" / "results" / f"{found[2]}.jsonl")) + found[3]
+        records = read(ROOT / "benchmarks" / "results" / f"{found[2]}.jsonl")
+        return found[1] + KINDS.get(found[2], comparison)(records) + found[3]
 
     return TABLE.sub(fill, text)
 
@@ -46,11 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before, after = readme.read_text(), render(readme.read_text())
+    pages = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    changed = {page: made for page, text in pages.items() if (made := render(text)) != text}
     if args.check:
-        sys.exit(before != after)
-    readme.write_text(after)
+        sys.exit(bool(changed))
+    for page, text in changed.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -260,8 +260,8 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 ONE_IMAGE = tuple(family for family in LEVELS if family != "two_images")
-EASY_TO_HARD = 6
-"""In training conversations an easy family is asked this many times as often as a hard one: what is learned first."""
+ASKED = {"colour": 4, "shape": 6, "existence": 8}
+"""How many times as often as a hard family training conversations ask these: the later it is learned, the oftener."""
 
 
 def _ask_one(scene: Scene, examiner: Examiner, index: int) -> list[Question]:
@@ -277,7 +277,7 @@ def _converse(scene: Scene, examiner: Examiner, rng: random.Random, turns: int) 
     Asking for two things' colours is what tells one from the other.
     """
     pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
-    weights = [EASY_TO_HARD if LEVELS[family] == "easy" else 1 for family in ONE_IMAGE]
+    weights = [ASKED.get(family, 1) for family in ONE_IMAGE]
     chosen: list[Question] = []
     for family in rng.choices(ONE_IMAGE, weights, k=4 * turns):
         if len(chosen) < turns and (question := examiner.pick(pools[family])):
@@ -324,7 +324,7 @@ def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, w
     Raises:
         UserError: ``out`` holds something else.
     """
-    made_by = {"scenes": 2, "seed": seed, "counts": counts, "turns": turns}
+    made_by = {"scenes": 3, "seed": seed, "counts": counts, "turns": turns}
     note = out / "made_by.json"
     if note.is_file() and json.loads(note.read_text()) == made_by:
         return False

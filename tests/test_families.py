@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import FAMILIES, TOWER, ask, awaken, collate
@@ -45,6 +47,30 @@ def test_a_closing_norm_is_used_only_where_none_feeds(build) -> None:
         assert {(t.layer, t.role, t.place) for t in chosen} == {
             (layer, role, place) for layer in (1, 3) for role in ("attention", "ffn")
         }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_modulated_norm_is_the_norm_with_other_weights(build, family: str) -> None:
+    """ViLN: (gamma + dgamma) xhat + (beta + dbeta), whatever the family's norm computes and however small its input."""
+    model = build(LaViFusion(every=2, targets=["attention", "ffn", "final"]), family=family)
+    dgamma, dbeta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    for target in model.fusion.chosen:
+        norm = target.norm
+        other = copy.deepcopy(norm)
+        weight = getattr(other, "weight", None)
+        for size in (1.0, 1e-3):  # at 1e-3 a wrong eps shows
+            x = size * torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                plain = norm(x)
+                if weight is None:  # OLMo: gamma is 1
+                    expected = plain * (1 + dgamma) + dbeta
+                else:
+                    weight.add_(dgamma)
+                    expected = other(x) + dbeta
+                    weight.sub_(dgamma)
+                norm.deltas = (dgamma.expand_as(x), dbeta.expand_as(x))
+                torch.testing.assert_close(norm(x), expected, atol=1e-4, rtol=1e-3)
+                norm.deltas = None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lavi.errors import UserError
@@ -22,6 +23,21 @@ def test_every_recipe_is_right_and_says_how_to_run_it(file: Path, monkeypatch: p
     comment = "\n".join(line for line in header if line.startswith("#"))
     for word in ("run:", "needs:", "expect:", str(file.relative_to(ROOT))):
         assert word in comment, f"{file} lacks '{word}' in its header"
+
+
+@pytest.mark.parametrize("name", ["lavi_conv", "llama"])
+def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = ROOT / "recipes" / "scenes" / f"{name}.yaml"
+    assert len([line for line in file.read_text().splitlines() if not line.startswith("#")]) <= 6
+    recipe = Recipe.load(file, [f"model.language.tokenizer={tokenizer}"])
+    with torch.device("meta"):
+        model = recipe.build("model")
+    kinds = {type(g).__name__ for g in model.fusion.generators.values()}
+    assert (model.language.hf.config.model_type, kinds) == {
+        "lavi_conv": ("qwen2", {"ConvDeltas"}),
+        "llama": ("llama", {"AttentionDeltas"}),
+    }[name]
 
 
 def child(tiny_recipe: Path, text: str) -> Path:

@@ -47,8 +47,12 @@ def test_answers_are_balanced_so_that_guessing_is_chance(tmp_path: Path) -> None
             answers[said["family"]][said["content"]] += 1
     assert set(answers) == set(LEVELS)
     for family, given in answers.items():
-        likeliest = max(given.values()) / given.total()
-        assert likeliest < 1.25 / len(given), f"{family}: the likeliest answer is right in {likeliest:.0%}"
+        even = given.total() / len(given)
+        likeliest = max(given.values())
+        # A quarter above even, and two standard deviations where a family has many answers and few questions.
+        assert likeliest < 1.25 * even + 2 * even**0.5, (
+            f"{family}: the likeliest answer, {likeliest} of {given.total()}"
+        )
 
 
 def test_splits_share_no_scene(scenes: Path) -> None:

@@ -1,0 +1,68 @@
+"""What does each delta generator add to a 7B model, in parameters and in FLOPs?
+
+    python benchmarks/generator_cost.py --out benchmarks/results/generators.jsonl
+
+SigLIP-so400m and Qwen2-7B, 50 text tokens, from the real modules on the meta device: no weights, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
+
+from datamodules.tokenizer import train_tokenizer
+from lavi.efficiency import record
+from lavi.efficiency.measure import build_on, count
+from lavi.efficiency.record import Record
+from lavi.nn.deltas import GENERATORS
+from lavi.report import console, table
+
+TEXT = 50
+VISUAL = (729, 2929, 7371)
+
+
+def costs() -> list[Record]:
+    """One record for each generator and number of visual tokens."""
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(["a prompt of no meaning"], Path(folder))
+        for kind in GENERATORS:
+            recipe = recipe_of(
+                SIGLIP_SO400M, QWEN2_7B, Path(folder), source="benchmarks/generator_cost.py", generator=kind
+            )
+            model = build_on(recipe, "meta")
+            for visual in VISUAL:
+                made = count(recipe, model, text=TEXT, visual=visual)
+                made.knobs = {"generator": kind, "parameters": sum(p.numel() for p in model.fusion.parameters())}
+                records.append(made)
+    return records
+
+
+def generator_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: parameters, and FLOPs beside what they are added to."""
+    columns = ["generator", "parameters (M)", "visual tokens", "GFLOPs", "% of encoder + bare language model"]
+    rows = []
+    for made in records:
+        added = made.flops["generator"] + made.flops["modulation"]
+        base = made.flops["vision_encoder"] + made.flops_floor
+        figures = [f"{made.knobs['parameters'] / 1e6:.2f}", f"{made.visual_tokens:,}"]
+        rows.append([made.knobs["generator"], *figures, f"{added / 1e9:.2f}", f"{100 * added / base:.2f}"])
+    return columns, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    args = parser.parse_args()
+    records = costs()
+    if args.out:
+        args.out.unlink(missing_ok=True)
+        record.write(records, args.out)
+    console().print(table(f"Delta generators, {TEXT} text tokens", *generator_table(records)))
+
+
+if __name__ == "__main__":
+    main()
