@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ask, collate
 
+from lavi.batch import IGNORE
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -54,3 +55,12 @@ def test_accuracy_counts_whole_answers_by_family(build) -> None:
     assert groups(batch.answers) == [("all", "all")] * 2
     metric.reset()
     assert metric.compute() == {}
+
+
+def test_a_token_is_judged_by_the_logits_before_it() -> None:
+    labels = torch.tensor([[IGNORE, 3, 1, IGNORE, 2]])
+    foretold = torch.zeros(1, 5, 4)
+    for column in (1, 2, 4):  # at the column before, all mass on the label
+        foretold[0, column - 1, labels[0, column]] = 50.0
+    loss, tokens = summed_loss(foretold, labels)
+    assert (float(loss), int(tokens)) == (pytest.approx(0.0, abs=1e-5), 3)
