@@ -29,7 +29,7 @@ lint: install ## check format and style
 typecheck: install ## check types
 	$(BIN)/mypy
 
-test: install ## run the tests (about three minutes on two cores)
+test: install ## run the tests (about six minutes on two cores)
 	$(BIN)/pytest
 
 test-all: install ## run the tests that train, too

@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results, so that no figure in it is typed by hand.
+"""Write the tables of the README and of docs/ from benchmarks/results, so that no figure in it is typed by hand.
 
     python benchmarks/tables.py            rewrite README.md and docs/
     python benchmarks/tables.py --check    fail if it would change

@@ -59,6 +59,7 @@ def main() -> int:
 def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) -> int:
     """Build everything, show what is about to happen, train, show what came of it."""
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
     from rich.syntax import Syntax
 
@@ -75,7 +76,8 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     keep = checkpoint.KeepRun(run, recipe, every=save_every)
     logger = TensorBoardLogger(run, name="", version="")
     callbacks = [keep, *recipe.build_callbacks()]
-    if recipe.settings["trainer"].get("enable_progress_bar", True):
+    wants_bar = recipe.settings["trainer"].get("enable_progress_bar", True)
+    if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(startup.StepBar())
     trainer: pl.Trainer = recipe.build(
         "trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run), enable_checkpointing=False

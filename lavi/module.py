@@ -13,7 +13,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError, nearest
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
-from lavi.optim import MuonAdamW, hidden_matrices
+from lavi.optim import MuonAdamW, adamw, hidden_matrices
 
 
 class VisionLanguageModule(pl.LightningModule):
@@ -107,8 +107,7 @@ class VisionLanguageModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = [group for name in self.learning_rate for group in self._groups_of(name)]
-        plain = self.muon is None
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if plain else MuonAdamW(groups)
+        optimizer = adamw(groups) if self.muon is None else MuonAdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -120,15 +119,22 @@ class VisionLanguageModule(pl.LightningModule):
         muon = [p for p in parameters if id(p) in hidden]
         matrices = [p for p in parameters if p.ndim > 1 and id(p) not in hidden]
         vectors = [p for p in parameters if p.ndim <= 1]
-        decay = self.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": muon, "lr": rate * (self.muon or 1.0), "weight_decay": decay, "name": f"{name}/muon"},
-            {"params": matrices, "lr": rate, "weight_decay": decay, "name": f"{name}/matrices"},
-            {"params": vectors, "lr": rate, "weight_decay": 0.0, "name": f"{name}/vectors"},
+        kinds = {
+            "muon": (muon, rate * (self.muon or 1.0), self.weight_decay),
+            "matrices": (matrices, rate, self.weight_decay),
+            "vectors": (vectors, rate, 0.0),
+        }
+        return [
+            {
+                "params": chosen,
+                "lr": lr,
+                "weight_decay": decay,
+                "kind": "muon" if kind == "muon" else "adamw",
+                "name": f"{name}/{kind}",
+            }
+            for kind, (chosen, lr, decay) in kinds.items()
+            if chosen
         ]
-        if self.muon is not None:
-            groups = [group | {"kind": "muon" if group["params"] is muon else "adamw"} for group in groups]
-        return [group for group in groups if group["params"]]
 
     def _share_of_peak(self, step: int) -> float:
         total = self.trainer.max_steps

@@ -10,6 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW with the second moment that language models of every size are trained with."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Steps each parameter group by its ``kind``: ``muon`` or ``adamw``, both torch's own.
 
@@ -33,7 +38,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if groups["muon"]:
             self.parts.append(torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw"))
         if groups["adamw"]:
-            self.parts.append(torch.optim.AdamW(groups["adamw"], betas=(0.9, 0.98)))
+            self.parts.append(adamw(groups["adamw"]))
         for part in self.parts:
             part.state = self.state
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QWEN2, TOWER
+from sizes import QWEN2_7B, SIGLIP_SO400M
 
 from callbacks.efficiency import Efficiency, write_curves
 from lavi.efficiency.flops import closed_form, counted
@@ -20,26 +21,6 @@ from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.vision.hf import HFVision
 
-QWEN2_7B = {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
-SIGLIP_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
 FUSIONS = {
     "concat": ConcatFusion,
     "lavi": LaViFusion,

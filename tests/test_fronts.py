@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -118,7 +119,9 @@ sys.argv = ['fit', '--recipe', {str(tiny_recipe)!r}, '--run', {str(tmp_path / "c
 import lavi.fit
 lavi.fit.main()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    # As many threads as this process has: sums of another order are other numbers.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, env=environment)
     status, _, _ = run("lavi.fit", "--resume", kept)
     assert status == 0
     whole, resumed = weights(trained), weights(kept)

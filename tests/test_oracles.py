@@ -173,6 +173,20 @@ def test_beams_see_their_own_row(model: VisionLanguageModel) -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith("lavi")])
+def test_each_beam_keeps_what_its_row_saw(build, name: str) -> None:
+    model = build(FUSIONS[name]())
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES, pad_left=True)
+    with torch.no_grad():
+        context = model.fusion(batch, model.features(batch.pixels), model.language).vision
+    beams = context.for_generation(3)
+    row_of_beam = torch.arange(3 * len(SAMPLES)) // 3  # transformers lays the beams of a row side by side
+    for generator, slots in context.visual.items():
+        assert torch.equal(beams.visual[generator], slots[row_of_beam])
+    assert torch.equal(beams.column, context.column[row_of_beam])
+
+
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_checkpointed_gradients_are_the_gradients(model: VisionLanguageModel, forwards: int) -> None:
     """Also for two forwards before one backward: nothing of a call may live on a shared object."""

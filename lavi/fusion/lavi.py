@@ -75,8 +75,6 @@ class LaViFusion(Fusion):
         max_images: int = 8,
     ) -> None:
         super().__init__()
-        if bottleneck % heads:
-            raise UserError(f"LaVi's bottleneck ({bottleneck}) must be a multiple of its heads ({heads}).")
         if layers is not None and fraction is not None:
             raise UserError("LaVi takes either 'layers' or 'fraction', not both.")
         if fraction is not None and not 0 < fraction <= 1:

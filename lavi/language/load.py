@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from lavi.errors import UserError, nearest
 from lavi.language.context import DecoderInput
-from lavi.language.surgery import decoder_of
+from lavi.language.surgery import decoder_of, refuse_recurrent
 from lavi.vision.base import on_meta
 
 
@@ -63,6 +63,7 @@ class LanguageModel(nn.Module):
                     f"'{settings.model_type}' is no decoder-only language model: choose one such as qwen2 or llama."
                 ) from None
             raise
+        refuse_recurrent(self.hf)
         self.attention = attention
 
     @property

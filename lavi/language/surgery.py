@@ -125,7 +125,6 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         UserError: the family drops unknown keywords on the way.
     """
     stack, stack_layers = decoder_of(model)
-    _refuse_recurrent(model)
     swap(model, FusedCausalLM)
     swap(stack, FusedDecoder)
     for index in layers:
@@ -141,7 +140,7 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         )
 
 
-def _refuse_recurrent(model: PreTrainedModel) -> None:
+def refuse_recurrent(model: PreTrainedModel) -> None:
     """Padding and images before a token would enter a recurrent state, where no mask takes them out again.
 
     Raises:
@@ -208,7 +207,6 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
     (Gemma-2), and a norm that feeds both (Phi, Cohere) is found once, as "both".
     """
     stack, layers = decoder_of(model)
-    _refuse_recurrent(model)
     probe = _NormProbe()
     for index, layer in enumerate(layers):
         for name, child in layer.named_children():
@@ -299,8 +297,6 @@ def open_norm(target: NormTarget, width: int) -> None:
         UserError: what the norm computes is neither a layer norm nor a root-mean-square norm.
     """
     norm = target.norm
-    if isinstance(norm, ModulatedNorm):
-        return
     if target.flattened:
         raise UserError(
             f"layer {target.layer} flattens rows and tokens before its norm '{target.name}' (as OPT does), which then "

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from lavi.errors import UserError
 from lavi.nn.flops import linear_flops
 
 
@@ -108,6 +109,10 @@ class AttentionDeltas(DeltaGenerator):
     """Each token attends to the visual tokens (LaVi, Table 4: its choice)."""
 
     def make(self) -> None:
+        if self.bottleneck % self.heads:
+            raise UserError(
+                f"the generator's bottleneck ({self.bottleneck}) must be a multiple of its heads, {self.heads}."
+            )
         self.text_norm = nn.RMSNorm(self.width)
         self.query = nn.Linear(self.width, self.bottleneck, bias=False)
         self.key_value = nn.Linear(self.vision_width, 2 * self.bottleneck, bias=False)
