@@ -65,7 +65,7 @@ def draw(samples: list[Sample], answers: list[str]) -> object:
     columns = 4
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for axes, sample, said in zip(grid, samples, answers, strict=False):
@@ -86,7 +86,8 @@ def _text(content: object) -> str:
 def _side_by_side(sample: Sample) -> object:
     from PIL import Image
 
-    images = sample.images or [Image.new("RGB", (64, 64), (255, 255, 255))]
+    seen = sample.images or [Image.new("RGB", (64, 64), (255, 255, 255))]
+    images = [visual[0] if isinstance(visual, list) else visual for visual in seen]  # of a video, its first frame
     height = max(image.height for image in images)
     sheet = Image.new("RGB", (sum(i.width for i in images) + 4 * (len(images) - 1), height), (255, 255, 255))
     left = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,8 @@ class BatchStream(IterableDataset[Batch]):
 
     Args:
         endless: start over, in another order, when the shards are through.
-        first: epoch and samples already read, by reader; the stream goes on behind them without decoding them.
+        bucket: samples of this many batches are sorted by length before they are cut into batches.
+        first: epoch, samples already read and batches taken of those behind, by reader; the stream goes on there.
         turn: the reader whose batch comes first, so that a resumed run takes turns as the first one would have.
         limit: at most this many samples.
     """
@@ -39,7 +41,8 @@ class BatchStream(IterableDataset[Batch]):
     endless: bool = False
     rank: int = 0
     ranks: int = 1
-    first: dict[int, tuple[int, int]] = field(default_factory=dict)
+    bucket: int = 1
+    first: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     turn: int = 0
     limit: int | None = None
 
@@ -48,31 +51,55 @@ class BatchStream(IterableDataset[Batch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot = Slot(self.rank, self.ranks, (worker + self.turn) % workers, workers)
         skipped = Skipped(self.max_skipped)
-        ready: list[Ready] = []
-        position = Position(slot.index, 0, 0)
-        for position, raw in self._positions(slot):
-            if raw is None:
-                skipped.check()
-                continue
-            try:
-                ready.append(self.processor.encode(decode(raw)))
-            except (BrokenSample, UserError) as error:
-                skipped.add(raw["__key__"], error.cause if isinstance(error, BrokenSample) else str(error))
-            else:
-                skipped.seen += 1
-            if len(ready) == self.batch_size:
-                yield self._batch(ready, skipped, position)
-                ready = []
-        if ready:
-            yield self._batch(ready, skipped, position)
+        *_, leave_out = self.first.get(slot.index, (0,))
+        for samples, before, behind in self._pools(slot, skipped):
+            batches = self._batches(samples, before)
+            for taken, ready in enumerate(batches, start=1):
+                fresh = skipped.take()  # of a batch left out, too: they were reported with it
+                if taken <= leave_out:
+                    continue
+                position = before._replace(taken=taken) if taken < len(batches) else behind
+                yield replace(self.processor.collate(ready), skipped=fresh, position=position)
+            leave_out = 0
         if not skipped.seen:
             raise UserError(
                 f"none of the {skipped.total} samples in {self.stream.shards[0]} ... can be used: {skipped}."
             )
 
+    def _batches(self, samples: list[Ready], position: Position) -> list[list[Ready]]:
+        """Cut a pool into batches; of several, those of like length go together, and their order is drawn."""
+        if self.bucket > 1:
+            samples = sorted(samples, key=lambda ready: ready.length)
+        starts = range(0, len(samples), self.batch_size)
+        batches = [samples[start : start + self.batch_size] for start in starts]
+        if self.bucket > 1:
+            random.Random(f"{self.stream.seed}/{position}").shuffle(batches)
+        return batches
+
+    def _pools(self, slot: Slot, skipped: Skipped) -> Iterator[tuple[list[Ready], Position, Position]]:
+        """The samples of ``bucket`` batches at a time, with the positions before and behind them."""
+        pool: list[Ready] = []
+        epoch, read, _ = self.first.get(slot.index, (0, 0, 0))
+        before = behind = Position(slot.index, epoch, read)
+        for behind, raw in self._positions(slot):
+            if raw is None:
+                skipped.check()
+                continue
+            try:
+                pool.append(self.processor.encode(decode(raw)))
+            except (BrokenSample, UserError) as error:
+                skipped.add(raw["__key__"], error.cause if isinstance(error, BrokenSample) else str(error))
+            else:
+                skipped.seen += 1
+            if len(pool) == self.batch_size * self.bucket:
+                yield pool, before, behind
+                pool, before = [], behind
+        if pool:
+            yield pool, before, behind
+
     def _positions(self, slot: Slot) -> Iterator[tuple[Position, dict[str, Any] | None]]:
         """Raw samples with the position behind each; None when a pass over the data is complete."""
-        first_epoch, already_read = self.first.get(slot.index, (0, 0))
+        first_epoch, already_read, _ = self.first.get(slot.index, (0, 0, 0))
         for epoch in itertools.count(first_epoch):
             samples = itertools.islice(self.stream.epoch(epoch, slot), already_read, self.limit)
             position = Position(slot.index, epoch, already_read)
@@ -83,9 +110,6 @@ class BatchStream(IterableDataset[Batch]):
             if not self.endless or not position.read:
                 return
             already_read = 0
-
-    def _batch(self, ready: list[Ready], skipped: Skipped, position: Position) -> Batch:
-        return replace(self.processor.collate(ready), skipped=skipped.take(), position=position)
 
 
 @dataclass
@@ -148,6 +172,8 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: samples a step and rank.
         workers: reading processes; 0 reads in the main process.
         shuffle: the size of the shuffle buffer.
+        bucket: training batches are cut from this many batches' worth of samples, sorted by length, so that little is
+            padded; 1 takes the samples as they come.
         seed: of the order.
         validation_samples: at most this many.
         max_skipped: share of broken samples above which the run stops.
@@ -163,6 +189,7 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: int = 32,
         workers: int = 0,
         shuffle: int = 1000,
+        bucket: int = 1,
         seed: int = 0,
         validation_samples: int | None = None,
         max_skipped: float = 0.01,
@@ -171,8 +198,9 @@ class ImageTextData(pl.LightningDataModule):
         self.processor = processor
         self.sources = {"train": train, "validation": validation, "test": test}
         self.batch_size, self.workers, self.shuffle, self.seed = batch_size, workers, shuffle, seed
+        self.bucket = bucket
         self.validation_samples, self.max_skipped = validation_samples, max_skipped
-        self.read: dict[int, tuple[int, int]] = {}
+        self.read: dict[int, tuple[int, int, int]] = {}
         self.turn = 0
 
     def stream(self, split: str, *, endless: bool = False, limit: int | None = None) -> BatchStream:
@@ -190,7 +218,7 @@ class ImageTextData(pl.LightningDataModule):
         stream = BatchStream(
             shards, self.processor, self.batch_size, self.max_skipped, endless, rank, ranks, limit=limit
         )
-        return replace(stream, first=self.read, turn=self.turn) if endless else stream
+        return replace(stream, bucket=self.bucket, first=self.read, turn=self.turn) if endless else stream
 
     def samples(self, split: str, *, limit: int | None = None) -> list[Sample]:
         """The first samples of a split, decoded and not encoded; broken ones are left out."""
@@ -221,12 +249,19 @@ class ImageTextData(pl.LightningDataModule):
         for key, cause in batch.skipped:
             log.warning("skipped sample '%s': %s", key, cause)
         if batch.position is not None and self.trainer is not None and self.trainer.training:
-            self.read[batch.position.reader] = (batch.position.epoch, batch.position.read)
-            self.turn = (batch.position.reader % max(1, self.workers) + 1) % max(1, self.workers)
+            reader, epoch, read, taken = batch.position
+            self.read[reader] = (epoch, read, taken)
+            self.turn = (reader % max(1, self.workers) + 1) % max(1, self.workers)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"read": dict(self.read), "turn": self.turn, "workers": self.workers, "seed": self.seed}
+        return {
+            "read": dict(self.read),
+            "turn": self.turn,
+            "workers": self.workers,
+            "bucket": self.bucket,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint stopped.
@@ -234,7 +269,7 @@ class ImageTextData(pl.LightningDataModule):
         Raises:
             UserError: the order of the samples would be another one.
         """
-        for name in ("workers", "seed"):
+        for name in ("workers", "bucket", "seed"):
             if state[name] != getattr(self, name):
                 raise UserError(
                     f"the run was read with data.{name}={state[name]}, not {getattr(self, name)}: its place in the "

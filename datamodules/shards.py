@@ -10,7 +10,6 @@ therefore one number, and resuming is skipping: without decoding, without a shuf
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ import webdataset.tariterators as wds
 from PIL import Image
 from webdataset import TarWriter
 
+from lavi import images
 from lavi.batch import Sample
 from lavi.errors import UserError
 
@@ -36,8 +36,6 @@ log = logging.getLogger("lavi")
 
 INDEX = "index.json"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 100_000_000
-"""An image of more pixels than this is refused before it is decoded: it would be a decompression bomb."""
 
 
 class BrokenSample(Exception):
@@ -221,15 +219,12 @@ def open_image(data: bytes, key: str, name: str) -> Image.Image:
     """Decode an image to RGB.
 
     Raises:
-        BrokenSample: it is not an image, is cut short, or has more than :data:`MAX_PIXELS`.
+        BrokenSample: it is not an image, is cut short, or has more than :data:`lavi.images.MAX_PIXELS`.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise BrokenSample(key, f"its member '{name}' has {image.width}x{image.height} pixels, too many to decode")
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenSample(key, f"its member '{name}' is not an image that opens ({error})") from None
+        return images.open_image(data, name=f"its member '{name}'")
+    except UserError as error:
+        raise BrokenSample(key, str(error).rstrip(".")) from None
 
 
 @dataclass(frozen=True)

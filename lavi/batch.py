@@ -6,6 +6,7 @@ width, L decoder layers, F frames.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor
 IGNORE = -100
 """The label of a token that is not trained."""
 
+Visual = Image.Image | list[Image.Image]
+"""An image, or the frames of a video."""
+
 
 @dataclass
 class Sample:
@@ -23,20 +27,37 @@ class Sample:
 
     ``messages`` are dicts with ``role`` and ``content``; ``content`` is a string, or a list of ``{"type": "image"}``
     and ``{"type": "text", "text": ...}`` parts. An assistant's message may carry ``family`` and ``level`` for the
-    per-family accuracy. ``images`` stand in the order of the image parts.
+    per-family accuracy. ``images`` stand in the order of the image parts; a list of frames is a video, whose part is
+    ``{"type": "video"}``.
     """
 
     key: str
     messages: list[dict[str, Any]]
-    images: list[Image.Image] = field(default_factory=list)
+    images: Sequence[Visual] = ()
+
+
+class Layout(NamedTuple):
+    """How the views of one image belong together."""
+
+    views: int = 1
+    tiles: tuple[int, int] | None = None
+    """Rows and columns of the tiles that follow the first view, which is the whole image; None: it is all there is."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of the image, in pixels."""
+    video: bool = False
+    """The views are frames."""
 
 
 class ImagePlace(NamedTuple):
-    """Where one image stands: in ``row``, just before the text token of column ``column``; it has ``views`` views."""
+    """Where one image stands: in ``row``, just before the text token of column ``column``."""
 
     row: int
     column: int
-    views: int = 1
+    layout: Layout = Layout()
+
+    @property
+    def views(self) -> int:
+        return self.layout.views
 
 
 class Answer(NamedTuple):
@@ -50,11 +71,15 @@ class Answer(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far a stream had been read when a batch was complete: by which reader, in which epoch, how many samples."""
+    """Where a stream stood behind a batch: by which reader, in which epoch, how many samples had been read.
+
+    ``taken`` batches had been made of the samples behind that; they are read again, and those batches left out.
+    """
 
     reader: int
     epoch: int
     read: int
+    taken: int = 0
 
 
 @dataclass

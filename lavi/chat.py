@@ -163,5 +163,8 @@ class Chat:
 def _flatten(content: str | list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content.replace(IMAGE, "")
-    parts = [IMAGE if part.get("type") == "image" else str(part.get("text", "")).replace(IMAGE, "") for part in content]
-    return "".join(parts)
+    return "".join(IMAGE if part.get("type") in ("image", "video") else _text(part) for part in content)
+
+
+def _text(part: dict[str, Any]) -> str:
+    return str(part.get("text", "")).replace(IMAGE, "")

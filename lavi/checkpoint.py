@@ -1,32 +1,41 @@
 """Run folders and checkpoints: what was trained is kept, together with the recipe and the versions that made it.
 
 runs/name/recipe.yaml            the resolved recipe
-          trained.safetensors    trained parameters; recipe, versions and step in its header
+          trained.safetensors    what differs from the checkpoints that the recipe names: trained parameters, and those
+                                 that the run had started from; recipe, versions and step in its header
           last.ckpt              Lightning's checkpoint (optimiser, schedule, place in the data) for --resume
           events.out.tfevents    TensorBoard
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
+from lavi.pretrained import CARRIED, RECIPE, TRAINED, build, compare, fill, kept_names, opened, versions, write_state
 from lavi.recipe import Recipe
 
-RECIPE, TRAINED, LAST = "recipe.yaml", "trained.safetensors", "last.ckpt"
-PACKAGES = ("lavi", "torch", "lightning", "transformers", "open_clip_torch", "webdataset")
+__all__ = ["LAST", "RECIPE", "TRAINED", "KeepRun", "load_run", "load_trained", "new_run_folder", "versions"]
+
+LAST = "last.ckpt"
+RANKS, DATA = "ranks", "data_of_ranks"
+NO_RUN = ": give a run folder of `python -m lavi.fit`"
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes and prints; launchers say it in the environment, before ranks know each other."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
@@ -47,58 +56,38 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
     return folder
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def trained_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that train, each shared one once (tied embeddings have two names)."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def save_trained(state: Mapping[str, Tensor], file: Path, *, recipe: str, step: int) -> None:
-    """Write trained parameters with what made them; a file that is there is replaced in one step."""
-    header = {"recipe": recipe, "versions": json.dumps(versions()), "step": str(step)}
-    part = file.with_name(f"{file.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata=header)
-    os.replace(part, file)
-
-
 def load_trained(module: nn.Module, file: Path) -> None:
-    """Load trained parameters into ``module``, whose other parameters come from their own checkpoints.
+    """Load what a run kept into ``module``, whose other parameters come from their own checkpoints.
 
     Raises:
         UserError: no such file, not readable, or not made by this recipe: names or shapes differ.
     """
-    state = _read_state(file)
-    parameters = dict(module.named_parameters())
-    expected = trained_names(module)
-    for kind, names in (("lacks", expected - set(state)), ("has besides", set(state) - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise UserError(f"{file} was made by another recipe: it {kind} {len(names)} parameters ({some} ...).")
-    for name, tensor in state.items():
-        if parameters[name].shape != tensor.shape:
-            shapes = f"{list(tensor.shape)} in the file, {list(parameters[name].shape)} in the model"
-            raise UserError(f"{file} was made by another recipe: {name} is {shapes}.")
-        parameters[name].data.copy_(tensor)
+    with opened(file, instead=NO_RUN) as weights:
+        fill(_kept_in(weights, module), weights, file, reason="was made by another recipe")
 
 
-def _read_state(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise UserError(f"there is no {file}: give --checkpoint a run folder of `python -m lavi.fit`.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a readable checkpoint ({error}).") from None
+def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
+    """Before a run goes on: hold what it kept against the recipe, and take up what it had from the one it started from.
+
+    Raises:
+        UserError: as :func:`load_trained`, or the run was trained by other ``ranks``.
+    """
+    with opened(file, instead=NO_RUN) as weights:
+        compare(_kept_in(weights, module), weights, file, reason="was made by another recipe")
+        theirs = (weights.metadata() or {}).get(RANKS, ranks)
+    if theirs != ranks:
+        raise UserError(
+            f"{file.parent} was trained by {theirs}, not by {ranks}, and can only go on so: resume it with the same "
+            "trainer.devices and trainer.strategy, or begin anew with module.start_from."
+        )
+
+
+def _kept_in(weights: Any, module: nn.Module) -> dict[str, Tensor]:
+    """What an open file should hold of ``module``: more than what trains only if its recipe starts from a run."""
+    if getattr(module, "start_from", None) is not None:
+        module.carried = set(json.loads((weights.metadata() or {}).get(CARRIED, "[]")))  # type: ignore[assignment]
+    kept = kept_names(module)
+    return {name: parameter for name, parameter in module.named_parameters() if name in kept}
 
 
 def load_run(
@@ -114,7 +103,7 @@ def load_run(
     if not (folder / TRAINED).is_file():
         raise UserError(f"{folder} has no {TRAINED} yet: its run stopped before the first checkpoint.")
     recipe = Recipe.load(folder / RECIPE, overrides or [], trusted=trust)
-    module: pl.LightningModule = recipe.build("module", model=recipe.build("model"))
+    module: pl.LightningModule = recipe.build("module", model=build(recipe))
     load_trained(module, folder / TRAINED)
     return recipe, cast(VisionLanguageModel, module.eval().model)
 
@@ -122,14 +111,22 @@ def load_run(
 class KeepRun(pl.Callback):
     """Writes checkpoints: every so many steps, at the end, and when the run is asked to stop (Ctrl-C, SIGTERM).
 
-    A stop is carried out between two steps, so that a checkpoint never holds half a step; a second Ctrl-C stops now.
+    A stop is carried out between two steps, and by all ranks in the same one, so that a checkpoint never holds half a
+    step; a second Ctrl-C stops now. The first rank alone writes; what it writes is whole, whatever the strategy.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, every: int) -> None:
-        self.folder, self.recipe, self.every = folder, recipe, every
+    def __init__(self, folder: Path, recipe: Recipe, *, every: int, resumes: bool = False) -> None:
+        self.folder, self.recipe, self.every, self.resumes = folder, recipe, every, resumes
         self.asked_to_stop = False
         self.saved_step = -1
         self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Settle on the folder that the first rank has made, and may have numbered; hold the run against the recipe."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+        trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
+        if self.resumes:  # before a strategy that shards loads what no callback has seen
+            check_trained(module, self.folder / TRAINED, ranks=_ranks(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Not before: a checkpoint that does not fit the recipe has been refused by now, its run folder untouched.
@@ -144,30 +141,32 @@ class KeepRun(pl.Callback):
         self._handlers = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        if self.asked_to_stop or (trainer.global_step % self.every == 0 and trainer.global_step > 0):
+        stop = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
+        if stop or (trainer.global_step % self.every == 0 and trainer.global_step > 0):
             self._save(trainer)
-        if self.asked_to_stop:
+        if stop:
+            self.asked_to_stop = True
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        keep = trained_names(module)
+        keep = kept_names(module)
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
         checkpoint["recipe"] = self.recipe.yaml()
+        if (data := _data_of(trainer)) is not None:
+            checkpoint[DATA] = _of_every_rank(data.state_dict())
         if trainer.is_global_zero:
-            save_trained(
-                checkpoint["state_dict"], self.folder / TRAINED, recipe=self.recipe.yaml(), step=trainer.global_step
-            )
+            header = {"recipe": self.recipe.yaml(), "step": str(trainer.global_step), RANKS: _ranks(trainer)}
+            header[CARRIED] = json.dumps(sorted(getattr(module, CARRIED, ())))
+            write_state(checkpoint["state_dict"], self.folder / TRAINED, **header)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        expected, given = trained_names(module), set(checkpoint["state_dict"])
-        if expected != given:
-            some = ", ".join(sorted(expected ^ given)[:3])
-            raise UserError(
-                f"{self.folder / LAST} was made by another recipe: {some} ... differ. Resume with the run's own."
-            )
+        """Give each rank its own place in the data back; Lightning knows that of the first rank only."""
+        places, data = checkpoint.get(DATA), _data_of(trainer)
+        if places is not None and data is not None:
+            data.load_state_dict(places[trainer.global_rank])
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self.saved_step == trainer.global_step:
@@ -182,6 +181,25 @@ class KeepRun(pl.Callback):
         if self.asked_to_stop:
             raise KeyboardInterrupt
         self.asked_to_stop = True
+
+
+def _ranks(trainer: pl.Trainer) -> str:
+    """How many there are, and whether each holds a part of the weights: what optimiser and data were saved for."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return f"{trainer.world_size} {'sharded ' if sharded else ''}rank{'s' if trainer.world_size > 1 else ''}"
+
+
+def _data_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _of_every_rank(mine: Any) -> list[Any]:
+    """What each rank has, in their order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def resume_point(folder: Path) -> Path:

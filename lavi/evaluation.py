@@ -8,10 +8,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.progress import track
 
-from lavi.batch import Batch, Sample
+from lavi.batch import Batch, Sample, Visual
 from lavi.efficiency.record import Record
 from lavi.metrics.answers import FamilyAccuracy
 from lavi.model import VisionLanguageModel
@@ -48,7 +47,7 @@ def with_shuffled_images(prompts: Sequence[Prompt]) -> list[Prompt]:
     by_count: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_count.setdefault(len(prompt.sample.images), []).append(index)
-    images: dict[int, list[Image.Image]] = {}
+    images: dict[int, Sequence[Visual]] = {}
     for same in by_count.values():
         half = len(same) // 2
         images |= {i: prompts[j].sample.images for i, j in zip(same, same[half:] + same[:half], strict=True)}

@@ -51,8 +51,9 @@ def main() -> int:
     else:
         resume_from = None
         recipe = Recipe.load(args.recipe, args.overrides)
-        wanted = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
-        run = checkpoint.new_run_folder(wanted, exact=args.run is not None)
+        run = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
+        if checkpoint.is_first_rank():
+            run = checkpoint.new_run_folder(run, exact=args.run is not None)
     return train(recipe, run, resume_from, args.save_every)
 
 
@@ -63,17 +64,20 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     from lightning.pytorch.loggers import TensorBoardLogger
     from rich.syntax import Syntax
 
-    from lavi import checkpoint, report, startup
+    from lavi import checkpoint, pretrained, report, startup
     from lavi.model import VisionLanguageModel
 
+    first = checkpoint.is_first_rank()
     console = report.console()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    console.quiet = not first
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
-    model = recipe.build("model")
+    model = pretrained.build(recipe)
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
-    keep = checkpoint.KeepRun(run, recipe, every=save_every)
+    keep = checkpoint.KeepRun(run, recipe, every=save_every, resumes=resume_from is not None)
     logger = TensorBoardLogger(run, name="", version="")
     callbacks = [keep, *recipe.build_callbacks()]
     wants_bar = recipe.settings["trainer"].get("enable_progress_bar", True)
@@ -83,16 +87,16 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
         "trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run), enable_checkpointing=False
     )
     console.print(startup.what_trains(module))
-    if isinstance(model, VisionLanguageModel):
+    if first and isinstance(model, VisionLanguageModel):
         console.print(startup.as_trained(model, data.stream("train")))
     console.print(f"run folder: {run}   (tensorboard --logdir {run.parent})")
     try:
-        trainer.fit(module, data, ckpt_path=resume_from)
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)  # of a pickle, nothing but tensors
     except (SystemExit, KeyboardInterrupt):
         if not keep.asked_to_stop or keep.saved_step < 0:
             raise UserError("interrupted before the first step: nothing was saved.") from None
         console.print(f"stopped at step {keep.saved_step}, saved. Go on with: python -m lavi.fit --resume {run}")
-        return 130
+        return 130 if first else 0  # the first rank is killed when another one ends with an error
     console.print(report.metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
     return 0
 

@@ -27,21 +27,14 @@ def main() -> None:
     if not args.question.strip():
         raise UserError("--question is empty.")
     import torch
-    from PIL import Image, UnidentifiedImageError
     from transformers import TextStreamer
 
     from lavi.batch import Sample
     from lavi.checkpoint import load_run
     from lavi.evaluation import collate
+    from lavi.images import open_image
 
-    images = []
-    for file in args.image:
-        try:
-            images.append(Image.open(file).convert("RGB"))
-        except FileNotFoundError:
-            raise UserError(f"there is no image {file}.") from None
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} is not an image that opens ({error}).") from None
+    images = [open_image(file) for file in args.image]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     _, model = load_run(args.checkpoint, trust=args.trust)
     model.to(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from lavi.language.context import VisualContext
 from lavi.language.load import LanguageModel
 from lavi.processor import Processor
 from lavi.vision.base import VisionBackbone
+from lavi.vision.tiles import OneView, Tiling
 
 
 class VisionLanguageModel(nn.Module):
@@ -24,6 +27,7 @@ class VisionLanguageModel(nn.Module):
         vision: pixels (views, C, H, W) to features (views, N, Dv).
         language: the language model and its tokenizer.
         fusion: how they meet; bound here.
+        tiling: how an image becomes views; by default one view an image.
         chat_template: a named template, or None for the tokenizer's own.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
     """
@@ -34,6 +38,7 @@ class VisionLanguageModel(nn.Module):
         vision: VisionBackbone,
         language: LanguageModel,
         fusion: Fusion,
+        tiling: Tiling | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
     ) -> None:
@@ -43,10 +48,10 @@ class VisionLanguageModel(nn.Module):
         self.chat = Chat(language.tokenizer, chat_template)
         self.processor = Processor(
             chat=self.chat,
-            preprocess=vision.preprocess,
-            pixel_shape=vision.pixel_shape,
+            vision=vision,
+            tiling=tiling or OneView(),
+            tokens_of=partial(fusion.tokens_in_language, per_view=vision.tokens),
             context_length=min(context_length or language.context_length, language.context_length),
-            tokens_per_image=fusion.tokens_in_language(vision.tokens),
         )
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -101,6 +106,19 @@ class VisionLanguageModel(nn.Module):
         own = self.language.tokenizer.eos_token_id
         ids = {own} if own is not None else set()
         return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model as a folder; its layout is at the head of ``lavi/pretrained.py``."""
+        from lavi import pretrained
+
+        pretrained.save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, trust: bool = False) -> VisionLanguageModel:
+        """The model of such a folder, ready to answer; with ``trust``, whatever its recipe names is built."""
+        from lavi import pretrained
+
+        return pretrained.from_pretrained(Path(folder), trust=trust)
 
 
 def _until(ids: Sequence[int], end: Sequence[int]) -> list[int]:

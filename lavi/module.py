@@ -1,35 +1,50 @@
-"""The LightningModule: step, optimiser groups, schedule, and which parts train."""
+"""The LightningModule: step, optimiser groups, schedule, and which parts train; and sharding over ranks."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE, Batch
-from lavi.errors import UserError, nearest
+from lavi.errors import UserError
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
-from lavi.optim import MuonAdamW, adamw, hidden_matrices
+from lavi.optim import MuonAdamW, adamw, parameter_groups, part_of_each
+from lavi.pretrained import kept_names
+from lavi.pretrained import start_from as start_from_run
 
 
 class VisionLanguageModule(pl.LightningModule):
     """Trains a :class:`VisionLanguageModel` on the tokens of its answers.
 
+    Stages are recipes, each starting from the run before it. As LLaVA-1.5 does it, with LoRA in the second::
+
+        stage1.yaml     module: {learning_rate: {fusion: 1e-3}}                        -> runs/stage1
+        stage2.yaml     model: {language: {lora: {rank: 128, alpha: 256}}}
+                        module: {learning_rate: {fusion: 2e-5, language: 2e-4}, start_from: runs/stage1}
+
+    What a run started from is kept in its own checkpoints, also where it is frozen: the earlier run may be deleted.
+
     Args:
         model: what is trained.
-        learning_rate: peak rate of each part that trains, by its name in the model (``fusion``, ``language``,
-            ``vision``); a part that is not named, or at null, is frozen.
+        learning_rate: peak rate of each part that trains, by its dotted name in the model: ``fusion``, ``vision``,
+            ``language.hf.lm_head`` or any other submodule or parameter. The most specific name wins; a part that is not
+            named, or at null, is frozen. A language model with LoRA trains its adapters alone.
         weight_decay: on matrices only.
         warmup: share of the steps over which the rate rises; then it falls along a cosine to a hundredth.
         muon: train the hidden matrices with Muon, at this many times their part's rate, and only the rest (embeddings,
             norms, biases) with AdamW; None: AdamW for all. For small models from scratch; finetuning uses AdamW.
+        start_from: a run folder whose trained parameters the model starts from; the parts that train now may be others.
+        checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
 
     Raises:
-        UserError: an unknown part.
+        UserError: an unknown part, or nothing that trains.
     """
 
     # A checkpoint holds what was trained; the rest comes from the recipe (checkpoint.py checks the exact set).
@@ -43,40 +58,78 @@ class VisionLanguageModule(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         muon: float | None = None,
+        start_from: str | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.learning_rate = {part: rate for part, rate in learning_rate.items() if rate is not None}
+        self.learning_rate = learning_rate
         self.weight_decay, self.warmup, self.muon = weight_decay, warmup, muon
-        for part in learning_rate:
-            if part not in dict(model.named_children()):
-                raise UserError(f"module.learning_rate names '{part}': {nearest(part, dict(model.named_children()))}")
-        for name, child in model.named_children():
-            child.requires_grad_(name in self.learning_rate)
+        self.start_from, self.checkpointing = start_from, checkpointing
+        self.carried: set[str] = set()
+        """Names of the parameters that ``start_from`` brought."""
+        self.part_of = part_of_each(model, learning_rate, {f"language.{name}" for name in model.language.adapters})
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.part_of)
+        if checkpointing:
+            checkpoint_layers(model.language.hf)
         self.accuracy = {"train": FamilyAccuracy(), "val": FamilyAccuracy()}
 
+    def setup(self, stage: str) -> None:
+        """Load the run to start from; a run that goes on has (and has ``carried``) all of that itself."""
+        if stage == "fit" and self.start_from is not None and not self.carried:
+            self.carried = start_from_run(self, Path(self.start_from))
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy made a mesh of ranks for it."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def train(self, mode: bool = True) -> VisionLanguageModule:
-        """A frozen part stays in evaluation mode."""
+        """What is frozen stays in evaluation mode, also inside a part that trains."""
         super().train(mode)
-        for name, part in self.model.named_children():
-            if name not in self.learning_rate:
-                part.eval()
+        for part in self.model.children():
+            _rest(part)
+        if mode and self.checkpointing:
+            for layer in self.model.language.layers:
+                layer.training = True  # transformers recomputes layers in training only; what is inside them rests
         return self
+
+    def on_fit_start(self) -> None:
+        self.train()  # the trainer takes modes as it finds them
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """Dropout draws other numbers in each step and rank, and a resumed run those that one go would have drawn."""
+        step = self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed(self._seed + step * self.trainer.world_size + self.trainer.global_rank)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         logits = self.model(batch)
         loss, tokens = summed_loss(logits, batch.labels)
-        total = self._sum_over_ranks(tokens)
-        if not torch.isfinite(loss):
+        total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
+        if broken:  # all ranks stop together
             raise UserError(
                 f"the loss is {float(loss)} at step {self.global_step}, in samples {', '.join(batch.keys[:8])}: "
                 "lower module.learning_rate or train in fp32; checkpoints written before this step are intact."
+                if not torch.isfinite(loss)
+                else f"the loss is not finite on another rank at step {self.global_step}."
             )
         # Gradients are averaged over ranks: times their number, each token of the global batch weighs the same.
-        loss = loss * (self.trainer.world_size / total)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        loss = loss * (self.trainer.world_size / total) + self._touch_tower()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.accuracy["train"].update(right_under_teacher_forcing(logits.detach(), batch), groups(batch.answers))
         return loss
+
+    def _touch_tower(self) -> Tensor | float:
+        """0, by way of each weight of the tower that trains: ranks wait for all gradients of one another.
+
+        Without it a batch without images would have none, and a norm behind the features that are used never.
+        """
+        trained = [parameter for parameter in self.model.vision.parameters() if parameter.requires_grad]
+        if self.trainer.world_size == 1 or not trained:
+            return 0.0
+        return 0.0 * torch.stack([parameter.sum() for parameter in trained]).sum()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -93,7 +146,7 @@ class VisionLanguageModule(pl.LightningModule):
 
     def _log_accuracy(self, split: str) -> None:
         """``val/accuracy`` over all, ``val/level/easy``, ``val/family/colour`` and so on, in percent."""
-        scores = self.accuracy[split].compute()
+        scores = self.accuracy[split].to(self.device).compute()  # ranks exchange what is on their device
         self.accuracy[split].reset()
         for group, value in scores.items():
             name = "accuracy" if group == "all" else group
@@ -106,35 +159,12 @@ class VisionLanguageModule(pl.LightningModule):
         return self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
 
     def configure_optimizers(self) -> Any:
-        groups = [group for name in self.learning_rate for group in self._groups_of(name)]
+        groups = parameter_groups(
+            self.model, self.part_of, self.learning_rate, weight_decay=self.weight_decay, muon=self.muon
+        )
         optimizer = adamw(groups) if self.muon is None else MuonAdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _groups_of(self, name: str) -> list[dict[str, Any]]:
-        """The parameter groups of one part: what Muon trains, other matrices, vectors (which never decay)."""
-        part, rate = self.model.get_submodule(name), self.learning_rate[name]
-        hidden = set() if self.muon is None else hidden_matrices(part)
-        parameters = [p for p in part.parameters() if p.requires_grad]
-        muon = [p for p in parameters if id(p) in hidden]
-        matrices = [p for p in parameters if p.ndim > 1 and id(p) not in hidden]
-        vectors = [p for p in parameters if p.ndim <= 1]
-        kinds = {
-            "muon": (muon, rate * (self.muon or 1.0), self.weight_decay),
-            "matrices": (matrices, rate, self.weight_decay),
-            "vectors": (vectors, rate, 0.0),
-        }
-        return [
-            {
-                "params": chosen,
-                "lr": lr,
-                "weight_decay": decay,
-                "kind": "muon" if kind == "muon" else "adamw",
-                "name": f"{name}/{kind}",
-            }
-            for kind, (chosen, lr, decay) in kinds.items()
-            if chosen
-        ]
 
     def _share_of_peak(self, step: int) -> float:
         total = self.trainer.max_steps
@@ -145,6 +175,33 @@ class VisionLanguageModule(pl.LightningModule):
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def _rest(module: nn.Module) -> None:
+    """Put what is frozen into evaluation mode; what has no parameters (dropout) does as the module around it."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        module.eval()
+        return
+    for child in module.children():
+        if any(True for _ in child.parameters()):
+            _rest(child)
+
+
+def checkpoint_layers(language: Any) -> None:
+    """Recompute the decoder layers in the backward pass.
+
+    Raises:
+        UserError: the family cannot.
+    """
+    # The new name of an old method.
+    enable = getattr(language, "activation_checkpointing_enable", language.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"module.checkpointing=true: {error}") from None
+    # Only re-entrant checkpointing needs an input with a gradient: here a frozen embedding would only make the
+    # backward pass go on below the first layer that anything is learned from.
+    language.disable_input_require_grads()
+
+
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the trained tokens, and their number; logits (B, T, vocabulary), labels (B, T)."""
     targets = labels[:, 1:].flatten()
@@ -152,3 +209,59 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"
     )
     return loss, (targets != IGNORE).sum()
+
+
+# --- sharding over ranks ----------------------------------------------------------------------------------------------
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards parameters, gradients and optimiser state over all ranks (FSDP2); a checkpoint is one whole file.
+
+    trainer: {strategy: {_target_: lavi.module.FSDP2}, devices: 8}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is kept, whole, on the first rank; the rest of a model that fits in shards only is never gathered."""
+        state = {}
+        assert self.lightning_module is not None
+        kept = kept_names(self.lightning_module)
+        for name, parameter in self.lightning_module.named_parameters():
+            if name in kept:
+                whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+                if self.is_global_zero:
+                    state[name] = whole.cpu()
+        return state
+
+
+def shard(model: VisionLanguageModel, mesh: Any) -> None:
+    """Shard each decoder layer by itself, and the rest together; a second time changes nothing.
+
+    Ranks gather weights and reduce gradients in one order, whatever their batches hold: so the tower, which a batch
+    without images does not call, and the fusion, which the layers call on their way, are no groups of their own.
+
+    Raises:
+        UserError: trained weights of several dtypes would be sharded together.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        return
+    inside_layers = {id(parameter) for layer in model.language.layers for parameter in layer.parameters()}
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad and id(p) not in inside_layers}
+    if len(dtypes) > 1:
+        raise UserError(
+            f"FSDP2 shards all but the decoder layers together, and of that {' and '.join(sorted(dtypes))} train: set "
+            "model.language.dtype=float32 (and trainer.precision=bf16-mixed)."
+        )
+    for layer in model.language.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("generate", "prefill"):
+        register_fsdp_forward_method(model, method)

@@ -1,13 +1,15 @@
-"""Muon for hidden matrices and AdamW for the rest, as one optimizer."""
+"""Which parts of a model train, at which rate; and Muon for hidden matrices, AdamW for the rest, as one optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from lavi.errors import UserError, nearest
 
 
 def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
@@ -68,3 +70,108 @@ def hidden_matrices(part: nn.Module) -> set[int]:
         if head is not None:
             heads.add(id(head.weight))
     return {id(m.weight) for m in part.modules() if isinstance(m, nn.Linear)} - heads
+
+
+def part_of_each(model: nn.Module, rates: Mapping[str, float | None], adapters: Collection[str] = ()) -> dict[str, str]:
+    """The part of ``rates`` that each parameter trains with, by the parameter's name; what is not in it is frozen.
+
+    A part is a dotted name in the model: a submodule, or a parameter. The most specific one wins; at None it is frozen.
+    A shared parameter (tied embeddings) belongs to parts by any of its names. Where a part holds ``adapters``, it
+    trains these alone: the weights they adapt are frozen.
+
+    Raises:
+        UserError: nothing has that name, two parts name one shared parameter, or nothing trains.
+    """
+    every = every_name(model)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""}
+    known |= {name for names, _ in every for name in names}
+    for part in rates:
+        if part not in known:
+            raise UserError(f"module.learning_rate names '{part}': {_nearest_part(part, known)}")
+    adapting = {part for part in rates for name in adapters if inside(name, part)}
+    found = {}
+    for names, _ in every:
+        name, chosen = names[0], _most_specific(names, rates)
+        if chosen and rates[chosen] is not None and (chosen not in adapting or name in adapters):
+            found[name] = chosen
+    if not found:
+        raise UserError(f"module.learning_rate ({dict(rates)}) names nothing that has parameters to train.")
+    return found
+
+
+def every_name(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Each parameter once, with all its names; the first is that of ``named_parameters``."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def inside(name: str, part: str) -> bool:
+    """Whether a dotted name is ``part`` or something inside it."""
+    return f"{name}.".startswith(f"{part}.")
+
+
+def _most_specific(names: Sequence[str], rates: Mapping[str, float | None]) -> str | None:
+    """The longest part that any of a parameter's names lies in."""
+    fitting = [part for part in rates if any(inside(name, part) for name in names)]
+    if not fitting:
+        return None
+    chosen = max(fitting, key=lambda part: part.count("."))
+    for part in fitting:
+        if not inside(chosen, part) and rates[part] != rates[chosen]:
+            raise UserError(
+                f"module.learning_rate names '{part}' and '{chosen}', which share {names[0]} (tied weights): name one "
+                "of them."
+            )
+    return chosen
+
+
+def _nearest_part(name: str, known: Collection[str]) -> str:
+    """The nearest name beside the first wrong one on the way down."""
+    wrong = next(short for short in _ways_down(name) if short not in known)
+    parent = wrong.rpartition(".")[0]
+    return nearest(wrong, {other for other in known if other.rpartition(".")[0] == parent})
+
+
+def _ways_down(name: str) -> list[str]:
+    """``a``, ``a.b``, ``a.b.c`` of ``a.b.c``."""
+    words = name.split(".")
+    return [".".join(words[: count + 1]) for count in range(len(words))]
+
+
+def parameter_groups(
+    model: nn.Module,
+    part_of: Mapping[str, str],
+    rates: Mapping[str, float | None],
+    *,
+    weight_decay: float = 0.0,
+    muon: float | None = None,
+) -> list[dict[str, Any]]:
+    """The groups of each part that trains: what Muon trains, other matrices, vectors (which never decay).
+
+    Args:
+        part_of: from :func:`part_of_each`.
+        muon: train hidden matrices with Muon, at this many times the rate; None: with AdamW.
+    """
+    hidden = set() if muon is None else hidden_matrices(model)
+    members: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in part_of:
+            kind = "muon" if id(parameter) in hidden else "matrices" if parameter.ndim > 1 else "vectors"
+            members.setdefault((part_of[name], kind), []).append(parameter)
+    groups = []
+    for part, rate in rates.items():
+        for kind in ("muon", "matrices", "vectors"):
+            if (part, kind) in members:
+                assert rate is not None
+                groups.append(
+                    {
+                        "params": members[part, kind],
+                        "lr": rate * (muon or 1.0) if kind == "muon" else rate,
+                        "weight_decay": 0.0 if kind == "vectors" else weight_decay,
+                        "kind": "muon" if kind == "muon" else "adamw",
+                        "name": f"{part}/{kind}",
+                    }
+                )
+    return groups

@@ -6,21 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Sample
+from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout, Sample
 from lavi.chat import Chat, Encoded
 from lavi.errors import UserError
+from lavi.vision.base import VisionBackbone
+from lavi.vision.tiles import Tiling
 
 
 @dataclass
 class Ready:
-    """One sample, encoded; pixels (images, C, H, W)."""
+    """One sample, encoded; pixels (views, C, H, W)."""
 
     key: str
     encoded: Encoded
     pixels: Tensor
+    layouts: list[Layout]
+    length: int
+    """Text and visual tokens in the language model's sequence."""
 
 
 @dataclass
@@ -29,17 +33,17 @@ class Processor:
 
     Args:
         chat: tokenizer and template.
-        preprocess: one image to (C, H, W).
-        pixel_shape: (C, H, W) of one view.
+        vision: the backbone, whose own preprocessing the views get.
+        tiling: how an image becomes views.
+        tokens_of: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
         context_length: the most tokens a conversation may have, its visual tokens included.
-        tokens_per_image: visual tokens of one image that stand in the sequence: 0 unless the fusion puts them there.
     """
 
     chat: Chat
-    preprocess: Callable[[Image.Image], Tensor]
-    pixel_shape: tuple[int, int, int]
+    vision: VisionBackbone
+    tiling: Tiling
+    tokens_of: Callable[[Layout], int]
     context_length: int
-    tokens_per_image: int = 0
 
     def encode(self, sample: Sample, *, prompt: bool = False) -> Ready:
         """Encode one sample, as a whole or (``prompt``) up to the answer it waits for.
@@ -49,15 +53,17 @@ class Processor:
         """
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(sample.messages, images=len(sample.images))
-        visual = len(sample.images) * self.tokens_per_image
-        if len(encoded.ids) + visual > self.context_length:
+        alone = len(sample.images) == 1
+        views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
+        visual = sum(self.tokens_of(layout) for _, layout in views)
+        length = len(encoded.ids) + visual
+        if length > self.context_length:
             raise UserError(
                 f"the conversation has {len(encoded.ids)} text and {visual} visual tokens, more than the context of "
                 f"{self.context_length}: shorten it, or raise model.context_length."
             )
-        views = [self.preprocess(image) for image in sample.images]
-        pixels = torch.stack(views) if views else torch.zeros(0, *self.pixel_shape)
-        return Ready(sample.key, encoded, pixels)
+        pixels = torch.cat([torch.zeros(0, *self.vision.pixel_shape), *(pixels for pixels, _ in views)])
+        return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
     def collate(self, ready: Sequence[Ready], *, pad_left: bool = False) -> Batch:
         """Pad to one batch; on the left for decoding, so that all rows end together."""
@@ -73,7 +79,8 @@ class Processor:
             labels[row, start : start + length] = torch.tensor(r.encoded.labels)
             mask[row, start : start + length] = True
             spans.append((start, start + length))
-            places += [ImagePlace(row, start + column) for column in r.encoded.image_columns]
+            columns = zip(r.encoded.image_columns, r.layouts, strict=True)
+            places += [ImagePlace(row, start + column, layout) for column, layout in columns]
             answers += [Answer(row, start + t.start, start + t.stop, t.family, t.level) for t in r.encoded.turns]
         pixels = torch.cat([r.pixels for r in ready])
         return Batch(ids, labels, mask, pixels, spans, places, answers, keys=[r.key for r in ready])

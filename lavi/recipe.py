@@ -89,8 +89,14 @@ class Recipe:
         self._check_component({TARGET: TRAINER, **trainer}, "trainer")
 
     def build(self, section: str, **provided: Any) -> Any:
-        """Build one section's component; ``provided`` are the arguments that do not stand in a file."""
-        node = self.settings[section]
+        """Build one section, or a component in it (``model.language``).
+
+        Args:
+            provided: the arguments that do not stand in a file.
+        """
+        node = self.settings
+        for name in section.split("."):
+            node = node[name]
         if section == "trainer":
             node = {TARGET: TRAINER, **node}
         return self._build(node, section, provided)

@@ -15,6 +15,7 @@ from torch import nn
 from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
+from lavi.optim import every_name, inside
 
 
 class StepBar(RichProgressBar):
@@ -26,16 +27,22 @@ class StepBar(RichProgressBar):
 
 
 def what_trains(module: pl.LightningModule) -> Table:
-    """A table of the model's parts: parameters, how many of them train, at which rate."""
+    """A table of the model's parts: parameters, how many of them train, at which rate; named parts below theirs."""
     table = Table(title="What trains", title_justify="left")
     for column in ("part", "parameters", "trained", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    rates = getattr(module, "learning_rate", {})
-    for name, part in cast(nn.Module, module.model).named_children():
-        sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
-        trained = sum(size for size, trains in sizes if trains)
-        rate = rates.get(name, "frozen") if isinstance(rates, dict) else rates
-        table.add_row(name, f"{sum(size for size, _ in sizes):,}", f"{trained:,}", str(rate))
+    model, rates = cast(nn.Module, module.model), getattr(module, "learning_rate", {})
+    every = every_name(model)
+    children = [name for name, _ in model.named_children()]
+    deeper = sorted(set(rates) - set(children)) if isinstance(rates, dict) else []
+    for child in children:
+        for name in (child, *(part for part in deeper if inside(part, child))):
+            sizes = [(p.numel(), p.requires_grad) for names, p in every if any(inside(n, name) for n in names)]
+            trained = sum(size for size, trains in sizes if trains)
+            rate = rates.get(name) if isinstance(rates, dict) else rates
+            shown = str(rate) if rate is not None else "as below" if trained else "frozen"
+            indented = "  " * name.count(".") + name
+            table.add_row(indented, f"{sum(size for size, _ in sizes):,}", f"{trained:,}", shown)
     return table
 
 

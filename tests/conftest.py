@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lavi-hub-")
 
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(sentences(), folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def hub(tokenizer: str) -> None:
+    """Published configurations under their hub names."""
+    from hub import fill
+
+    fill(Path(os.environ["HF_HOME"]), Path(tokenizer))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from lavi.fusion.lavi import LaViFusion, spread_layers
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import norm_targets
 from lavi.model import VisionLanguageModel
+from lavi.nn.deltas import GENERATORS
 from lavi.vision.hf import HFVision
 
 FEEDS_BOTH_APART = {"attention": "feeds", "ffn": "feeds"}
@@ -117,9 +118,9 @@ def test_a_family_without_the_kernel_says_which_one_to_take(tokenizer: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["lavi", "concat"])
+@pytest.mark.parametrize("kind", [*GENERATORS, "concat"])
 def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) -> None:
-    fusion: Fusion = LaViFusion(every=2, bottleneck=16) if kind == "lavi" else ConcatFusion()
+    fusion: Fusion = ConcatFusion() if kind == "concat" else LaViFusion(every=2, bottleneck=16, generator=kind)
     model = build(fusion, family=family)
     awaken(model.fusion)
     prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which image has the red circle?", 3), ask("hi")]
@@ -130,7 +131,7 @@ def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) 
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("kind", ["attention", "mlp", "conv", "pooled"])
+@pytest.mark.parametrize("kind", GENERATORS)
 def test_torch_compile_breaks_no_graph(build, family: str, kind: str) -> None:
     model = build(LaViFusion(every=2, bottleneck=16, generator=kind), family=family)
     awaken(model.fusion)

@@ -169,8 +169,12 @@ def test_beams_see_their_own_row(model: VisionLanguageModel) -> None:
     awaken(model.fusion)
     prompts = [ask(1, "what colour is the circle?"), ask(2, "what colour is the circle?"), ask("hello")]
     together = model.generate(collate(model, prompts, prompt=True, pad_left=True), max_new_tokens=5, num_beams=3)
-    alone = [model.generate(collate(model, [p], prompt=True), max_new_tokens=5, num_beams=3)[0] for p in prompts]
-    assert together == alone
+    for cached in (True, False):
+        alone = [
+            model.generate(collate(model, [p], prompt=True), max_new_tokens=5, num_beams=3, use_cache=cached)[0]
+            for p in prompts
+        ]
+        assert together == alone
 
 
 @pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith("lavi")])

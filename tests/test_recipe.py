@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ask
 
 from lavi.errors import UserError
 from lavi.recipe import Recipe
@@ -25,7 +26,24 @@ def test_every_recipe_is_right_and_says_how_to_run_it(file: Path, monkeypatch: p
         assert word in comment, f"{file} lacks '{word}' in its header"
 
 
-@pytest.mark.parametrize("name", ["lavi_conv", "llama"])
+FULL_SIZE = sorted([*(ROOT / "recipes" / "lavi").glob("*.yaml"), *(ROOT / "recipes" / "baselines").glob("*.yaml")])
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("file", FULL_SIZE, ids=lambda f: f.stem)
+def test_a_recipe_of_published_checkpoints_builds_on_meta(file: Path) -> None:
+    recipe = Recipe.load(file)
+    with torch.device("meta"):
+        model = recipe.build("model")
+        module = recipe.build("module", model=model)
+    trained = {name.split(".")[1] for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {name for name, rate in recipe.settings["module"]["learning_rate"].items() if rate is not None}
+    assert sum(p.numel() for p in model.language.parameters()) > 4e8
+    batch = model.processor.collate([model.processor.encode(ask(1, "what is this?", answer="a cat"))])
+    assert len(batch.pixels) == batch.places[0].views
+
+
+@pytest.mark.parametrize("name", ["lavi_conv", "llama", "clip"])
 def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = ROOT / "recipes" / "scenes" / f"{name}.yaml"
@@ -34,10 +52,15 @@ def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: p
     with torch.device("meta"):
         model = recipe.build("model")
     kinds = {type(g).__name__ for g in model.fusion.generators.values()}
-    assert (model.language.hf.config.model_type, kinds) == {
-        "lavi_conv": ("qwen2", {"ConvDeltas"}),
-        "llama": ("llama", {"AttentionDeltas"}),
-    }[name]
+    found = (model.vision.tower.config.model_type, model.language.hf.config.model_type, *kinds)
+    assert (
+        found
+        == {
+            "lavi_conv": ("siglip_vision_model", "qwen2", "ConvDeltas"),
+            "llama": ("siglip_vision_model", "llama", "AttentionDeltas"),
+            "clip": ("clip_vision_model", "qwen2", "AttentionDeltas"),
+        }[name]
+    )
 
 
 def child(tiny_recipe: Path, text: str) -> Path:

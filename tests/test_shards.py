@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -17,7 +18,9 @@ from PIL import Image
 
 from datamodules.image_text import ImageTextData
 from datamodules.shards import BrokenSample, ShardStream, Slot, decode, find_shards, read_shard
+from lavi.batch import Batch
 from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 
 GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}
@@ -187,18 +190,40 @@ def read_batches(module: ImageTextData, count: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 2, 33, 65])
-def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers: int, stop: int) -> None:
-    """Also behind the end of an epoch (60 batches), and with readers taking turns."""
+@pytest.mark.parametrize("bucket", [1, 7])
+def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers: int, stop: int, bucket: int) -> None:
+    """Also behind the end of an epoch (60 batches), in the middle of a bucket, and with readers taking turns."""
     processor = build(LaViFusion(bottleneck=16)).processor
 
     def fresh() -> ImageTextData:
-        return ImageTextData(processor, train=str(scenes / "train"), batch_size=4, workers=workers, shuffle=25, seed=3)
+        settings = {"batch_size": 4, "workers": workers, "shuffle": 25, "seed": 3, "bucket": bucket}
+        return ImageTextData(processor, train=str(scenes / "train"), **settings)
 
     whole = read_batches(fresh(), 75)
     first, second = fresh(), fresh()
     begun = read_batches(first, stop)
     second.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_int_keys))
     assert begun + read_batches(second, 75 - stop) == whole
+
+
+def test_buckets_pad_less_and_lose_nothing(build, scenes: Path) -> None:
+    processor = build(ConcatFusion()).processor
+    data = {
+        bucket: ImageTextData(processor, train=str(scenes / "train"), batch_size=8, bucket=bucket) for bucket in (1, 10)
+    }
+    batches = {bucket: list(itertools.islice(d.stream("train", endless=True), 30)) for bucket, d in data.items()}
+    assert sorted(key for b in batches[1] for key in b.keys) == sorted(key for b in batches[10] for key in b.keys)
+
+    def lengths(batch: Batch) -> list[int]:
+        visual = Counter(dict.fromkeys(range(len(batch)), 0))
+        for place in batch.places:
+            visual[place.row] += processor.tokens_of(place.layout)
+        return [stop - start + visual[row] for row, (start, stop) in enumerate(batch.spans)]
+
+    padded = {k: sum(max(lengths(b)) * len(b) - sum(lengths(b)) for b in found) for k, found in batches.items()}
+    assert padded[10] < padded[1] / 3
+    longest = [max(lengths(batch)) for batch in batches[10]]
+    assert longest != sorted(longest)  # not the short ones first
 
 
 def _int_keys(found: dict[str, Any]) -> dict[Any, Any]:

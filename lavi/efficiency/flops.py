@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavi.batch import Batch, ImagePlace
+from lavi.batch import Batch, ImagePlace, Layout
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
@@ -44,7 +44,7 @@ class Flops:
 
 def closed_form(model: VisionLanguageModel, *, text: int, visual: int, views: int) -> Flops:
     """One row of ``text`` tokens and ``visual`` visual tokens out of ``views`` encoded views."""
-    inside = model.fusion.tokens_in_language(visual)
+    inside = tokens_inside(model, visual)
     language = language_flops(model.language, tokens=text + inside)
     alone = language_flops(model.language, tokens=text)
     own = {name: cost.flops for name, cost in model.fusion.costs(text, visual).items()}
@@ -87,7 +87,7 @@ def counted(model: VisionLanguageModel, *, text: int, visual: int, views: int) -
         (less its ``uncounted`` part).
     """
     batch, features = probe_inputs(model, text=text, visual=visual, device="meta")
-    sequence, _ = probe_inputs(model, text=text + model.fusion.tokens_in_language(visual), visual=0, device="meta")
+    sequence, _ = probe_inputs(model, text=text + tokens_inside(model, visual), visual=0, device="meta")
     pixels = torch.zeros(views, *model.vision.pixel_shape, device="meta")
     bare = {"input_ids": sequence.input_ids, "use_cache": True, "logits_to_keep": 1}
     vision = _count(lambda: model.vision(pixels)) if views else 0.0
@@ -120,6 +120,11 @@ def probe_inputs(
     )
     views = batch_size if visual else 0
     return batch, torch.zeros(views, max(visual, 1), model.vision.width, device=device)
+
+
+def tokens_inside(model: VisionLanguageModel, visual: int) -> int:
+    """Visual tokens that stand in the language model's sequence, for one image of ``visual`` tokens."""
+    return model.fusion.tokens_in_language(Layout(), visual) if visual else 0
 
 
 def views_for(model: VisionLanguageModel, visual: int) -> int:

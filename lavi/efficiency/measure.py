@@ -8,7 +8,7 @@ import torch
 
 from lavi.checkpoint import versions
 from lavi.efficiency import record
-from lavi.efficiency.flops import closed_form, views_for
+from lavi.efficiency.flops import closed_form, tokens_inside, views_for
 from lavi.efficiency.latency import stage_times
 from lavi.efficiency.memory import prefill_memory
 from lavi.efficiency.record import Record
@@ -43,7 +43,7 @@ def count(recipe: Recipe, model: VisionLanguageModel, *, text: int, visual: int)
         method=method_name(recipe),
         text_tokens=text,
         visual_tokens=visual,
-        visual_tokens_in_language=model.fusion.tokens_in_language(visual),
+        visual_tokens_in_language=tokens_inside(model, visual),
         views=views,
         flops=flops.components,
         flops_floor=flops.floor,

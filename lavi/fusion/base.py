@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lavi.batch import Batch
+from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.vision.base import VisionBackbone
@@ -46,8 +46,8 @@ class Fusion(nn.Module, ABC):
         """Arrange one batch; ``features`` (views, N, Dv) stand in the order of ``batch.pixels``."""
 
     @abstractmethod
-    def tokens_in_language(self, visual: int) -> int:
-        """How many of ``visual`` visual tokens stand in the language model's sequence."""
+    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
+        """How many visual tokens of an image, ``per_view`` of each view, stand in the language model's sequence."""
 
     @abstractmethod
     def costs(self, text: int, visual: int) -> dict[str, Cost]:
@@ -92,11 +92,17 @@ def rows_of(batch: Batch, *, views: int, per_view: int, device: torch.device) ->
     return Rows(index, column)
 
 
-def image_of_view(batch: Batch, device: torch.device) -> Tensor:
-    """(views,): which image of its row each view belongs to, from 0."""
+def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
+    """(views, 4): the image of its row from 0; the tile's row and column, and the frame, from 1 (0: none)."""
     seen = [0] * len(batch)
-    numbers: list[int] = []
+    numbers: list[tuple[int, int, int, int]] = []
     for place in batch.places:
-        numbers += [seen[place.row]] * place.views
+        image, layout = seen[place.row], place.layout
         seen[place.row] += 1
-    return torch.tensor(numbers, dtype=torch.long, device="cpu").to(device)
+        if layout.video:
+            numbers += [(image, 0, 0, frame + 1) for frame in range(layout.views)]
+        else:
+            rows, columns = layout.tiles or (0, 0)
+            numbers.append((image, 0, 0, 0))
+            numbers += [(image, row + 1, column + 1, 0) for row in range(rows) for column in range(columns)]
+    return torch.tensor(numbers, dtype=torch.long, device="cpu").reshape(-1, 4).to(device)

@@ -1,9 +1,10 @@
-"""Token concatenation, the baseline everything is measured against (LLaVA: arXiv 2304.08485, 2310.03744).
+"""Token concatenation, the baseline everything is measured against (LLaVA: arXiv 2304.08485, 2310.03744, 2408.03326).
 
-    image -> tower -> projector -> V (N, D)      [ text before | V ... V | text after ] -> decoder
+    image -> tower -> projector -> V (n, D)      [ text before | V ... V | text after ] -> decoder
                                                    the image stands where the conversation puts it
 
-Every visual token is a token of the language model: it costs its attention, its feed-forward part and its cache.
+Every visual token is a token of the language model: it costs its attention, its feed-forward part and its cache. With
+any-resolution tiling (vision/tiles.py) this is LLaVA-OneVision.
 """
 
 from __future__ import annotations
@@ -11,30 +12,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lavi.batch import Batch
+from lavi.batch import Batch, Layout
 from lavi.fusion.base import Cost, Fusion
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.flops import linear_flops
 from lavi.vision.base import VisionBackbone
+from lavi.vision.tiles import Packing
 
 
 class ConcatFusion(Fusion):
-    """A two-layer GELU projector (LLaVA-1.5), then the visual tokens are spliced into the text."""
+    """A two-layer GELU projector (LLaVA-1.5), then the visual tokens are spliced into the text.
+
+    Args:
+        newline: a learned embedding ends each row of a tiled image's grid, and every other image (LLaVA-OneVision).
+        budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``).
+    """
+
+    def __init__(self, *, newline: bool = False, budget: int = 9) -> None:
+        super().__init__()
+        self.has_newline, self.budget = newline, budget
 
     def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
         self.widths = (vision.width, language.width)
+        self.packing = Packing(vision.grid, budget=self.budget)
         self.projector = nn.Sequential(
             nn.Linear(vision.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
         )
+        self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         text = language.embed(batch.input_ids)  # (B, T, D)
-        projected = self.projector(features.float()).to(text.dtype).flatten(0, 1)  # (views N, D)
-        order, columns = splice(batch, tokens_per_view=features.shape[1], text_width=text.shape[1])
-        flat = torch.cat([text.flatten(0, 1), projected, text.new_zeros(1, text.shape[-1])])
+        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype))
+        order, columns = splice(batch, counts, text_width=text.shape[1])
+        flat = torch.cat([text.flatten(0, 1), visual, text.new_zeros(1, text.shape[-1])])
         padding = len(flat) - 1
         order = order.to(text.device)
         mask = order >= 0
@@ -44,25 +57,38 @@ class ConcatFusion(Fusion):
             vision=VisualContext(text_columns=columns.to(text.device)),
         )
 
-    def tokens_in_language(self, visual: int) -> int:
-        return visual
+    def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
+        """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
+        images = projected.split([place.views for place in batch.places]) if batch.places else ()
+        packed = [
+            self.packing.pack(image, place.layout, self.newline)
+            for image, place in zip(images, batch.places, strict=True)
+        ]
+        # Always in the graph, images or not: a rank without one must not hang the others.
+        unused = projected.flatten(0, 1)[:0] if self.newline is None else self.newline[None][:0].to(projected)
+        return torch.cat([projected.flatten(0, 1)[:0], unused, *packed]), [len(tokens) for tokens in packed]
+
+    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
+        return self.packing.count(layout, per_view, newline=self.has_newline)
 
     def costs(self, text: int, visual: int) -> dict[str, Cost]:
         vision_width, width = self.widths
         return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
 
 
-def splice(batch: Batch, *, tokens_per_view: int, text_width: int) -> tuple[Tensor, Tensor]:
+def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor, Tensor]:
     """Where every token of the arranged sequence comes from, and where every text token goes; made on the host.
 
+    Args:
+        counts: visual tokens of each place of the batch.
+
     Returns:
-        ``order`` (B, T'): an index into [text (B T) | visual tokens (views N)], -1 for padding; on the side where
-        the text was padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
+        ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was
+        padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
     """
     visual: dict[tuple[int, int], list[int]] = {}  # (row, column) -> the visual tokens that stand before it
     first = len(batch) * text_width
-    for place in batch.places:
-        count = place.views * tokens_per_view
+    for place, count in zip(batch.places, counts, strict=True):
         visual.setdefault((place.row, place.column), []).extend(range(first, first + count))
         first += count
     rows = []

@@ -12,7 +12,7 @@ one its deltas are exactly 0.
 
 The paper's: vision-infused layer normalisation, the attention conditioning module, modulating some layers only.
 Chosen here, where the paper is silent: which layers (``every``), one generator a layer for all its targets, the
-bottleneck, ``dbeta`` also on RMS norms, several images and their order embedding.
+bottleneck, ``dbeta`` also on RMS norms, several images, tiles and frames, and the embeddings that tell them apart.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lavi.batch import Batch
+from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import Cost, Fusion, image_of_view, rows_of
+from lavi.fusion.base import Cost, Fusion, numbers_of_views, rows_of
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
 from lavi.nn.deltas import GENERATORS, DeltaGenerator
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
+from lavi.nn.view_embedding import ViewEmbedding
 from lavi.vision.base import VisionBackbone
 
 
@@ -96,8 +97,7 @@ class LaViFusion(Fusion):
         open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
         for target in self.chosen:
             open_norm(target, language.width)
-        self.image_order = nn.Embedding(self.max_images, vision.width)
-        nn.init.normal_(self.image_order.weight, std=0.02)
+        self.views = ViewEmbedding(vision.width, images=self.max_images)
         self.generators = nn.ModuleDict()
         for layer, targets in self.targets.items():
             for name, count in self._generators_of(layer, len(targets)):
@@ -149,8 +149,7 @@ class LaViFusion(Fusion):
         return list(chosen.values())
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        order = image_of_view(batch, features.device).clamp(max=self.max_images - 1)  # (views,)
-        tokens = features.float() + self.image_order(order)[:, None]  # (views, N, Dv)
+        tokens = features.float() + self.views(numbers_of_views(batch, features.device))  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
         views, per_view, _ = next(iter(slots.values())).shape
         rows = rows_of(batch, views=views, per_view=per_view, device=features.device)
@@ -167,7 +166,7 @@ class LaViFusion(Fusion):
         parts = iter(torch.cat(made, dim=2).unbind(2))
         return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in range(norms)]
 
-    def tokens_in_language(self, visual: int) -> int:
+    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return 0
 
     def costs(self, text: int, visual: int) -> dict[str, Cost]:

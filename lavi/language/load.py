@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from lavi.errors import UserError, nearest
 from lavi.language.context import DecoderInput
+from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
 from lavi.vision.base import on_meta
 
@@ -24,9 +26,11 @@ class LanguageModel(nn.Module):
         tokenizer: hub name or folder of the tokenizer; with ``source``, that by default.
         dtype: of the weights.
         attention: the attention kernel, the same for every method that is to be compared.
+        lora: put adapters into the decoder layers: keys of :class:`lavi.language.lora.LoRA` (``rank``, ``alpha``,
+            ``dropout``, ``targets``); what trains of this part is then the adapters alone.
 
     Raises:
-        UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer.
+        UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer; an unknown LoRA target.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class LanguageModel(nn.Module):
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
@@ -65,6 +70,9 @@ class LanguageModel(nn.Module):
             raise
         refuse_recurrent(self.hf)
         self.attention = attention
+        added = add_lora(self.hf, self.layers, LoRA.of(lora)) if lora is not None else frozenset()
+        self.adapters = frozenset(f"hf.{name}" for name in added)
+        """Names of the adapters' parameters."""
 
     @property
     def width(self) -> int:
@@ -89,6 +97,19 @@ class LanguageModel(nn.Module):
         """Logits (B, T, vocabulary) at the text tokens."""
         out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
         return out.logits
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write an ordinary transformers checkpoint, tokenizer and all: original names and class, adapters merged."""
+        adapters = frozenset(name.removeprefix("hf.") for name in self.adapters)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(self.hf.config, attn_implementation=self.attention)
+        plain.load_state_dict(merged_state(self.hf, adapters), assign=True)
+        plain.tie_weights()
+        plain.generation_config = self.hf.generation_config
+        if hasattr(self.hf, "_weight_conversions"):  # how transformers renamed a checkpoint's keys as it read them
+            plain._weight_conversions = self.hf._weight_conversions
+        plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

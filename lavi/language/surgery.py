@@ -294,24 +294,34 @@ def open_norm(target: NormTarget, width: int) -> None:
     """Let a norm take deltas.
 
     Raises:
-        UserError: what the norm computes is neither a layer norm nor a root-mean-square norm.
+        UserError: it cannot (:func:`kind_of_norm`).
     """
-    norm = target.norm
+    kind = kind_of_norm(target, width)
+    swap(target.norm, ModulatedNorm)
+    assert isinstance(target.norm, ModulatedNorm)
+    target.norm.eps_of_xhat, target.norm.centred = kind
+
+
+def kind_of_norm(target: NormTarget, width: int) -> tuple[float, bool]:
+    """The eps of a norm that can be modulated, and whether it subtracts the mean.
+
+    Raises:
+        UserError: rows and tokens cannot be told apart at the norm, or what it computes is neither a layer norm nor a
+            root-mean-square norm.
+    """
     if target.flattened:
         raise UserError(
             f"layer {target.layer} flattens rows and tokens before its norm '{target.name}' (as OPT does), which then "
             f"cannot be modulated token by token: leave '{target.role}' out of the targets, or take another family."
         )
-    kind = _kind_of(norm, width)
+    kind = _kind_of(target.norm, width)
     if kind is None:
-        name = type(norm).__name__
+        name = type(target.norm).__name__
         raise UserError(
             f"norm '{target.name}' of layer {target.layer} ({name}) is neither a layer norm nor an RMS norm: it cannot "
             "be modulated."
         )
-    swap(norm, ModulatedNorm)
-    assert isinstance(norm, ModulatedNorm)
-    norm.eps_of_xhat, norm.centred = kind
+    return kind
 
 
 def _kind_of(norm: nn.Module, width: int) -> tuple[float, bool] | None:

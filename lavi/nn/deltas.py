@@ -61,7 +61,7 @@ class DeltaGenerator(nn.Module, ABC):
     def visual(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E)."""
         with without_autocast(features):
-            return self.slots(self.vision_norm(features.float()), grid_of(features.shape[1], grid))
+            return self.slots(self.vision_norm(features.float()), grid)
 
     def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         """Deltas (B, T, outputs, D) in fp32, exactly 0 where a token sees nothing.
@@ -187,7 +187,7 @@ class MLPDeltas(_OneVector):
         self.over_channels = nn.ModuleList(_mlp(self.bottleneck) for _ in range(self.depth))
 
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = features.transpose(1, 2).unflatten(-1, grid)  # (views, Dv, rows, columns)
+        x = on_grid(features, grid).permute(0, 3, 1, 2)  # (views, Dv, rows, columns)
         x = nn.functional.adaptive_avg_pool2d(x, self.SIDE).flatten(2).transpose(1, 2)  # (views, S^2, Dv)
         x = self.down(x)
         for tokens, channels in zip(self.over_tokens, self.over_channels, strict=True):
@@ -215,7 +215,7 @@ class ConvDeltas(_OneVector):
         self.pointwise = nn.ModuleList(nn.Conv2d(r, r, 1) for _ in range(self.depth))
 
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = self.down(features).transpose(1, 2).unflatten(-1, grid)  # (views, r, rows, columns)
+        x = self.down(on_grid(features, grid)).permute(0, 3, 1, 2)  # (views, r, rows, columns)
         for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
             x = x + nn.functional.gelu(depthwise(x))
             x = nn.functional.gelu(pointwise(x))
@@ -239,9 +239,13 @@ def _mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
-def grid_of(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The backbone's ``grid`` if it has so many tokens, else the rectangle of them that is nearest to a square."""
-    if grid[0] * grid[1] == tokens:
-        return grid
-    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
-    return rows, tokens // rows
+def on_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(views, N, E) to (views, rows, columns, E); a class token, which stands before the grid, is left out.
+
+    With another number of tokens than the backbone's ``grid`` has: the rectangle of them nearest to a square.
+    """
+    tokens = features.shape[1]
+    if tokens - grid[0] * grid[1] not in (0, 1):
+        rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+        grid = (rows, tokens // rows)
+    return features[:, tokens - grid[0] * grid[1] :].unflatten(1, grid)

@@ -16,15 +16,21 @@ class VisionBackbone(nn.Module, ABC):
     Attributes:
         width: Dv, the width of a feature.
         grid: rows and columns of the feature grid of one view.
+        prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
+        mean: the colour (0 to 1) that :meth:`preprocess` makes 0.
+        resample: the interpolation it resizes with.
     """
 
     width: int
     grid: tuple[int, int]
+    prefix: int = 0
+    mean: tuple[float, ...]
+    resample: Image.Resampling
 
     @property
     def tokens(self) -> int:
         """N of one view."""
-        return self.grid[0] * self.grid[1]
+        return self.prefix + self.grid[0] * self.grid[1]
 
     @property
     @abstractmethod
@@ -46,7 +52,7 @@ class VisionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
-        """(views, C, H, W) to (views, N, Dv)."""
+        """(views, C, H, W) to (views, N, Dv): the prefix, then the grid row by row."""
 
 
 def on_meta() -> bool:

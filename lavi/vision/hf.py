@@ -1,109 +1,282 @@
-"""Vision towers of transformers (SigLIP, CLIP, ...): from a hub name, a local folder or a bare configuration."""
+"""Vision towers of transformers (SigLIP, CLIP, DINO, ...): from a hub name, a local folder or a bare configuration."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import output_capturing
 
 from lavi.errors import UserError, nearest
-from lavi.nn.flops import linear_flops
-from lavi.vision.base import VisionBackbone, on_meta
+from lavi.vision.base import on_meta
+from lavi.vision.tower import Tower, chosen_layers, middle
+
+TOWERS = {
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",  # SigLIP 2 at a fixed resolution, too
+    "dinov2": "BitImageProcessor",
+    "dinov2_with_registers": "BitImageProcessor",
+    "dinov3_vit": "DINOv3ViTImageProcessor",
+    "dinov3_convnext": "DINOv3ViTImageProcessor",
+    "vit": "ViTImageProcessor",
+    "deit": "DeiTImageProcessor",
+    "beit": "BeitImageProcessor",
+    "ijepa": "ViTImageProcessor",
+    "aimv2_vision_model": "CLIPImageProcessor",
+    "mlcd_vision_model": "CLIPImageProcessor",
+    "convnext": "ConvNextImageProcessor",
+    "convnextv2": "ConvNextImageProcessor",
+}
+"""The towers that work, by model type, and the image processor that a bare configuration of each gets."""
+
+IMAGENET_COLOURS = {"dinov2", "dinov2_with_registers", "deit", "convnext", "convnextv2"}
+"""Whose published checkpoints are normalised by ImageNet's mean and deviation, not by their processor's default."""
+
+HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
+"""The setting that keeps a pooling head from being built."""
+
+SELECTS = hasattr(output_capturing, "selected_hidden_states")
+"""Whether this transformers keeps only the hidden states it is asked for; an older one keeps all."""
+
+REFUSED = {
+    "siglip2_vision_model": "its grid changes with each image (NaFlex): take a checkpoint of a fixed resolution, such "
+    "as google/siglip2-base-patch16-224.",
+    "pixtral": "its grid changes with each image: take a tower of a fixed resolution.",
+    "vit_mae": "it drops patches and shuffles the rest: take the fine-tuned checkpoint, whose model type is vit.",
+}
 
 
-class HFVision(VisionBackbone):
-    """A transformers vision tower, cut after the layer whose features are used: later layers are never run.
+class HFVision(Tower):
+    """A transformers vision tower, cut after the last layer whose features are used: later layers are never run.
+
+    Features are the layers' own outputs, before the norm that closes the tower. Images are prepared as the
+    checkpoint's ``preprocessor_config.json`` says; where a tower takes images of several sizes (DINOv2, DINOv3,
+    ConvNeXt), that decides their size, else it has to be the tower's own.
 
     Args:
         source: hub name or local folder of a checkpoint (a vision tower, or a two-tower model that holds one).
         config: instead of ``source``, a bare configuration: ``model_type`` and its keys; weights start random.
-        layer: whose output to use, as in ``hidden_states``: -1 the last layer's, -2 the one before.
+        layer: whose output to use, as in ``hidden_states``: -1 the last layer's, -2 the one before. Several: their
+            features side by side. Of a convolutional tower only -1: its stages have different grids.
+        class_token: keep the class token, before the grid.
 
     Raises:
-        UserError: neither or both of ``source`` and ``config``; nothing there; no such layer.
+        UserError: neither or both of ``source`` and ``config``; nothing there, or no tower that works here; no such
+            layer, no class token; preprocessing that does not fit.
     """
 
-    def __init__(self, source: str | None = None, *, config: dict[str, Any] | None = None, layer: int = -1) -> None:
+    def __init__(
+        self,
+        source: str | None = None,
+        *,
+        config: dict[str, Any] | None = None,
+        layer: int | list[int] = -1,
+        class_token: bool = False,
+    ) -> None:
         super().__init__()
         if (source is None) == (config is None):
             raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
         settings = _config(source, config)
-        if hasattr(settings, "vision_use_head"):
-            settings.vision_use_head = False  # SigLIP's pooling head would run, and none of its output be used
-        if source is not None and not on_meta():
-            self.tower = AutoModel.from_pretrained(source, config=settings)
-        else:
-            self.tower = AutoModel.from_config(settings)
+        self.tower = _tower(source, settings)
         self.image_processor = _image_processor(source, settings)
-        self.layers = _cut(self.tower, layer, settings.num_hidden_layers)
-        self.width = settings.hidden_size
-        side = settings.image_size // settings.patch_size
-        self.grid = (side, side)
-        self._has_class_token = any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
-        self._pixel_shape = (settings.num_channels, settings.image_size, settings.image_size)
-
-    @property
-    def pixel_shape(self) -> tuple[int, int, int]:
-        return self._pixel_shape
+        self.mean = tuple(self.image_processor.image_mean)
+        self.resample = Image.Resampling(self.image_processor.resample)
+        self.layers = _cut(self.tower, layer)
+        self._look(class_token=class_token)
 
     def preprocess(self, image: Image.Image) -> Tensor:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if "shortest_edge" in self.image_processor.size:
+            image = middle(image)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-1]  # (views, [1 +] N, Dv)
-        return hidden[:, hidden.shape[1] - self.tokens :]  # a class token, where there is one, stands first
+    def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        hidden = self.tower(pixels, output_hidden_states=self.layers if SELECTS else True).hidden_states
+        return [self._split(hidden[layer], pixels) for layer in self.layers]
 
-    def flops(self, views: int) -> float:
+    def _split(self, hidden: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if hidden.ndim == 4:  # of a convolutional tower: (views, D, rows, columns) already
+            return hidden.new_zeros(len(hidden), 0, hidden.shape[1]), hidden
+        height, width = _pair(self.tower.config.patch_size)
+        grid = (pixels.shape[2] // height, pixels.shape[3] // width)
+        before = hidden.shape[1] - grid[0] * grid[1]
+        return hidden[:, :before], hidden[:, before:].transpose(1, 2).unflatten(-1, grid)
+
+    def _look(self, *, class_token: bool) -> None:
+        """Look at the tower run on what its own preprocessing gives."""
         settings = self.tower.config
-        tokens = self.tokens + int(self._has_class_token)
-        width, inner = settings.hidden_size, settings.intermediate_size
-        patches = linear_flops(self.tokens, settings.num_channels * settings.patch_size**2, width)
-        attention = 4 * linear_flops(tokens, width, width) + 4.0 * tokens * tokens * width
-        feed_forward = linear_flops(tokens, width, inner) + linear_flops(tokens, inner, width)
-        return views * (patches + self.layers * (attention + feed_forward))
+        with torch.device("cpu"):
+            shapes: Any = {tuple(self.preprocess(Image.new("RGB", size)).shape) for size in ((20, 10), (10, 20))}
+        shape = shapes.pop()
+        wanted = (settings.num_channels, *_pair(settings.image_size))
+        try:
+            if shapes:
+                raise ValueError("wide and tall images come out different")
+            self.look(shape, class_token=class_token, registers=getattr(settings, "num_register_tokens", 0))
+        except (ValueError, RuntimeError) as error:
+            if not shapes and shape == wanted:
+                kind = settings.model_type
+                raise UserError(
+                    f"the '{kind}' tower does not run on images of {_sides(shape)} pixels: {_line(error)}"
+                ) from error
+            raise UserError(
+                f"the image processor makes {' or '.join(_sides(s) for s in (shape, *shapes))} pixels of an image, but "
+                f"the tower is made for {_sides(wanted)}: set 'size' and 'crop_size' in preprocessor_config.json to "
+                "image_size of config.json."
+            ) from error
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the tower and its preprocessing as an ordinary checkpoint folder."""
+    def save_pretrained(self, folder: Path) -> dict[str, Any]:
+        """Write the tower, as cut, and its preprocessing as an ordinary checkpoint folder.
+
+        Returns:
+            The arguments that build the same backbone again, paths relative to ``folder``.
+        """
         self.tower.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        keys = json.loads((folder / "config.json").read_text())
+        for key in ("stage_names", "out_features", "out_indices"):  # they name layers that may have been cut off
+            keys.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(keys, indent=2))
+        return {"source": Path(), "layer": self.layers, "class_token": bool(self.prefix)}
 
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
-    if source is None:
-        assert config is not None
-        keys = dict(config)
-        settings: PretrainedConfig = AutoConfig.for_model(keys.pop("model_type", "siglip_vision_model"), **keys)
-    else:
-        try:
-            settings = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+    """The configuration of the vision tower alone, without a pooling head: it would run, and its output go unused."""
+    settings = _bare(dict(config)) if config is not None else _read(str(source))
+    settings = getattr(settings, "vision_config", settings)
+    kind = settings.model_type
+    if kind not in TOWERS:
+        reason = REFUSED.get(kind, f"no tower whose layers give one grid of features; {nearest(kind, TOWERS)}")
+        raise UserError(f"the vision tower '{kind}' does not work here: {reason}")
+    if kind in HEADS:
+        setattr(settings, HEADS[kind], False)
+    return settings
+
+
+def _bare(keys: dict[str, Any]) -> PretrainedConfig:
+    kind = keys.pop("model_type", "siglip_vision_model")
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError:
+        raise UserError(f"transformers knows no vision tower '{kind}': {nearest(kind, TOWERS)}") from None
+    for key in keys:
+        if not hasattr(known, key):
+            raise UserError(f"the vision tower '{kind}' has no key '{key}': {nearest(key, known.to_dict())}")
+    try:
+        return AutoConfig.for_model(kind, **keys)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"the configuration of the vision tower '{kind}' is wrong: {_line(error)}") from None
+
+
+def _read(source: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {_line(error)}"
+        ) from None
+
+
+def _tower(source: str | None, settings: PretrainedConfig) -> Any:
+    """The tower in fp32: what computes in less is the trainer's choice, not the checkpoint's."""
+    kind: Any = MODEL_MAPPING[type(settings)]
+    pooling = "add_pooling_layer" in inspect.signature(kind).parameters
+    keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
+    missing: list[str] = []
+    try:
+        if source is None or on_meta():
+            tower = AutoModel.from_config(settings, **keys)
+        else:
+            tower, seen = AutoModel.from_pretrained(
+                source, config=settings, dtype=torch.float32, output_loading_info=True, **keys
+            )
+            missing = sorted(seen["missing_keys"])
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError) and not isinstance(settings.image_size, int):
             raise UserError(
-                f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {reason}"
+                f"a '{settings.model_type}' tower is built for square images only: image_size is one number, not "
+                f"{settings.image_size}."
             ) from None
-    return getattr(settings, "vision_config", settings)
+        place = "a bare configuration" if source is None else f"'{source}'"
+        raise UserError(f"no '{settings.model_type}' tower can be made from {place}: {_line(error)}") from None
+    if missing:
+        raise UserError(
+            f"the checkpoint at '{source}' lacks {len(missing)} weights of its '{settings.model_type}' tower "
+            f"({missing[0]} ...): give the folder of the tower itself, or of a two-tower model."
+        )
+    return tower
 
 
 def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
-    if source is not None:
+    if source is None:
+        return _processor_of(settings)
+    try:
         return AutoImageProcessor.from_pretrained(source, backend="pil")
-    from transformers import SiglipImageProcessorPil
+    except (OSError, ValueError):
+        raise UserError(
+            f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "
+            "it was made of."
+        ) from None
 
-    side = settings.image_size
-    return SiglipImageProcessorPil(size={"height": side, "width": side})
+
+def _processor_of(settings: PretrainedConfig) -> Any:
+    """The image processor of a bare configuration: its class's own settings, but the size of the configuration."""
+    name = TOWERS[settings.model_type]
+    make: Any = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    own = make()
+    height, width = _pair(settings.image_size)
+    keys: dict[str, Any] = {}
+    larger = 1.0  # how much larger than what is cropped from it
+    if own.do_center_crop:
+        larger = (own.size.get("shortest_edge") or own.size["height"]) / own.crop_size["height"]
+        keys["crop_size"] = {"height": height, "width": width}
+    if "shortest_edge" in own.size:
+        keys["size"] = {"shortest_edge": round(larger * max(height, width))}
+    else:
+        keys["size"] = {"height": round(larger * height), "width": round(larger * width)}
+    if settings.model_type in IMAGENET_COLOURS:
+        keys |= {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    return make(**keys)
 
 
-def _cut(tower: nn.Module, layer: int, layers: int) -> int:
-    """Drop the encoder layers after ``layer``; how many are left."""
-    keep = layer + 1 + (layers if layer < 0 else 0)
-    if not 1 <= keep <= layers:
-        known = nearest(str(layer), [str(i) for i in range(-layers, 0)])
-        raise UserError(f"the vision tower has {layers} layers, none is layer {layer}: {known}")
+def _cut(tower: Any, layer: int | list[int]) -> list[int]:
+    """Drop the layers after the last one wanted; the numbers from 1 of those wanted."""
+    settings = tower.config
+    if not hasattr(settings, "num_attention_heads"):
+        stages = len(settings.hidden_sizes)
+        if chosen_layers(layer, stages) != [stages]:
+            raise UserError(
+                f"'{settings.model_type}' has {stages} stages of different grids, not layers of one: leave layer at -1."
+            )
+        return [stages]
+    layers = settings.num_hidden_layers
+    found = chosen_layers(layer, layers)
     stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if len(stacks) != 1:
         raise UserError(f"cannot tell which modules of {type(tower).__name__} are its {layers} encoder layers.")
-    del stacks[0][keep:]
-    return keep
+    del stacks[0][max(found) :]
+    settings.num_hidden_layers = max(found)
+    return found
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of what may be a single number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in shape[1:])
+
+
+def _line(error: Exception) -> str:
+    """What an error of transformers says, on one line."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,34 @@
+"""Write the model of a run as a folder that needs none of the checkpoints it was built from.
+
+    python -m lavi.export --checkpoint runs/NAME --out FOLDER
+
+FOLDER/language is an ordinary transformers checkpoint (adapters merged), FOLDER/vision that of the tower. The whole is
+read by `lavi.model.VisionLanguageModel.from_pretrained("FOLDER")`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavi.errors import HelpFormatter, front
+
+
+@front
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lavi.export", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
+    args = parser.parse_args()
+    from lavi.checkpoint import load_run
+    from lavi.report import console
+
+    _, model = load_run(args.checkpoint, trust=args.trust)
+    model.save_pretrained(args.out)
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    console().print(f"{args.out}: {size / 2**20:,.1f} MiB; language/ opens with transformers' AutoModelForCausalLM")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Opening images, the same way wherever one comes from: a shard, a file on the command line."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lavi.errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""An image of more pixels than this is refused before it is decoded: it would be a decompression bomb."""
+
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+"""What Pillow raises for files that are none, or damaged."""
+
+
+def open_image(source: Path | str | bytes, *, name: str | None = None) -> Image.Image:
+    """Open an image to RGB, as people see it.
+
+    Turned upright as its EXIF says; transparency on white; deep greys scaled to 8 bits, not clipped; of an animation
+    the first frame.
+
+    Args:
+        source: a file, or its bytes.
+        name: what an error calls it; by default the file.
+
+    Raises:
+        UserError: no such file, not an image, one cut short, or one of more than :data:`MAX_PIXELS`.
+    """
+    called = name or ("this" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else _read(Path(source))
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{called} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} decoded.")
+        return _rgb(_upright(image))
+    except Image.DecompressionBombError:
+        raise UserError(f"{called} is a decompression bomb: it has more than {MAX_PIXELS} pixels.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{called} is not an image that opens (no format known here).") from None
+    except BROKEN as error:
+        raise UserError(f"{called} is not an image that opens ({error}).") from None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no image {file}.") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read as an image ({error.strerror}).") from None
+
+
+def _formats() -> list[str]:
+    """All that Pillow reads, but for EPS: that would run Ghostscript on it."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except BROKEN:  # of an image that opens, damaged EXIF is no reason to lose the picture
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A deep grey image to 8 bits; where the mode does not say what is white: the least white that holds all values."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    whites = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
+    brightest = float(values.max())
+    white = next((white for white in whites if brightest <= white), brightest)
+    return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))

@@ -1,0 +1,37 @@
+"""Which image, which tile of it and which frame a visual token comes from, added to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ViewEmbedding(nn.Module):
+    """Learned embeddings of the image's number, the tile's row and column and the frame (chosen here).
+
+    A whole image is in no tile and an image is no frame: there nothing is added. Numbers above the largest share its
+    embedding.
+
+    Args:
+        width: Dv.
+        images, tiles, frames: how many are told apart.
+    """
+
+    def __init__(self, width: int, *, images: int, tiles: int = 6, frames: int = 128) -> None:
+        super().__init__()
+        self.image = nn.Embedding(images, width)
+        self.row, self.column, self.frame = (
+            nn.Embedding(1 + count, width, padding_idx=0) for count in (tiles, tiles, frames)
+        )
+        for table in (self.image, self.row, self.column, self.frame):
+            nn.init.normal_(table.weight, std=0.02)
+            if table.padding_idx is not None:
+                with torch.no_grad():
+                    table.weight[table.padding_idx].zero_()
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """``numbers`` (views, 4), image from 0, tile row, tile column and frame from 1 (0: none), to (views, 1, Dv)."""
+        tables = (self.image, self.row, self.column, self.frame)
+        last = torch.tensor([table.num_embeddings - 1 for table in tables], device="cpu").to(numbers.device)
+        columns = numbers.minimum(last).unbind(1)
+        return torch.stack([table(n) for table, n in zip(tables, columns, strict=True)]).sum(0)[:, None]

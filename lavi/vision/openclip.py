@@ -1,0 +1,202 @@
+"""Vision towers of open_clip: ViT, SigLIP, EVA, ConvNeXt, FastViT (MobileCLIP), and whatever else it builds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import open_clip
+from open_clip.convert import convert_state_dict
+from open_clip.factory import load_state_dict
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lavi.errors import UserError, nearest
+from lavi.vision.base import on_meta
+from lavi.vision.tower import Tower, chosen_layers, middle
+
+
+class OpenCLIPVision(Tower):
+    """The visual half of an open_clip model; its text half is never built, nor run what pools and projects.
+
+    Features are a block's own output, before the norm that closes the tower; of a convolutional tower (ConvNeXt,
+    FastViT, ResNet), the grid that it would pool. Images are prepared as the tag of the weights says; without a tag,
+    as the first of the model's does.
+
+    Args:
+        name: of a model that open_clip knows.
+        pretrained: a tag of that model, or a checkpoint file of open_clip; without it, weights start random.
+        config: instead of ``name``, a bare configuration with the keys of open_clip's files: ``embed_dim``,
+            ``vision_cfg``, ``quick_gelu``, ``preprocess_cfg``.
+        layer: whose output to use: -1 the last block's, -2 the one before. Several: their features side by side. Of a
+            convolutional tower only -1: its stages have different grids.
+        class_token: keep the class token, before the grid.
+
+    Raises:
+        UserError: neither or both of ``name`` and ``config``; no such model, tag, file, key, layer or class token; a
+            checkpoint of another tower.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        layer: int | list[int] = -1,
+        class_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if (name is None) == (config is None):
+            raise UserError("an open_clip tower takes either 'name' (a model) or 'config' (a bare configuration).")
+        tags = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+        tag = tags.get(str(pretrained), {})
+        self.settings = _settings(name, config)
+        self.settings |= {"quick_gelu": tag.get("quick_gelu", self.settings.get("quick_gelu", False))}
+        self.tower = _build(self.settings)
+        weights = None if pretrained is None else _weights(self.tower, pretrained, tags)
+        self.layers = _cut(self.tower, layer)
+        if weights is not None:
+            _fill(self.tower, weights, str(pretrained))
+        self._prepare(self.settings.get("preprocess_cfg") or tag or next(iter(tags.values()), {}))
+        registers = getattr(_trunk(self.tower), "reg_token", None)
+        try:
+            self.look(
+                (3, *self.settings["preprocess_cfg"]["size"]),
+                class_token=class_token,
+                registers=0 if registers is None else registers.shape[1],
+            )
+        except AssertionError as error:
+            raise UserError(f"the tower does not take images of vision_cfg.image_size: {error}") from None
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return self.transform(middle(image) if self.settings["preprocess_cfg"]["resize_mode"] == "shortest" else image)
+
+    def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        trunk = _trunk(self.tower)
+        if not self.layers:
+            grid = self.tower(pixels)
+            grid = grid.permute(0, 3, 1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else grid
+            return [(_nothing(grid), grid)]
+        blocks = sorted({layer - 1 for layer in self.layers})
+        before = getattr(trunk, "num_prefix_tokens", 1)  # open_clip's own ViT always has a class token
+        out = self.tower.forward_intermediates(
+            pixels, indices=blocks, intermediates_only=True, output_extra_tokens=before > 0
+        )
+        grids = out["image_intermediates"]  # (views, D, rows, columns) each
+        befores = out.get("image_intermediates_prefix") or [_nothing(grid) for grid in grids]
+        found = dict(zip(blocks, zip(befores, grids, strict=True), strict=True))
+        return [found[layer - 1] for layer in self.layers]
+
+    def save_pretrained(self, folder: Path) -> dict[str, Any]:
+        """Write the tower, as cut; returns the arguments that build it again, paths relative to ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"visual.{name}": tensor.contiguous() for name, tensor in self.tower.state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+        return {
+            "config": json.loads(json.dumps(self.settings)),
+            "pretrained": Path("open_clip_model.safetensors"),
+            "layer": self.layers or -1,
+            "class_token": bool(self.prefix),
+        }
+
+    def _prepare(self, own: dict[str, Any]) -> None:
+        """Make the preprocessing of what open_clip says about some weights, and keep it in the settings."""
+        size = self.tower.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        chosen = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": size}))
+        self.transform = image_transform_v2(chosen, is_train=False)
+        self.mean, self.resample = tuple(chosen.mean), Image.Resampling[chosen.interpolation.upper()]
+        self.settings |= {"preprocess_cfg": asdict(chosen)}
+
+
+def _settings(name: str | None, config: dict[str, Any] | None) -> dict[str, Any]:
+    """A model's configuration, of the form of open_clip's files, without its text half."""
+    if name is not None:
+        if name not in open_clip.list_models():
+            raise UserError(f"open_clip knows no model '{name}': {nearest(name, open_clip.list_models())}")
+        config = open_clip.get_model_config(name)
+    assert config is not None
+    keys = ("embed_dim", "vision_cfg", "quick_gelu", "preprocess_cfg")
+    settings: dict[str, Any] = {key: config[key] for key in keys if key in config}
+    if not isinstance(settings.get("vision_cfg"), dict):
+        raise UserError("a bare configuration of an open_clip tower needs 'vision_cfg', as open_clip's own files do.")
+    known = {field.name for field in fields(CLIPVisionCfg)}
+    for key in settings["vision_cfg"]:
+        if key not in known:
+            raise UserError(f"open_clip's vision_cfg has no key '{key}': {nearest(key, known)}")
+    return settings
+
+
+def _build(settings: dict[str, Any]) -> Any:
+    vision = settings["vision_cfg"] | {"timm_model_pretrained": False}
+    try:
+        return _build_vision_tower(settings.get("embed_dim", 512), vision, settings["quick_gelu"])
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"open_clip cannot build a tower of this vision_cfg: {error}") from None
+
+
+def _weights(tower: nn.Module, pretrained: str, tags: dict[str, dict[str, Any]]) -> dict[str, Tensor] | None:
+    """The visual half of a checkpoint, a tag's or a file's; None on the meta device."""
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise UserError(
+            f"the weights '{pretrained}' are neither a tag of this model nor a file: {nearest(pretrained, tags)}"
+        )
+    if on_meta():
+        return None
+    shell = nn.Module()
+    shell.visual = tower
+    try:
+        file = open_clip.download_pretrained(tags[pretrained]) if pretrained in tags else pretrained
+        state = convert_state_dict(shell, load_state_dict(file))
+    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the weights '{pretrained}' cannot be read: {reason}") from None
+    return {name.removeprefix("visual."): tensor for name, tensor in state.items() if name.startswith("visual.")}
+
+
+def _fill(tower: nn.Module, weights: dict[str, Tensor], pretrained: str) -> None:
+    """Load what the tower has; what it was cut of may be missing."""
+    wanted = tower.state_dict()
+    for name, tensor in wanted.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            shape = f"of shape {list(weights[name].shape)}" if name in weights else "missing"
+            raise UserError(
+                f"the weights '{pretrained}' are another tower's: {name} is {shape}, and here {list(tensor.shape)}."
+            )
+    tower.load_state_dict({name: weights[name] for name in wanted})
+
+
+def _trunk(tower: Any) -> Any:
+    """The network itself, which open_clip wraps where it is timm's."""
+    return getattr(tower, "trunk", tower)
+
+
+def _cut(tower: Any, layer: int | list[int]) -> list[int]:
+    """Drop what comes after the features; the numbers from 1 of the blocks they come from, if the tower has blocks."""
+    trunk = _trunk(tower)
+    blocks = getattr(trunk, "blocks", None) or getattr(getattr(trunk, "transformer", None), "resblocks", None)
+    found: list[int] = []
+    if blocks:
+        found = chosen_layers(layer, len(blocks))
+        trunk.prune_intermediate_layers([number - 1 for number in found], prune_norm=True, prune_head=True)
+    elif layer not in (-1, [-1]):
+        raise UserError(f"{type(trunk).__name__} has stages of different grids, not blocks of one: leave layer at -1.")
+    ends = ("attn_pool", "attn_pool_contrastive") if blocks else ("head", "attnpool")
+    for owner, name in [(tower, "head"), *((trunk, end) for end in ends)]:
+        if getattr(owner, name, None) is not None:
+            setattr(owner, name, nn.Identity())
+    return found
+
+
+def _nothing(grid: Tensor) -> Tensor:
+    """(views, D, rows, columns) to (views, 0, D): what stands before a grid without a class token."""
+    return grid.new_zeros(len(grid), 0, grid.shape[1])

@@ -1,0 +1,131 @@
+"""What the backbones around one network share: the layers chosen, the tokens kept, the shapes found by looking.
+
+    pixels -> network, cut after the last layer wanted -+- layer a: [ class | registers ] grid (views, D, rows, columns)
+                                                        +- layer b: [ class | registers ] grid
+    features (views, N, Dv):  per layer [ class, if wanted | grid, row by row ], the layers side by side in Dv
+
+A new kind of tower gives :meth:`Tower.encode` and :meth:`Tower.preprocess`, and calls :meth:`Tower.look` at the end of
+its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lavi.errors import UserError
+from lavi.vision.base import VisionBackbone
+from lavi.vision.flops import ShapeFlops
+
+
+class Tower(VisionBackbone):
+    """A backbone around one network."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(views, C, H, W) to the output of each chosen layer, in two parts.
+
+        What stands before the grid (views, P, D), the class token first; and the grid (views, D, rows, columns).
+        """
+
+    def look(self, pixel_shape: tuple[int, int, int], *, class_token: bool, registers: int = 0) -> None:
+        """Find grid, width, prefix and FLOPs of a view of ``pixel_shape`` by one forward without numbers.
+
+        Args:
+            class_token: keep the class token.
+            registers: how many of the tokens before the grid are registers, not class tokens.
+
+        Raises:
+            UserError: there is no class token to keep, or the layers have different grids.
+        """
+        self._pixel_shape = pixel_shape
+        layers, self._flops = _on_meta(self, pixel_shape)
+        grids = {(grid.shape[2], grid.shape[3]) for _, grid in layers}
+        if len(grids) > 1:
+            raise UserError(f"the layers of this tower have different grids ({sorted(grids)}): choose one layer.")
+        self.grid = grids.pop()
+        self.width = sum(grid.shape[1] for _, grid in layers)
+        self.prefix = int(class_token)
+        if layers[0][0].shape[1] - registers < self.prefix:
+            raise UserError(
+                f"this tower has no class token, its {self.grid[0]}x{self.grid[1]} tokens are all of the grid: leave "
+                "class_token out."
+            )
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        return self._pixel_shape
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        layers = [
+            torch.cat([before[:, : self.prefix], grid.flatten(2).transpose(1, 2)], dim=1)  # (views, N, D)
+            for before, grid in self.encode(pixels)
+        ]
+        return torch.cat(layers, dim=-1)  # (views, N, Dv)
+
+    def flops(self, views: int) -> float:
+        return views * self._flops
+
+
+class _Encode(nn.Module):
+    """:meth:`Tower.encode` as a forward, which is what a functional call calls."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return self.tower.encode(pixels)
+
+
+def _on_meta(tower: Tower, pixel_shape: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """What ``tower`` makes of one view, and its FLOPs; the tower's own weights and modes stay as they are."""
+    modes = [(module, module.training) for module in tower.modules()]
+    tower.eval()  # in training, a tower may drop patches
+    call = _Encode(tower)
+    state = {name: tensor.detach().to("meta") for name, tensor in [*call.named_parameters(), *call.named_buffers()]}
+    try:
+        with torch.device("meta"), torch.no_grad(), ShapeFlops() as counted:
+            found = functional_call(call, state, (torch.zeros(1, *pixel_shape),))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return found, counted.total
+
+
+def chosen_layers(layer: int | list[int], count: int) -> list[int]:
+    """Numbers from 1 of the layers meant, of ``count``; ``layer`` counts as ``hidden_states`` do (-1: the last).
+
+    Raises:
+        UserError: no such layer, or none at all.
+    """
+    asked = layer if isinstance(layer, list) else [layer]
+    if not asked:
+        raise UserError("'layer' of the vision tower is an empty list: name at least one layer, such as -1.")
+    found = [number + count + 1 if number < 0 else number for number in asked]
+    for wanted, number in zip(asked, found, strict=True):
+        if not 1 <= number <= count:
+            raise UserError(
+                f"the vision tower has {count} layers, none is layer {wanted}: take -{count} (the first) to -1 (the "
+                "last)."
+            )
+    return found
+
+
+def middle(image: Image.Image, *, elongation: int = 8) -> Image.Image:
+    """The middle of an image whose sides differ more than 1:``elongation``, else the image.
+
+    For preprocessing that resizes the shortest edge and keeps the middle alone: of 20000x20 pixels it would make
+    224000x224 first.
+    """
+    width, height = image.size
+    wanted = (min(width, elongation * height), min(height, elongation * width))
+    if wanted == image.size:
+        return image
+    left, top = (width - wanted[0]) // 2, (height - wanted[1]) // 2
+    return image.crop((left, top, left + wanted[0], top + wanted[1]))

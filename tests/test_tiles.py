@@ -1,0 +1,242 @@
+"""Any-resolution tiling: the oracle is transformers' own LLaVA-OneVision, and the published token counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import QWEN2, ask, awaken, collate
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from lavi.batch import Batch, Layout, Sample
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.language.load import LanguageModel
+from lavi.model import VisionLanguageModel
+from lavi.vision.hf import HFVision
+from lavi.vision.tiles import AnyRes, OneView, Packing
+
+SIDE, PATCH = 24, 8  # a grid of 3 x 3, odd as SigLIP's 27 x 27: pooling by two has to round up
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
+SIZES = [
+    (24, 24),
+    (40, 30),
+    (64, 48),
+    (64, 64),
+    (120, 67),
+    (144, 144),
+    (31, 97),
+    (200, 13),
+    (13, 200),
+    (7, 7),
+    (500, 3),
+]
+"""(width, height): smaller than a tile, odd, long, and past the budget of nine views."""
+
+IMAGE_ID, VIDEO_ID = 298, 299
+"""Ids that stand in no question here."""
+
+PUBLISHED = {
+    (384, 384): (2, 1485),
+    (640, 480): (5, 2929),
+    (1024, 768): (7, 4725),
+    (1024, 1024): (10, 7371),
+    (1920, 1080): (16, 7269),
+    (2304, 2304): (37, 7371),
+}
+"""LLaVA-OneVision's crops and visual tokens by (width, height), of SigLIP-so400m-patch14-384."""
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(noise.numpy())
+
+
+@pytest.fixture
+def ours(tokenizer: str) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    return VisionLanguageModel(
+        vision=HFVision(config=TOWER),
+        language=LanguageModel(config=QWEN2 | {"max_position_embeddings": 1024}, tokenizer=tokenizer),
+        fusion=ConcatFusion(newline=True),
+        tiling=AnyRes(),
+    ).eval()
+
+
+@pytest.fixture
+def theirs(ours: VisionLanguageModel) -> LlavaOnevisionForConditionalGeneration:
+    """Transformers' own, with our weights."""
+    config = LlavaOnevisionConfig(
+        vision_config=TOWER | {"vision_use_head": False},
+        text_config=ours.language.hf.config.to_dict(),
+        image_grid_pinpoints=PINPOINTS,
+        image_token_index=IMAGE_ID,
+        video_token_index=VIDEO_ID,
+        tie_word_embeddings=True,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(ours.vision.tower.state_dict())  # type: ignore[attr-defined]
+    model.model.language_model.load_state_dict(ours.language.hf.model.state_dict())
+    model.lm_head.load_state_dict(ours.language.hf.lm_head.state_dict())
+    first, _, second = ours.fusion.projector  # type: ignore[misc]
+    model.model.multi_modal_projector.linear_1.load_state_dict(first.state_dict())
+    model.model.multi_modal_projector.linear_2.load_state_dict(second.state_dict())
+    with torch.no_grad():
+        model.model.image_newline.copy_(ours.fusion.newline)  # type: ignore[arg-type]
+    return model
+
+
+def their_ids(ours: VisionLanguageModel, batch: Batch, token: int) -> Tensor:
+    """The ids of a batch of one row, their placeholder standing once for each visual token."""
+    ids = batch.input_ids[0].tolist()
+    for place in reversed(batch.places):
+        ids[place.column : place.column] = [token] * ours.processor.tokens_of(place.layout)
+    return torch.tensor([ids])
+
+
+def processed(images: list[list[Image.Image]]) -> dict[str, Tensor]:
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        resample=Image.Resampling.BICUBIC,
+    )
+    return dict(processor(images, return_tensors="pt"))
+
+
+def question(images: list[Image.Image], ours: VisionLanguageModel) -> Batch:
+    sample = ask(*range(len(images)), "what colour is the circle?", answer="red")
+    sample.images = list(images)
+    return collate(ours, [sample])
+
+
+@pytest.mark.parametrize("size", SIZES[:-1], ids=lambda size: "x".join(map(str, size)))
+def test_one_image_is_seen_as_transformers_llava_onevision_sees_it(ours, theirs, size: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    batch = question([picture(size)], ours)
+    given = processed([[picture(size)]])
+    torch.testing.assert_close(batch.pixels, given["pixel_values"][0], atol=1e-6, rtol=0)  # equal crops
+    with torch.no_grad():
+        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits
+        tokens = ours.processor.tokens_of(batch.places[0].layout)
+        features = theirs.model.get_image_features(**given).pooler_output[0]
+        assert len(features) == tokens  # equal counts
+        start = batch.places[0].column
+        logits = ours(batch)[0]
+    torch.testing.assert_close(logits[start:], expected[0, start + tokens :], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[:start], expected[0, :start], atol=1e-4, rtol=1e-4)
+
+
+def test_several_images_are_seen_as_transformers_sees_them(ours, theirs) -> None:  # type: ignore[no-untyped-def]
+    images = [picture(size, seed) for seed, size in enumerate([(64, 48), (31, 97), (24, 24)])]
+    batch = question(images, ours)
+    given = processed([images])
+    torch.testing.assert_close(batch.pixels, given["pixel_values"][:, 0], atol=1e-6, rtol=0)
+    with torch.no_grad():
+        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits[0]
+        logits = ours(batch)[0]
+    start = batch.places[0].column
+    torch.testing.assert_close(logits[start:], expected[-len(logits[start:]) :], atol=1e-4, rtol=1e-4)
+
+
+def test_a_video_is_seen_as_transformers_sees_it(ours, theirs) -> None:  # type: ignore[no-untyped-def]
+    frames = [picture((40, 30), seed) for seed in range(5)]
+    content = [{"type": "video"}, {"type": "text", "text": "what moves?"}]
+    batch = collate(ours, [Sample("v", [{"role": "user", "content": content}], [frames])], prompt=True)
+    layout = batch.places[0].layout
+    assert layout == Layout(views=5, video=True)
+    assert ours.processor.tokens_of(layout) == 5 * 4 + 1  # 3 x 3 pooled to 2 x 2, and the newline
+    with torch.no_grad():
+        expected = theirs(input_ids=their_ids(ours, batch, VIDEO_ID), pixel_values_videos=batch.pixels[None]).logits[0]
+        logits = ours(batch)[0]
+    start = batch.places[0].column
+    torch.testing.assert_close(logits[start:], expected[-len(logits[start:]) :], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", PUBLISHED, ids=lambda size: "x".join(map(str, size)))
+def test_the_published_counts(size: tuple[int, int]) -> None:
+    width, height = size
+    rows, columns = AnyRes().grid((height, width), (384, 384))
+    layout = Layout(1 + rows * columns, (rows, columns), (height, width))
+    assert (layout.views, Packing((27, 27)).count(layout, 729, newline=True)) == PUBLISHED[size]
+
+
+def test_32_frames_are_6273_tokens() -> None:
+    assert Packing((27, 27)).count(Layout(32, video=True), 729, newline=True) == 6273
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("newline", [False, True])
+def test_as_many_tokens_as_counted(size: tuple[int, int], newline: bool) -> None:
+    rows, columns = AnyRes().grid((size[1], size[0]), (SIDE, SIDE))
+    layout = Layout(1 + rows * columns, (rows, columns), (size[1], size[0]))
+    packing = Packing((3, 3), budget=2)
+    packed = packing.pack(torch.randn(layout.views, 9, 8), layout, torch.zeros(8) if newline else None)
+    assert len(packed) == packing.count(layout, 9, newline=newline) > 9
+
+
+def test_rows_of_every_layout_answer_as_they_would_alone(ours: VisionLanguageModel) -> None:
+    lavi = VisionLanguageModel(
+        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, bottleneck=16), tiling=AnyRes()
+    ).eval()
+    samples = [ask(0, "what colour is the circle?", answer="red", key=str(size)) for size in SIZES[:4]]
+    for sample, size in zip(samples, SIZES, strict=False):
+        sample.images = [picture(size)]
+    samples += [ask(1, 2, "which image has the red circle?", answer="first"), ask("hello", answer="hi")]
+    for model in (ours, lavi):
+        awaken(model.fusion)
+        batch = collate(model, samples)
+        with torch.no_grad():
+            together = model(batch)
+            for row, sample in enumerate(samples):
+                alone = model(collate(model, [sample]))[0]
+                torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_lavi_tells_tiles_and_frames_apart(ours: VisionLanguageModel) -> None:
+    """The same pixels in another tile, or in another frame, are another image."""
+    model = VisionLanguageModel(
+        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, bottleneck=16), tiling=AnyRes()
+    ).eval()
+    awaken(model.fusion)
+    batch = question([picture((48, 48))], model)
+    swapped = question([picture((48, 48))], model)
+    swapped.pixels = swapped.pixels[[0, 2, 1, 3, 4]]
+    with torch.no_grad():
+        assert not torch.allclose(model(batch), model(swapped), atol=1e-4)
+        video = [picture((24, 24), 1), picture((24, 24), 2)]
+        content = [{"type": "video"}, {"type": "text", "text": "what moves?"}]
+        clips = [
+            collate(model, [Sample("v", [{"role": "user", "content": content}], [frames])], prompt=True)
+            for frames in (video, video[::-1])
+        ]
+        assert not torch.allclose(model(clips[0]), model(clips[1]), atol=1e-4)
+
+
+def test_padding_to_a_square_keeps_all_of_the_image(ours: VisionLanguageModel) -> None:
+    image = Image.new("RGB", (40, 20), "red")
+    [view], layout = OneView(pad_to_square=True).cut(image, ours.vision, alone=True)
+    assert (view.size, layout.size) == ((40, 40), (20, 40))
+    assert view.getpixel((0, 0)) == (127, 127, 127)  # the tower's mean: it sees 0 there
+    assert view.crop((0, 10, 40, 30)).tobytes() == image.tobytes()
+
+
+def test_a_conversation_counts_its_tiles_against_the_context(ours: VisionLanguageModel) -> None:
+    ours.processor.context_length = 60
+    sample = ask(0, "what colour is the circle?", answer="red")
+    sample.images = [picture((144, 144))]
+    with pytest.raises(UserError, match="visual tokens"):
+        ours.processor.encode(sample)
