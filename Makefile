@@ -30,10 +30,10 @@ typecheck: install ## check types
 	$(BIN)/mypy
 
 test: install ## run the tests (about six minutes on two cores)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-all: install ## run the tests that train, too
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest -n 2 -m 'not gpu'
 
 quickstart: install ## draw data, train LaVi and concatenation, set them side by side (about six minutes)
 	$(BIN)/python -m datamodules.scenes --out data/scenes

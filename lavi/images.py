@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from lavi.errors import UserError
 MAX_PIXELS = 100_000_000
 """An image of more pixels than this is refused before it is decoded: it would be a decompression bomb."""
 
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, TypeError, struct.error)
 """What Pillow raises for files that are none, or damaged."""
 
 

@@ -2,6 +2,7 @@
 
 FOLDER/recipe.yaml           the recipe's model section; values that begin with ./ are paths inside the folder
        language/             an ordinary transformers checkpoint with its tokenizer, adapters merged
+       tokenizer/            the tokenizer alone: beside a configuration, transformers may take another class for it
        vision/               what the backbone wrote
        fusion.safetensors    every other weight; the versions that wrote it in its header
 
@@ -206,9 +207,10 @@ def save_pretrained(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> None:
-    language = {key: value for key, value in node["language"].items() if key not in ("config", "tokenizer", "lora")}
-    node["language"] = language | {"source": f"{INSIDE}language"}
+    language = {key: value for key, value in node["language"].items() if key not in ("config", "lora")}
+    node["language"] = language | {"source": f"{INSIDE}language", "tokenizer": f"{INSIDE}tokenizer"}
     model.language.save_pretrained(folder / "language")
+    model.language.tokenizer.save_pretrained(folder / "tokenizer")
     arguments = model.vision.save_pretrained(folder / "vision")  # type: ignore[operator]
     if arguments is None:
         arguments = {key: value for key, value in node["vision"].items() if key not in (TARGET, "config")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, features
 
 from datamodules.shards import BrokenSample
 from datamodules.shards import open_image as open_member
@@ -160,9 +160,16 @@ def test_what_is_no_image_says_so_and_what_it_was(case: str, tmp_path: Path) -> 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    monkeypatch.setattr(images, "_rgb", lambda image: pytest.fail("it was decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="has 11x10 pixels, more than the 100"):
         open_image(encoded(Image.new("RGB", (11, 10))), name="it")
+
+
+def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "EPS", (lambda file, name: pytest.fail("it was opened"), lambda prefix: True))
+    with pytest.raises(UserError):
+        open_image(POSTSCRIPT)
 
 
 def test_files_that_are_not_there_or_no_files(tmp_path: Path) -> None:
@@ -176,7 +183,7 @@ def test_no_damage_escapes_as_another_error() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = Image.effect_noise((20, 24), 60).convert("RGB")
-    kinds = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM"]
+    kinds = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM"] + ["AVIF"] * features.check("avif")
     whole = [encoded(noise, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {})) for kind in kinds]
     numbers = random.Random(0)
     opened = refused = 0

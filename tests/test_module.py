@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
 import torch
-from conftest import ask, collate
+from conftest import ask, awaken, collate
+from rich.console import Console
+from torch import Tensor
 
 from lavi.batch import IGNORE
 from lavi.errors import UserError
@@ -12,6 +17,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.module import VisionLanguageModule, summed_loss
+from lavi.startup import what_trains
 
 
 def test_each_token_weighs_the_same_however_rows_are_batched(build) -> None:
@@ -37,6 +43,155 @@ def test_parts_that_are_not_named_are_frozen(build) -> None:
     assert not module.model.features(batch.pixels).requires_grad
     with pytest.raises(UserError, match="did you mean 'language'"):
         VisionLanguageModule(module.model, learning_rate={"langauge": 1e-3})
+
+
+RATES = {
+    "language": 1e-4,
+    "language.hf.model.layers.1": None,
+    "language.hf.model.layers.1.mlp.down_proj.weight": 3e-4,
+    "fusion.generators": 1e-3,
+}
+
+
+def owner(name: str) -> str | None:
+    """The part that a parameter trains with, under RATES."""
+    if name.startswith("language.hf.model.layers.1."):
+        last = "language.hf.model.layers.1.mlp.down_proj.weight"
+        return last if name == last else None
+    return next((part for part in ("language", "fusion.generators") if name.startswith(part + ".")), None)
+
+
+def test_the_most_specific_name_sets_the_rate(build) -> None:
+    model = build(LaViFusion(every=2, bottleneck=16))
+    module = VisionLanguageModule(model, learning_rate=RATES, weight_decay=0.1)
+    assert {name: module.part_of.get(name) for name, _ in model.named_parameters()} == {
+        name: owner(name) for name, _ in model.named_parameters()
+    }
+    assert all(p.requires_grad == (owner(name) is not None) for name, p in model.named_parameters())
+    module.trainer = type("Trainer", (), {"max_steps": 10})()  # type: ignore[assignment]
+    named = {id(p): name for name, p in model.named_parameters()}
+    groups_of: list[dict[str, Any]] = module.configure_optimizers()["optimizer"].param_groups
+    for group in groups_of:
+        part, kind = group["name"].split("/")
+        assert {owner(named[id(p)]) for p in group["params"]} == {part}
+        assert group["initial_lr"] == RATES[part]
+        assert {p.ndim > 1 for p in group["params"]} == {kind == "matrices"}
+        assert group["weight_decay"] == (0.1 if kind == "matrices" else 0.0)
+    seen = [id(p) for group in groups_of for p in group["params"]]
+    assert sorted(seen) == sorted(id(p) for p in model.parameters() if p.requires_grad)  # each once
+
+
+def test_tied_weights_are_one(build) -> None:
+    tied, untied = build(ConcatFusion()), build(ConcatFusion(), tie_word_embeddings=False)
+    head, embeddings = "language.hf.lm_head", "language.hf.model.embed_tokens"
+    assert set(VisionLanguageModule(tied, learning_rate={head: 1e-3}).part_of) == {f"{embeddings}.weight"}
+    assert set(VisionLanguageModule(untied, learning_rate={head: 1e-3}).part_of) == {f"{head}.weight"}
+    half = {"language": 1e-3, head: None}
+    assert f"{embeddings}.weight" not in VisionLanguageModule(tied, learning_rate=half).part_of
+    assert f"{embeddings}.weight" in VisionLanguageModule(untied, learning_rate=half).part_of
+    with pytest.raises(UserError, match=r"tied weights.*name one of them"):
+        VisionLanguageModule(tied, learning_rate={head: 1e-3, embeddings: 1e-4})
+    VisionLanguageModule(tied, learning_rate={head: 1e-3, embeddings: 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("langauge.hf", "'language'"),
+        ("language.hf.lm_haed", "'language.hf.lm_head'"),
+        ("fusion.generator.1", "'fusion.generators'"),
+        ("language.hf.model.layers.1.mpl", "'language.hf.model.layers.1.mlp'"),
+    ],
+)
+def test_a_part_that_is_none_is_answered_with_the_nearest(build, name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"names '{name}': did you mean {near}"):
+        VisionLanguageModule(build(LaViFusion(bottleneck=16)), learning_rate={name: 1e-3})
+
+
+def test_something_has_to_train(build) -> None:
+    with pytest.raises(UserError, match="names nothing that has parameters"):
+        VisionLanguageModule(build(ConcatFusion()), learning_rate={"language": None})
+
+
+def test_what_is_frozen_inside_a_part_that_trains_rests(build) -> None:
+    model = build(LaViFusion(every=2, bottleneck=16))
+    module = VisionLanguageModule(model, learning_rate=RATES)
+    module.train()
+    resting = {name for name, m in model.named_modules() if not m.training}
+    layer = model.language.layers[1]
+    assert {"vision", "fusion.views" if hasattr(model.fusion, "views") else "fusion.image_order"} <= resting
+    assert not any(m.training for m in (layer.self_attn, layer.input_layernorm, layer.mlp.up_proj))
+    assert all(m.training for m in (layer, layer.mlp, layer.mlp.down_proj, model.language.layers[0].self_attn))
+    module.eval()
+    assert not any(m.training for m in module.modules())
+
+
+def test_the_table_shows_each_named_part(build) -> None:
+    model = build(LaViFusion(every=2, bottleneck=16))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(what_trains(VisionLanguageModule(model, learning_rate=RATES | {"language.hf.lm_head": 2e-5})))
+    rows = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
+    shown = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
+    embeddings = model.language.hf.lm_head.weight.numel()
+    assert set(shown) == {"vision", "language", "fusion", *RATES, "language.hf.lm_head"}
+    assert shown["vision"][1:] == ["0", "frozen"]
+    assert shown["fusion"][2] == "as below"
+    assert shown["language.hf.lm_head"] == [f"{embeddings:,}", f"{embeddings:,}", "2e-05"]
+    assert shown["language"][0] == f"{sum(p.numel() for p in model.language.parameters()):,}"
+    trained = model.language.layers[1].mlp.down_proj.weight.numel()
+    assert shown["language.hf.model.layers.1"][1:] == [f"{trained:,}", "as below"]
+
+
+class Counted:
+    """How often each decoder layer runs."""
+
+    def __init__(self, model) -> None:  # type: ignore[no-untyped-def]
+        self.runs = [0] * len(model.language.layers)
+        for index, layer in enumerate(model.language.layers):
+            layer.self_attn.register_forward_hook(lambda *_, index=index: self.count(index))
+
+    def count(self, index: int) -> None:
+        self.runs[index] += 1
+
+
+@pytest.mark.parametrize(
+    "fusion", [lambda: LaViFusion(layers=[1, 3], bottleneck=16), ConcatFusion], ids=["lavi", "concat"]
+)
+@pytest.mark.parametrize("rates", [{"fusion": 1e-3}, {"fusion": 1e-3, "language": 1e-3}], ids=["frozen", "trained"])
+def test_checkpointing_recomputes_and_changes_no_gradient(build, fusion: Any, rates: dict[str, float]) -> None:
+    """Also where the language model is frozen, which then needs no input with a gradient."""
+
+    def gradients(checkpointing: bool) -> tuple[dict[str, Tensor], list[int]]:
+        model = build(fusion())
+        awaken(model.fusion)
+        module = VisionLanguageModule(model, learning_rate=rates, checkpointing=checkpointing)
+        module.train()
+        counted = Counted(model)
+        batch = collate(model, [ask(1, "what?", answer="red"), ask("which?", answer="blue")])
+        summed_loss(model(batch), batch.labels)[0].backward()
+        assert not model.language.embed(batch.input_ids).requires_grad or "language" in rates
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, counted.runs
+
+    plain, once = gradients(False)
+    recomputed, runs = gradients(True)
+    assert once == [1] * 4
+    first = 1 if "language" not in rates and isinstance(fusion(), LaViFusion) else 0  # nothing is learned below it
+    assert runs == [1] * first + [2] * (4 - first)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_all_ranks_stop_where_one_has_no_finite_loss(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
+    monkeypatch.setattr(VisionLanguageModule, "_sum_over_ranks", lambda self, mine: mine + torch.tensor([5, 1]))
+    batch = collate(module.model, [ask(1, "what?", answer="red")])
+    with pytest.raises(UserError, match="not finite on another rank at step 0"):
+        module.training_step(batch, 0)
+    with torch.no_grad():
+        module.model.fusion.projector[0].bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss is nan at step 0, in samples s: lower"):
+        module.training_step(batch, 0)
 
 
 def test_accuracy_counts_whole_answers_by_family(build) -> None:

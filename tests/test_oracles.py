@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch
+from lavi.checkpoint import load_trained
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.surgery import close
 from lavi.model import VisionLanguageModel
-from lavi.module import summed_loss
+from lavi.module import VisionLanguageModule, summed_loss
+from lavi.pretrained import kept_names, write_state
 
 FUSIONS = {
     **{
@@ -32,6 +35,7 @@ FUSIONS = {
     "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", bottleneck=16),
     "concat": ConcatFusion,
 }
+KINDS = ("weight", "bias")
 EVERYWHERE = [f"lavi-{kind}" for kind in ("attention", "mlp", "conv", "pooled")] + ["concat"]
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
@@ -232,6 +236,39 @@ def test_every_parameter_is_in_every_graph(model: VisionLanguageModel) -> None:
     summed_loss(model(batch), batch.labels)[0].backward()
     missing = [name for name, p in model.fusion.named_parameters() if p.grad is None]
     assert not missing
+
+
+LOOKS = {  # what each generator has beside the norm of V and the projection to deltas
+    "attention": {"text_norm.weight", "query.weight", "key_value.weight"},
+    "pooled": {"down.weight", "down.bias"},
+    "mlp": {"down.weight", "down.bias", "text_norm.weight", "query.weight"}
+    | {f"{axis}.0.{part}.{kind}" for axis in ("over_tokens", "over_channels") for part in "013" for kind in KINDS},
+    "conv": {"down.weight", "down.bias", "text_norm.weight", "query.weight"}
+    | {f"{kind_of}.0.{kind}" for kind_of in ("depthwise", "pointwise") for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_path: Path) -> None:
+    """Of exactly the weights that were trained: their names are what old checkpoints hold."""
+    family, name = case
+    model = build(FUSIONS[name](), family=family)
+    awaken(model.fusion)
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
+    kept = {key: tensor for key, tensor in module.state_dict().items() if key in kept_names(module)}
+    if (kind := name.removeprefix("lavi-")) in LOOKS:
+        own = {"vision_norm.weight", "vision_norm.bias", "deltas.weight", "deltas.bias"} | LOOKS[kind]
+        expected = {f"model.fusion.generators.{layer}.{key}" for layer in (1, 3) for key in own}
+        expected |= {f"model.fusion.views.{table}.weight" for table in ("image", "row", "column", "frame")}
+        assert set(kept) == expected
+    elif name == "concat":
+        assert set(kept) == {f"model.fusion.projector.{layer}.{key}" for layer in (0, 2) for key in KINDS}
+    write_state(kept, tmp_path / "trained.safetensors")
+    other = VisionLanguageModule(build(FUSIONS[name](), family=family), learning_rate={"fusion": 1e-3})
+    load_trained(other, tmp_path / "trained.safetensors")
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(other.eval().model(batch), module.eval().model(batch))
 
 
 def test_closing_gives_the_language_model_back(model: VisionLanguageModel) -> None:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FAMILIES
+
+from lavi.vision.hf import TOWERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,3 +47,9 @@ def test_recipes_that_are_shown_exist() -> None:
 
 def test_tables_come_from_records() -> None:
     subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(("mark", "expected"), [("families", FAMILIES), ("towers", TOWERS)])
+def test_the_models_that_are_listed_are_those_that_are_tested(mark: str, expected: dict[str, object]) -> None:
+    listed = (ROOT / "docs" / "models.md").read_text().split(f"<!-- {mark} -->")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(expected)

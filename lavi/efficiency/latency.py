@@ -67,8 +67,8 @@ def stage_times(
 def _time(run: Callable[[], Any], device: torch.device, *, runs: int, warmup: int) -> Milliseconds:
     for _ in range(warmup):
         run()
-    elapsed = [_once(run, device) for _ in range(runs)]
-    deciles = quantiles(elapsed, n=10)
+    elapsed = [_once(run, device) for _ in range(max(2, runs))]  # quantiles want two
+    deciles = quantiles(elapsed, n=10, method="inclusive")
     return Milliseconds(median=quantiles(elapsed, n=2)[0], p10=deciles[0], p90=deciles[8])
 
 

@@ -104,7 +104,6 @@ class LanguageModel(nn.Module):
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(self.hf.config, attn_implementation=self.attention)
         plain.load_state_dict(merged_state(self.hf, adapters), assign=True)
-        plain.tie_weights()
         plain.generation_config = self.hf.generation_config
         if hasattr(self.hf, "_weight_conversions"):  # how transformers renamed a checkpoint's keys as it read them
             plain._weight_conversions = self.hf._weight_conversions

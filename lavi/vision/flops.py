@@ -64,6 +64,6 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     nn.functional.multi_head_attention_forward: _multi_head,
     torch.matmul: _product,
     torch.bmm: _product,
-    Tensor.matmul: _product,
-    Tensor.__matmul__: _product,
+    Tensor.matmul: _product,  # and the operator @
+    Tensor.bmm: _product,
 }

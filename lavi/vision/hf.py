@@ -121,7 +121,7 @@ class HFVision(Tower):
         try:
             if shapes:
                 raise ValueError("wide and tall images come out different")
-            self.look(shape, class_token=class_token, registers=getattr(settings, "num_register_tokens", 0))
+            self.look(shape, class_token=class_token)
         except (ValueError, RuntimeError) as error:
             if not shapes and shape == wanted:
                 kind = settings.model_type

@@ -1,0 +1,305 @@
+"""What is kept of a run: stages that start from one another, whole models in folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ask, awaken, collate
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lavi import export, fit
+from lavi.checkpoint import LAST, RECIPE, TRAINED, KeepRun, load_run
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.model import VisionLanguageModel
+from lavi.pretrained import FUSION, build
+from lavi.recipe import Recipe
+
+LORA = "model.language.lora={rank: 4, dropout: 0.5}"
+SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a square?", answer="yes")]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_recipe: Path):  # type: ignore[no-untyped-def]
+    """Trains the tiny recipe, changed, or goes on with a run: (status, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(run: str, *overrides: str, front: Any = fit, options: tuple[str, ...] = ("--run",)) -> int:
+        arguments = ["--recipe", str(tiny_recipe)] if options == ("--run",) else []
+        monkeypatch.setattr(
+            sys, "argv", ["front", *arguments, *options, run, "trainer.limit_val_batches=0", *overrides]
+        )
+        with pytest.raises(SystemExit) as left:
+            front.main()
+        return int(left.value.code or 0)
+
+    return call
+
+
+def names(run: str | Path) -> set[str]:
+    return set(load_file(Path(run) / TRAINED))
+
+
+def logits(run: str | Path) -> Tensor:
+    model = load_run(Path(run))[1]
+    with torch.no_grad():
+        return model(collate(model, SAMPLES))
+
+
+class Final(KeepRun):
+    """Notes what the model says when training ends."""
+
+    said: Tensor
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        super().on_train_end(trainer, module)
+        model = module.eval().model
+        with torch.no_grad():
+            Final.said = model(collate(model, SAMPLES))
+
+
+def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 trains fusion and language, stage 2 the fusion alone; its run says the same when stage 1 is gone."""
+    monkeypatch.setattr("lavi.checkpoint.KeepRun", Final)
+    assert train("one") == 0
+    assert torch.equal(logits("one"), Final.said)
+    start = ["module.start_from=one", "module.learning_rate.language=null"]
+    assert train("two", *start, "trainer.max_steps=3") == 0
+    assert (
+        train("three", "module.start_from=two", "module.learning_rate={fusion: null, language: null, vision: 1e-3}")
+        == 0
+    )
+    trained = {name for name in names("one") if name.startswith("model.fusion.")}
+    assert names("two") == names("one") > trained
+    one, two = load_file(f"one/{TRAINED}"), load_file(f"two/{TRAINED}")
+    assert all(torch.equal(one[name], two[name]) for name in names("one") - trained)
+    assert not any(torch.equal(one[name], two[name]) for name in trained if "generators" in name)
+    shutil.rmtree("one")
+    assert torch.equal(logits("three"), Final.said)
+    assert any(name.startswith("model.vision.") for name in names("three"))
+    assert names("three") > names("two")
+    assert train("two", "trainer.max_steps=6", options=("--resume",)) == 0  # nor does it need stage 1 to go on
+    assert torch.equal(logits("two"), Final.said)
+    assert names("two") == set(one)
+
+
+def test_adapters_start_around_what_was_trained_before(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavi.checkpoint.KeepRun", Final)
+    assert train("one") == 0
+    assert train("two", "module.start_from=one", LORA, "module.learning_rate.vision=2e-4") == 0
+    q_proj = "model.language.hf.model.layers.0.self_attn.q_proj"
+    assert f"{q_proj}.base_layer.weight" in names("two")
+    one, two = load_file(f"one/{TRAINED}"), load_file(f"two/{TRAINED}")
+    assert torch.equal(two[f"{q_proj}.base_layer.weight"], one[f"{q_proj}.weight"])
+    assert torch.equal(logits("two"), Final.said)
+    model = load_run(Path("two"))[1]
+    adapters = {f"model.language.{name}" for name in model.language.adapters}
+    frozen = {name for name in two if ".base_layer." in name}
+    assert adapters <= set(two)
+    assert not frozen & adapters
+
+
+def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = KeepRun._save
+
+    def and_copy(self: KeepRun, trainer: Any) -> None:
+        save(self, trainer)
+        if trainer.global_step == 3:
+            shutil.copytree(self.folder, "half")
+
+    monkeypatch.setattr(KeepRun, "_save", and_copy)
+    assert train("whole", LORA, "--save-every", "3") == 0
+    monkeypatch.setattr(KeepRun, "_save", save)
+    assert names("half") == names("whole")
+    assert train("half", options=("--resume",)) == 0
+    whole, half = load_file(f"whole/{TRAINED}"), load_file(f"half/{TRAINED}")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*overrides: str, words: str) -> None:
+        assert train("two", "trainer.max_steps=1", *overrides) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+        assert not Path("two", RECIPE).exists()
+        shutil.rmtree("two")
+
+    assert train("one", "trainer.max_steps=1", LORA) == 0
+    refused("module.start_from=gone", words="there is no gone/trained.safetensors: give module.start_from a run folder")
+    refused("module.start_from=one", words="lacks: give model.language the same lora.")
+    refused(
+        "module.start_from=one", LORA, "model.fusion.bottleneck=8", words="is no start for this recipe: model.fusion"
+    )
+    refused(
+        "module.start_from=one",
+        LORA,
+        "model.fusion.per_target=true",
+        words="has trained 'model.fusion.generators.1.",
+    )
+
+
+def test_what_another_recipe_made_is_refused(train, tmp_path: Path) -> None:
+    """A run may hold more than it trains only where its recipe starts from another."""
+    assert train("one", "trainer.max_steps=1") == 0
+    assert train("two", "trainer.max_steps=1", "module.start_from=one", "module.learning_rate.language=null") == 0
+    recipe = yaml.safe_load(Path("two", RECIPE).read_text())
+
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            load_run(Path("two"))
+
+    without = recipe | {"module": recipe["module"] | {"start_from": None}}
+    Path("two", RECIPE).write_text(yaml.safe_dump(without))
+    refused("was made by another recipe: it has besides")
+    Path("two", RECIPE).write_text(yaml.safe_dump(recipe))
+    with safe_open(Path("two", TRAINED), framework="pt") as file:
+        header = file.metadata()
+    state = load_file(Path("two", TRAINED))
+    some = next(name for name in state if "language" in name)
+    save_file({name: tensor for name, tensor in state.items() if name != some}, Path("two", TRAINED), header)
+    refused("was made by another recipe: it lacks 1 parameters")
+    newer = header | {"versions": json.dumps(json.loads(header["versions"]) | {"lavi": "999.0"})}
+    save_file(state, Path("two", TRAINED), newer)
+    refused("was written by lavi 999.0, and this is lavi .*: upgrade lavi")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_in_a_folder_needs_nothing_else(train, lora: bool, scenes: Path, tmp_path: Path) -> None:
+    """Neither the run, nor the tokenizer and checkpoints it was made from; and its language model is ordinary."""
+    tokenizer = shutil.copytree(scenes / "tokenizer", tmp_path / "tokenizer")
+    rates = "module.learning_rate={fusion: 1e-3, language: 1e-3, vision: 1e-3}"
+    assert train("run", rates, f"model.language.tokenizer={tokenizer}", *([LORA] if lora else [])) == 0
+    model = load_run(Path("run"))[1]
+    with torch.no_grad():
+        batch = collate(model, SAMPLES)
+        expected = model(batch)
+        text = model.language.hf(input_ids=batch.input_ids).logits
+    assert train("run", "--out", "away/model", front=OnlyOwn(export), options=("--checkpoint",)) == 0
+    shutil.rmtree("run")
+    shutil.rmtree(tokenizer)
+    shutil.move("away", "elsewhere")
+    folder = Path("elsewhere/model")
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".yaml", ".jinja"}
+
+    again = VisionLanguageModel.from_pretrained(folder)
+    assert not again.training
+    assert again.language.adapters == frozenset()
+    assert again.language.tokenizer.get_vocab() == model.language.tokenizer.get_vocab()
+    encoded = collate(again, SAMPLES)
+    assert torch.equal(encoded.input_ids, batch.input_ids)
+    assert torch.equal(encoded.pixels, batch.pixels)
+    ordinary = AutoModelForCausalLM.from_pretrained(folder / "language")
+    with torch.no_grad():
+        same = torch.testing.assert_close if lora else exactly
+        same(again(encoded), expected)
+        same(ordinary(input_ids=batch.input_ids).logits, text)
+    plain = AutoModelForCausalLM.from_config(ordinary.config)
+    plain.save_pretrained("plain")
+    assert type(ordinary) is type(plain)
+    assert set(load_file(folder / "language" / "model.safetensors")) == set(load_file("plain/model.safetensors"))
+    again.save_pretrained("again")  # once more, from there
+    assert torch.equal(VisionLanguageModel.from_pretrained("again")(encoded), again(encoded))
+
+
+def exactly(left: Tensor, right: Tensor) -> None:
+    assert torch.equal(left, right)
+
+
+class OnlyOwn:
+    """A front without the overrides that this file's runs share."""
+
+    def __init__(self, front: Any) -> None:
+        self.front = front
+
+    def main(self) -> None:
+        sys.argv = [argument for argument in sys.argv if "=" not in argument]
+        self.front.main()
+
+
+@pytest.fixture
+def folder(tiny_recipe: Path, tmp_path: Path) -> Path:
+    model = build(Recipe.load(tiny_recipe))
+    awaken(model.fusion)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_that_does_not_fit_is_refused(folder: Path, build: Any) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            VisionLanguageModel.from_pretrained(folder)
+
+    VisionLanguageModel.from_pretrained(folder)
+    kept = {name: (folder / name).read_bytes() for name in (RECIPE, FUSION)}
+    recipe = yaml.safe_load(kept[RECIPE])
+
+    def write(**model: Any) -> None:
+        (folder / RECIPE).write_text(yaml.safe_dump({"model": recipe["model"] | model}))
+
+    write(fusion=recipe["model"]["fusion"] | {"every": 4})
+    refused(r"fusion.safetensors does not fit the model of its recipe: it has besides .* parameters \(fusion")
+    write(fusion=recipe["model"]["fusion"] | {"bottleneck": 8})
+    refused(r"does not fit .*: fusion.generators.* in the file, .* in the model")
+    write(fusion=recipe["model"]["fusion"] | {"botleneck": 8})
+    refused("'model.fusion.botleneck' is unknown .* did you mean 'bottleneck'")
+    write(fusion={"_target_": "os.system"})
+    refused("wants to build 'os.system'.*--trust")
+    write(_target_="lavi.vision.hf.HFVision")
+    refused("is unknown to lavi.vision.hf.HFVision")
+    (folder / RECIPE).write_text("- model\n")
+    refused("has no section 'model'")
+    (folder / RECIPE).write_bytes(kept[RECIPE])
+    with safe_open(folder / FUSION, framework="pt") as file:
+        header = file.metadata()
+    save_file(load_file(folder / FUSION), folder / FUSION, {"versions": json.dumps({"lavi": "999.0"})})
+    refused("was written by lavi 999.0")
+    assert "torch" in json.loads(header["versions"])
+    (folder / FUSION).write_bytes(b"broken")
+    refused("is not a readable checkpoint")
+    (folder / FUSION).write_bytes(kept[FUSION])
+    (folder / "language" / "pytorch_model.bin").write_bytes(b"")
+    refused("is a pickle, which could run anything")
+    os.remove(folder / FUSION)
+    refused("holds no model: it has no fusion.safetensors")
+    with pytest.raises(UserError, match=r"model holds no model: it has no recipe\.yaml"):
+        VisionLanguageModel.from_pretrained(folder / "model")
+
+
+def test_what_cannot_be_saved_is_refused_and_leaves_nothing(
+    folder: Path, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = VisionLanguageModel.from_pretrained(folder)
+    with pytest.raises(UserError, match="model exists and is left as it is"):
+        model.save_pretrained(folder)
+    with pytest.raises(UserError, match="put together by hand"):
+        build(ConcatFusion()).save_pretrained(folder.with_name("new"))
+    monkeypatch.setattr(type(model.vision), "save_pretrained", lambda self, folder: {"sorce": Path()})
+    with pytest.raises(UserError, match=r"'model.vision.sorce' is unknown .* did you mean 'source'\?"):
+        model.save_pretrained(folder.with_name("new"))
+    monkeypatch.delattr(type(model.vision), "save_pretrained")
+    with pytest.raises(UserError, match="HFVision cannot be saved"):
+        model.save_pretrained(folder.with_name("new"))
+    assert {path.name for path in folder.parent.iterdir()} == {"model", "tiny.yaml"}
+
+
+def test_resuming_reads_no_pickle(train, capsys: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, ("evil",)
+
+    assert train("run", "trainer.max_steps=1") == 0
+    checkpoint: dict[str, Any] = torch.load(Path("run", LAST), weights_only=True)
+    torch.save(checkpoint | {"epoch": Evil()}, Path("run", LAST))
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        train("run", options=("--resume",))
+    assert not Path("evil").exists()

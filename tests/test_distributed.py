@@ -1,0 +1,252 @@
+"""Two processes on the CPU train as one does on both their batches: under DDP and FSDP2, stopped and resumed.
+
+They are started as users start them: DDP by ``python -m lavi.fit``, which starts the second process itself; FSDP2 as
+two processes from outside, as a cluster does. The single one runs inside this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from conftest import QWEN2, TOWER, ask, collate
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
+
+from lavi import fit
+from lavi.batch import Batch, Position
+from lavi.checkpoint import TRAINED, load_run
+from lavi.processor import Processor
+
+ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "yellow")
+STEPS = 6
+
+
+class Halves(pl.LightningDataModule):
+    """Each step has four rows with images and four without: two ranks get one half each, a single one both."""
+
+    def __init__(self, processor: Processor) -> None:
+        super().__init__()
+        self.processor, self.step, self.rank_of_state = processor, 0, -1
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def stream(self, split: str) -> Iterator[Batch]:
+        rank, ranks = self.place
+        for step in range(self.step, 1000):
+            seen = [ask(4 * step + i, "what colours?", answer=" and ".join(COLOURS[:i])) for i in range(1, 5)]
+            heard = [ask("which is it" + " or what" * i, answer=COLOURS[step % 4]) for i in range(4)]
+            mine = (seen + heard)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
+            batch = self.processor.collate([self.processor.encode(sample) for sample in mine])
+            yield replace(batch, position=Position(rank, 0, step + 1))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(Endless(self), batch_size=None)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.step = batch.position.read
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "rank": self.place[0]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.rank_of_state = state["step"], state["rank"]
+
+
+class Endless(IterableDataset[Batch]):
+    def __init__(self, data: Halves) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.data.stream("train")
+
+
+class Watch(pl.Callback):
+    """Writes down what each rank meets in each step; stops the last rank, and no other, in one of them."""
+
+    def __init__(self, *, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and self.stop_at is not None and trainer.global_step == self.stop_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: object) -> None:
+        if "train/loss" not in trainer.callback_metrics:
+            return
+        data: Any = trainer.datamodule
+        met = {
+            "step": trainer.global_step,
+            "loss": float(trainer.callback_metrics["train/loss"]),
+            "state_of_rank": data.rank_of_state,
+            "torch_draws": torch.initial_seed(),
+        }
+        with open(Path(trainer.default_root_dir) / f"rank-{trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps(met) + "\n")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """All ranks answer: where weights are sharded, none can alone."""
+        model: Any = module.eval().model
+        asked = [model.processor.encode(ask(1, "what colour?"), prompt=True)]
+        said = model.generate(model.processor.collate(asked, pad_left=True), max_new_tokens=5, eos_token_id=None)
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / "said.json").write_text(json.dumps(said))
+
+
+def met_by(run: Path, rank: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"rank-{rank}.jsonl").read_text().splitlines()]
+
+
+def alone(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lavi.fit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            fit.main()
+    return int(left.value.code or 0)
+
+
+@dataclass
+class Single:
+    """The recipe, and what a single process made of it."""
+
+    recipe: Path
+    run: Path
+    first_stage: Path
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Single:
+    """Stage 1 trains the fusion and the final norm; stage 2 tower, fusion and adapters, on a frozen language model."""
+    folder = tmp_path_factory.mktemp("single")
+    language = {"_target_": "lavi.language.load.LanguageModel", "config": QWEN2, "tokenizer": tokenizer}
+    settings: dict[str, Any] = {
+        "model": {
+            "_target_": "lavi.model.VisionLanguageModel",
+            "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
+            "language": language,
+            "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
+        },
+        "module": {
+            "_target_": "lavi.module.VisionLanguageModule",
+            "learning_rate": {"fusion": 1e-3, "language.hf.model.norm": 1e-2},
+        },
+        "data": {"_target_": "test_distributed.Halves"},
+        "trainer": {
+            "max_steps": STEPS,
+            "max_epochs": -1,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "gradient_clip_val": 0.1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "callbacks": {"watch": {"_target_": "test_distributed.Watch"}},
+    }
+    recipe, run, first = folder / "recipe.yaml", folder / "run", folder / "first"
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert alone("--recipe", recipe, "--run", first, "trainer.max_steps=2") == 0
+    settings["module"] |= {"learning_rate": {"vision": 1e-4, "fusion": 1e-3, "language": 1e-3}}
+    settings["module"] |= {"start_from": str(first), "checkpointing": True}
+    language["lora"] = {"rank": 4, "dropout": 0.0}
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert alone("--recipe", recipe, "--run", run) == 0
+    return Single(recipe, run, first)
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
+
+
+def ddp(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
+    """Status, output and errors of one command, which starts the second rank itself."""
+    command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    return [(done.returncode, done.stdout, done.stderr)]
+
+
+def fsdp2(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
+    """The same of two commands at once, one a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2"]
+    command += ["trainer.strategy={_target_: lavi.module.FSDP2}"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    ranks = [subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), **pipes) for rank in range(2)]
+    done = [rank.communicate(timeout=300) for rank in ranks]
+    return [(rank.returncode, *said) for rank, said in zip(ranks, done, strict=True)]
+
+
+def has_stopped(ranks: list[tuple[int, str, str]], *, step: int) -> None:
+    """All ranks stopped together after ``step``; the first alone says so."""
+    assert [status for status, *_ in ranks] == [130, 0][: len(ranks)], ranks
+    said = " ".join(ranks[0][1].split())
+    assert said.count("What trains") == 1
+    assert f"stopped at step {step}, saved." in said
+    assert all(not out and "Traceback" not in err for _, out, err in ranks[1:])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(ddp, None), (fsdp2, 3)], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(single: Single, tmp_path: Path, start: Any, stop: int | None) -> None:
+    """Also when one rank alone is asked to stop half-way, and the run goes on."""
+    (tmp_path / "runs" / "recipe").mkdir(parents=True)  # a name that is taken: both ranks settle on the next
+    run = tmp_path / "runs" / "recipe-2"
+    ended = start(tmp_path, "--recipe", single.recipe, f"callbacks.watch.stop_at={stop or 'null'}")
+    if stop is not None:
+        has_stopped(ended, step=stop)
+        away = shutil.move(single.first_stage, single.first_stage.with_name("away"))  # the run carries what it brought
+        ended = start(tmp_path, "--resume", run, "--trust", "callbacks.watch.stop_at=null")
+        shutil.move(away, single.first_stage)
+    assert {status for status, *_ in ended} == {0}, ended
+
+    assert not list((tmp_path / "runs" / "recipe").iterdir())
+    assert len(list(run.glob("events.out.tfevents*"))) == (1 if stop is None else 2)  # by the first rank alone
+    met = [met_by(run, rank) for rank in (0, 1)]
+    for one, two in zip(met_by(single.run), met[0], strict=True):
+        assert two["step"] == one["step"]
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    for rank in (0, 1):
+        place = [-1] * (stop or STEPS) + [rank] * (STEPS - (stop or STEPS))  # resumed at its own place in the data
+        assert [m["state_of_rank"] for m in met[rank]] == place
+    draws = [m["torch_draws"] for of in met for m in of]
+    assert len(set(draws)) == len(draws)  # dropout differs by step and rank
+
+    expected, kept = load_file(single.run / TRAINED), load_file(run / TRAINED)
+    assert expected.keys() == kept.keys()
+    assert "model.language.hf.model.norm.weight" in kept
+    for name, weight in expected.items():
+        torch.testing.assert_close(kept[name], weight, atol=1e-5, rtol=0, msg=name)
+    assert (run / "said.json").read_text() == (single.run / "said.json").read_text()
+    models = [load_run(folder, trust=True)[1] for folder in (single.run, run)]
+    batch = collate(models[0], [ask(1, "what colour?", answer="red")])
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](batch), models[1](batch), atol=1e-5, rtol=0)
+
+
+def test_another_number_of_ranks_is_refused(single: Single, capsys: pytest.CaptureFixture[str]) -> None:
+    with safe_open(single.run / TRAINED, framework="pt") as file:
+        header = file.metadata()
+    save_file(load_file(single.run / TRAINED), single.run / TRAINED, metadata=header | {"ranks": "2 sharded ranks"})
+    assert alone("--resume", single.run, "--trust") == 2
+    assert "was trained by 2 sharded ranks, not by 1 rank" in capsys.readouterr().err
