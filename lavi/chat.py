@@ -138,7 +138,8 @@ class Chat:
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
         """The characters of an answer and of the end token behind it."""
-        before, after = self._render(plain[:turn], prompt=True), self._render(plain[: turn + 1])
+        before = self._render(plain[:turn], prompt=True)
+        after = text if turn + 1 == len(plain) else self._render(plain[: turn + 1])
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError("the chat template rewrites earlier turns: answers cannot be told from questions in it.")
         return len(before), len(after.rstrip())

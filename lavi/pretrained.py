@@ -7,8 +7,8 @@ FOLDER/recipe.yaml           the recipe's model section; values that begin with 
        fusion.safetensors    every other weight; the versions that wrote it in its header
 
 It needs none of the checkpoints that the model was built from, and holds no pickle. A vision backbone can be saved
-when it has ``save_pretrained(folder)``, which writes it and returns the arguments that build the same one from there (a
-``Path`` among them is inside the folder); when it returns None, they are its own, with ``source`` the folder.
+when it has ``save_pretrained(folder)``, which writes it and returns the arguments that build the same one from there; a
+``Path`` among them is inside the folder.
 """
 
 from __future__ import annotations
@@ -211,10 +211,7 @@ def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> No
     node["language"] = language | {"source": f"{INSIDE}language", "tokenizer": f"{INSIDE}tokenizer"}
     model.language.save_pretrained(folder / "language")
     model.language.tokenizer.save_pretrained(folder / "tokenizer")
-    arguments = model.vision.save_pretrained(folder / "vision")  # type: ignore[operator]
-    if arguments is None:
-        arguments = {key: value for key, value in node["vision"].items() if key not in (TARGET, "config")}
-        arguments["source"] = Path()
+    arguments: dict[str, Any] = model.vision.save_pretrained(folder / "vision")  # type: ignore[operator]
     paths = {k: f"{INSIDE}{'vision' / v}" if isinstance(v, Path) else v for k, v in arguments.items()}
     node["vision"] = {TARGET: node["vision"][TARGET], **paths}
     Recipe({}, {}, RECIPE).replaced("model", node)  # refuses what could not be built again

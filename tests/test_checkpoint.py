@@ -36,10 +36,9 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_recipe: Path):  
     monkeypatch.chdir(tmp_path)
 
     def call(run: str, *overrides: str, front: Any = fit, options: tuple[str, ...] = ("--run",)) -> int:
-        arguments = ["--recipe", str(tiny_recipe)] if options == ("--run",) else []
-        monkeypatch.setattr(
-            sys, "argv", ["front", *arguments, *options, run, "trainer.limit_val_batches=0", *overrides]
-        )
+        arguments = ["--recipe", str(tiny_recipe), "trainer.max_steps=2"] if options == ("--run",) else []
+        arguments = [*options, run, *arguments, "trainer.limit_val_batches=0", *overrides]
+        monkeypatch.setattr(sys, "argv", ["front", *arguments])
         with pytest.raises(SystemExit) as left:
             front.main()
         return int(left.value.code or 0)
@@ -75,7 +74,7 @@ def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytes
     assert train("one") == 0
     assert torch.equal(logits("one"), Final.said)
     start = ["module.start_from=one", "module.learning_rate.language=null"]
-    assert train("two", *start, "trainer.max_steps=3") == 0
+    assert train("two", *start) == 0
     assert (
         train("three", "module.start_from=two", "module.learning_rate={fusion: null, language: null, vision: 1e-3}")
         == 0
@@ -89,7 +88,7 @@ def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytes
     assert torch.equal(logits("three"), Final.said)
     assert any(name.startswith("model.vision.") for name in names("three"))
     assert names("three") > names("two")
-    assert train("two", "trainer.max_steps=6", options=("--resume",)) == 0  # nor does it need stage 1 to go on
+    assert train("two", "trainer.max_steps=3", options=("--resume",)) == 0  # nor does it need stage 1 to go on
     assert torch.equal(logits("two"), Final.said)
     assert names("two") == set(one)
 
@@ -115,11 +114,11 @@ def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch:
 
     def and_copy(self: KeepRun, trainer: Any) -> None:
         save(self, trainer)
-        if trainer.global_step == 3:
+        if trainer.global_step == 2:
             shutil.copytree(self.folder, "half")
 
     monkeypatch.setattr(KeepRun, "_save", and_copy)
-    assert train("whole", LORA, "--save-every", "3") == 0
+    assert train("whole", LORA, "trainer.max_steps=4", "--save-every", "2") == 0
     monkeypatch.setattr(KeepRun, "_save", save)
     assert names("half") == names("whole")
     assert train("half", options=("--resume",)) == 0
@@ -129,12 +128,12 @@ def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch:
 
 def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*overrides: str, words: str) -> None:
-        assert train("two", "trainer.max_steps=1", *overrides) == 2
+        assert train("two", *overrides) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
         assert not Path("two", RECIPE).exists()
         shutil.rmtree("two")
 
-    assert train("one", "trainer.max_steps=1", LORA) == 0
+    assert train("one", LORA) == 0
     refused("module.start_from=gone", words="there is no gone/trained.safetensors: give module.start_from a run folder")
     refused("module.start_from=one", words="lacks: give model.language the same lora.")
     refused(
@@ -150,8 +149,8 @@ def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixtu
 
 def test_what_another_recipe_made_is_refused(train, tmp_path: Path) -> None:
     """A run may hold more than it trains only where its recipe starts from another."""
-    assert train("one", "trainer.max_steps=1") == 0
-    assert train("two", "trainer.max_steps=1", "module.start_from=one", "module.learning_rate.language=null") == 0
+    assert train("one") == 0
+    assert train("two", "module.start_from=one", "module.learning_rate.language=null") == 0
     recipe = yaml.safe_load(Path("two", RECIPE).read_text())
 
     def refused(words: str) -> None:
@@ -297,7 +296,7 @@ def test_resuming_reads_no_pickle(train, capsys: pytest.CaptureFixture[str]) -> 
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, ("evil",)
 
-    assert train("run", "trainer.max_steps=1") == 0
+    assert train("run") == 0
     checkpoint: dict[str, Any] = torch.load(Path("run", LAST), weights_only=True)
     torch.save(checkpoint | {"epoch": Evil()}, Path("run", LAST))
     with pytest.raises(Exception, match=r"(?i)weights.only"):

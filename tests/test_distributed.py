@@ -180,7 +180,7 @@ def environment(**more: str) -> dict[str, str]:
 def ddp(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     """Status, output and errors of one command, which starts the second rank itself."""
     command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2", "trainer.strategy=ddp"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
     return [(done.returncode, done.stdout, done.stderr)]
 
 
@@ -194,7 +194,7 @@ def fsdp2(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     ranks = [subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), **pipes) for rank in range(2)]
-    done = [rank.communicate(timeout=300) for rank in ranks]
+    done = [rank.communicate(timeout=120) for rank in ranks]
     return [(rank.returncode, *said) for rank, said in zip(ranks, done, strict=True)]
 
 
@@ -220,6 +220,7 @@ def test_two_processes_train_as_one(single: Single, tmp_path: Path, start: Any, 
         shutil.move(away, single.first_stage)
     assert {status for status, *_ in ended} == {0}, ended
 
+    assert {folder.name for folder in run.parent.iterdir()} == {"recipe", "recipe-2"}
     assert not list((tmp_path / "runs" / "recipe").iterdir())
     assert len(list(run.glob("events.out.tfevents*"))) == (1 if stop is None else 2)  # by the first rank alone
     met = [met_by(run, rank) for rank in (0, 1)]
