@@ -26,11 +26,13 @@ class Samples(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+        if trainer.sanity_checking or not loggers:
             return
         if not self.samples:
             self.samples = first_questions(trainer.datamodule, self.count)  # type: ignore[attr-defined]
         answers = answer_all(module, self.samples, self.max_new_tokens)
+        if not trainer.is_global_zero:
+            return  # all ranks have answered: of a sharded model each holds a part
         for logger in loggers:
             logger.experiment.add_figure("samples", draw(self.samples, answers), trainer.global_step)
 
