@@ -51,7 +51,7 @@ class BatchStream(IterableDataset[Batch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot = Slot(self.rank, self.ranks, (worker + self.turn) % workers, workers)
         skipped = Skipped(self.max_skipped)
-        *_, leave_out = self.first.get(slot.index, (0,))
+        leave_out = self._start(slot).taken
         for samples, before, behind in self._pools(slot, skipped):
             batches = self._batches(samples, before)
             for taken, ready in enumerate(batches, start=1):
@@ -68,19 +68,22 @@ class BatchStream(IterableDataset[Batch]):
 
     def _batches(self, samples: list[Ready], position: Position) -> list[list[Ready]]:
         """Cut a pool into batches; of several, those of like length go together, and their order is drawn."""
-        if self.bucket > 1:
-            samples = sorted(samples, key=lambda ready: ready.length)
+        if self.bucket == 1:
+            return [samples]
+        samples = sorted(samples, key=lambda ready: ready.length)
         starts = range(0, len(samples), self.batch_size)
         batches = [samples[start : start + self.batch_size] for start in starts]
-        if self.bucket > 1:
-            random.Random(f"{self.stream.seed}/{position}").shuffle(batches)
+        random.Random(f"{self.stream.seed}/{position}").shuffle(batches)
         return batches
+
+    def _start(self, slot: Slot) -> Position:
+        """Where this reader begins."""
+        return Position(slot.index, *self.first.get(slot.index, (0, 0)))
 
     def _pools(self, slot: Slot, skipped: Skipped) -> Iterator[tuple[list[Ready], Position, Position]]:
         """The samples of ``bucket`` batches at a time, with the positions before and behind them."""
         pool: list[Ready] = []
-        epoch, read, _ = self.first.get(slot.index, (0, 0, 0))
-        before = behind = Position(slot.index, epoch, read)
+        before = behind = self._start(slot)._replace(taken=0)
         for behind, raw in self._positions(slot):
             if raw is None:
                 skipped.check()
@@ -99,7 +102,7 @@ class BatchStream(IterableDataset[Batch]):
 
     def _positions(self, slot: Slot) -> Iterator[tuple[Position, dict[str, Any] | None]]:
         """Raw samples with the position behind each; None when a pass over the data is complete."""
-        first_epoch, already_read, _ = self.first.get(slot.index, (0, 0, 0))
+        _, first_epoch, already_read, _ = self._start(slot)
         for epoch in itertools.count(first_epoch):
             samples = itertools.islice(self.stream.epoch(epoch, slot), already_read, self.limit)
             position = Position(slot.index, epoch, already_read)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
-from lavi.pretrained import CARRIED, RECIPE, TRAINED, build, compare, fill, kept_names, opened, versions, write_state
+from lavi.pretrained import RECIPE, build
 from lavi.recipe import Recipe
+from lavi.weights import CARRIED, TRAINED, compare, fill, kept_names, opened, write_state
 
-__all__ = ["LAST", "RECIPE", "TRAINED", "KeepRun", "load_run", "load_trained", "new_run_folder", "versions"]
+__all__ = ["LAST", "RECIPE", "TRAINED", "KeepRun", "load_run", "load_trained", "new_run_folder"]
 
 LAST = "last.ckpt"
 RANKS, DATA = "ranks", "data_of_ranks"

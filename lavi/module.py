@@ -16,8 +16,8 @@ from lavi.errors import UserError
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.optim import MuonAdamW, adamw, parameter_groups, part_of_each
-from lavi.pretrained import kept_names
-from lavi.pretrained import start_from as start_from_run
+from lavi.weights import kept_names
+from lavi.weights import start_from as start_from_run
 
 
 class VisionLanguageModule(pl.LightningModule):

@@ -10,7 +10,6 @@ from torch import nn
 
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
-from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, kind_of_norm, norm_targets
 from lavi.recipe import Recipe
@@ -38,7 +37,7 @@ def show_targets(recipe: Recipe) -> RenderableType:
     except UserError as error:
         notes.append(f"this recipe cannot be built: {error}")
     else:
-        chosen = {(t.layer, t.name) for t in fusion.chosen} if isinstance(fusion, LaViFusion) else set()
+        chosen = {(t.layer, t.name) for t in fusion.chosen}
         verdicts |= {target: "chosen" for target in found if (target.layer, target.name) in chosen}
         notes.append(added(fusion, language))
     rows = []

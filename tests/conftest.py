@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 
@@ -157,6 +158,20 @@ def ask(*parts: str | int, answer: str | None = None, key: str = "s") -> Sample:
 def collate(model: VisionLanguageModel, samples: list[Sample], *, pad_left: bool = False, prompt: bool = False):  # type: ignore[no-untyped-def]
     """Samples to a batch of a model."""
     return model.processor.collate([model.processor.encode(s, prompt=prompt) for s in samples], pad_left=pad_left)
+
+
+def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]:
+    """The likeliest ids, each by one full forward: no cache, no padding."""
+    alone = collate(model, [prompt], prompt=True)
+    said: list[int] = []
+    for _ in range(tokens):
+        longer = copy.deepcopy(alone)
+        longer.input_ids = torch.cat([alone.input_ids, torch.tensor([said], dtype=torch.long)], dim=1)
+        longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
+        longer.spans = [(0, longer.input_ids.shape[1])]
+        with torch.no_grad():
+            said.append(int(model(longer)[0, -1].argmax()))
+    return said
 
 
 @pytest.fixture

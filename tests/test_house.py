@@ -17,7 +17,7 @@ ORDER = [
     {"vision", "language", "chat"},
     {"processor"},
     {"fusion"},
-    {"recipe", "report"},
+    {"recipe", "report", "weights"},
     {"model", "pretrained"},
     {"metrics", "optim", "module"},
     {"checkpoint", "startup", "targets"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken, collate
+from conftest import FAMILIES, ask, awaken, collate, greedy
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.language.surgery import close
 from lavi.model import VisionLanguageModel
 from lavi.module import VisionLanguageModule, summed_loss
-from lavi.pretrained import kept_names, write_state
+from lavi.weights import kept_names, write_state
 
 FUSIONS = {
     **{
@@ -156,17 +156,7 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
     ]
     batch = collate(model, prompts, prompt=True, pad_left=True)
     answers = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
-    for index, prompt in enumerate(prompts):  # greedy, one full forward a token, no cache and no padding
-        alone = collate(model, [prompt], prompt=True)
-        said: list[int] = []
-        for _ in range(6):
-            longer = copy.deepcopy(alone)
-            longer.input_ids = torch.cat([alone.input_ids, torch.tensor([said], dtype=torch.long)], dim=1)
-            longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
-            longer.spans = [(0, longer.input_ids.shape[1])]
-            with torch.no_grad():
-                said.append(int(model(longer)[0, -1].argmax()))
-        assert answers[index] == said
+    assert answers == [greedy(model, prompt, 6) for prompt in prompts]
 
 
 def test_beams_see_their_own_row(model: VisionLanguageModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import QWEN2, ask, awaken, collate
+from conftest import TOWER as SMALL_TOWER
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
@@ -20,15 +21,7 @@ from lavi.vision.hf import HFVision
 from lavi.vision.tiles import AnyRes, OneView, Packing
 
 SIDE, PATCH = 24, 8  # a grid of 3 x 3, odd as SigLIP's 27 x 27: pooling by two has to round up
-TOWER = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-}
+TOWER = SMALL_TOWER | {"image_size": SIDE, "patch_size": PATCH}
 PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
 SIZES = [
     (24, 24),

@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import torch
 
-from lavi.checkpoint import versions
 from lavi.efficiency import record
 from lavi.efficiency.flops import closed_form, tokens_inside, views_for
 from lavi.efficiency.latency import stage_times
@@ -14,6 +13,7 @@ from lavi.efficiency.memory import prefill_memory
 from lavi.efficiency.record import Record
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
+from lavi.weights import versions
 
 CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 

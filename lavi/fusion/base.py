@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
+from lavi.language.surgery import NormTarget
 from lavi.vision.base import VisionBackbone
 
 
@@ -36,6 +37,11 @@ class Cost:
 
 class Fusion(nn.Module, ABC):
     """Built unbound from a recipe, then bound once to a language model and a vision backbone."""
+
+    @property
+    def chosen(self) -> list[NormTarget]:
+        """The norms that it modulates."""
+        return []
 
     @abstractmethod
     def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:

@@ -64,9 +64,11 @@ class ConcatFusion(Fusion):
             self.packing.pack(image, place.layout, self.newline)
             for image, place in zip(images, batch.places, strict=True)
         ]
-        # Always in the graph, images or not: a rank without one must not hang the others.
-        unused = projected.flatten(0, 1)[:0] if self.newline is None else self.newline[None][:0].to(projected)
-        return torch.cat([projected.flatten(0, 1)[:0], unused, *packed]), [len(tokens) for tokens in packed]
+        # Without an image they are empty, and still in the graph: a rank without one must not hang the others.
+        empty = [projected.flatten(0, 1)[:0]]
+        if self.newline is not None:
+            empty.append(self.newline[None][:0].to(projected))
+        return torch.cat([*empty, *packed]), [len(tokens) for tokens in packed]
 
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return self.packing.count(layout, per_view, newline=self.has_newline)

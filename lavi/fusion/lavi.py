@@ -112,7 +112,6 @@ class LaViFusion(Fusion):
 
     @property
     def chosen(self) -> list[NormTarget]:
-        """The norms that are modulated."""
         return [target for targets in self.targets.values() for target in targets]
 
     def _generators_of(self, layer: int, norms: int) -> list[tuple[str, int]]:
