@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lavi.errors import UserError, nearest
@@ -17,11 +17,56 @@ def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Steps each parameter group by its ``kind``: ``muon`` or ``adamw``, both torch's own.
+def orthogonalised(matrix: Tensor, *, steps: int = 5) -> Tensor:
+    """The nearest matrix to (rows, columns) ``matrix`` whose singular values are all about 1 (between 0.7 and 1.2).
 
-    Trainers and schedules take one optimizer; Muon is made for the matrices of hidden layers only. Its rates are
-    scaled to AdamW's update size (``match_rms_adamw``), so that both live on one scale.
+    By the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024), whose coefficients lift small singular values
+    fast. In bfloat16 on an accelerator, which is enough and quickest there; in float32 on a CPU, most of which only
+    emulate bfloat16: there torch's own Muon took twice the time of everything else in a training step.
+    """
+    linear, cubic, quintic = 3.4445, -4.7750, 2.0315
+    wide = matrix.size(0) <= matrix.size(1)
+    x = (matrix if wide else matrix.T).to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    x = x / (x.norm() + 1e-7)  # no singular value above 1, from where the iteration converges
+    for _ in range(steps):
+        gram = x @ x.T
+        x = linear * x + (cubic * gram + quintic * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, as the step of a matrix (Jordan et al., 2024), of the size AdamW's steps have.
+
+    The same steps as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, but for :func:`orthogonalised`'s precision.
+
+    Args:
+        groups: parameter groups of matrices, with ``params``, ``lr`` and ``weight_decay``.
+        momentum: share of the running mean of gradients that is kept, of Nesterov's kind.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float = 0.95) -> None:
+        super().__init__(groups, {"momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state, kept = self.state[matrix], group["momentum"]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - kept)
+                step = orthogonalised(matrix.grad.lerp(mean, kept))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                # the entries of an orthogonal (a, b) have the mean square 1 / max(a, b); AdamW's have about 0.2 ** 2
+                matrix.add_(step.to(matrix.dtype), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Steps each parameter group by its ``kind``: ``muon`` or ``adamw``.
+
+    Trainers and schedules take one optimizer; Muon is made for the matrices of hidden layers only.
 
     Args:
         groups: parameter groups with ``params``, ``lr``, ``weight_decay`` and ``kind``.
@@ -32,13 +77,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let torch's optimizers work on this one's groups and state: schedules and checkpoints know only this one."""
+        """Let both optimizers work on this one's groups and state: schedules and checkpoints know only this one."""
         groups: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
         for group in self.param_groups:
             groups[group["kind"]].append(group)
         self.parts: list[torch.optim.Optimizer] = []
         if groups["muon"]:
-            self.parts.append(torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(groups["muon"]))
         if groups["adamw"]:
             self.parts.append(adamw(groups["adamw"]))
         for part in self.parts:

@@ -1,4 +1,4 @@
-"""The optimizer: torch's own two behind one door, and a checkpoint of it goes on as if nothing had happened."""
+"""The optimizer: Muon and AdamW behind one door, and a checkpoint of it goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavi.optim import MuonAdamW, hidden_matrices
+from lavi.optim import MuonAdamW, hidden_matrices, orthogonalised
 
 
 def network() -> nn.Module:
@@ -32,6 +32,35 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> T
         model(x).square().mean().backward()
         optimizer.step()
     return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_muon_takes_the_steps_of_torch_s_own() -> None:
+    """Which iterates in bfloat16: to its precision, a few hundredths of the way gone."""
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) for shape in ((4, 9), (9, 4))]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    left = MuonAdamW([{"params": ours, "kind": "muon", **settings}])
+    right = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(6):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn(mine.shape, generator=draw)
+        left.step()
+        right.step()
+    for before, mine, other in zip(start, ours, theirs, strict=True):
+        assert (mine - other).norm() < 0.03 * (other - before).norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
+def test_orthogonalised_lifts_all_singular_values(shape: tuple[int, int]) -> None:
+    """Also small ones: a hundredth of the largest."""
+    left, _, right = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
+    )
+    values = torch.logspace(0, -2, min(shape))
+    found = torch.linalg.svdvals(orthogonalised(left @ values.diag() @ right))
+    assert found.min() > 0.6
+    assert found.max() < 1.3
 
 
 def test_without_muon_it_is_adamw() -> None:
