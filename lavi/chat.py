@@ -7,6 +7,7 @@ by length, so nothing can mismatch in silence.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,15 @@ class Encoded:
     turns: list[Turn]
 
 
+@dataclass(frozen=True)
+class _Frames:
+    """What a template puts around the words of a conversation of certain roles, in characters."""
+
+    answers: list[tuple[int, int, int]]
+    """Of each answer: its turn, what stands before it, and what stands before its end."""
+    length: int
+
+
 class Chat:
     """A tokenizer and its chat template.
 
@@ -77,6 +87,7 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose one with "
                 f"model.chat_template={'|'.join(TEMPLATES)}."
             )
+        self._frames: dict[tuple[str, ...], _Frames] = {}
 
     @property
     def pad_id(self) -> int:
@@ -91,11 +102,11 @@ class Chat:
         """
         plain = self._plain(messages, images)
         text = self._render(plain)
-        spans = [(*self._answer_span(plain, i, text), m) for i, m in enumerate(messages) if m["role"] == "assistant"]
         ids, offsets, columns = self._tokenise(text)
         labels = [IGNORE] * len(ids)
         turns = []
-        for start, stop, message in spans:
+        for turn, start, stop in self._answer_spans(plain, text):
+            message = messages[turn]
             inside = [t for t, (a, b) in enumerate(offsets) if a >= start and b <= stop and a < b]
             if not inside or any(a < start < b for a, b in offsets):
                 raise UserError(
@@ -135,6 +146,27 @@ class Chat:
             list(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
         )
         return str(rendered)
+
+    def _answer_spans(self, plain: list[dict[str, str]], text: str) -> list[tuple[int, int, int]]:
+        """Each answer's turn, and its characters in ``text`` with those of the end token behind it.
+
+        What a template puts around the words is the same for all conversations of the same roles: it is measured once,
+        by rendering turn after turn, and held against the text of every later one.
+        """
+        roles = tuple(message["role"] for message in plain)
+        said = [0, *itertools.accumulate(len(message["content"]) for message in plain)]
+        frames = self._frames.get(roles)
+        if frames is not None:
+            spans = [(turn, before + said[turn], after + said[turn + 1]) for turn, before, after in frames.answers]
+            fits = all(text.startswith(plain[turn]["content"], start) for turn, start, _ in spans)
+            if fits and len(text) == frames.length + said[-1]:
+                return spans
+        spans = [
+            (turn, *self._answer_span(plain, turn, text)) for turn, role in enumerate(roles) if role == "assistant"
+        ]
+        answers = [(turn, start - said[turn], stop - said[turn + 1]) for turn, start, stop in spans]
+        self._frames[roles] = _Frames(answers, len(text) - said[-1])
+        return spans
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
         """The characters of an answer and of the end token behind it."""

@@ -65,6 +65,24 @@ def test_named_templates_train_answer_and_end(tokenizer: str, template: str) -> 
     assert trained.replace(" ", "") == f"red{end}blue{end}"
 
 
+TRIMS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + (m['content'] | trim) }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_answers_are_found_whatever_was_encoded_before(tokenizer: str) -> None:
+    """What stands around the words is measured once: a template that changes the words must not be taken in by it."""
+    used = Chat(AutoTokenizer.from_pretrained(tokenizer))
+    used.template = TRIMS
+    for question, answer in [("what?", "red"), (" what? ", "red"), ("what?", " red "), ("", "blue"), ("a  ", "  b")]:
+        new = Chat(AutoTokenizer.from_pretrained(tokenizer))
+        new.template = TRIMS
+        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for messages in (asked, asked + asked):
+            assert used.encode(messages, images=0) == new.encode(messages, images=0), (question, answer)
+
+
 def test_words_that_look_like_an_image_are_words(chat: Chat) -> None:
     encoded = chat.encode(
         [{"role": "user", "content": f"a <image> {IMAGE}"}, {"role": "assistant", "content": "b"}], images=0

@@ -85,17 +85,22 @@ class Rows:
 
 def rows_of(batch: Batch, *, views: int, per_view: int, device: torch.device) -> Rows:
     """The rows of a batch whose ``views`` views have ``per_view`` tokens each."""
-    rows: list[list[tuple[int, int]]] = [[] for _ in range(len(batch))]  # (token, column) of each row
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (first token, after its last, column)
     first = 0
     for place in batch.places:
-        tokens = range(first * per_view, (first + place.views) * per_view)
-        rows[place.row] += [(token, place.column) for token in tokens]
-        first += place.views
-    longest = max(1, *(len(row) for row in rows))
-    nothing = (views * per_view, Rows.NEVER)
-    padded = torch.tensor([row + [nothing] * (longest - len(row)) for row in rows], device="cpu")  # (B, M, 2)
-    index, column = padded.to(device).unbind(-1)
-    return Rows(index, column)
+        after = first + place.views * per_view
+        pieces[place.row].append((first, after, place.column))
+        first = after
+    longest = max(1, *(sum(after - first for first, after, _ in row) for row in pieces))
+    index = torch.full((len(batch), longest), views * per_view, device="cpu")  # (B, M)
+    column = torch.full_like(index, Rows.NEVER)
+    for row, of_row in enumerate(pieces):
+        at = 0
+        for first, after, before in of_row:
+            index[row, at : at + after - first] = torch.arange(first, after, device="cpu")
+            column[row, at : at + after - first] = before
+            at += after - first
+    return Rows(index.to(device), column.to(device))
 
 
 def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:

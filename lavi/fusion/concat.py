@@ -88,27 +88,27 @@ def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor,
         ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was
         padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
     """
-    visual: dict[tuple[int, int], list[int]] = {}  # (row, column) -> the visual tokens that stand before it
+    places: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
     first = len(batch) * text_width
     for place, count in zip(batch.places, counts, strict=True):
-        visual.setdefault((place.row, place.column), []).extend(range(first, first + count))
+        places[place.row].append((place.column, first, first + count))
         first += count
-    rows = []
+    rows, columns = [], torch.zeros(len(batch), text_width, dtype=torch.long, device="cpu")
     for row, (start, stop) in enumerate(batch.spans):
-        sequence: list[int] = []
-        for column in range(start, stop):
-            sequence += visual.get((row, column), [])
-            sequence.append(row * text_width + column)
-        rows.append(sequence)
+        pieces, at, length = [], start, 0
+        for column, first, after in [*sorted(places[row]), (stop, 0, 0)]:
+            text = torch.arange(row * text_width + at, row * text_width + column, device="cpu")
+            columns[row, at:column] = torch.arange(length, length + len(text), device="cpu")
+            pieces += [text, torch.arange(first, after, device="cpu")]
+            at, length = column, length + len(text) + after - first
+        rows.append(torch.cat(pieces))
     longest = max(len(sequence) for sequence in rows)
     order = torch.full((len(rows), longest), -1, device="cpu")
-    columns = torch.zeros(len(rows), text_width, dtype=torch.long, device="cpu")
     # Text padded on the left keeps its ends together, for decoding.
     pads_left = all(stop == text_width for _, stop in batch.spans)
     for row, sequence in enumerate(rows):
         offset = longest - len(sequence) if pads_left else 0
-        order[row, offset : offset + len(sequence)] = torch.tensor(sequence, device="cpu")
-        for at, token in enumerate(sequence):
-            if token < len(batch) * text_width:
-                columns[row, token % text_width] = offset + at
+        order[row, offset : offset + len(sequence)] = sequence
+        start, stop = batch.spans[row]
+        columns[row, start:stop] += offset
     return order, columns
