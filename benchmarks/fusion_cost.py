@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from sizes import QWEN2_05B, SIGLIP_SO400M, recipe_of
 
-from callbacks.efficiency import Efficiency, sweep_table
+from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
-from lavi.efficiency import record
+from lavi.efficiency import record, report
 from lavi.report import console
 
 FULL: dict[str, Any] = {
@@ -54,10 +54,10 @@ def main() -> None:
         )
         records = Efficiency(visual_tokens=sizes["sweep"], text_tokens=50, runs=args.runs).sweep(recipe, device)
     for made in records:
-        made.knobs = {"size": "full" if sizes is FULL else "reduced"}
+        made.knobs |= {"size": "full" if sizes is FULL else "reduced"}
     if args.out:
         record.write(records, args.out)
-    console().print(sweep_table(records))
+    console().print(report.sweep_table(records))
     if device.type != "cuda":
         console().print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")
 

@@ -16,6 +16,7 @@ from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 from datamodules.tokenizer import train_tokenizer
 from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, count
+from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.nn.deltas import GENERATORS
 from lavi.report import console, table
@@ -35,7 +36,7 @@ def costs() -> list[Record]:
             )
             model = build_on(recipe, "meta")
             for visual in VISUAL:
-                made = count(recipe, model, text=TEXT, visual=visual)
+                made = count(recipe, model, Scenario(text=TEXT, visual_tokens=visual))
                 made.knobs = {"generator": kind, "parameters": sum(p.numel() for p in model.fusion.parameters())}
                 records.append(made)
     return records

@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from lavi import configurations
 from lavi.recipe import Recipe
 
-SIGLIP_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
-CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-VICUNA_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-QWEN2_05B = {
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
-QWEN2_7B = {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
+
+def published(name: str) -> dict[str, Any]:
+    """The configuration of a published checkpoint; of a two-tower model, that of its vision tower."""
+    config: dict[str, Any] = json.loads((Path(configurations.__file__).parent / name / "config.json").read_text())
+    return config.get("vision_config", config)
+
+
+SIGLIP_SO400M = published("google/siglip-so400m-patch14-384")
+CLIP_L_336 = published("openai/clip-vit-large-patch14-336")
+VICUNA_7B = published("lmsys/vicuna-7b-v1.5")
+QWEN2_05B = published("Qwen/Qwen2-0.5B-Instruct")
+QWEN2_7B = published("Qwen/Qwen2-7B-Instruct")
 
 
 def recipe_of(

@@ -34,6 +34,7 @@ def main() -> None:
     from lavi import evaluation
     from lavi.checkpoint import load_run
     from lavi.efficiency import measure, record
+    from lavi.efficiency.point import Scenario
     from lavi.report import console, table
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
@@ -44,13 +45,14 @@ def main() -> None:
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         scores = evaluation.evaluate(model, samples, device=device, name=run.name)
         text, visual = evaluation.typical_prompt(model, samples)
-        made = measure.measure(measure.count(recipe, model, text=text, visual=visual), model, device=device)
+        scenario = Scenario(text=text, visual_tokens=visual)
+        made = measure.measure(measure.count(recipe, model, scenario), model, scenario, device=device)
         made.accuracy, made.controls = scores["accuracy"], scores["controls"]
         made.knobs = {"run": run.name, "test_samples": len(samples)}
         record.write([made], run / "evaluation.jsonl")
         records.append(made)
         twin = measure.concat_twin(recipe)
-        twins.append(measure.count(twin, measure.build_on(twin, "meta"), text=text, visual=visual))
+        twins.append(measure.count(twin, measure.build_on(twin, "meta"), scenario))
     if args.out:
         record.write(records, args.out)
     columns, rows = evaluation.side_by_side(records, twins[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch
 from lavi.chat import Chat
+from lavi.configurations import weights_wanted
 from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.load import LanguageModel
@@ -45,13 +46,26 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.vision, self.language, self.fusion = vision, language, fusion
         fusion.bind(language, vision)
-        self.chat = Chat(language.tokenizer, chat_template)
-        self.processor = Processor(
+        self.tiling = tiling or OneView()
+        self.context_length = min(context_length or language.context_length, language.context_length)
+        self._template = chat_template
+        if weights_wanted():  # else it is only counted or timed, and its tokenizer need not be at hand
+            _ = self.chat
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer and its template."""
+        return Chat(self.language.tokenizer, self._template)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """What a data module needs: samples to batches."""
+        return Processor(
             chat=self.chat,
-            vision=vision,
-            tiling=tiling or OneView(),
-            tokens_of=partial(fusion.tokens_in_language, per_view=vision.tokens),
-            context_length=min(context_length or language.context_length, language.context_length),
+            vision=self.vision,
+            tiling=self.tiling,
+            tokens_of=partial(self.fusion.tokens_in_language, per_view=self.vision.tokens),
+            context_length=self.context_length,
         )
 
     def features(self, pixels: Tensor) -> Tensor:

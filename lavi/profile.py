@@ -1,8 +1,13 @@
-"""Look into the model of a recipe without its weights.
+"""What a model costs, at any size, without its weights: FLOPs by component, over a sweep.
 
-    python -m lavi.profile --recipe recipes/quickstart.yaml --show targets    which norms are found, chosen and refused
+    python -m lavi.profile --recipe recipes/lavi/qwen2_7b_siglip_stage2.yaml \
+        --recipe recipes/baselines/llava_onevision_7b.yaml --sweep image=384x384,640x480,1024x1024
+    python -m lavi.profile --recipe recipes/quickstart.yaml --sweep visual_tokens=0..576 --measure
+    python -m lavi.profile --recipe recipes/quickstart.yaml --show targets
 
-Models are built on the meta device: from their configurations, in seconds, at any size.
+Models are built on the meta device: from their configurations, in seconds. Savings are against the first recipe that
+concatenates, or the first recipe's own concatenation twin. With --measure time and memory are taken on this machine,
+with random weights. --out writes records (JSON lines), a spreadsheet, pictures and TensorBoard curves.
 """
 
 from __future__ import annotations
@@ -17,21 +22,51 @@ SHOW = ("targets",)
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lavi.profile", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--show", choices=SHOW, required=True, help="targets: the norms that vision can enter, and the parameters added"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    args = parser.parse_intermixed_args()
+    args = arguments()
     import torch
 
     from lavi.recipe import Recipe
-    from lavi.report import console
-    from lavi.targets import show_targets
 
-    with torch.device("meta"):
-        console().print(show_targets(Recipe.load(args.recipe, args.overrides)))
+    recipes = [Recipe.load(file, args.overrides) for file in args.recipe]
+    if args.show:
+        from lavi.report import console
+        from lavi.targets import show_targets
+
+        with torch.device("meta"):
+            for recipe in recipes:
+                console().print(show_targets(recipe))
+        return
+    from lavi.efficiency import profiling
+
+    profiling.profile(
+        recipes, args.sweep, at=args.at, text=args.text, measure=args.measure, runs=args.runs, out=args.out
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lavi.profile", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, action="append", metavar="FILE", help="may be repeated")
+    parser.add_argument("--show", choices=SHOW, help="targets: the norms that vision can enter, and what is added")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        metavar="KNOB=VALUES",
+        help="visual_tokens=0..7290, image=384x384,640x480, frames=1..128, batch=1,8, layers=1,7,28, text=50,500, or a "
+        "key of the recipe; may be repeated (default: image=384x384,640x480,1024x1024)",
+    )
+    parser.add_argument(
+        "--at", default="image=1024x1024", metavar="KNOB=VALUE", help="what is seen in sweeps of another knob"
+    )
+    parser.add_argument("--text", type=int, default=50, metavar="TOKENS", help="text tokens of the prompt")
+    parser.add_argument("--measure", action="store_true", help="time and memory on this machine, too")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each stage")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="must not exist")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every recipe")
+    args = parser.parse_intermixed_args()
+    args.sweep = args.sweep or ["image=384x384,640x480,1024x1024"]
+    if args.text < 1 or args.runs < 1:
+        parser.error("--text and --runs are at least 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -110,16 +110,23 @@ class Recipe:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True, width=110)
 
-    def replaced(self, section: str, node: dict[str, Any]) -> Recipe:
-        """The same recipe with another component at ``section`` (a dotted key such as ``model.fusion``)."""
+    def replaced(self, key: str, node: Any) -> Recipe:
+        """The same recipe with something else at ``key`` (``model.fusion``, ``model.fusion.every``).
+
+        Raises:
+            UserError: there is no place for it.
+        """
         settings: dict[str, Any] = yaml.safe_load(self.yaml())
-        *parents, last = section.split(".")
-        inner = settings
-        for key in parents:
-            inner = inner[key]
+        *parents, last = key.split(".")
+        inner: Any = settings
+        for name in parents:
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict):
+            raise UserError(f"{self.source} has no '{'.'.join(parents)}' that '{key}' could be set in.")
         inner[last] = node
         recipe = Recipe(settings, self.places, self.source, self.trusted)
-        recipe._check_node(node, section)
+        top = key.split(".")[0]
+        recipe._check_node(settings[top], top)
         return recipe
 
     # --- checking ---

@@ -7,15 +7,16 @@ counter does); ``causal`` says how much of it a causal kernel leaves out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
-from lavi.batch import Batch, ImagePlace, Layout
+from lavi.efficiency.point import Point
+from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
@@ -24,52 +25,74 @@ from lavi.nn.flops import linear_flops
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one prefill: the prompt with its visual tokens, up to the logits of the first answer token."""
+    """FLOPs by component, of all rows: of the prompt up to the first answer token's logits, and of one token more."""
 
-    components: dict[str, float]
+    prefill: dict[str, float]
+    decode: dict[str, float]
     causal_discount: float
-    """What a causal attention kernel leaves out of the text and visual attention."""
+    """What a causal attention kernel leaves out of the prompt's text and visual attention."""
     floor: float
-    """The bare language model on the text tokens alone: what fusion that costs nothing would leave."""
+    """The bare language model on the text tokens alone: what fusion that costs nothing would leave of the prompt."""
 
     @property
     def language(self) -> float:
-        """All but the vision encoder."""
-        return self.total - self.components["vision_encoder"]
+        """The prompt, all but the vision encoder."""
+        return self.total - self.prefill["vision_encoder"]
 
     @property
     def total(self) -> float:
-        return sum(self.components.values())
+        """The prompt."""
+        return sum(self.prefill.values())
 
 
-def closed_form(model: VisionLanguageModel, *, text: int, visual: int, views: int) -> Flops:
-    """One row of ``text`` tokens and ``visual`` visual tokens out of ``views`` encoded views."""
-    inside = tokens_inside(model, visual)
-    language = language_flops(model.language, tokens=text + inside)
-    alone = language_flops(model.language, tokens=text)
-    own = {name: cost.flops for name, cost in model.fusion.costs(text, visual).items()}
-    components = {
-        "vision_encoder": model.vision.flops(views),
-        **own,
+def closed_form(model: VisionLanguageModel, point: Point) -> Flops:
+    """By formula, from the shapes of the weights."""
+    inside, views, per_view = point.inside(model), point.views, point.per_view
+    language = language_flops(model.language, tokens=point.text + inside)
+    alone = language_flops(model.language, tokens=point.text)
+    prefill = {
+        "vision_encoder": model.vision.flops(point.encoded),
+        **_flops(model.fusion.costs(point.text, views=views, per_view=per_view)),
         "text_attention": alone["attention"],
         "text_ffn": alone["ffn"],
         "visual_attention": language["attention"] - alone["attention"],
         "visual_ffn": language["ffn"] - alone["ffn"],
         "head": alone["head"],
     }
+    after_visual = language_flops(model.language, tokens=1, past=point.text + inside)
+    after_text = language_flops(model.language, tokens=1, past=point.text)
+    decode = {
+        **_flops(model.fusion.costs(1, views=views, per_view=per_view, decoding=True)),
+        "text_attention": after_text["attention"],
+        "text_ffn": after_text["ffn"],
+        "visual_attention": after_visual["attention"] - after_text["attention"],
+        "head": after_text["head"],
+    }
+    rows = point.batch
     return Flops(
-        components, causal_discount=language["scores"] / 2, floor=alone["attention"] + alone["ffn"] + alone["head"]
+        prefill={name: rows * flops for name, flops in prefill.items()},
+        decode={name: rows * flops for name, flops in decode.items()},
+        causal_discount=rows * language["scores"] / 2,
+        floor=rows * (alone["attention"] + alone["ffn"] + alone["head"]),
     )
 
 
-def language_flops(language: LanguageModel, *, tokens: int) -> dict[str, float]:
-    """The language model's prefill of ``tokens`` tokens: ``attention`` (with its ``scores``), ``ffn``, ``head`` (once).
+def _flops(costs: dict[str, Cost]) -> dict[str, float]:
+    return {name: cost.flops for name, cost in costs.items()}
+
+
+def language_flops(language: LanguageModel, *, tokens: int, past: int = 0) -> dict[str, float]:
+    """The language model on ``tokens`` tokens behind ``past`` cached ones.
 
     From the shapes of the weights, so that it holds for any family: every matrix of a layer meets every token once.
+
+    Returns:
+        ``attention`` (``scores`` are its part), ``ffn``, and the ``head`` for the last token.
     """
     config = language.hf.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scores = 4.0 * tokens * tokens * config.num_attention_heads * head_width * len(language.layers)
+    seen = sum(_keys(layer, past, tokens) for layer in DynamicCache(config=config).layers)  # over the layers
+    scores = 4.0 * tokens * seen * config.num_attention_heads * head_width
     attention = ffn = 0.0
     for layer in language.layers:
         for child in layer.children():
@@ -79,54 +102,35 @@ def language_flops(language: LanguageModel, *, tokens: int) -> dict[str, float]:
     return {"attention": attention + scores, "scores": scores, "ffn": ffn, "head": head}
 
 
-def counted(model: VisionLanguageModel, *, text: int, visual: int, views: int) -> dict[str, float]:
-    """The same as :func:`closed_form` counts, by torch's operator counter on a model built on the meta device.
+def _keys(cache: Any, past: int, tokens: int) -> int:
+    """Keys that each token meets in one layer; of the past no more than a sliding window keeps."""
+    window = getattr(cache, "sliding_window", None)
+    return past + tokens if not past or window is None else min(past, window - 1) + tokens
+
+
+def counted(model: VisionLanguageModel, point: Point) -> dict[str, float]:
+    """The same by torch's operator counter, on a model built on the meta device.
 
     Returns:
         ``vision_encoder``; ``language``, the bare model on the same sequence; ``fusion``, what the method adds to it
-        (less its ``uncounted`` part).
+        (less its ``uncounted`` part); ``decode``, one token more.
     """
-    batch, features = probe_inputs(model, text=text, visual=visual, device="meta")
-    sequence, _ = probe_inputs(model, text=text + tokens_inside(model, visual), visual=0, device="meta")
-    pixels = torch.zeros(views, *model.vision.pixel_shape, device="meta")
-    bare = {"input_ids": sequence.input_ids, "use_cache": True, "logits_to_keep": 1}
-    vision = _count(lambda: model.vision(pixels)) if views else 0.0
-    language = _count(lambda: model.language.hf(**bare))
-    return {
-        "vision_encoder": vision,
-        "language": language,
-        "fusion": _count(lambda: model.prefill(batch, features)) - language,
-    }
+    batch, features = point.inputs(model, "meta")
+    sequence = torch.ones(point.batch, point.text + point.inside(model), dtype=torch.long, device="meta")
+    pixels, token = point.pixels(model, "meta"), sequence[:, :1]
+    with torch.no_grad():
+        out, vision = model.prefill(batch, features)
+        language = _count(lambda: model.language.hf(input_ids=sequence, use_cache=True, logits_to_keep=1))
+        follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
+        return {
+            "vision_encoder": _count(lambda: model.vision(pixels)) if len(pixels) else 0.0,
+            "language": language,
+            "fusion": _count(lambda: model.prefill(batch, features)) - language,
+            "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),
+        }
 
 
 def _count(run: Callable[[], object]) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
-
-
-def probe_inputs(
-    model: VisionLanguageModel, *, text: int, visual: int, device: torch.device | str, batch_size: int = 1
-) -> tuple[Batch, Tensor]:
-    """Rows of ``text`` tokens with one image of ``visual`` tokens before the second, and the image's features."""
-    ids = torch.ones(batch_size, text, dtype=torch.long, device=device)
-    batch = Batch(
-        input_ids=ids,
-        labels=ids,
-        attention_mask=torch.ones(batch_size, text, dtype=torch.bool, device=device),
-        pixels=torch.zeros(0, *model.vision.pixel_shape, device=device),
-        spans=[(0, text)] * batch_size,
-        places=[ImagePlace(row, min(1, text - 1)) for row in range(batch_size)] if visual else [],
-    )
-    views = batch_size if visual else 0
-    return batch, torch.zeros(views, max(visual, 1), model.vision.width, device=device)
-
-
-def tokens_inside(model: VisionLanguageModel, visual: int) -> int:
-    """Visual tokens that stand in the language model's sequence, for one image of ``visual`` tokens."""
-    return model.fusion.tokens_in_language(Layout(), visual) if visual else 0
-
-
-def views_for(model: VisionLanguageModel, visual: int) -> int:
-    """Views the tower encodes for so many visual tokens."""
-    return math.ceil(visual / model.vision.tokens)

@@ -1,15 +1,18 @@
-"""A recipe and a point in, a record out: the way of every measurement."""
+"""A recipe and a scenario in, a record out: the way of every measurement."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
+from lavi.configurations import without_weights
 from lavi.efficiency import record
-from lavi.efficiency.flops import closed_form, tokens_inside, views_for
+from lavi.efficiency.flops import closed_form
 from lavi.efficiency.latency import stage_times
 from lavi.efficiency.memory import prefill_memory
+from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
@@ -20,7 +23,9 @@ CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 def concat_twin(recipe: Recipe) -> Recipe:
     """The same recipe with token concatenation in place of its fusion: what every method is measured against."""
-    return recipe.replaced("model.fusion", dict(CONCAT))
+    twin = recipe.replaced("model.fusion", dict(CONCAT))
+    twin.settings["name"] = f"{recipe.settings['name']} (concat)" if "name" in recipe.settings else "concat"
+    return twin
 
 
 def method_name(recipe: Recipe) -> str:
@@ -28,26 +33,40 @@ def method_name(recipe: Recipe) -> str:
     return str(recipe.settings["model"]["fusion"][TARGET]).split(".")[-2]
 
 
+def is_concat(recipe: Recipe) -> bool:
+    """Whether it is a baseline itself."""
+    return method_name(recipe) == "concat"
+
+
 def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
-    """A model of this recipe on ``device``; on ``meta`` from configurations alone, in a second even at full size."""
-    with torch.device(device):
+    """A model of this recipe on ``device`` with random weights; on ``meta`` in a second even at full size.
+
+    Adapters are left out: an answer is given by the weights they were merged into.
+    """
+    if recipe.settings["model"]["language"].get("lora") is not None:
+        recipe = recipe.replaced("model.language.lora", None)
+    with torch.random.fork_rng(), without_weights(), torch.device(device):
         model: VisionLanguageModel = recipe.build("model")
+    if model.language.hf.device.type == "meta":  # where ids have no values that padding could be looked for in
+        model.language.hf.config.pad_token_id = None
     return model.eval()
 
 
-def count(recipe: Recipe, model: VisionLanguageModel, *, text: int, visual: int) -> Record:
-    """FLOPs of one point. ``model`` may be on meta."""
-    views = views_for(model, visual)
-    flops = closed_form(model, text=text, visual=visual, views=views)
+def count(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario) -> Record:
+    """FLOPs of one scenario. ``model`` may be on meta."""
+    point = scenario.at(model)
+    flops = closed_form(model, point)
     return Record(
         method=method_name(recipe),
-        text_tokens=text,
-        visual_tokens=visual,
-        visual_tokens_in_language=tokens_inside(model, visual),
-        views=views,
-        flops=flops.components,
+        text_tokens=point.text,
+        visual_tokens=point.views * point.per_view,
+        visual_tokens_in_language=point.inside(model),
+        views=point.encoded,
+        batch=point.batch,
+        flops=flops.prefill,
         flops_floor=flops.floor,
         flops_causal_discount=flops.causal_discount,
+        decode_flops=flops.decode,
         dtype=str(model.language.hf.dtype).removeprefix("torch."),
         attention=model.language.attention,
         versions=versions(),
@@ -57,13 +76,33 @@ def count(recipe: Recipe, model: VisionLanguageModel, *, text: int, visual: int)
     )
 
 
-def measure(made: Record, model: VisionLanguageModel, *, device: torch.device, runs: int = 20) -> Record:
-    """Add what the clock and the allocator say at the point of a counted record; ``model`` is on ``device``."""
-    point = {"text": made.text_tokens, "visual": made.visual_tokens, "views": made.views}
-    times = stage_times(model, **point, device=device, runs=runs)
-    made.milliseconds = {stage: list(asdict(t).values()) for stage, t in times.items()}
-    made.mib = prefill_memory(model, **point, device=device)
+def measure(
+    made: Record,
+    model: VisionLanguageModel,
+    scenario: Scenario,
+    *,
+    device: torch.device,
+    runs: int = 20,
+    outputs: Sequence[int] = (),
+) -> Record:
+    """Add what the clock and the allocator say to a counted record; ``model`` is on ``device``.
+
+    Where the memory does not suffice the record says so, and whoever sweeps goes on.
+    """
+    point, dtype = scenario.at(model), model.language.hf.dtype
     made.device = record.device_name(device)
+    computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # tower and projector as the decoder
+    try:
+        with computes:
+            times = stage_times(model, point, device=device, runs=runs, outputs=outputs)
+            made.mib = prefill_memory(model, point, device=device)
+        made.milliseconds = {stage: list(asdict(t).values()) for stage, t in times.items()}
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        made.error = "out of memory"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return made
 
 

@@ -1,55 +1,73 @@
-"""Memory by class, in MiB, of one prefill: weights, cache, and the peak of everything else."""
+"""Memory by class, in MiB, of tower and prefill.
+
+weights           of the whole model
+visual_features   what the tower gives
+visual_cache      what the fusion keeps of the images for the tokens to come
+kv_cache          of the language model, behind the prompt
+logits            of the tokens that get any
+peak              the most that was held above the weights, all of these and every activation among them
+allocated, reserved (on a GPU)   the allocator's own peaks, weights included
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
-from lavi.efficiency.flops import probe_inputs
+from lavi.efficiency.point import Point
 from lavi.model import VisionLanguageModel
 
 MIB = 2**20
 
 
-def prefill_memory(
-    model: VisionLanguageModel, *, text: int, visual: int, views: int, device: torch.device
-) -> dict[str, float]:
-    """``weights``, ``kv_cache`` after the prompt, and ``peak``: the most that tower and prefill held above the weights.
+def prefill_memory(model: VisionLanguageModel, point: Point, *, device: torch.device) -> dict[str, float]:
+    """Memory by class; the peak is the allocator's on a GPU, and summed from torch's profiler on the CPU."""
+    batch, features = point.inputs(model, device)
+    pixels = point.pixels(model, device)
 
-    On a GPU the peak is the allocator's; on the CPU it is summed from the allocations that torch's profiler records.
-    """
-    batch, features = probe_inputs(model, text=text, visual=visual, device=device)
-    pixels = torch.zeros(views, *model.vision.pixel_shape, device=device)
-
-    def run() -> object:
-        if views:
-            model.vision(pixels)
-        return model.prefill(batch, features)[0].past_key_values
+    def run() -> tuple[object, ...]:
+        seen = model.vision(pixels) if len(pixels) else None
+        return seen, *model.prefill(batch, features)
 
     with torch.no_grad():
-        cache = run()
-        peak = _peak_cuda(run, device) if device.type == "cuda" else _peak_cpu(run)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))  # type: ignore[attr-defined]
-    return {"weights": weights / MIB, "kv_cache": held / MIB, "peak": peak / MIB}
+        _, out, vision = run()
+        held = {
+            "weights": model.parameters(),
+            "visual_features": [features],
+            "visual_cache": vision.held(),  # type: ignore[attr-defined]
+            "kv_cache": [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)],  # type: ignore[attr-defined]
+            "logits": [out.logits],  # type: ignore[attr-defined]
+        }
+        found = {name: _bytes(tensors) for name, tensors in held.items()}
+        del out, vision, held
+        found |= _peak_cuda(run, device) if device.type == "cuda" else {"peak": _peak_cpu(run)}
+    return {name: size / MIB for name, size in found.items()}
 
 
-def _peak_cuda(run: object, device: torch.device) -> float:
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _peak_cuda(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run()  # type: ignore[operator]
+    run()
     torch.cuda.synchronize(device)
-    return float(torch.cuda.max_memory_allocated(device) - before)
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"peak": float(allocated - before), "allocated": float(allocated), "reserved": float(reserved)}
 
 
-def _peak_cpu(run: object) -> float:
+def _peak_cpu(run: Callable[[], object]) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library reports that there is no GPU, as an error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()  # type: ignore[operator]
+        run()
     held = peak = 0.0
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -17,8 +17,11 @@ import torch
 class Record:
     """One method at one point: what was counted, and what was measured on the device in use.
 
-    ``flops``: FLOPs by component, for a prefill of one row. ``milliseconds``: stage -> [median, p10, p90].
-    ``mib``: memory by class. ``accuracy``: percent by group. What was not measured is empty.
+    ``text_tokens``, ``visual_tokens``, ``views`` (through the tower) are of one row, everything else of all ``batch``
+    rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more. ``milliseconds``:
+    stage -> [median, p10, p90]. ``mib``: memory by class. ``accuracy``: percent by group. ``knobs``: what a sweep
+    changed, and whatever else tells records apart. ``error``: why a point could not be measured. What was not
+    measured is empty.
     """
 
     method: str
@@ -26,14 +29,17 @@ class Record:
     visual_tokens: int
     visual_tokens_in_language: int
     views: int
+    batch: int = 1
     flops: dict[str, float] = field(default_factory=dict)
     flops_floor: float = 0.0
     flops_causal_discount: float = 0.0
+    decode_flops: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     mib: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
     knobs: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
     device: str = ""
     dtype: str = ""
     attention: str = ""

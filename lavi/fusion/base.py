@@ -56,10 +56,13 @@ class Fusion(nn.Module, ABC):
         """How many visual tokens of an image, ``per_view`` of each view, stand in the language model's sequence."""
 
     @abstractmethod
-    def costs(self, text: int, visual: int) -> dict[str, Cost]:
-        """The fusion's own FLOPs for one row of ``text`` tokens and ``visual`` visual tokens, in closed form.
+    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
+        """The fusion's own FLOPs for one row of ``text`` tokens that sees ``views`` of ``per_view`` tokens, by formula.
 
         Components: ``generator`` and ``modulation``, or ``projector``, or what the method calls its parts.
+
+        Args:
+            decoding: the tokens follow a prompt: what is computed once an image is there already.
         """
 
 

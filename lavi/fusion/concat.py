@@ -73,8 +73,9 @@ class ConcatFusion(Fusion):
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return self.packing.count(layout, per_view, newline=self.has_newline)
 
-    def costs(self, text: int, visual: int) -> dict[str, Cost]:
+    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
         vision_width, width = self.widths
+        visual = 0 if decoding else views * per_view
         return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
 
 

@@ -168,8 +168,12 @@ class LaViFusion(Fusion):
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return 0
 
-    def costs(self, text: int, visual: int) -> dict[str, Cost]:
-        generators = sum(cast(DeltaGenerator, g).flops(text, visual) for g in self.generators.values())
+    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
+        generators = 0.0
+        for module in self.generators.values():
+            generator = cast(DeltaGenerator, module)
+            generators += generator.flops(text, views=views, per_view=per_view)
+            generators += 0 if decoding else views * generator.slots_flops(per_view)
         # Per element of a modulated norm: xhat (square, sum, product), dgamma xhat, the two sums.
         per_element = 3 * self.scale + self.scale + self.scale + self.shift
         modulation = float(per_element * len(self.chosen) * text * self.width)
@@ -215,6 +219,9 @@ class LaViContext(VisualContext):
         assert self.mask is not None
         mask = self.mask  # the final norm's input is known only when the norm is called
         return modulated([norm], [lambda hidden: self.fusion.deltas(final, hidden, self.visual, mask)[0]])
+
+    def held(self) -> list[Tensor]:
+        return list(self.visual.values())
 
     def for_generation(self, beams: int) -> LaViContext:
         visual = {name: slots.repeat_interleave(beams, dim=0) for name, slots in self.visual.items()}

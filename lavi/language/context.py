@@ -35,6 +35,10 @@ class VisualContext:
         """Holds while the whole stack of layers runs, its final norm included."""
         return nullcontext()
 
+    def held(self) -> list[Tensor]:
+        """What of the images is kept for the tokens to come, beside the language model's own cache."""
+        return []
+
     def for_generation(self, beams: int) -> VisualContext:
         """The context of a prompt about to be continued, each row ``beams`` times."""
         return replace(self, text_columns=None)

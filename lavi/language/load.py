@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lavi.configurations import configuration_of, weights_wanted
 from lavi.errors import UserError, nearest
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
-from lavi.vision.base import on_meta
 
 
 class LanguageModel(nn.Module):
@@ -49,11 +50,13 @@ class LanguageModel(nn.Module):
         name = tokenizer or source
         if name is None:
             raise UserError("a language model from a bare configuration needs 'tokenizer' (a folder or a hub name).")
-        self.tokenizer = _tokenizer(name)
-        settings = _config(source, config, vocabulary=len(self.tokenizer))
+        self._tokenizer = name
+        if config is not None and "vocab_size" not in config:
+            config = {"vocab_size": len(self.tokenizer)} | config
+        settings = _config(source, config)
         kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
         try:
-            if source is not None and not on_meta():
+            if source is not None and weights_wanted():
                 self.hf = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
             else:
                 self.hf = AutoModelForCausalLM.from_config(settings, **kwargs)
@@ -73,6 +76,11 @@ class LanguageModel(nn.Module):
         added = add_lora(self.hf, self.layers, LoRA.of(lora)) if lora is not None else frozenset()
         self.adapters = frozenset(f"hf.{name}" for name in added)
         """Names of the adapters' parameters."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded on first use: a model that is only counted needs none."""
+        return _load_tokenizer(self._tokenizer)
 
     @property
     def width(self) -> int:
@@ -111,7 +119,7 @@ class LanguageModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -121,14 +129,14 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _config(source: str | None, config: dict[str, Any] | None, *, vocabulary: int) -> PretrainedConfig:
+def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
     if source is not None:
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(configuration_of(source))
         except (OSError, ValueError) as error:
             raise UserError(f"no language model at '{source}': {str(error).splitlines()[0]}") from None
     assert config is not None
-    keys = {"vocab_size": vocabulary} | config
+    keys = dict(config)
     kind = keys.pop("model_type", None)
     if kind is None:
         raise UserError("a bare language-model configuration needs 'model_type', such as qwen2 or llama.")

@@ -91,18 +91,17 @@ class DeltaGenerator(nn.Module, ABC):
         """(B, T, D), (B, M, E), (B, T, M) to (B, T, r); anything finite where a token sees nothing."""
 
     @abstractmethod
-    def slots_flops(self, visual: int) -> float:
-        """FLOPs of the slots of one view of ``visual`` tokens."""
+    def slots_flops(self, per_view: int) -> float:
+        """FLOPs of the slots of one view of ``per_view`` tokens."""
 
     @abstractmethod
-    def look_flops(self, text: int, visual: int) -> float:
-        """FLOPs of ``text`` tokens looking at the slots of one view."""
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        """FLOPs of ``text`` tokens looking at the slots of ``views`` views."""
 
-    def flops(self, text: int, visual: int) -> float:
-        """FLOPs for ``text`` tokens and one view of ``visual`` tokens."""
-        image = self.slots_flops(visual) if visual else 0.0
-        look = self.look_flops(text, visual)
-        return image + look + linear_flops(text, self.bottleneck, self.outputs * self.width)
+    def flops(self, text: int, *, views: int, per_view: int) -> float:
+        """FLOPs of the deltas of ``text`` tokens that see ``views`` of ``per_view`` tokens; the slots not counted."""
+        look = self.look_flops(text, views=views, per_view=per_view)
+        return look + linear_flops(text, self.bottleneck, self.outputs * self.width)
 
 
 class AttentionDeltas(DeltaGenerator):
@@ -131,11 +130,11 @@ class AttentionDeltas(DeltaGenerator):
         seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         return seen.transpose(1, 2).flatten(2)
 
-    def slots_flops(self, visual: int) -> float:
-        return linear_flops(visual, self.vision_width, 2 * self.bottleneck)
+    def slots_flops(self, per_view: int) -> float:
+        return linear_flops(per_view, self.vision_width, 2 * self.bottleneck)
 
-    def look_flops(self, text: int, visual: int) -> float:
-        return linear_flops(text, self.width, self.bottleneck) + 4 * text * visual * self.bottleneck
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        return linear_flops(text, self.width, self.bottleneck) + 4 * text * views * per_view * self.bottleneck
 
 
 class _OneVector(DeltaGenerator):
@@ -155,8 +154,8 @@ class _OneVector(DeltaGenerator):
         seen = share @ slots
         return seen + self.query(self.text_norm(hidden)) if self.asks else seen
 
-    def look_flops(self, text: int, visual: int) -> float:
-        images = 2.0 * text * self.bottleneck
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        images = 2.0 * text * views * self.bottleneck
         return images + (linear_flops(text, self.width, self.bottleneck) if self.asks else 0.0)
 
 
@@ -168,7 +167,7 @@ class PooledDeltas(_OneVector):
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.down(features.mean(1, keepdim=True))
 
-    def slots_flops(self, visual: int) -> float:
+    def slots_flops(self, per_view: int) -> float:
         return linear_flops(1, self.vision_width, self.bottleneck)
 
 
@@ -195,7 +194,7 @@ class MLPDeltas(_OneVector):
             x = x + channels(x)
         return x.mean(1, keepdim=True)
 
-    def slots_flops(self, visual: int) -> float:
+    def slots_flops(self, per_view: int) -> float:
         tokens, r = self.SIDE**2, self.bottleneck
         block = 2 * linear_flops(r, tokens, 2 * tokens) + 2 * linear_flops(tokens, r, 2 * r)
         return linear_flops(tokens, self.vision_width, r) + self.depth * block
@@ -221,10 +220,10 @@ class ConvDeltas(_OneVector):
             x = nn.functional.gelu(pointwise(x))
         return x.mean((2, 3))[:, None]
 
-    def slots_flops(self, visual: int) -> float:
+    def slots_flops(self, per_view: int) -> float:
         r = self.bottleneck
-        block = linear_flops(visual, self.KERNEL**2, r) + linear_flops(visual, r, r)
-        return linear_flops(visual, self.vision_width, r) + self.depth * block
+        block = linear_flops(per_view, self.KERNEL**2, r) + linear_flops(per_view, r, r)
+        return linear_flops(per_view, self.vision_width, r) + self.depth * block
 
 
 GENERATORS: dict[str, type[DeltaGenerator]] = {

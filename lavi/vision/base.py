@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -53,8 +52,3 @@ class VisionBackbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
         """(views, C, H, W) to (views, N, Dv): the prefix, then the grid row by row."""
-
-
-def on_meta() -> bool:
-    """Whether modules are being built on the meta device: then only configurations are read, never weights."""
-    return torch.get_default_device().type == "meta"

@@ -16,8 +16,8 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
+from lavi.configurations import configuration_of, weights_wanted
 from lavi.errors import UserError, nearest
-from lavi.vision.base import on_meta
 from lavi.vision.tower import Tower, chosen_layers, middle
 
 TOWERS = {
@@ -179,7 +179,7 @@ def _bare(keys: dict[str, Any]) -> PretrainedConfig:
 
 def _read(source: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(configuration_of(source))
     except (OSError, ValueError) as error:
         raise UserError(
             f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {_line(error)}"
@@ -193,7 +193,7 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
     missing: list[str] = []
     try:
-        if source is None or on_meta():
+        if source is None or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
         else:
             tower, seen = AutoModel.from_pretrained(
@@ -220,7 +220,7 @@ def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
     if source is None:
         return _processor_of(settings)
     try:
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
+        return AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
     except (OSError, ValueError):
         raise UserError(
             f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lavi.configurations import weights_wanted
 from lavi.errors import UserError, nearest
-from lavi.vision.base import on_meta
 from lavi.vision.tower import Tower, chosen_layers, middle
 
 
@@ -150,7 +150,7 @@ def _weights(tower: nn.Module, pretrained: str, tags: dict[str, dict[str, Any]])
         raise UserError(
             f"the weights '{pretrained}' are neither a tag of this model nor a file: {nearest(pretrained, tags)}"
         )
-    if on_meta():
+    if not weights_wanted():
         return None
     shell = nn.Module()
     shell.visual = tower

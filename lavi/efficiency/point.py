@@ -1,0 +1,108 @@
+"""What a model is counted and measured at: a scenario as people name it, and the shapes it has for one model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavi.batch import Batch, ImagePlace, Layout
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A prompt of ``text`` tokens with one image or video before the second of them; ``batch`` such rows.
+
+    At most one of:
+        visual_tokens: an image of so many visual tokens, whatever number the tower gives.
+        image: an image of (width, height) pixels, cut into views by the model's own tiling.
+        frames: a video of so many frames.
+    """
+
+    text: int = 50
+    batch: int = 1
+    visual_tokens: int | None = None
+    image: tuple[int, int] | None = None
+    frames: int | None = None
+
+    def __str__(self) -> str:
+        if self.image is not None:
+            return f"{self.image[0]}x{self.image[1]}"
+        if self.frames is not None:
+            return f"{self.frames} frame{'s' if self.frames > 1 else ''}"
+        return f"{self.visual_tokens or 0} visual tokens"
+
+    def at(self, model: VisionLanguageModel) -> Point:
+        """The shapes it has for a model."""
+        tokens = model.vision.tokens
+        if self.image is not None:
+            _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)
+            return Point(self.text, self.batch, layout, tokens, layout.views)
+        if self.frames is not None:
+            return Point(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
+        if self.visual_tokens:
+            encoded = math.ceil(self.visual_tokens / tokens)
+            return Point(self.text, self.batch, Layout(), self.visual_tokens, encoded)
+        return Point(self.text, self.batch)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The shapes of a scenario for one model."""
+
+    text: int
+    """T, of one row."""
+    batch: int = 1
+    """B."""
+    layout: Layout | None = None
+    """How the views of a row's image belong together; None: it has none."""
+    per_view: int = 0
+    """N, the visual tokens of a view."""
+    encoded: int = 0
+    """Views of a row that go through the tower."""
+
+    @property
+    def views(self) -> int:
+        """Views of a row whose features reach the fusion."""
+        return self.layout.views if self.layout else 0
+
+    def inside(self, model: VisionLanguageModel) -> int:
+        """Visual tokens of a row that stand in the language model's sequence."""
+        return model.fusion.tokens_in_language(self.layout, self.per_view) if self.layout else 0
+
+    def check(self, model: VisionLanguageModel, name: object) -> None:
+        """Hold it against the positions of the language model.
+
+        Raises:
+            UserError: it is longer.
+        """
+        inside, room = self.inside(model), model.language.context_length
+        if self.text + inside > room:
+            fusion = type(model.fusion).__name__
+            raise UserError(
+                f"{name} is {self.text} text and {inside} visual tokens with {fusion}, more than the {room} positions "
+                f"of {type(model.language.hf).__name__}: leave it out."
+            )
+
+    def inputs(self, model: VisionLanguageModel, device: torch.device | str) -> tuple[Batch, Tensor]:
+        """A batch of ones, and the features (views of all rows, N, Dv) that its images have."""
+        ids = torch.ones(self.batch, self.text, dtype=torch.long, device=device)
+        place = min(1, self.text - 1)
+        batch = Batch(
+            input_ids=ids,
+            labels=ids,
+            attention_mask=torch.ones(self.batch, self.text, dtype=torch.bool, device=device),
+            pixels=torch.zeros(0, *model.vision.pixel_shape, device=device),
+            spans=[(0, self.text)] * self.batch,
+            places=[ImagePlace(row, place, self.layout) for row in range(self.batch)] if self.layout else [],
+        )
+        return batch, torch.zeros(self.batch * self.views, max(self.per_view, 1), model.vision.width, device=device)
+
+    def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
+        """What the tower encodes: (views of all rows, C, H, W)."""
+        return torch.zeros(self.batch * self.encoded, *model.vision.pixel_shape, device=device)

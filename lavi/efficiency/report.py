@@ -1,0 +1,248 @@
+"""Records as people look at them: a table, a spreadsheet, curves on paper, curves in TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lavi.efficiency.measure import saving
+from lavi.efficiency.record import Record
+from lavi.report import table
+
+UNIT = "1 multiply-add = 2 FLOPs (MACs are half)"
+
+COUNTED = {
+    "GFLOPs with vision encoder": "the prompt",
+    "GFLOPs without vision encoder": "the prompt",
+    "GFLOPs of one more token": "decoding",
+}
+MEASURED = {
+    "ms to the first token": "median",
+    "ms of one more token": "median",
+    "peak MiB above weights": "tower and prompt",
+}
+CURVES = COUNTED | MEASURED
+"""The curves, and what each is of."""
+
+FLOOR = "bare language model"
+
+
+def name(made: Record) -> str:
+    """The line a record is a point of."""
+    return str(made.knobs.get("name", made.method))
+
+
+def where(made: Record) -> tuple[Any, ...]:
+    """What two records share that are set against each other."""
+    value = made.knobs.get("value", made.visual_tokens)
+    return made.knobs.get("knob"), tuple(value) if isinstance(value, list | tuple) else value
+
+
+def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
+    """The first concatenation record of each point."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for made in records:
+        if made.method == "concat":
+            found.setdefault(where(made), made)
+    return found
+
+
+def figures(made: Record) -> dict[str, float | None]:
+    """The curves a record is a point of; None where it was not measured."""
+    median = {stage: times[0] for stage, times in made.milliseconds.items()}
+    values = (
+        made.gflops_total,
+        made.gflops_language,
+        sum(made.decode_flops.values()) / 1e9 if made.decode_flops else None,
+        median.get("first_token"),
+        median.get("decode"),
+        made.mib.get("peak"),
+    )
+    return dict(zip(CURVES, values, strict=True))
+
+
+def floors(made: Record) -> dict[str, float | None]:
+    """The same of the bare language model on the text alone, behind the same tower."""
+    language, vision = made.flops_floor / 1e9, made.flops.get("vision_encoder", 0.0) / 1e9
+    median = {stage: times[0] for stage, times in made.milliseconds.items()}
+    values = (
+        language + vision,
+        language,
+        _floor_of_decoding(made),
+        median.get("floor_first_token"),
+        median.get("floor_decode"),
+        None,
+    )
+    return dict(zip(CURVES, values, strict=True))
+
+
+def _floor_of_decoding(made: Record) -> float | None:
+    parts = [made.decode_flops[part] for part in ("text_attention", "text_ffn", "head") if part in made.decode_flops]
+    return sum(parts) / 1e9 if parts else None
+
+
+# --- on the terminal --------------------------------------------------------------------------------------------------
+
+
+def sweep_table(records: Sequence[Record]) -> Table:
+    """One row a record: what it costs, what it saves against concatenation, and the ceiling of that."""
+    base = baselines(records)
+    large = max(made.gflops_total for made in records) >= 1000
+    scale, unit = (1e3, "TFLOPs") if large else (1.0, "GFLOPs")
+    timed = any(made.milliseconds or made.error for made in records)
+    columns = ["", "method", "crops", "visual tokens", "in the LM", f"vision {unit}", f"LM {unit}"]
+    columns += ["saved % (ceiling)", f"all {unit}", "saved % (ceiling)", "GFLOPs a token"]
+    columns += ["ms first token", "ms a token", "peak MiB"] if timed else []
+    rows = []
+    for made in records:
+        found = base.get(where(made))
+        saved = [_saved(made, found, with_vision=with_vision) for with_vision in (False, True)]
+        shown = figures(made)
+        row = [str(made.knobs.get("scenario", f"{made.visual_tokens} visual tokens")), name(made), str(made.views)]
+        row += [f"{made.visual_tokens:,}", f"{made.visual_tokens_in_language:,}"]
+        row += [_short(made.flops["vision_encoder"] / 1e9 / scale), _short(made.gflops_language / scale), saved[0]]
+        row += [_short(made.gflops_total / scale), saved[1], _short(shown["GFLOPs of one more token"])]
+        if timed:
+            row += [_short(shown[curve]) for curve in ("ms to the first token", "ms of one more token")]
+            row += [made.error or _short(shown["peak MiB above weights"])]
+        rows.append(row)
+    device = next((made.device for made in records if made.device), "counted, not timed")
+    title = f"{records[0].text_tokens} text tokens, batch {records[0].batch}; {UNIT}; attention in full; {device}"
+    return table(title, columns, rows)
+
+
+def _saved(made: Record, base: Record | None, *, with_vision: bool) -> str:
+    if base is None:
+        return "-"
+    saved, ceiling = saving(made, base, with_vision=with_vision)
+    return f"{saved:.1f} ({ceiling:.1f})"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+# --- in files ---------------------------------------------------------------------------------------------------------
+
+
+def write_csv(records: Sequence[Record], file: Path) -> None:
+    """One row a record, one column a figure; FLOPs by component, and MACs beside their totals."""
+    rows = []
+    for made in records:
+        row: dict[str, Any] = {"name": name(made), "method": made.method, "scenario": made.knobs.get("scenario", "")}
+        row |= {key: getattr(made, key) for key in ("text_tokens", "batch", "views", "visual_tokens")}
+        row["visual_tokens_in_language"] = made.visual_tokens_in_language
+        row |= {f"flops {part}": value for part, value in made.flops.items()}
+        row |= {"flops": made.gflops_total * 1e9, "macs": made.gflops_total * 1e9 / 2, "flops floor": made.flops_floor}
+        row |= {f"decode flops {part}": value for part, value in made.decode_flops.items()}
+        row |= {f"ms {stage}": times[0] for stage, times in made.milliseconds.items()}
+        row |= {f"MiB {kind}": value for kind, value in made.mib.items()}
+        rows.append(row | {key: getattr(made, key) for key in ("error", "device", "dtype", "attention", "recipe")})
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(records: Sequence[Record], file: Path) -> None:
+    """The curves of one sweep: a line a method, the bare language model dashed below them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = _lines(records)
+    panels = [curve for curve in CURVES if any(y is not None for points in lines.values() for _, y in points[curve])]
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(5 * min(3, len(panels)), 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = {x_of(made): _tick(made) for made in records}
+    for number, curve in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, min(3, len(panels)), number)
+        for line, points in lines.items():
+            drawn = [(x, y) for x, y in points[curve] if y is not None]
+            style = {"linestyle": "--", "color": "black"} if line == FLOOR else {"marker": "o"}
+            axes.plot([x for x, _ in drawn], [y for _, y in drawn], label=line, **style)  # type: ignore[arg-type]
+        axes.set_title(f"{curve} ({CURVES[curve]})", fontsize=10)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_yscale("log")
+        axes.set_xticks(list(labels), list(labels.values()), fontsize=7, rotation=45)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_xlabel(str(records[0].knobs.get("knob", "visual tokens")))
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(f"{records[0].text_tokens} text tokens; {UNIT}", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
+    """Each line's points of each curve, in the order of x."""
+    lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for made in sorted(records, key=x_of):
+        of = [(name(made), figures(made))]
+        if made.method != "concat":
+            of.append((FLOOR, floors(made)))
+        for line, values in of:
+            points = lines.setdefault(line, {curve: [] for curve in CURVES})
+            for curve, value in values.items():
+                points[curve].append((x_of(made), value))
+    return lines
+
+
+def x_of(made: Record) -> float:
+    """Where on the x axis a record stands: its knob's value; of an image, the side of a square as large."""
+    value = made.knobs.get("value", made.visual_tokens)
+    if isinstance(value, list | tuple):
+        return math.sqrt(value[0] * value[1])
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _tick(made: Record) -> str:
+    value = made.knobs.get("value", made.visual_tokens)
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# --- in TensorBoard ---------------------------------------------------------------------------------------------------
+
+
+def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] = CURVES) -> None:
+    """One TensorBoard run a line, so that they overlay; x is the knob. A layout shows all curves on one page."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    knob = records[0].knobs.get("knob", "visual_tokens")
+    tags = {curve: f"efficiency over {knob}/{curve}" for curve in CURVES}
+    for line, points in _lines(records).items():
+        with SummaryWriter(str(folder / f"efficiency-{line.replace(' ', '-')}")) as writer:
+            for curve in curves:
+                for x, value in points[curve]:
+                    if value is not None:
+                        writer.add_scalar(tags[curve], value, round(x))
+            writer.add_custom_scalars(
+                {f"efficiency over {knob}": {curve: ["Multiline", [tag]] for curve, tag in tags.items()}}
+            )
+
+
+def write_savings(records: Sequence[Record], folder: Path) -> None:
+    """What each method saves at the largest point it shares with the baseline, as hyperparameters: runs sort by it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    base = baselines(records)
+    for line in dict.fromkeys(map(name, records)):
+        shared = [made for made in records if name(made) == line and where(made) in base]
+        if not shared:
+            continue
+        last = max(shared, key=x_of)
+        saved = {
+            f"efficiency/saved % {kind} vision encoder": saving(last, base[where(last)], with_vision=kind == "with")[0]
+            for kind in ("with", "without")
+        }
+        what: dict[str, Any] = {
+            "method": last.method,
+            "recipe": last.recipe,
+            "scenario": last.knobs.get("scenario", ""),
+        }
+        with SummaryWriter(str(folder / f"efficiency-{line.replace(' ', '-')}")) as writer:
+            writer.add_hparams(what, saved, run_name=".")
