@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from generator_cost import generator_table
+from verify_claims import flops_table
 
 from lavi.efficiency.record import Record, read
 from lavi.evaluation import side_by_side
@@ -41,7 +42,12 @@ def generators(records: list[Record]) -> str:
     return markdown(*generator_table(records))
 
 
-KINDS: dict[str, Callable[[list[Record]], str]] = {"generators": generators}
+def claims(records: list[Record]) -> str:
+    """What LaVi-7B saves against LLaVA-OneVision-7B."""
+    return markdown(*flops_table([made for made in records if not made.knobs.get("timed")]))
+
+
+KINDS: dict[str, Callable[[list[Record]], str]] = {"generators": generators, "verify_claims": claims}
 """How a file of records becomes a table; :func:`comparison` where nothing is said."""
 
 

@@ -411,7 +411,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     parser.add_argument("--train", type=int, default=12000, help="training scenes")
     parser.add_argument("--validation", type=int, default=800, help="validation scenes, one question each")
-    parser.add_argument("--test", type=int, default=1000, help="test scenes, one question each")
+    parser.add_argument("--test", type=int, default=800, help="test scenes, one question each")
     parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()

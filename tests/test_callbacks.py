@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from conftest import ask, image
+from pathlib import Path
+
+import pytest
+from conftest import ask, collate, image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.samples import draw
+from callbacks.throughput import Throughput
 from lavi.batch import Sample
+from lavi.efficiency.flops import closed_form
+from lavi.efficiency.point import Scenario
+from lavi.fit import train
+from lavi.fusion.lavi import LaViFusion
+from lavi.module import VisionLanguageModule
+from lavi.recipe import Recipe
 
 
 def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
@@ -29,3 +40,35 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
     assert ["what colour" in axes.get_title() for axes in drawn] == [True, False, False, False, False]
     widths = [axes.images[0].get_array().shape[1] for axes in drawn]
     assert widths[:2] == [40, 84]  # two images side by side
+
+
+def test_throughput_and_memory_are_logged(tiny_recipe: Path, tmp_path: Path) -> None:
+    named = ["throughput={_target_: callbacks.throughput.Throughput}", "memory={_target_: callbacks.memory.Memory}"]
+    recipe = Recipe.load(tiny_recipe, [f"callbacks.{one}" for one in named])
+    assert train(recipe, tmp_path / "run", None, 100) == 0
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert last["train/device/samples_per_sec"] > 0
+    assert last["train/device/items_per_sec"] > last["train/device/samples_per_sec"]
+    assert 0 < last["train/data_wait"] < 1
+    model = recipe.build("model")
+    weights = sum(p.numel() * 4 for p in model.parameters()) / 2**20
+    assert last["memory/weights"] == pytest.approx(weights)
+    frozen = sum(p.numel() * 4 for p in model.vision.parameters()) / 2**20
+    assert last["memory/gradients"] == pytest.approx(weights - frozen)
+    assert last["memory/optimiser"] == pytest.approx(2 * (weights - frozen), rel=0.01)  # AdamW's two moments
+    assert last["memory/rss"] > weights
+
+
+def test_training_flops_are_three_forwards_where_weights_train(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion(every=2))
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
+    batch = collate(model, [ask(1, "what colour?", answer="red"), ask("what?", answer="nothing")])
+    width, found = batch.input_ids.shape[1], Throughput().flops(module, batch)
+    seeing = closed_form(model, Scenario(width, image=(40, 40)).at(model))
+    blind = closed_form(model, Scenario(width).at(model))
+    wanted = seeing.prefill["vision_encoder"] + 3 * (seeing.language + blind.language)
+    assert found == pytest.approx(wanted)
+    frozen = VisionLanguageModule(build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})
+    ratio = Throughput().flops(frozen, batch) - seeing.prefill["vision_encoder"]
+    assert ratio == pytest.approx((wanted - seeing.prefill["vision_encoder"]) * 2 / 3)
