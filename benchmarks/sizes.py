@@ -11,9 +11,9 @@ from lavi.recipe import Recipe
 
 
 def published(name: str) -> dict[str, Any]:
-    """The configuration of a published checkpoint; of a two-tower model, that of its vision tower."""
+    """The configuration of a published checkpoint."""
     config: dict[str, Any] = json.loads((Path(configurations.__file__).parent / name / "config.json").read_text())
-    return config.get("vision_config", config)
+    return config
 
 
 SIGLIP_SO400M = published("google/siglip-so400m-patch14-384")

@@ -23,7 +23,7 @@ class Throughput(ThroughputMonitor):
     gradients only pass through, once in a frozen tower. On a GPU each step waits for the device, as a clock has to.
 
     Args:
-        window: steps that rates are averaged over.
+        window: steps that rates are averaged over; before so many there are none.
     """
 
     def __init__(self, *, window: int = 20) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 def console() -> Console:
     """The terminal; wide enough for tables where there is none."""
     found = Console()
-    return found if found.is_terminal else Console(width=150)
+    return found if found.is_terminal else Console(width=180)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

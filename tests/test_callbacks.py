@@ -43,7 +43,10 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
 
 
 def test_throughput_and_memory_are_logged(tiny_recipe: Path, tmp_path: Path) -> None:
-    named = ["throughput={_target_: callbacks.throughput.Throughput}", "memory={_target_: callbacks.memory.Memory}"]
+    named = [
+        "throughput={_target_: callbacks.throughput.Throughput, window: 3}",
+        "memory={_target_: callbacks.memory.Memory}",
+    ]
     recipe = Recipe.load(tiny_recipe, [f"callbacks.{one}" for one in named])
     assert train(recipe, tmp_path / "run", None, 100) == 0
     events = EventAccumulator(str(tmp_path / "run")).Reload()

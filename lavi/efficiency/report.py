@@ -170,7 +170,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
         axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("log")
         axes.set_xticks(list(labels), list(labels.values()), fontsize=7, rotation=45)
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_xlabel(str(records[0].knobs.get("knob", "visual tokens")))
     figure.axes[0].legend(fontsize=8)
