@@ -44,7 +44,9 @@ FLOPS, SPEED, MEMORY = 94.0, 3.1, 0.5
 
 def recipe_at(file: str) -> Recipe:
     """A full-size recipe as it is deployed: its language model in bf16."""
-    return Recipe.load(ROOT / "recipes" / f"{file}.yaml", ["model.language.dtype=bfloat16"])
+    recipe = Recipe.load(ROOT / "recipes" / f"{file}.yaml", ["model.language.dtype=bfloat16"])
+    recipe.source = f"recipes/{file}.yaml"
+    return recipe
 
 
 def counts() -> list[Record]:
