@@ -50,12 +50,13 @@ digits: install ## your own data, shown on real scans: write, pack, train, score
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
 
 tensorboard: install ## look at all runs
+	@echo "efficiency curves: http://localhost:6006/#custom_scalars"
 	$(BIN)/tensorboard --logdir runs
 
 tables: install ## write the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
 
-verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.1x and half the memory hold?
+verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.1x and half the memory hold? (minutes)
 	$(BIN)/python benchmarks/verify_claims.py --out benchmarks/results/verify_claims.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import QWEN2_05B, SIGLIP_SO400M, recipe_of
+from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
@@ -29,13 +29,9 @@ FULL: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 REDUCED: dict[str, Any] = {
-    "vision": SIGLIP_SO400M
-    | {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
-    | {"image_size": 224, "patch_size": 16},
-    "language": QWEN2_05B
-    | {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
-    | {"num_attention_heads": 4},
-    "sweep": [0, 9, 144, 729, 1458],
+    "vision": SMALL_SIGLIP,
+    "language": SMALL_QWEN2,
+    "sweep": [0, 9, 144, 729, 1458, 2916],
     "dtype": "float32",
 }
 

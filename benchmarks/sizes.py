@@ -22,6 +22,23 @@ VICUNA_7B = published("lmsys/vicuna-7b-v1.5")
 QWEN2_05B = published("Qwen/Qwen2-0.5B-Instruct")
 QWEN2_7B = published("Qwen/Qwen2-7B-Instruct")
 
+SMALL_SIGLIP = SIGLIP_SO400M | {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+}
+SMALL_QWEN2 = QWEN2_7B | {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+"""The same shapes of input at a size that a CPU can time: tokens, crops and frames are those of the full size."""
+
 
 def recipe_of(
     vision: dict[str, Any],

@@ -3,7 +3,8 @@
     python benchmarks/tables.py            rewrite README.md and docs/
     python benchmarks/tables.py --check    fail if it would change
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file of records in benchmarks/results.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file of records in benchmarks/results,
+or NAME.VIEW where there are several tables of one file.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from generator_cost import generator_table
-from verify_claims import flops_table
+from verify_claims import flops_table, speed_table
 
 from lavi.efficiency.record import Record, read
+from lavi.efficiency.report import sweep_rows, sweep_title
 from lavi.evaluation import side_by_side
 from lavi.report import markdown
 
 ROOT = Path(__file__).parent.parent
-TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def comparison(records: list[Record]) -> str:
@@ -47,7 +49,24 @@ def claims(records: list[Record]) -> str:
     return markdown(*flops_table([made for made in records if not made.knobs.get("timed")]))
 
 
-KINDS: dict[str, Callable[[list[Record]], str]] = {"generators": generators, "verify_claims": claims}
+def speed(records: list[Record]) -> str:
+    """What was measured of the two."""
+    timed = [made for made in records if made.knobs.get("timed")]
+    note = f"Medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}, torch {timed[0].versions['torch']}."
+    return f"{markdown(*speed_table(timed))}\n{note}\n"
+
+
+def sweep(records: list[Record]) -> str:
+    """A sweep, as ``lavi.profile`` shows it."""
+    return f"{markdown(*sweep_rows(records))}\n{sweep_title(records)}.\n"
+
+
+KINDS: dict[str, Callable[[list[Record]], str]] = {
+    "generators": generators,
+    "verify_claims": claims,
+    "verify_claims.speed": speed,
+    "fusion_cost": sweep,
+}
 """How a file of records becomes a table; :func:`comparison` where nothing is said."""
 
 
@@ -55,7 +74,7 @@ def render(text: str) -> str:
     """The text with every table made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        records = read(ROOT / "benchmarks" / "results" / f"{found[2]}.jsonl")
+        records = read(ROOT / "benchmarks" / "results" / f"{found[2].partition('.')[0]}.jsonl")
         return found[1] + KINDS.get(found[2], comparison)(records) + found[3]
 
     return TABLE.sub(fill, text)

@@ -279,6 +279,7 @@ def test_sweeps_are_read(text: str, values: tuple[object, ...]) -> None:
         ("frames=0", "from 1 on"),
         ("frames=8..1", "runs backwards"),
         ("image=axb", "sizes such as 640x480"),
+        ("image=100000", "16384 pixels a side"),
         ("batch=two", "whole numbers"),
     ],
 )
@@ -322,8 +323,12 @@ def test_records_round_trip_and_become_curves(tiny_recipe: Path, tmp_path: Path)
         assert [point.step for point in curve] == [0, 16, 64]
         wanted = [r.gflops_language for r in records if r.method == method]
         assert [point.value for point in curve] == pytest.approx(wanted, rel=1e-6)
-        assert events.Scalars("efficiency over visual_tokens/ms of one more token")
-        saved = events.Scalars("efficiency/saved % without vision encoder")[0].value
+        times = [
+            events.Scalars(f"efficiency over visual_tokens{part}/ms of one more token")[0].value
+            for part in (", p10", "", ", p90")
+        ]
+        assert times == sorted(times)
+        saved = events.Scalars("saved %/without vision encoder")[0].value
         assert (saved > 50) == (method == "lavi")
 
 

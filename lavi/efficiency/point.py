@@ -86,7 +86,7 @@ class Point:
             fusion = type(model.fusion).__name__
             raise UserError(
                 f"{name} is {self.text} text and {inside} visual tokens with {fusion}, more than the {room} positions "
-                f"of {type(model.language.hf).__name__}: leave it out."
+                f"of its language model ({model.language.hf.config.model_type}): leave it out."
             )
 
     def inputs(self, model: VisionLanguageModel, device: torch.device | str) -> tuple[Batch, Tensor]:

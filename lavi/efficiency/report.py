@@ -19,7 +19,7 @@ UNIT = "1 multiply-add = 2 FLOPs (MACs are half)"
 COUNTED = {
     "GFLOPs with vision encoder": "the prompt",
     "GFLOPs without vision encoder": "the prompt",
-    "GFLOPs of one more token": "decoding",
+    "MFLOPs of one more token": "decoding",
 }
 MEASURED = {
     "ms to the first token": "median",
@@ -30,6 +30,11 @@ CURVES = COUNTED | MEASURED
 """The curves, and what each is of."""
 
 FLOOR = "bare language model"
+
+STAGES = {"ms to the first token": "first_token", "ms of one more token": "decode"}
+"""The curves that are times, and the stage each is of."""
+
+SPREAD = ("p10", "p90")
 
 
 def name(made: Record) -> str:
@@ -58,7 +63,7 @@ def figures(made: Record) -> dict[str, float | None]:
     values = (
         made.gflops_total,
         made.gflops_language,
-        sum(made.decode_flops.values()) / 1e9 if made.decode_flops else None,
+        sum(made.decode_flops.values()) / 1e6 if made.decode_flops else None,
         median.get("first_token"),
         median.get("decode"),
         made.mib.get("peak"),
@@ -83,20 +88,31 @@ def floors(made: Record) -> dict[str, float | None]:
 
 def _floor_of_decoding(made: Record) -> float | None:
     parts = [made.decode_flops[part] for part in ("text_attention", "text_ffn", "head") if part in made.decode_flops]
-    return sum(parts) / 1e9 if parts else None
+    return sum(parts) / 1e6 if parts else None
 
 
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
 
 def sweep_table(records: Sequence[Record]) -> Table:
-    """One row a record: what it costs, what it saves against concatenation, and the ceiling of that."""
+    """:func:`sweep_rows` for the terminal."""
+    return table(sweep_title(records), *sweep_rows(records))
+
+
+def sweep_title(records: Sequence[Record]) -> str:
+    """What the figures are of."""
+    device = next((made.device for made in records if made.device), "counted, not timed")
+    return f"{records[0].text_tokens} text tokens, batch {records[0].batch}; {UNIT}; attention in full; {device}"
+
+
+def sweep_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and one row a record: what it costs, what it saves against concatenation, and the ceiling of that."""
     base = baselines(records)
     large = max(made.gflops_total for made in records) >= 1000
     scale, unit = (1e3, "TFLOPs") if large else (1.0, "GFLOPs")
     timed = any(made.milliseconds or made.error for made in records)
     columns = ["", "method", "crops", "visual tokens", "in the LM", f"vision {unit}", f"LM {unit}"]
-    columns += ["saved % (ceiling)", f"all {unit}", "saved % (ceiling)", "GFLOPs a token"]
+    columns += ["saved % (ceiling)", f"all {unit}", "saved % (ceiling)", "MFLOPs a token"]
     columns += ["ms first token", "ms a token", "peak MiB"] if timed else []
     rows = []
     for made in records:
@@ -106,14 +122,12 @@ def sweep_table(records: Sequence[Record]) -> Table:
         row = [str(made.knobs.get("scenario", f"{made.visual_tokens} visual tokens")), name(made), str(made.views)]
         row += [f"{made.visual_tokens:,}", f"{made.visual_tokens_in_language:,}"]
         row += [_short(made.flops["vision_encoder"] / 1e9 / scale), _short(made.gflops_language / scale), saved[0]]
-        row += [_short(made.gflops_total / scale), saved[1], _short(shown["GFLOPs of one more token"])]
+        row += [_short(made.gflops_total / scale), saved[1], _short(shown["MFLOPs of one more token"])]
         if timed:
             row += [_short(shown[curve]) for curve in ("ms to the first token", "ms of one more token")]
             row += [made.error or _short(shown["peak MiB above weights"])]
         rows.append(row)
-    device = next((made.device for made in records if made.device), "counted, not timed")
-    title = f"{records[0].text_tokens} text tokens, batch {records[0].batch}; {UNIT}; attention in full; {device}"
-    return table(title, columns, rows)
+    return columns, rows
 
 
 def _saved(made: Record, base: Record | None, *, with_vision: bool) -> str:
@@ -209,20 +223,41 @@ def _tick(made: Record) -> str:
 
 
 def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] = CURVES) -> None:
-    """One TensorBoard run a line, so that they overlay; x is the knob. A layout shows all curves on one page."""
+    """One TensorBoard run a line, so that they overlay; x is the knob. A layout shows all curves on one page.
+
+    The page draws them with their spread (10th to 90th percentile of a time): TensorBoard smooths every other chart,
+    and a smoothed curve of a few points is a wrong one.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     knob = records[0].knobs.get("knob", "visual_tokens")
-    tags = {curve: f"efficiency over {knob}/{curve}" for curve in CURVES}
+    title = f"efficiency over {knob}"
+    layout = {
+        curve: ["Margin", [f"{title}/{curve}", *(f"{title}, {end}/{curve}" for end in SPREAD)]]
+        if curve in STAGES
+        else ["Margin", [f"{title}/{curve}"] * 3]
+        for curve in CURVES
+    }
     for line, points in _lines(records).items():
         with SummaryWriter(str(folder / f"efficiency-{line.replace(' ', '-')}")) as writer:
             for curve in curves:
                 for x, value in points[curve]:
                     if value is not None:
-                        writer.add_scalar(tags[curve], value, round(x))
-            writer.add_custom_scalars(
-                {f"efficiency over {knob}": {curve: ["Multiline", [tag]] for curve, tag in tags.items()}}
-            )
+                        writer.add_scalar(f"{title}/{curve}", value, round(x))
+                for at, end in enumerate(SPREAD, start=1):
+                    for x, value in _spread(records, line, curve, at):
+                        writer.add_scalar(f"{title}, {end}/{curve}", value, round(x))
+            writer.add_custom_scalars({title: layout})
+
+
+def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[tuple[float, float]]:
+    """The 10th (``at`` 1) or 90th (2) percentile of a curve's times."""
+    if curve not in STAGES:
+        return []
+    stage = f"floor_{STAGES[curve]}" if line == FLOOR else STAGES[curve]
+    of = [made for made in records if stage in made.milliseconds]
+    of = [made for made in of if (made.method != "concat" if line == FLOOR else name(made) == line)]
+    return [(x_of(made), made.milliseconds[stage][at]) for made in sorted(of, key=x_of)]
 
 
 def write_savings(records: Sequence[Record], folder: Path) -> None:
@@ -236,7 +271,7 @@ def write_savings(records: Sequence[Record], folder: Path) -> None:
             continue
         last = max(shared, key=x_of)
         saved = {
-            f"efficiency/saved % {kind} vision encoder": saving(last, base[where(last)], with_vision=kind == "with")[0]
+            f"saved %/{kind} vision encoder": saving(last, base[where(last)], with_vision=kind == "with")[0]
             for kind in ("with", "without")
         }
         what: dict[str, Any] = {

@@ -28,6 +28,9 @@ GRIDS: dict[str, tuple[int, ...]] = {
 }
 """The knobs, and the values that ``A..B`` stands for (besides A and B themselves)."""
 
+LARGEST_SIDE = 16384
+"""Of an image, in pixels."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -60,6 +63,11 @@ class Sweep:
             nothing: dict[str, Any] = {"visual_tokens": None, "image": None, "frames": None}
             return replace(base, **nothing | {self.knob: value})
         return replace(base, **{self.knob: value}) if self.knob in ("batch", "text") else base
+
+    def label(self, value: Any, scenario: Scenario) -> str:
+        """What a point is called."""
+        known = self.knob in ("visual_tokens", "image", "frames")
+        return str(scenario) if known else f"{scenario}, {self.knob.removeprefix('model.')}={value}"
 
     def recipe(self, value: Any, recipe: Recipe, layers: int) -> Recipe:
         """The recipe at one value, of a language model of so many ``layers``."""
@@ -103,6 +111,8 @@ def _number(knob: str, text: str, least: int) -> Any:
     if not numbers or len(numbers) > 2 or min(numbers) < least:
         kind = "sizes such as 640x480" if knob == "image" else f"whole numbers from {least} on"
         raise UserError(f"{knob} takes {kind}, not '{text}'.")
+    if knob == "image" and max(numbers) > LARGEST_SIDE:
+        raise UserError(f"an image of {text} is beyond what is cut into tiles: {LARGEST_SIDE} pixels a side.")
     return (numbers[0], numbers[-1]) if knob == "image" else numbers[0]
 
 
@@ -146,7 +156,8 @@ def run(
     measured: tuple[Recipe | None, VisionLanguageModel | None] = (None, None)
     for recipe, made_from, on_meta, scenario, value in track(points):
         made = count(made_from, on_meta, scenario)
-        made.knobs = {"name": name_of(recipe), "knob": sweep.knob, "value": value, "scenario": str(scenario)}
+        made.knobs = {"name": name_of(recipe), "knob": sweep.knob, "value": value}
+        made.knobs["scenario"] = sweep.label(value, scenario)
         if device is not None:
             if measured[0] is not made_from:
                 measured = (None, None)  # the last one's memory first

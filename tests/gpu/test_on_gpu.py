@@ -9,6 +9,7 @@ import torch
 from conftest import ask, awaken, collate
 
 from lavi.efficiency.measure import build_on, count, measure
+from lavi.efficiency.point import Scenario
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.recipe import Recipe
@@ -45,8 +46,9 @@ def positions(batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
 
 def test_measuring_reads_the_gpu(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
-    model = build_on(recipe, "cuda")
-    made = measure(count(recipe, model, text=12, visual=64), model, device=torch.device("cuda"), runs=5)
+    model, scenario = build_on(recipe, "cuda"), Scenario(12, visual_tokens=64)
+    made = count(recipe, model, scenario)
+    measure(made, model, scenario, device=torch.device("cuda"), runs=5, outputs=[1, 4])
     assert made.device == torch.cuda.get_device_name()
     assert made.mib["peak"] > 0
     assert all(median > 0 for median, _, _ in made.milliseconds.values())
