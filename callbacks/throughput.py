@@ -70,7 +70,7 @@ class Throughput(ThroughputMonitor):
 
 
 def _point(text: int, place: ImagePlace, model: VisionLanguageModel) -> Point:
-    return Point(text, layout=place.layout, per_view=model.vision.tokens, encoded=place.views)
+    return Point(text, layout=place.layout, per_view=model.seen.tokens, encoded=place.views)
 
 
 def text_tokens(batch: Batch) -> int:

@@ -105,7 +105,7 @@ def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> tup
     prompts = prompts_of(samples)
     lengths = [len(model.chat.encode_prompt(p.sample.messages, images=len(p.sample.images)).ids) for p in prompts]
     images = median(len(p.sample.images) for p in prompts)
-    return int(median(lengths)), int(images) * model.vision.tokens
+    return int(median(lengths)), int(images) * model.seen.tokens
 
 
 def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:

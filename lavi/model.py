@@ -17,6 +17,7 @@ from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.load import LanguageModel
 from lavi.processor import Processor
+from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
 from lavi.vision.tiles import OneView, Tiling
 
@@ -28,6 +29,7 @@ class VisionLanguageModel(nn.Module):
         vision: pixels (views, C, H, W) to features (views, N, Dv).
         language: the language model and its tokenizer.
         fusion: how they meet; bound here.
+        reducer: makes fewer visual tokens of a view's before they meet; None: all of them.
         tiling: how an image becomes views; by default one view an image.
         chat_template: a named template, or None for the tokenizer's own.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
@@ -39,13 +41,15 @@ class VisionLanguageModel(nn.Module):
         vision: VisionBackbone,
         language: LanguageModel,
         fusion: Fusion,
+        reducer: Reducer | None = None,
         tiling: Tiling | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.vision, self.language, self.fusion = vision, language, fusion
-        fusion.bind(language, vision)
+        self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
+        self.seen = reducer.bind(vision) if reducer is not None else vision.seen
+        fusion.bind(language, self.seen)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
         self._template = chat_template
@@ -64,21 +68,31 @@ class VisionLanguageModel(nn.Module):
             chat=self.chat,
             vision=self.vision,
             tiling=self.tiling,
-            tokens_of=partial(self.fusion.tokens_in_language, per_view=self.vision.tokens),
+            tokens_of=partial(self.fusion.tokens_in_language, per_view=self.seen.tokens),
             context_length=self.context_length,
         )
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(views, C, H, W) to (views, N, Dv); of a frozen tower, without a graph."""
-        if not len(pixels):
-            return pixels.new_zeros(0, self.vision.tokens, self.vision.width)
-        trained = any(parameter.requires_grad for parameter in self.vision.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return self.vision(pixels)
+        """(views, C, H, W) to (views, N, Dv), reduced; of a frozen tower, without a graph."""
+        if len(pixels):
+            trained = any(parameter.requires_grad for parameter in self.vision.parameters())
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                features = self.vision(pixels)
+        else:
+            features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
+        return features if self.reducer is None else self.reducer(features)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them."""
-        return self.language(self.fusion(batch, self.features(batch.pixels), self.language))
+    def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.
+
+        Args:
+            losses: takes what the fusion adds to the loss, by name.
+        """
+        inputs = self.fusion(batch, self.features(batch.pixels), self.language)
+        logits = self.language(inputs)
+        if losses is not None:
+            losses |= inputs.vision.losses()
+        return logits
 
     @torch.no_grad()
     def generate(

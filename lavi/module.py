@@ -105,7 +105,8 @@ class VisionLanguageModule(pl.LightningModule):
         torch.manual_seed(self._seed + step * self.trainer.world_size + self.trainer.global_rank)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        logits = self.model(batch)
+        added: dict[str, Tensor] = {}
+        logits = self.model(batch, added)
         loss, tokens = summed_loss(logits, batch.labels)
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
         if broken:  # all ranks stop together
@@ -117,6 +118,9 @@ class VisionLanguageModule(pl.LightningModule):
             )
         # Gradients are averaged over ranks: times their number, each token of the global batch weighs the same.
         loss = loss * (self.trainer.world_size / total) + self._touch_tower()
+        for name, value in added.items():
+            self.log(f"train/loss/{name}", value, batch_size=len(batch), sync_dist=True)
+            loss = loss + value
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.accuracy["train"].update(right_under_teacher_forcing(logits.detach(), batch), groups(batch.answers))
         return loss

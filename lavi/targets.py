@@ -33,7 +33,7 @@ def show_targets(recipe: Recipe) -> RenderableType:
     inside = _norms_inside(language)
     verdicts, notes = _refusals(found, language.width)
     try:
-        fusion.bind(language, vision)
+        fusion.bind(language, vision.seen)
     except UserError as error:
         notes.append(f"this recipe cannot be built: {error}")
     else:

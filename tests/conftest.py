@@ -18,7 +18,7 @@ import yaml
 
 from datamodules.scenes import sentences, write_dataset
 from datamodules.tokenizer import train_tokenizer
-from lavi.batch import Sample
+from lavi.batch import Answer, Sample
 from lavi.fusion.base import Fusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -169,6 +169,7 @@ def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]
         longer.input_ids = torch.cat([alone.input_ids, torch.tensor([said], dtype=torch.long)], dim=1)
         longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
         longer.spans = [(0, longer.input_ids.shape[1])]
+        longer.answers = [Answer(0, alone.input_ids.shape[1], longer.input_ids.shape[1])]
         with torch.no_grad():
             said.append(int(model(longer)[0, -1].argmax()))
     return said

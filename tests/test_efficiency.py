@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from sizes import QWEN2_7B, SIGLIP_SO400M
 
 from callbacks.efficiency import Efficiency
+from lavi.batch import Layout
 from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.measure import build_on, concat_twin, count, measure, saving
 from lavi.efficiency.point import Scenario
@@ -21,7 +23,10 @@ from lavi.efficiency.sweep import Sweep, run
 from lavi.errors import UserError
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV, PyramidDrop
+from lavi.fusion.visor import VisorFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
@@ -35,6 +40,17 @@ FUSIONS = {
     "lavi-conv": lambda: LaViFusion(generator="conv", depth=2),
     "lavi-pooled": lambda: LaViFusion(generator="pooled", targets=["attention", "ffn", "final"]),
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", targets=["ffn"]),
+    "cross-attention": lambda: CrossAttentionFusion(every=2),
+    "cross-attention-alone": lambda: CrossAttentionFusion(fraction=0.5, ffn=0),
+    "visor": lambda: VisorFusion(cross_attention=2, self_attention=2),
+    "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
+    "visor-fixed": lambda: VisorFusion(cross_attention=[0], self_attention=[1, 2, 3], configuration=[2]),
+    "visor-modulation": lambda: VisorFusion(cross_attention=2, self_attention=1, read="modulation"),
+    "visor-routed": lambda: VisorFusion(
+        cross_attention=[0], self_attention=[2], configurations=[[], [2]], configuration="none", router="token"
+    ),
+    "fastv": lambda: FastV(layer=2, keep=0.5),
+    "pyramid-drop": lambda: PyramidDrop(stages=4, keep=0.5),
 }
 ROOT = Path(__file__).parent.parent
 SIZES = {"small": (TOWER, QWEN2, -1), "7B": (SIGLIP_SO400M, QWEN2_7B, -2)}
@@ -57,10 +73,10 @@ def difference(model: VisionLanguageModel, scenario: Scenario) -> dict[str, floa
     """How far the closed formula is from the counter, as a share, for each part."""
     point = scenario.at(model)
     closed, seen = closed_form(model, point), counted(model, point)
-    shape = {"views": point.views, "per_view": point.per_view}
-    costs = model.fusion.costs(point.text, **shape).values()
+    shape = (point.layout, point.per_view)
+    costs = model.fusion.costs(point.text, *shape).values()
     added = point.batch * sum(cost.flops for cost in costs)
-    hidden = point.batch * sum(cost.uncounted for cost in model.fusion.costs(1, **shape, decoding=True).values())
+    hidden = point.batch * sum(cost.uncounted for cost in model.fusion.costs(1, *shape, decoding=True).values())
     formula = {
         "vision_encoder": closed.prefill["vision_encoder"],
         "fusion": added - point.batch * sum(cost.uncounted for cost in costs),
@@ -89,10 +105,11 @@ def test_two_counters_agree(on_meta, name: str, size: str, scenario: Scenario) -
     assert max(apart.values()) < 0.01, apart
 
 
+@pytest.mark.parametrize("name", ["lavi", "cross-attention", "visor", "fastv"])
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
-def test_two_counters_agree_for_every_family(build, family: str) -> None:
+def test_two_counters_agree_for_every_family(build, family: str, name: str) -> None:
     with torch.device("meta"):
-        model = build(LaViFusion(every=2), family=family, pad_token_id=None)
+        model = build(FUSIONS[name](), family=family, pad_token_id=None)
     apart = difference(model, Scenario(text=50, visual_tokens=64))
     assert max(apart.values()) < 0.01, apart
 
@@ -102,9 +119,9 @@ def test_a_planted_error_is_seen(on_meta, monkeypatch: pytest.MonkeyPatch, part:
     model = on_meta(LaViFusion(every=1), "small")
     right = model.fusion.costs
 
-    def wrong(text: int, *, decoding: bool = False, **shape: int) -> dict[str, Cost]:
+    def wrong(text: int, *shape: Any, decoding: bool = False) -> dict[str, Cost]:
         slip = 1.02 if part == "prefill" else 2.0
-        costs = right(text, **shape, decoding=decoding)
+        costs = right(text, *shape, decoding=decoding)
         return {name: Cost(slip * cost.flops, cost.uncounted) for name, cost in costs.items()}
 
     monkeypatch.setattr(model.fusion, "costs", wrong)
@@ -162,7 +179,7 @@ def test_the_size_of_llava_1_5() -> None:
 
 def test_modulation_is_counted_though_no_operator_shows_it(on_meta) -> None:
     model = on_meta(LaViFusion(every=2), "small")
-    cost = model.fusion.costs(50, views=1, per_view=64)["modulation"]
+    cost = model.fusion.costs(50, Layout(), 64)["modulation"]
     assert cost.flops == cost.uncounted == (3 + 1 + 1 + 1) * 4 * 50 * QWEN2["hidden_size"]
 
 

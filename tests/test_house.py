@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     {"errors", "batch", "images", "nn", "configurations"},
     {"vision", "language", "chat"},
-    {"processor"},
+    {"processor", "reduction"},
     {"fusion"},
     {"recipe", "report", "weights"},
     {"model", "pretrained"},

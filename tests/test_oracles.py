@@ -15,8 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch
 from lavi.checkpoint import load_trained
+from lavi.fusion.base import asking_columns
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
+from lavi.fusion.visor import VisorFusion
 from lavi.language.surgery import close
 from lavi.model import VisionLanguageModel
 from lavi.module import VisionLanguageModule, summed_loss
@@ -33,13 +37,30 @@ FUSIONS = {
     "lavi-all-norms": lambda: LaViFusion(fraction=0.5, targets=["attention", "ffn", "final"], per_target=True),
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", bottleneck=16),
     "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", bottleneck=16),
+    "cross-attention": lambda: CrossAttentionFusion(every=2),
+    "cross-attention-alone": lambda: CrossAttentionFusion(layers=[0, 3], ffn=0, heads=2),
+    "visor": lambda: VisorFusion(cross_attention=2, self_attention=1),
+    "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
+    "visor-self": lambda: VisorFusion(cross_attention=0, self_attention=[1, 2]),
+    "visor-modulation": lambda: VisorFusion(cross_attention=[2, 3], self_attention=[0], read="modulation"),
+    "visor-routed": lambda: VisorFusion(
+        cross_attention=[0, 2], self_attention=[1, 3], configurations=[[], [1], [3], [1, 3]], router="token"
+    ),
+    "fastv": lambda: FastV(layer=1, keep=0.5),
+    "pyramid-drop": lambda: PyramidDrop(keep=0.6),
     "concat": ConcatFusion,
 }
 KINDS = ("weight", "bias")
-EVERYWHERE = [f"lavi-{kind}" for kind in ("attention", "mlp", "conv", "pooled")] + ["concat"]
+EVERYWHERE = [f"lavi-{kind}" for kind in ("attention", "mlp", "conv", "pooled")] + [
+    "cross-attention",
+    "visor",
+    "fastv",
+    "concat",
+]
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
-IN_NORMS = [case for case in CASES if case[1].startswith("lavi")]
+BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross"))]
+"""The fusions that leave the sequence as it is."""
 
 
 def name_of(case: tuple[str, str]) -> str:
@@ -79,8 +100,8 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", IN_NORMS, ids=name_of)
-def test_zero_deltas_are_the_language_model_bit_for_bit(build, case: tuple[str, str], dtype: str) -> None:
+@pytest.mark.parametrize("case", BESIDE, ids=name_of)
+def test_the_start_is_the_language_model_bit_for_bit(build, case: tuple[str, str], dtype: str) -> None:
     model = build(FUSIONS[case[1]](), family=case[0], dtype=dtype)
     batch = collate(model, SAMPLES)
     with torch.no_grad():
@@ -97,7 +118,7 @@ def test_without_an_image_the_language_model_answers(model: VisionLanguageModel)
         torch.testing.assert_close(row(mixed, batch, 2), row(bare, batch, 2), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", IN_NORMS, ids=name_of)
+@pytest.mark.parametrize("case", BESIDE, ids=name_of)
 def test_a_row_without_an_image_is_untouched_bit_for_bit(build, case: tuple[str, str]) -> None:
     model = build(FUSIONS[case[1]](), family=case[0])
     awaken(model.fusion)
@@ -109,12 +130,15 @@ def test_a_row_without_an_image_is_untouched_bit_for_bit(build, case: tuple[str,
 def test_later_tokens_change_no_earlier_logits(model: VisionLanguageModel) -> None:
     awaken(model.fusion)
     batch = collate(model, SAMPLES[:2])
+    # What is chosen by the question may depend on all of it, and on nothing that is answered.
+    whole = isinstance(model.fusion, PruningFusion) or getattr(model.fusion, "router", None) is not None
+    first = max(asking_columns(batch)) + 1 if whole else 8
     changed = copy.deepcopy(batch)
-    changed.input_ids[:, 8:] = (changed.input_ids[:, 8:] + 7) % 300
+    changed.input_ids[:, first:] = (changed.input_ids[:, first:] + 7) % 300
     with torch.no_grad():
         before, after = model(batch), model(changed)
-    torch.testing.assert_close(before[:, :8], after[:, :8], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(before[:, 8:], after[:, 8:], atol=1e-3)
+    torch.testing.assert_close(before[:, :first], after[:, :first], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(before[:, first:], after[:, first:], atol=1e-3)
 
 
 def test_an_image_changes_what_follows_it_and_nothing_before(model: VisionLanguageModel) -> None:
@@ -171,7 +195,7 @@ def test_beams_see_their_own_row(model: VisionLanguageModel) -> None:
         assert together == alone
 
 
-@pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith("lavi")])
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith(("lavi", "cross"))])
 def test_each_beam_keeps_what_its_row_saw(build, name: str) -> None:
     model = build(FUSIONS[name]())
     awaken(model.fusion)
@@ -223,7 +247,9 @@ def test_every_parameter_is_in_every_graph(model: VisionLanguageModel) -> None:
     model.train()
     awaken(model.fusion)
     batch = collate(model, SAMPLES[2:])
-    summed_loss(model(batch), batch.labels)[0].backward()
+    added: dict[str, Tensor] = {}
+    loss = summed_loss(model(batch, added), batch.labels)[0]
+    torch.stack([loss, *added.values()]).sum().backward()
     missing = [name for name, p in model.fusion.named_parameters() if p.grad is None]
     assert not missing
 

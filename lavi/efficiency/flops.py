@@ -7,7 +7,8 @@ counter does); ``causal`` says how much of it a causal kernel leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,22 +48,26 @@ class Flops:
 
 def closed_form(model: VisionLanguageModel, point: Point) -> Flops:
     """By formula, from the shapes of the weights."""
-    inside, views, per_view = point.inside(model), point.views, point.per_view
-    language = language_flops(model.language, tokens=point.text + inside)
-    alone = language_flops(model.language, tokens=point.text)
+    inside, layout, per_view = point.inside(model), point.layout, point.per_view
+    layers = len(model.language.layers)
+    visual = model.fusion.visual_by_layer(inside, layers)
+    text = [point.text] * layers
+    with_visual = [point.text + count for count in visual]
+    language, alone = (language_flops(model.language, tokens=tokens) for tokens in (with_visual, text))
     prefill = {
         "vision_encoder": model.vision.flops(point.encoded),
-        **_flops(model.fusion.costs(point.text, views=views, per_view=per_view)),
+        **({"reducer": point.encoded * model.reducer.flops()} if model.reducer is not None else {}),
+        **_flops(model.fusion.costs(point.text, layout, per_view)),
         "text_attention": alone["attention"],
         "text_ffn": alone["ffn"],
         "visual_attention": language["attention"] - alone["attention"],
         "visual_ffn": language["ffn"] - alone["ffn"],
         "head": alone["head"],
     }
-    after_visual = language_flops(model.language, tokens=1, past=point.text + inside)
-    after_text = language_flops(model.language, tokens=1, past=point.text)
+    after_visual = language_flops(model.language, tokens=[1] * layers, past=with_visual)
+    after_text = language_flops(model.language, tokens=[1] * layers, past=text)
     decode = {
-        **_flops(model.fusion.costs(1, views=views, per_view=per_view, decoding=True)),
+        **_flops(model.fusion.costs(1, layout, per_view, decoding=True)),
         "text_attention": after_text["attention"],
         "text_ffn": after_text["ffn"],
         "visual_attention": after_visual["attention"] - after_text["attention"],
@@ -81,8 +86,10 @@ def _flops(costs: dict[str, Cost]) -> dict[str, float]:
     return {name: cost.flops for name, cost in costs.items()}
 
 
-def language_flops(language: LanguageModel, *, tokens: int, past: int = 0) -> dict[str, float]:
-    """The language model on ``tokens`` tokens behind ``past`` cached ones.
+def language_flops(
+    language: LanguageModel, *, tokens: Sequence[int], past: Sequence[int] | None = None
+) -> dict[str, float]:
+    """The language model on so many tokens in each of its layers, behind so many cached ones in each.
 
     From the shapes of the weights, so that it holds for any family: every matrix of a layer meets every token once.
 
@@ -91,12 +98,16 @@ def language_flops(language: LanguageModel, *, tokens: int, past: int = 0) -> di
     """
     config = language.hf.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    seen = sum(_keys(layer, past, tokens) for layer in DynamicCache(config=config).layers)  # over the layers
-    scores = 4.0 * tokens * seen * config.num_attention_heads * head_width
+    before = past or [0] * len(tokens)
+    caches = DynamicCache(config=config).layers
+    scores = sum(
+        4.0 * new * _keys(cache, old, new) * config.num_attention_heads * head_width
+        for cache, new, old in zip(caches, tokens, before, strict=True)
+    )
     attention = ffn = 0.0
-    for layer in language.layers:
+    for layer, new in zip(language.layers, tokens, strict=True):
         for child in layer.children():
-            matrices = sum(2.0 * tokens * p.numel() for p in child.parameters() if p.ndim == 2)
+            matrices = sum(2.0 * new * p.numel() for p in child.parameters() if p.ndim == 2)
             attention, ffn = (attention + matrices, ffn) if takes_attention_mask(child) else (attention, ffn + matrices)
     head = linear_flops(1, config.hidden_size, config.vocab_size)
     return {"attention": attention + scores, "scores": scores, "ffn": ffn, "head": head}
@@ -112,22 +123,37 @@ def counted(model: VisionLanguageModel, point: Point) -> dict[str, float]:
     """The same by torch's operator counter, on a model built on the meta device.
 
     Returns:
-        ``vision_encoder``; ``language``, the bare model on the same sequence; ``fusion``, what the method adds to it
-        (less its ``uncounted`` part); ``decode``, one token more.
+        ``vision_encoder``; ``reducer``; ``language``, the bare model with as many tokens in each layer; ``fusion``,
+        what the method adds to it (less its ``uncounted`` part); ``decode``, one token more.
     """
     batch, features = point.inputs(model, "meta")
-    sequence = torch.ones(point.batch, point.text + point.inside(model), dtype=torch.long, device="meta")
-    pixels, token = point.pixels(model, "meta"), sequence[:, :1]
+    pixels, token = point.pixels(model, "meta"), torch.ones(point.batch, 1, dtype=torch.long, device="meta")
     with torch.no_grad():
+        encoder = _count(lambda: model.vision(pixels)) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
-        language = _count(lambda: model.language.hf(input_ids=sequence, use_cache=True, logits_to_keep=1))
+        language = _bare(model, point)
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
-            "vision_encoder": _count(lambda: model.vision(pixels)) if len(pixels) else 0.0,
+            "vision_encoder": encoder,
+            "reducer": _count(lambda: model.features(pixels)) - encoder if len(pixels) else 0.0,
             "language": language,
             "fusion": _count(lambda: model.prefill(batch, features)) - language,
             "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),
         }
+
+
+def _bare(model: VisionLanguageModel, point: Point) -> float:
+    """The bare language model; where layers differ in their tokens, each costs its share of a run with as many."""
+    layers = len(model.language.layers)
+    lengths = Counter(point.text + count for count in model.fusion.visual_by_layer(point.inside(model), layers))
+
+    def run(length: int) -> float:
+        ids = torch.ones(point.batch, length, dtype=torch.long, device="meta")
+        return _count(lambda: model.language.hf(input_ids=ids, use_cache=True, logits_to_keep=1))
+
+    config = model.language.hf.config
+    head = point.batch * linear_flops(1, config.hidden_size, config.vocab_size)
+    return head + sum(share * (run(length) - head) / layers for length, share in lengths.items())
 
 
 def _count(run: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 """Milliseconds by stage, on the device in use: median of several runs with the 10th and 90th percentile.
 
     preprocessing       an image to views, on the host
-    vision_encoder      views to features
+    vision_encoder      views to features, reduced
     fusion              the projector, or the image's part of a generator; a part of:
     prefill             features to the first token's logits
     first_token         pixels to the first token's logits: encoder and prefill in one run
@@ -56,7 +56,7 @@ def stage_times(
     hf, token = model.language.hf, torch.ones(point.batch, 1, dtype=torch.long, device=device)
 
     def encoded() -> Any:
-        return model.vision(pixels) if len(pixels) else None
+        return model.features(pixels) if len(pixels) else None
 
     def bare() -> Any:
         return hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True, logits_to_keep=1)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lavi.efficiency.point import Point
+from lavi.language.narrow import LayeredCache
 from lavi.model import VisionLanguageModel
 
 MIB = 2**20
@@ -29,22 +31,30 @@ def prefill_memory(model: VisionLanguageModel, point: Point, *, device: torch.de
     pixels = point.pixels(model, device)
 
     def run() -> tuple[object, ...]:
-        seen = model.vision(pixels) if len(pixels) else None
+        seen = model.features(pixels) if len(pixels) else None
         return seen, *model.prefill(batch, features)
 
     with torch.no_grad():
         _, out, vision = run()
+        own, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
         held = {
             "weights": model.parameters(),
             "visual_features": [features],
-            "visual_cache": vision.held(),  # type: ignore[attr-defined]
-            "kv_cache": [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)],  # type: ignore[attr-defined]
+            "visual_cache": [*vision.held(), *beside],  # type: ignore[attr-defined]
+            "kv_cache": own,
             "logits": [out.logits],  # type: ignore[attr-defined]
         }
         found = {name: _bytes(tensors) for name, tensors in held.items()}
-        del out, vision, held
+        del out, vision, held, own, beside
         found |= _peak_cuda(run, device) if device.type == "cuda" else {"peak": _peak_cpu(run)}
     return {name: size / MIB for name, size in found.items()}
+
+
+def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of the language model's own attention, and what its layers keep of what they read beside it."""
+    if isinstance(cache, LayeredCache):
+        return cache.keys_values(), cache.held()
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)], []
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:

@@ -39,14 +39,19 @@ class Scenario:
 
     def at(self, model: VisionLanguageModel) -> Point:
         """The shapes it has for a model."""
-        tokens = model.vision.tokens
+        tokens = model.seen.tokens
+        if not tokens:  # a control that shows none
+            views = self.frames or 1
+            if self.image is not None:
+                views = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)[1].views
+            return Point(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
         if self.image is not None:
             _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)
             return Point(self.text, self.batch, layout, tokens, layout.views)
         if self.frames is not None:
             return Point(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
         if self.visual_tokens:
-            encoded = math.ceil(self.visual_tokens / tokens)
+            encoded = math.ceil(self.visual_tokens / max(tokens, 1))
             return Point(self.text, self.batch, Layout(), self.visual_tokens, encoded)
         return Point(self.text, self.batch)
 
@@ -101,7 +106,7 @@ class Point:
             spans=[(0, self.text)] * self.batch,
             places=[ImagePlace(row, place, self.layout) for row in range(self.batch)] if self.layout else [],
         )
-        return batch, torch.zeros(self.batch * self.views, max(self.per_view, 1), model.vision.width, device=device)
+        return batch, torch.zeros(self.batch * self.views, max(self.per_view, 1), model.seen.width, device=device)
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
         """What the tower encodes: (views of all rows, C, H, W)."""

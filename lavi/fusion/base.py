@@ -15,16 +15,17 @@ The language model's own parameters never change their names; a fusion owns its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
-from lavi.language.context import DecoderInput
+from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget
-from lavi.vision.base import VisionBackbone
+from lavi.vision.base import Seen
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Cost:
 
 
 class Fusion(nn.Module, ABC):
-    """Built unbound from a recipe, then bound once to a language model and a vision backbone."""
+    """Built unbound from a recipe, then bound once to a language model and to what it will see."""
 
     @property
     def chosen(self) -> list[NormTarget]:
@@ -44,8 +45,8 @@ class Fusion(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
-        """Make the parameters, for features of ``vision``'s width and grid, and open the decoder."""
+    def bind(self, language: LanguageModel, seen: Seen) -> None:
+        """Make the parameters, for features as ``seen``, and open the decoder."""
 
     @abstractmethod
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
@@ -55,15 +56,44 @@ class Fusion(nn.Module, ABC):
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         """How many visual tokens of an image, ``per_view`` of each view, stand in the language model's sequence."""
 
+    def visual_by_layer(self, inside: int, layers: int) -> list[int]:
+        """How many visual tokens each decoder layer works on, of ``inside`` that stand in the sequence."""
+        return [inside] * layers
+
     @abstractmethod
-    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
-        """The fusion's own FLOPs for one row of ``text`` tokens that sees ``views`` of ``per_view`` tokens, by formula.
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        """The fusion's own FLOPs for one row of ``text`` tokens, by formula.
 
         Components: ``generator`` and ``modulation``, or ``projector``, or what the method calls its parts.
 
         Args:
+            layout: of the image that the row sees; None: it sees none.
+            per_view: tokens of each of its views.
             decoding: the tokens follow a prompt: what is computed once an image is there already.
         """
+
+
+@dataclass
+class ColumnContext(VisualContext):
+    """What layers read of the images: tokens that stand beside the text, each before one of its columns."""
+
+    visual: dict[str, Tensor] = field(default_factory=dict)
+    """(B, M, E) each."""
+    column: Tensor = None  # type: ignore[assignment]
+    """(B, M): the text column each token stands before."""
+    mask: Tensor | None = None
+    """(B, T, M): what each text token of this call sees: the images before it."""
+
+    def at(self, past: int, length: int) -> Self:
+        columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
+        return replace(self, mask=self.column[:, None, :] <= columns[None, :, None])
+
+    def held(self) -> list[Tensor]:
+        return list(self.visual.values())
+
+    def for_generation(self, beams: int) -> Self:
+        visual = {name: tokens.repeat_interleave(beams, dim=0) for name, tokens in self.visual.items()}
+        return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(beams, dim=0))
 
 
 @dataclass
@@ -120,3 +150,31 @@ def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
             numbers.append((image, 0, 0, 0))
             numbers += [(image, row + 1, column + 1, 0) for row in range(rows) for column in range(columns)]
     return torch.tensor(numbers, dtype=torch.long, device="cpu").reshape(-1, 4).to(device)
+
+
+def spread_layers(count: int, chosen: int, where: str) -> list[int]:
+    """``chosen`` of ``count`` layers: the first, the last, or one at the end of each of equal groups."""
+    if where == "first":
+        return list(range(chosen))
+    if where == "last":
+        return list(range(count - chosen, count))
+    return [round((i + 1) * count / chosen) - 1 for i in range(chosen)]
+
+
+def modulation_flops(norms: int, text: int, width: int, *, scale: bool = True, shift: bool = True) -> float:
+    """FLOPs of modulating ``norms`` norms for ``text`` tokens; no operator counter sees them.
+
+    Per element: xhat (square, sum, product), dgamma xhat, the two sums.
+    """
+    return float((3 * scale + scale + scale + shift) * norms * text * width)
+
+
+def asking_columns(batch: Batch) -> list[int]:
+    """For each row the column of the last token before its first answer: all of a prompt has been read there.
+
+    What depends on the question may depend on this token, and on none behind it: answers must not be seen.
+    """
+    columns = [stop - 1 for _, stop in batch.spans]
+    for answer in reversed(batch.answers):
+        columns[answer.row] = answer.start - 1
+    return columns

@@ -18,7 +18,7 @@ from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.flops import linear_flops
-from lavi.vision.base import VisionBackbone
+from lavi.vision.base import Seen
 from lavi.vision.tiles import Packing
 
 
@@ -34,11 +34,11 @@ class ConcatFusion(Fusion):
         super().__init__()
         self.has_newline, self.budget = newline, budget
 
-    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
-        self.widths = (vision.width, language.width)
-        self.packing = Packing(vision.grid, budget=self.budget)
+    def bind(self, language: LanguageModel, seen: Seen) -> None:
+        self.widths = (seen.width, language.width)
+        self.packing = Packing(seen.grid, budget=self.budget)
         self.projector = nn.Sequential(
-            nn.Linear(vision.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+            nn.Linear(seen.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
         )
         self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
@@ -73,9 +73,9 @@ class ConcatFusion(Fusion):
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return self.packing.count(layout, per_view, newline=self.has_newline)
 
-    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         vision_width, width = self.widths
-        visual = 0 if decoding else views * per_view
+        visual = 0 if decoding or layout is None else layout.views * per_view
         return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
 
 

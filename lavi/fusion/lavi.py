@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import Cost, Fusion, numbers_of_views, rows_of
-from lavi.language.context import DecoderInput, VisualContext
+from lavi.fusion.base import ColumnContext, Cost, Fusion, modulation_flops, numbers_of_views, rows_of, spread_layers
+from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
 from lavi.nn.deltas import GENERATORS, DeltaGenerator
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
-from lavi.vision.base import VisionBackbone
+from lavi.vision.base import Seen
 
 
 class LaViFusion(Fusion):
@@ -86,8 +86,9 @@ class LaViFusion(Fusion):
         self.kind, self.bottleneck, self.heads, self.depth = generator, bottleneck, heads, depth
         self.per_target, self.max_images = per_target, max_images
 
-    def bind(self, language: LanguageModel, vision: VisionBackbone) -> None:
-        self.width, self.grid, self.final = language.width, vision.grid, len(language.layers)
+    def bind(self, language: LanguageModel, seen: Seen) -> None:
+        self.width, self.final = language.width, len(language.layers)
+        self.grid = seen.grid or (1, max(1, seen.tokens))
         layers = self._choose_layers(self.final)
         found = norm_targets(language.hf)
         self.targets = {layer: self._choose_norms(layer, found) for layer in layers}
@@ -97,13 +98,13 @@ class LaViFusion(Fusion):
         open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
         for target in self.chosen:
             open_norm(target, language.width)
-        self.views = ViewEmbedding(vision.width, images=self.max_images)
+        self.views = ViewEmbedding(seen.width, images=self.max_images)
         self.generators = nn.ModuleDict()
         for layer, targets in self.targets.items():
             for name, count in self._generators_of(layer, len(targets)):
                 self.generators[name] = GENERATORS[self.kind](
                     width=language.width,
-                    vision_width=vision.width,
+                    vision_width=seen.width,
                     outputs=count * (self.scale + self.shift),
                     bottleneck=self.bottleneck,
                     heads=self.heads,
@@ -148,6 +149,8 @@ class LaViFusion(Fusion):
         return list(chosen.values())
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        if not features.shape[1]:  # a control that shows no token: as without an image
+            batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
         tokens = features.float() + self.views(numbers_of_views(batch, features.device))  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
         views, per_view, _ = next(iter(slots.values())).shape
@@ -168,48 +171,28 @@ class LaViFusion(Fusion):
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return 0
 
-    def costs(self, text: int, *, views: int, per_view: int, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        views = layout.views if layout else 0
         generators = 0.0
         for module in self.generators.values():
             generator = cast(DeltaGenerator, module)
             generators += generator.flops(text, views=views, per_view=per_view)
             generators += 0 if decoding else views * generator.slots_flops(per_view)
-        # Per element of a modulated norm: xhat (square, sum, product), dgamma xhat, the two sums.
-        per_element = 3 * self.scale + self.scale + self.scale + self.shift
-        modulation = float(per_element * len(self.chosen) * text * self.width)
+        modulation = modulation_flops(len(self.chosen), text, self.width, scale=self.scale, shift=self.shift)
         return {"generator": Cost(generators), "modulation": Cost(modulation, uncounted=modulation)}
 
 
-def spread_layers(count: int, chosen: int, where: str) -> list[int]:
-    """``chosen`` of ``count`` layers: the first, the last, or one at the end of each of equal groups."""
-    if where == "first":
-        return list(range(chosen))
-    if where == "last":
-        return list(range(count - chosen, count))
-    return [round((i + 1) * count / chosen) - 1 for i in range(chosen)]
-
-
 @dataclass
-class LaViContext(VisualContext):
+class LaViContext(ColumnContext):
     """What the images left for each generator, and which of it each token may see."""
 
     fusion: LaViFusion = None  # type: ignore[assignment]
-    visual: dict[str, Tensor] = None  # type: ignore[assignment]
-    """For each generator (B, M, E)."""
-    column: Tensor = None  # type: ignore[assignment]
-    """(B, M): the text column each slot stands before."""
-    mask: Tensor | None = None
-    """(B, T, M): what each token of this call sees: the slots of the images before it."""
 
-    def at(self, past: int, length: int) -> LaViContext:
-        columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
-        return replace(self, mask=self.column[:, None, :] <= columns[None, :, None])
-
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         assert self.mask is not None
         norms = [cast(ModulatedNorm, target.norm) for target in self.fusion.targets[layer]]
         with modulated(norms, self.fusion.deltas(layer, hidden, self.visual, self.mask)):
-            return call(hidden, *args, **kwargs)
+            return call(hidden, **kwargs)
 
     def around_stack(self) -> AbstractContextManager[object]:
         final = self.fusion.final
@@ -219,10 +202,3 @@ class LaViContext(VisualContext):
         assert self.mask is not None
         mask = self.mask  # the final norm's input is known only when the norm is called
         return modulated([norm], [lambda hidden: self.fusion.deltas(final, hidden, self.visual, mask)[0]])
-
-    def held(self) -> list[Tensor]:
-        return list(self.visual.values())
-
-    def for_generation(self, beams: int) -> LaViContext:
-        visual = {name: slots.repeat_interleave(beams, dim=0) for name, slots in self.visual.items()}
-        return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(beams, dim=0))

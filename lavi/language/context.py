@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
+from transformers import Cache, PretrainedConfig
 
 
 @dataclass
@@ -23,13 +24,21 @@ class VisualContext:
     text_columns: Tensor | None = None
     """(B, T): where the text tokens stand in the arranged sequence; logits are computed there only. None: all."""
 
-    def at(self, past: int, length: int) -> VisualContext:
+    def at(self, past: int, length: int) -> Self:
         """The context as ``length`` tokens see it that follow ``past`` cached ones."""
         return self
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does."""
-        return call(hidden, *args, vision=self, **kwargs)
+    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+        """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does.
+
+        Args:
+            kwargs: what the stack hands to the layer, by name (``attention_mask``, ``past_key_values`` ...).
+        """
+        return call(hidden, vision=self, **kwargs)
+
+    def new_cache(self, config: PretrainedConfig) -> Cache | None:
+        """A cache for a prompt about to be read; None: the language model's own."""
+        return None
 
     def around_stack(self) -> AbstractContextManager[object]:
         """Holds while the whole stack of layers runs, its final norm included."""
@@ -39,7 +48,11 @@ class VisualContext:
         """What of the images is kept for the tokens to come, beside the language model's own cache."""
         return []
 
-    def for_generation(self, beams: int) -> VisualContext:
+    def losses(self) -> dict[str, Tensor]:
+        """What the method adds to the loss of a batch that was read, each a mean over samples."""
+        return {}
+
+    def for_generation(self, beams: int) -> Self:
         """The context of a prompt about to be continued, each row ``beams`` times."""
         return replace(self, text_columns=None)
 

@@ -18,16 +18,17 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from lavi.errors import UserError
 from lavi.language.context import VisualContext
+from lavi.language.narrow import LayeredCache
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm, normalise
 
 # --- swapping classes -------------------------------------------------------------------------------------------------
@@ -59,11 +60,30 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Tensor:
         if vision is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return vision.around(self.fused_index, super().forward, hidden_states, *args, **kwargs)
+        # Some families hand arguments on by their place (GPT-2): a context finds them by their name.
+        named = dict(zip(_parameters(super().forward.__func__), args, strict=False))  # type: ignore[attr-defined]
+        named |= kwargs
+        call = super().forward
+        if "layer_past" in named:  # what GPT-NeoX calls its cache
+            named["past_key_values"] = named.pop("layer_past")
+            return vision.around(self.fused_index, partial(_with_layer_past, call), hidden_states, **named)
+        return vision.around(self.fused_index, call, hidden_states, **named)
+
+
+def _with_layer_past(call: Callable[..., Any], hidden: Tensor, *, past_key_values: Any = None, **kwargs: Any) -> Any:
+    return call(hidden, layer_past=past_key_values, **kwargs)
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a layer's forward takes, behind the hidden states."""
+    return tuple(inspect.signature(forward).parameters)[2:]
 
 
 class FusedDecoder(nn.Module):
     """A stack of layers that places the context in time, and keeps only the hidden states that get logits."""
+
+    config: PretrainedConfig
 
     def forward(
         self, input_ids: Tensor | None = None, *args: Any, vision: VisualContext | None = None, **kwargs: Any
@@ -73,9 +93,13 @@ class FusedDecoder(nn.Module):
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if not past and (cache is not None or kwargs.get("use_cache")):
+            kwargs["past_key_values"] = cache = vision.new_cache(self.config) or cache
         placed = vision.at(past, tokens.shape[1])
         with placed.around_stack():
             out = super().forward(input_ids, *args, vision=placed, **kwargs)
+        if isinstance(cache, LayeredCache):
+            cache.arranged += tokens.shape[1]
         if vision.text_columns is not None:
             index = vision.text_columns[..., None].expand(-1, -1, out.last_hidden_state.shape[-1])  # (B, T, D)
             out.last_hidden_state = out.last_hidden_state.gather(1, index)
@@ -162,9 +186,9 @@ class _Canary(VisualContext):
         super().__init__()
         self.layers: set[int] = set()
 
-    def around(self, layer: int, call: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def around(self, layer: int, call: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
         self.layers.add(layer)
-        return call(hidden, *args, **kwargs)
+        return call(hidden, **kwargs)
 
 
 def _dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -> None:

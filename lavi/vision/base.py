@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one view's features look like to those who take them in."""
+
+    width: int
+    """Dv."""
+    tokens: int
+    """N."""
+    grid: tuple[int, int] | None
+    """Rows and columns of the tokens (behind a class token, where there is one more); None: they lie on no grid."""
 
 
 class VisionBackbone(nn.Module, ABC):
@@ -30,6 +43,11 @@ class VisionBackbone(nn.Module, ABC):
     def tokens(self) -> int:
         """N of one view."""
         return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def seen(self) -> Seen:
+        """What a view becomes."""
+        return Seen(self.width, self.tokens, self.grid)
 
     @property
     @abstractmethod

@@ -134,16 +134,27 @@ class Packing:
     """The features of one image's views to one sequence of visual tokens.
 
     Args:
-        grid: rows and columns of the features of one view.
+        grid: rows and columns of the features of one view; None: they lie on no grid (a reducer took them off it), and
+            all tokens of all views stand one after the other.
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``max_9``); they are shrunk
             bilinearly, and only if they exceed it by 1.1 in each direction.
     """
 
-    def __init__(self, grid: Grid, *, budget: int = 9) -> None:
-        self.grid, self.budget = grid, budget
+    def __init__(self, grid: Grid | None, *, budget: int = 9) -> None:
+        self._grid, self.budget = grid, budget
+
+    @property
+    def grid(self) -> Grid:
+        """Of tokens that lie on one."""
+        assert self._grid is not None
+        return self._grid
 
     def count(self, layout: Layout, per_view: int, *, newline: bool) -> int:
         """How many tokens :meth:`pack` gives for views of ``per_view`` tokens."""
+        if not per_view:
+            return 0
+        if self._grid is None:
+            return layout.views * per_view + newline
         if layout.video:
             return layout.views * math.prod(self.frame_grid) + newline
         if layout.tiles is None:
@@ -158,6 +169,10 @@ class Packing:
             UserError: the views of a tiled image or of a video are more than their grid.
         """
         end = [newline[None].to(features)] if newline is not None else []
+        if not features.shape[1]:
+            return features.flatten(0, 1)
+        if self._grid is None:
+            return torch.cat([features.flatten(0, 1), *end])
         if (layout.video or layout.tiles) and features.shape[1] != math.prod(self.grid):
             raise UserError(
                 f"tiles and frames are grids of {self.grid[0]} x {self.grid[1]}, and the vision backbone gives "

@@ -24,7 +24,13 @@ from lavi.vision.flops import ShapeFlops
 
 
 class Tower(VisionBackbone):
-    """A backbone around one network."""
+    """A backbone around one network.
+
+    Attributes:
+        standing_before: tokens that the network itself has before its grid (class token, registers), kept or not.
+    """
+
+    standing_before: int
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -50,6 +56,7 @@ class Tower(VisionBackbone):
             raise UserError(f"the layers of this tower have different grids ({sorted(grids)}): choose one layer.")
         self.grid = grids.pop()
         self.width = sum(grid.shape[1] for _, grid in layers)
+        self.standing_before = layers[0][0].shape[1]
         self.prefix = int(class_token)
         if layers[0][0].shape[1] - registers < self.prefix:
             raise UserError(

@@ -1,0 +1,118 @@
+"""Gated cross-attention layers between the decoder's own (Flamingo, arXiv 2204.14198; Llama 3.2 Vision, "mllama").
+
+    image -> tower -> V (N, Dv) -- keys, values for each block, once an image --+
+                                                                                |
+    h (T, D) -> [ gated cross-attention, gated feed-forward ] -> layer l -> ... -> h'      for some l
+
+No visual token enters the sequence. The gates start at zero, so at step 0 the model *is* the language model. A token
+reads the images before it in the conversation, all of them (Flamingo reads the last one only).
+Chosen here: the views' norm and embedding (as in lavi.py), and the blocks' place, evenly spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lavi.batch import Batch, Layout
+from lavi.errors import UserError
+from lavi.fusion.base import ColumnContext, Cost, Fusion, numbers_of_views, rows_of, spread_layers
+from lavi.language.context import DecoderInput
+from lavi.language.load import LanguageModel
+from lavi.language.surgery import open_decoder
+from lavi.nn.cross_attention import GatedCrossAttention
+from lavi.nn.view_embedding import ViewEmbedding
+from lavi.vision.base import Seen
+
+
+class CrossAttentionFusion(Fusion):
+    """A gated block before some decoder layers.
+
+    Args:
+        every: a block before the last layer of every group of this many (mllama: 5).
+        layers: the layers that get a block, instead of ``every``.
+        fraction: this share of the layers, evenly spread, instead of ``every``.
+        heads: of the attention; by default the language model's.
+        ffn: width of the gated feed-forward part as a multiple of D; 0: none.
+        max_images: images of one conversation told apart by an embedding; later ones share the last.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 4,
+        layers: list[int] | None = None,
+        fraction: float | None = None,
+        heads: int | None = None,
+        ffn: float = 4.0,
+        max_images: int = 8,
+    ) -> None:
+        super().__init__()
+        if layers is not None and fraction is not None:
+            raise UserError("cross-attention takes either 'layers' or 'fraction', not both.")
+        self.every, self.wanted, self.fraction = every, layers, fraction
+        self.heads, self.ffn, self.max_images = heads, ffn, max_images
+
+    def bind(self, language: LanguageModel, seen: Seen) -> None:
+        count, width = len(language.layers), language.width
+        if self.wanted is not None:
+            layers = self.wanted
+        elif self.fraction is not None:
+            layers = spread_layers(count, max(1, round(self.fraction * count)), "spread")
+        else:
+            layers = list(range(self.every - 1, count, self.every))
+        if not layers or not all(0 <= layer < count for layer in layers):
+            raise UserError(
+                f"cross-attention cannot stand before layers {layers} (every={self.every}): the language "
+                f"model has layers 0 to {count - 1}."
+            )
+        open_decoder(language.hf, sorted(set(layers)))
+        self.views = ViewEmbedding(seen.width, images=self.max_images)
+        self.norm = nn.LayerNorm(seen.width)
+        self.blocks = nn.ModuleDict(
+            {
+                str(layer): GatedCrossAttention(
+                    width=width,
+                    vision_width=seen.width,
+                    heads=self.heads or language.hf.config.num_attention_heads,
+                    ffn=round(self.ffn * width),
+                )
+                for layer in sorted(set(layers))
+            }
+        )
+
+    def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        tokens = self.norm(features.float() + self.views(numbers_of_views(batch, features.device)))  # (views, N, Dv)
+        rows = rows_of(batch, views=len(tokens), per_view=tokens.shape[1], device=features.device)
+        visual = rows.gather(tokens)  # (B, M, Dv)
+        seen = {}
+        for layer, block in self.blocks.items():
+            seen[f"{layer} key"], seen[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(visual)
+        context = CrossAttentionContext(fusion=self, visual=seen, column=rows.column)
+        return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)
+
+    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
+        return 0
+
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        visual = layout.views * per_view if layout else 0
+        flops = 0.0
+        for module in self.blocks.values():
+            block = cast(GatedCrossAttention, module)
+            flops += block.flops(text, visual) + (0 if decoding else block.keys_values_flops(visual))
+        return {"cross_attention": Cost(flops)}
+
+
+@dataclass
+class CrossAttentionContext(ColumnContext):
+    """Keys and values for each block."""
+
+    fusion: CrossAttentionFusion = None  # type: ignore[assignment]
+
+    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+        assert self.mask is not None
+        seen = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
+        return call(self.fusion.blocks[str(layer)](hidden, seen, self.mask), **kwargs)

@@ -1,0 +1,624 @@
+"""VISOR: all visual tokens are kept, and few layers look at them (arXiv 2603.23495).
+
+    image -> tower -> projector -> V (M, D), kept beside the text T
+
+    (V, T) = layer([V ; T])                         l in SA    full self-attention, V is refined       cost O((M + T)^2)
+    (V, T) = V, layer(T + CrossAttn(T, V))          l in CA    the text reads V, V stays as it is      cost O(T M)
+    (V, T) = V, layer(T)                            otherwise  text alone                              cost O(T^2)
+
+A *configuration* says which of the optional layers of SA are used; the CA layers always read. One *universal* model is
+trained on configurations drawn anew each step. A *router* then picks one for each sample, before the first optional
+layer; rows of a batch that go different ways are run in groups, each with its own cache.
+
+    stage 1     train what is new, the language model frozen           configuration: full
+    search      python -m lavi.visor search: which configurations are viable
+    stage 2     universal training over these                          configurations: viable.json
+    label       python -m lavi.visor label: the cheapest that is as good, for each training sample
+    router      train the router on these labels                       router: token, labels: labels.jsonl
+
+The paper's: the three kinds of layer, zero gates, the depthwise position convolution, universal training, offline
+labels, the router. Chosen here, where it is silent or unknown: which layers; V stands where the conversation has its
+image, and a token has the position it has there, in every layer (without any SA layer, the position it has in the text
+alone); the convolution, and an embedding of the image's number, serve the reading layers only, which have no other
+position; a token reads the images before it; the routing token is the last one of the prompt; ``read: modulation``,
+where the text reads V by LaVi's deltas on its norms instead of cross-attention, a method that neither paper has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lavi.batch import Batch, Layout
+from lavi.errors import UserError
+from lavi.fusion.base import Cost, Rows, asking_columns, modulation_flops, spread_layers
+from lavi.fusion.concat import ConcatFusion, splice
+from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.load import LanguageModel
+from lavi.language.narrow import LayeredCache, Span, check_kernel, narrowed, rows_only, take
+from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
+from lavi.nn.cross_attention import GatedCrossAttention
+from lavi.nn.deltas import AttentionDeltas
+from lavi.nn.flops import linear_flops
+from lavi.nn.modulated_norm import Deltas, ModulatedNorm
+from lavi.vision.base import Seen
+
+Configuration = tuple[int, ...]
+"""The layers that refine V, ascending."""
+
+KERNEL = 7
+"""Of the position convolution, in tokens (the paper's)."""
+
+
+class VisorFusion(ConcatFusion):
+    """Text-only, cross-attention and self-attention layers.
+
+    Args:
+        cross_attention: how many layers read V, evenly spread; or which.
+        self_attention: how many layers may refine V, evenly spread over the rest; or which. The upper bound.
+        configuration: which of those do, where no router decides: all, none, or a list of layers.
+        configurations: the viable ones, as lists of layers or as the file that ``lavi.visor search`` wrote. Without a
+            router each training step draws one; with one they are what it chooses from.
+        router: what decides for a sample: the last token of its prompt, or its pooled visual tokens. None: nothing.
+        labels: the file that ``lavi.visor label`` wrote, to train the router on.
+        read: how the text reads V: by gated cross-attention, or by deltas on the norms (LaVi).
+        bottleneck, heads: of the deltas' generator, with ``read: modulation``.
+        max_images: images of one conversation that reading layers tell apart; later ones share an embedding.
+        newline, budget: as in :class:`~lavi.fusion.concat.ConcatFusion`.
+
+    Raises:
+        UserError: no such layers, a layer that both reads and refines, or a router without configurations.
+    """
+
+    def __init__(
+        self,
+        *,
+        cross_attention: int | list[int],
+        self_attention: int | list[int],
+        configuration: Literal["full", "none"] | list[int] = "full",
+        configurations: list[list[int]] | str | None = None,
+        router: Literal["token", "pooled"] | None = None,
+        labels: str | None = None,
+        read: Literal["attention", "modulation"] = "attention",
+        bottleneck: int = 64,
+        heads: int = 4,
+        max_images: int = 8,
+        newline: bool = False,
+        budget: int = 9,
+    ) -> None:
+        super().__init__(newline=newline, budget=budget)
+        if router is not None and configurations is None:
+            raise UserError("VISOR's router chooses from 'configurations': name them, or the file that search wrote.")
+        if labels is not None and router is None:
+            raise UserError("VISOR's labels are for its router: set 'router' to token or pooled.")
+        self.wanted = (cross_attention, self_attention)
+        self.wanted_configuration, self.wanted_configurations = configuration, configurations
+        self.routes, self.labels_file = router, labels
+        self.read_by, self.bottleneck, self.heads, self.max_images = read, bottleneck, heads, max_images
+        self.routed: Counter[Configuration] = Counter()
+        """How often the router chose each configuration, since somebody last cleared it."""
+
+    def bind(self, language: LanguageModel, seen: Seen) -> None:
+        super().bind(language, seen)
+        check_kernel(language.attention, "VISOR")
+        self.kernel, self.depth, self.width = language.attention, len(language.layers), language.width
+        self.sliding = LayeredCache(language.hf.config)
+        self._choose_layers()
+        self.configuration = self._configuration(self.wanted_configuration)
+        self.viable = self._viable()
+        self.norms: dict[int, list[NormTarget]] = {}
+        if self.read_by == "modulation":
+            found = norm_targets(language.hf)
+            self.norms = {layer: _feeding(layer, found) for layer in self.reading}
+        open_decoder(language.hf, range(self.depth))
+        for targets in self.norms.values():
+            for target in targets:
+                open_norm(target, self.width)
+        self.readers = nn.ModuleDict({str(layer): self._reader(layer, language) for layer in self.reading})
+        self.position = None
+        if self.reading:
+            self.position = nn.Conv1d(self.width, self.width, KERNEL, padding=KERNEL // 2, groups=self.width)
+            self.images = nn.Embedding(self.max_images, self.width)
+            nn.init.normal_(self.images.weight, std=0.02)
+        self.router = None
+        if self.routes is not None:
+            if not self.viable or not self.refining:
+                raise UserError(
+                    "VISOR's router has nothing to choose from: give layers that may refine, and configurations."
+                )
+            self.router = nn.Sequential(
+                nn.LayerNorm(self.width), nn.Linear(self.width, 128), nn.GELU(), nn.Linear(128, len(self.viable))
+            )
+        self._labels: dict[str, int] | None = None
+
+    @property
+    def chosen(self) -> list[NormTarget]:
+        return [target for targets in self.norms.values() for target in targets]
+
+    def _choose_layers(self) -> None:
+        reading, refining = self.wanted
+        layers = range(self.depth)
+        asked = reading if isinstance(reading, int) else len(reading)
+        optional = refining if isinstance(refining, int) else len(refining)
+        if asked + optional > self.depth or min(asked, optional) < 0:
+            raise UserError(
+                f"VISOR: {asked} reading and {optional} refining layers, and the language model has {self.depth}."
+            )
+        taken = set() if isinstance(refining, int) else set(refining)
+        self.reading = _spread(reading, [layer for layer in layers if layer not in taken])
+        self.refining = _spread(refining, [layer for layer in layers if layer not in self.reading])
+        for names, chosen in (("cross_attention", self.reading), ("self_attention", self.refining)):
+            if wrong := [layer for layer in chosen if layer not in layers]:
+                raise UserError(f"VISOR's {names} names layers {wrong}: the language model has 0 to {self.depth - 1}.")
+        if both := sorted(set(self.reading) & set(self.refining)):
+            raise UserError(f"VISOR's layers {both} cannot both read the visual tokens and refine them.")
+
+    def _configuration(self, wanted: str | Sequence[int]) -> Configuration:
+        if isinstance(wanted, str):
+            return tuple(self.refining) if wanted == "full" else ()
+        if wrong := sorted(set(wanted) - set(self.refining)):
+            raise UserError(f"VISOR's configuration names layers {wrong}: only {self.refining} may refine.")
+        return tuple(sorted(set(wanted)))
+
+    def _viable(self) -> list[Configuration]:
+        """From the cheapest to the dearest."""
+        wanted = self.wanted_configurations
+        if isinstance(wanted, str):
+            if not Path(wanted).exists():
+                raise UserError(
+                    f"there is no file {wanted} of viable configurations: make it with python -m lavi.visor search."
+                )
+            wanted = json.loads(Path(wanted).read_text())["viable"]
+        return sorted({self._configuration(one) for one in wanted or []}, key=lambda one: (len(one), one))
+
+    def _reader(self, layer: int, language: LanguageModel) -> nn.Module:
+        if self.read_by == "modulation":
+            return AttentionDeltas(
+                width=self.width,
+                vision_width=self.width,
+                outputs=2 * len(self.norms[layer]),
+                bottleneck=self.bottleneck,
+                heads=self.heads,
+            )
+        heads = language.hf.config.num_attention_heads
+        return GatedCrossAttention(width=self.width, vision_width=self.width, heads=heads)
+
+    # --- one batch ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        texts, device = batch.input_ids.shape[1], batch.input_ids.device
+        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype))
+        order, columns = splice(batch, counts, text_width=texts)
+        index, arranged, before, image = _beside(batch, counts, order, text_width=texts)
+        flat = torch.cat([visual, visual.new_zeros(1, self.width)])
+        beside = flat[index.to(device)]  # (B, M, D)
+        valid = batch.attention_mask
+        context = VisorContext(
+            fusion=self,
+            configuration=self._of_this_step(),
+            beside=beside,
+            before=before.to(device),
+            visual_valid=(index < len(visual)).to(device),
+            text_valid=None if all(span == (0, texts) for span in batch.spans) else valid,
+            texts=texts,
+            image=image.clamp(max=self.max_images - 1).to(device),
+            asking=torch.tensor(asking_columns(batch), device="cpu").to(device),
+            keys=batch.keys,
+        )
+        if not self.refining:
+            return DecoderInput(input_ids=batch.input_ids, attention_mask=valid, vision=context)
+        order = order.to(device)
+        mask = order >= 0
+        context.length = order.shape[1]
+        context.text_columns = columns.to(device)
+        context.columns = context.text_columns.masked_fill(~valid, context.length)
+        context.arranged = arranged.to(device)
+        text = language.embed(batch.input_ids)  # (B, T, D)
+        everything = torch.cat([text.flatten(0, 1), flat.to(text.dtype)])
+        embeds = everything[order.masked_fill(~mask, len(everything) - 1)]  # (B, S, D)
+        return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=context)
+
+    def _of_this_step(self) -> Configuration:
+        if self.training and self.viable and self.router is None:
+            return self.viable[int(torch.randint(len(self.viable), (1,), device="cpu"))]
+        return self.viable[0] if self.router is not None else self.configuration
+
+    def positioned(self, visual: Tensor, image: Tensor) -> Tensor:
+        """V (B, M, D) as the reading layers see it: each token told where it stands, and in which image.
+
+        Args:
+            image: (B, M) number of its image in the row. Images keep half a kernel apart: text between two of them
+                reads the first, which must not have seen the second.
+        """
+        assert self.position is not None
+        tokens = visual.to(self.position.weight.dtype)
+        places = torch.arange(image.shape[1], device=image.device) + KERNEL // 2 * image  # (B, M)
+        wide = tokens.new_zeros(tokens.shape[0], tokens.shape[1] + KERNEL // 2 * self.max_images, tokens.shape[2])
+        spaced = wide.scatter(1, places[..., None].expand_as(tokens), tokens)
+        near = take(self.position(spaced.transpose(1, 2)).transpose(1, 2), places)
+        return visual + (near + self.images(image)).to(visual.dtype)
+
+    def look(self, layer: int, visual: Tensor) -> tuple[Tensor, ...]:
+        """What a reading layer keeps of V, computed once an image: keys and values, or a generator's slots."""
+        reader = self.readers[str(layer)]
+        if isinstance(reader, AttentionDeltas):
+            return (reader.visual(visual, (1, visual.shape[1])),)
+        return cast(GatedCrossAttention, reader).keys_values(visual)
+
+    def read(
+        self, layer: int, text: Tensor, seen: tuple[Tensor, ...], mask: Tensor
+    ) -> tuple[Tensor, AbstractContextManager[object]]:
+        """The text after reading, and what holds while its layer runs."""
+        reader = self.readers[str(layer)]
+        if isinstance(reader, AttentionDeltas):
+            parts = iter(reader(text, seen[0], mask).unbind(2))
+            norms = [cast(ModulatedNorm, target.norm) for target in self.norms[layer]]
+            deltas: list[Deltas] = [(next(parts), next(parts)) for _ in norms]
+            return text, modulated(norms, deltas)
+        return reader(text, seen, mask), nullcontext()
+
+    def loss(self, keys: Sequence[str], logits: Tensor) -> Tensor:
+        """Cross-entropy of the router's choice (B, configurations) against the labels of the samples ``keys``.
+
+        Raises:
+            UserError: none of the samples has a label.
+        """
+        labels = [self.labels.get(key, -100) for key in keys]
+        if all(label < 0 for label in labels):
+            raise UserError(
+                f"{self.labels_file} has a label for none of the samples {', '.join(keys[:4])} ...: label them."
+            )
+        return nn.functional.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Number of the configuration that each sample needs."""
+        if self._labels is None:
+            self._labels = read_labels(Path(self.labels_file), self.viable) if self.labels_file else {}
+        return self._labels
+
+    # --- what it costs ------------------------------------------------------------------------------------------------
+
+    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
+        return super().tokens_in_language(layout, per_view) if self.refining else 0
+
+    def visual_by_layer(self, inside: int, layers: int) -> list[int]:
+        return [inside if layer in self.configuration else 0 for layer in range(layers)]
+
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        visual = super().tokens_in_language(layout, per_view) if layout else 0
+        costs = super().costs(text, layout, per_view, decoding=decoding)
+        reading = modulation = 0.0
+        for name, reader in self.readers.items():
+            if isinstance(reader, AttentionDeltas):
+                reading += reader.flops(text, views=1, per_view=visual)
+                once = reader.slots_flops(visual)
+                modulation += modulation_flops(len(self.norms[int(name)]), text, self.width)
+            else:
+                reading += cast(GatedCrossAttention, reader).flops(text, visual)
+                once = cast(GatedCrossAttention, reader).keys_values_flops(visual)
+            reading += 0 if decoding else once
+        if not decoding:
+            reading += len(self.reading) * linear_flops(visual + KERNEL // 2 * self.max_images, KERNEL, self.width)
+        kind = "generator" if self.read_by == "modulation" else "cross_attention"
+        costs[kind] = Cost(reading)
+        if modulation:
+            costs["modulation"] = Cost(modulation, uncounted=modulation)
+        if self.router is not None:
+            costs["router"] = Cost(
+                0.0 if decoding else linear_flops(1, self.width, 128) + linear_flops(1, 128, len(self.viable))
+            )
+        return costs
+
+
+def _spread(wanted: int | list[int], free: list[int]) -> list[int]:
+    if isinstance(wanted, int):
+        return [free[place] for place in spread_layers(len(free), wanted, "spread")] if wanted else []
+    return sorted(set(wanted))
+
+
+def _feeding(layer: int, found: Sequence[NormTarget]) -> list[NormTarget]:
+    """The norms that feed attention and feed-forward part of a layer, else those that close them."""
+    chosen: dict[str, NormTarget] = {}
+    for role in ("attention", "ffn"):
+        fitting = [target for target in found if target.layer == layer and target.role in (role, "both")]
+        if not fitting:
+            raise UserError(f"layer {layer} has no norm of its {role} part that could be modulated.")
+        best = max(fitting, key=lambda target: target.place)  # "feeds" before "closes"
+        chosen[best.name] = best
+    return list(chosen.values())
+
+
+def _beside(batch: Batch, counts: Sequence[int], order: Tensor, *, text_width: int) -> tuple[Tensor, ...]:
+    """V of each row, made on the host: (B, M) each, M at least 1.
+
+    Returns:
+        Which of the visual tokens it is (their number: padding); the column it has in the arranged sequence (S:
+        padding); the text column it stands before; and the number of its image in the row.
+    """
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
+    first = 0
+    for place, count in zip(batch.places, counts, strict=True):
+        pieces[place.row].append((place.column, first, first + count))
+        first += count
+    longest = max(1, *(sum(after - start for _, start, after in row) for row in pieces))
+    index = torch.full((len(batch), longest), first, device="cpu")
+    arranged = torch.full_like(index, order.shape[1])
+    before, image = torch.full_like(index, Rows.NEVER), torch.zeros_like(index)
+    for row, of_row in enumerate(pieces):
+        at = 0
+        for number, (column, start, after) in enumerate(sorted(of_row)):
+            stop = at + after - start
+            index[row, at:stop] = torch.arange(start, after, device="cpu")
+            before[row, at:stop] = column
+            image[row, at:] = number
+            at = stop
+        arranged[row, :at] = (order[row] >= len(batch) * text_width).nonzero()[:, 0]
+    return index, arranged, before, image
+
+
+def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
+    """The labels of a file of JSON lines, as numbers of the viable configurations.
+
+    Raises:
+        UserError: there is no such file, or it speaks of other configurations.
+    """
+    if not file.exists():
+        raise UserError(f"there is no file {file} of labels: make it with python -m lavi.visor label.")
+    numbers = {configuration: number for number, configuration in enumerate(viable)}
+    found = {}
+    for line in file.read_text().splitlines():
+        made = json.loads(line)
+        configuration = tuple(made["configuration"])
+        if configuration not in numbers:
+            raise UserError(
+                f"{file} labels sample {made['key']} with layers {list(configuration)}, which is not viable here."
+            )
+        found[made["key"]] = numbers[configuration]
+    return found
+
+
+# --- inside the decoder -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Rows that go the same way from a layer on; None: all of them."""
+
+    rows: Tensor | None
+    configuration: Configuration
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """V (b, M, D) behind each layer that refined it; -1: as it came."""
+    seen: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    """What each reading layer kept of V, where there is no cache to keep it."""
+
+
+@dataclass
+class VisorContext(VisualContext):
+    """V beside the text, and the way each row goes."""
+
+    fusion: VisorFusion = None  # type: ignore[assignment]
+    configuration: Configuration = ()
+    beside: Tensor = None  # type: ignore[assignment]
+    """(B, M, D): V as it came, where the sequence is the text alone."""
+    before: Tensor = None  # type: ignore[assignment]
+    """(B, M): the text column each visual token stands before."""
+    visual_valid: Tensor = None  # type: ignore[assignment]
+    """(B, M)."""
+    image: Tensor = None  # type: ignore[assignment]
+    """(B, M): the number of its image in the row."""
+    text_valid: Tensor | None = None
+    """(B, T); None: no padding."""
+    texts: int = 0
+    """T, of the prompt."""
+    asking: Tensor = None  # type: ignore[assignment]
+    """(B,): the text column of the routing token."""
+    length: int | None = None
+    """S, of the arranged prompt; None: the sequence is the text alone."""
+    columns: Tensor = None  # type: ignore[assignment]
+    """(B, T): where the text stands in the arranged sequence (S: padding)."""
+    arranged: Tensor = None  # type: ignore[assignment]
+    """(B, M): where V stands in it (S: padding)."""
+    keys: list[str] = field(default_factory=list)
+    routing: list[Tensor] = field(default_factory=list)
+    """(B, configurations): what the router said, of each reading of the prompt."""
+    past: int = 0
+    now: int = 0
+    groups: list[Group] = field(default_factory=list)
+    """Of this call: one for all rows, and behind the router those that it made."""
+    mask: Tensor | None = None
+    """(B, text tokens of this call, M)."""
+
+    def at(self, past: int, length: int) -> Self:
+        prompt = self.texts if self.length is None else self.length
+        said = past + length - prompt  # tokens behind the prompt, up to the end of this call
+        stop = self.texts + said
+        start = stop - length if past else 0
+        columns = torch.arange(start, stop, device=self.before.device)
+        mask = self.before[:, None, :] <= columns[None, :, None]
+        groups = [Group(None, self.configuration, {-1: self.beside})]
+        return replace(self, past=past, now=length, mask=mask, groups=groups)
+
+    def new_cache(self, config: PretrainedConfig) -> LayeredCache:
+        return LayeredCache(config)
+
+    def for_generation(self, beams: int) -> Self:
+        names = ["beside", "before", "visual_valid", "text_valid", "image", "asking", "columns", "arranged"]
+        held = {name: getattr(self, name) for name in names}
+        repeated = {name: part.repeat_interleave(beams, dim=0) for name, part in held.items() if part is not None}
+        return replace(self, text_columns=None, **repeated)
+
+    def losses(self) -> dict[str, Tensor]:
+        if self.fusion.router is None or not self.routing:
+            return {}
+        logits = self.routing[0]
+        if self.fusion.labels_file is None:  # not trained here, and still in the graph
+            return {"router": 0.0 * logits.sum()}
+        return {"router": self.fusion.loss(self.keys, logits)}
+
+    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+        reads_prompt = self.length is not None and not self.past
+        out = self._grouped(layer, call, self._split(hidden) if layer == 0 and reads_prompt else hidden, kwargs)
+        # Behind the layers the stack wants the sequence that it gave (GPT-2): the text in its places, and nothing else.
+        return (
+            self._joined([(out, self._text_columns(None))]) if layer == self.fusion.depth - 1 and reads_prompt else out
+        )
+
+    def _grouped(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """One layer, for each group of rows by itself; text (B, T, D) to text."""
+        fusion = self.fusion
+        cache: LayeredCache | None = kwargs.get("past_key_values")
+        if fusion.router is not None and layer == fusion.refining[0] and not self.past:
+            self._route(hidden, layer, cache)
+        if fusion.router is None or layer < fusion.refining[0]:
+            return self._layer(layer, call, hidden, self.groups[0], kwargs)
+        groups = cache.kept["groups"] if self.past and cache is not None else self.groups[1:]
+        if len(groups) == 1:
+            return self._layer(layer, call, hidden, groups[0], self._of_group(kwargs, 0, None))
+        out = torch.empty_like(hidden)
+        for number, group in enumerate(groups):
+            own = self._of_group(kwargs, number, group.rows)
+            out = out.index_copy(0, group.rows, self._layer(layer, call, hidden[group.rows], group, own))
+        return out
+
+    def _split(self, hidden: Tensor) -> Tensor:
+        """The arranged sequence (B, S, D), positions of learned kind added, to the text; V is kept aside."""
+        self.groups[0].states[-1] = self._visual_of(hidden, None)
+        return take(hidden, self._text_columns(None))
+
+    def _visual_of(self, arranged: Tensor, rows: Tensor | None) -> Tensor:
+        columns, valid = _some(self.arranged, rows), _some(self.visual_valid, rows)
+        return take(arranged, columns) * valid[..., None]
+
+    def _text_columns(self, rows: Tensor | None) -> Tensor:
+        """(b, text tokens): columns of the prompt's text and, while nothing is cached, of what was said behind it."""
+        columns = _some(self.columns, rows)
+        assert self.length is not None
+        if self.past or self.now == self.length:
+            return columns
+        behind = torch.arange(self.length, self.now, device=columns.device).expand(len(columns), -1)
+        return torch.cat([columns.masked_fill(columns == self.length, self.now), behind], dim=1)
+
+    def _places(self, rows: Tensor | None) -> Tensor:
+        """(b, M): the columns of V in this call (its length: padding)."""
+        places = _some(self.arranged, rows)
+        return places.masked_fill(places == self.length, self.now)
+
+    def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Parts (b, n, D) at their columns (b, n) of one sequence (b, S, D), zero where none is."""
+        first = parts[0][0]
+        joined = first.new_zeros(first.shape[0], self.now + 1, first.shape[2])  # the last column takes the padding
+        for part, columns in parts:
+            joined = joined.scatter(1, columns[..., None].expand_as(part), part)
+        return joined[:, : self.now]
+
+    def _text_valid(self, rows: Tensor | None) -> Tensor | None:
+        valid = _some(self.text_valid, rows)
+        said = 0 if self.past or self.length is None else self.now - self.length
+        return valid if valid is None or not said else torch.cat([valid, valid.new_ones(len(valid), said)], dim=1)
+
+    def _route(self, hidden: Tensor, layer: int, cache: LayeredCache | None) -> None:
+        """Choose a configuration for each row, and group the rows by it."""
+        fusion = self.fusion
+        assert fusion.router is not None
+        whole = self.groups[0]
+        if fusion.routes == "token":
+            asking = hidden[torch.arange(len(hidden), device=hidden.device), self.asking]  # (B, D)
+        else:
+            count = self.visual_valid.sum(1, keepdim=True).clamp(min=1)
+            asking = whole.states[-1].sum(1) / count  # padding is 0
+        logits = fusion.router(asking.to(next(fusion.router.parameters()).dtype))  # (B, configurations)
+        self.routing.append(logits)
+        if fusion.training:  # its choice has no gradient, so while it learns the cheapest way serves
+            chosen = [0] * len(hidden)
+        else:
+            chosen = [0] * len(hidden) if logits.is_meta else logits.argmax(-1).tolist()
+            fusion.routed.update(fusion.viable[number] for number in chosen)
+        made = []
+        for number in sorted(set(chosen)):
+            rows = torch.tensor([row for row, own in enumerate(chosen) if own == number], device=hidden.device)
+            states = {-1: _some(whole.states[-1], rows)}
+            made.append(Group(rows, fusion.viable[number], states))
+        del self.groups[1:]
+        self.groups += made
+        if cache is not None:
+            cache.split_at(layer, [group.rows for group in made if group.rows is not None])
+            cache.kept["groups"] = [Group(group.rows, group.configuration) for group in made]
+
+    @staticmethod
+    def _of_group(kwargs: dict[str, Any], number: int, rows: Tensor | None) -> dict[str, Any]:
+        own = kwargs if rows is None else rows_only(kwargs, rows)
+        cache: LayeredCache | None = kwargs.get("past_key_values")
+        return own if cache is None else own | {"past_key_values": cache.groups[number][1]}
+
+    def _layer(
+        self, layer: int, call: Callable[..., Tensor], text: Tensor, group: Group, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """One layer for the rows of one group; ``text`` (b, T, D)."""
+        fusion, rows = self.fusion, group.rows if text.shape[0] != len(self.before) else None
+        cache: LayeredCache | None = kwargs.get("past_key_values")
+        holds: AbstractContextManager[object] = nullcontext()
+        if layer in fusion.reading:
+            assert self.mask is not None
+            seen = self._seen(layer, group, rows, cache)
+            text, holds = fusion.read(layer, text, seen, _some(self.mask, rows))
+        if layer in group.configuration:
+            return self._refined(layer, call, text, group, rows, kwargs)
+        if self.length is not None:
+            kwargs = narrowed(
+                kwargs,
+                self._text_columns(rows),
+                self._text_valid(rows),
+                Span(self.length, self.past, self.now),
+                cache=fusion.sliding,
+                layer=layer,
+                kernel=fusion.kernel,
+                dtype=text.dtype,
+            )
+        with holds:
+            return call(text, **kwargs)
+
+    def _seen(self, layer: int, group: Group, rows: Tensor | None, cache: LayeredCache | None) -> tuple[Tensor, ...]:
+        if self.past:
+            assert cache is not None
+            return cache.cross[layer]
+        positioned = self.fusion.positioned(_before(layer, group), _some(self.image, rows))
+        seen = self.fusion.look(layer, positioned)
+        if cache is not None:
+            cache.cross[layer] = seen
+        return seen
+
+    def _refined(
+        self,
+        layer: int,
+        call: Callable[..., Tensor],
+        text: Tensor,
+        group: Group,
+        rows: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Text and V in one sequence again; behind a cached prompt they are there already."""
+        if self.past:
+            return call(text, **kwargs)
+        columns = self._text_columns(rows)
+        out = call(self._joined([(text, columns), (_before(layer, group), self._places(rows))]), **kwargs)
+        group.states[layer] = self._visual_of(out, rows)
+        return take(out, columns)
+
+
+def _before(layer: int, group: Group) -> Tensor:
+    """V as it enters a layer."""
+    return group.states[max(refined for refined in group.states if refined < layer)]
+
+
+def _some(tensor: Any, rows: Tensor | None) -> Any:
+    return tensor if tensor is None or rows is None else tensor[rows]

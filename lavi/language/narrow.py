@@ -1,0 +1,203 @@
+"""Layers that work on fewer tokens than the sequence has, and on rows apart: their masks, positions and caches.
+
+    arranged sequence (B, S)     t t V V V V t t t      what the stack made its masks and positions for
+    a layer's columns (B, n)     t t   V     t t t      what one layer works on
+
+The stack is left as it is. A layer that works on some columns only gets its mask made anew and its positions picked;
+its cache holds these columns alone, while to the stack the cache looks as long as the arranged sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+
+from lavi.errors import UserError
+
+KERNELS = ("sdpa", "eager", "flash_attention_2")
+"""The attention kernels whose masks are made here."""
+
+
+class LayeredCache(DynamicCache):
+    """Keys and values of layers that worked on different columns; also of groups of rows that went different ways.
+
+    Attributes:
+        arranged: columns of the arranged sequence so far.
+        cross: for a layer that reads beside the sequence, what it keeps of what it reads (keys and values).
+        groups: from layer ``split`` on, groups of rows (their numbers, ascending) and the cache of each.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.config = config
+        self.arranged = 0
+        self.cross: dict[int, tuple[Tensor, ...]] = {}
+        self.split: int | None = None
+        self.groups: list[tuple[Tensor, LayeredCache]] = []
+        self.kept: dict[str, Any] = {}
+        """Whatever else a context needs of the prompt in the calls that follow it."""
+
+    def split_at(self, layer: int, rows: list[Tensor]) -> None:
+        """From ``layer`` on each group of rows has a cache of its own."""
+        self.split, self.groups = layer, [(group, LayeredCache(self.config)) for group in rows]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.arranged
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        window = window_of(self, layer_idx)
+        kept = self.arranged if window is None else min(self.arranged, window - 1)
+        return kept + query_length, self.arranged - kept
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.cross = {layer: tuple(part[beam_idx] for part in seen) for layer, seen in self.cross.items()}
+        for rows, cache in self.groups:  # beams of one prompt went the same way, so each group keeps its rows
+            cache.reorder_cache(torch.searchsorted(rows, beam_idx[rows]))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.arranged -= abs(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        for _, cache in self.groups:
+            cache.crop(tokens_to_remove)
+
+    def held(self) -> list[Tensor]:
+        """What is kept for layers that read beside the sequence."""
+        own = [tensor for seen in self.cross.values() for tensor in seen]
+        return own + [tensor for _, cache in self.groups for tensor in cache.held()]
+
+    def keys_values(self) -> list[Tensor]:
+        """What the language model's own attention keeps."""
+        layers: list[Any] = self.layers
+        own = [tensor for layer in layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        return own + [tensor for _, cache in self.groups for tensor in cache.keys_values()]
+
+
+def window_of(cache: DynamicCache, layer: int) -> int | None:
+    """The sliding window of a layer's attention, in tokens."""
+    return getattr(cache.layers[layer], "sliding_window", None)
+
+
+def check_kernel(kernel: str, method: str) -> None:
+    """Refuse attention kernels whose masks cannot be made here.
+
+    Raises:
+        UserError: such a kernel.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"{method} works with the attention kernels {', '.join(KERNELS)}, not '{kernel}'.")
+
+
+def take(tensor: Tensor, columns: Tensor) -> Tensor:
+    """(B or 1, S, ...) at ``columns`` (B, n): (B, n, ...). A column behind the end (padding) takes the last."""
+    columns = columns.clamp(max=tensor.shape[1] - 1)
+    index = columns.reshape(*columns.shape, *[1] * (tensor.ndim - 2))
+    wide = tensor.expand(len(columns), *tensor.shape[1:])
+    return wide.gather(1, index.expand(*columns.shape, *tensor.shape[2:]))
+
+
+def causal_mask(
+    queries: Tensor, keys: Tensor, valid: Tensor | None, *, window: int | None, kernel: str, dtype: torch.dtype
+) -> Tensor | None:
+    """The attention mask of columns ``queries`` (B, Q) over columns ``keys`` (B, K), as ``kernel`` wants it.
+
+    Args:
+        valid: (B, K): which keys are tokens and no padding; None: all.
+        window: of sliding attention, in columns.
+    """
+    if kernel == "flash_attention_2":
+        return valid
+    allowed = keys[:, None, :] <= queries[:, :, None]  # (B, Q, K)
+    if window is not None:
+        allowed &= queries[:, :, None] - keys[:, None, :] < window
+    if valid is not None:
+        allowed &= valid[:, None, :]
+    if queries.shape == keys.shape:  # padding attends to itself: a softmax over nothing is no number
+        allowed |= keys[:, None, :] == queries[:, :, None]
+    allowed = allowed[:, None]  # (B, 1, Q, K)
+    if kernel == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one call in the arranged sequence."""
+
+    length: int
+    """S, of the prompt."""
+    past: int
+    """Columns that are cached."""
+    now: int
+    """Tokens of this call: all of the sequence while nothing is cached."""
+
+    def behind(self, rows: int, device: torch.device) -> Tensor:
+        """(rows, new): columns of what was said behind the prompt, up to this call's end."""
+        return torch.arange(self.length, self.past + self.now, device=device).expand(rows, -1)
+
+
+def narrowed(
+    kwargs: dict[str, Any],
+    columns: Tensor,
+    valid: Tensor | None,
+    span: Span,
+    *,
+    cache: DynamicCache,
+    layer: int,
+    kernel: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The arguments of a layer that works on some columns only: its positions, its mask.
+
+    Args:
+        kwargs: what the stack made for the arranged sequence.
+        columns: (B, n) of this call; behind a cached prompt, those of the prompt.
+        valid: (B, n) which of them are no padding; None: all.
+        cache: says how each layer's attention slides.
+
+    Raises:
+        UserError: positions come as a bias on the attention, which is not made anew here.
+    """
+    if kwargs.get("alibi") is not None:
+        raise UserError(
+            "language models with ALiBi positions cannot work on a part of a sequence: take another family."
+        )
+    queries = columns
+    changed: dict[str, Any] = {"attention_mask": None}
+    if span.past:
+        behind = span.behind(len(columns), columns.device)
+        queries, columns = behind[:, -span.now :], torch.cat([columns, behind], dim=1)
+        valid = None if valid is None else torch.cat([valid, valid.new_ones(behind.shape)], dim=1)
+    else:
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            changed["position_ids"] = take(kwargs["position_ids"], columns)
+        if kwargs.get("position_embeddings") is not None:
+            changed["position_embeddings"] = tuple(take(part, columns) for part in kwargs["position_embeddings"])
+    window = window_of(cache, layer)
+    if window is not None and span.past + span.now <= window:
+        window = None
+    if window is not None and span.past:  # its cache keeps no more
+        kept = window - 1 + span.now
+        columns, valid = columns[:, -kept:], None if valid is None else valid[:, -kept:]
+    if valid is not None or window is not None or (span.past and span.now > 1):
+        mask = causal_mask(queries, columns, valid, window=window, kernel=kernel, dtype=dtype)
+        changed["attention_mask"] = mask
+    elif kernel == "eager" and not span.past:  # the only kernel that does not know what causal means
+        changed["attention_mask"] = causal_mask(queries, columns, None, window=None, kernel=kernel, dtype=dtype)
+    return kwargs | changed
+
+
+def rows_only(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A layer's arguments for some rows of its batch."""
+
+    def choose(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > 1:
+            return value[rows]
+        return tuple(map(choose, value)) if isinstance(value, tuple) else value
+
+    names = ("attention_mask", "position_ids", "position_embeddings")
+    return kwargs | {name: choose(kwargs[name]) for name in names if name in kwargs}

@@ -1,0 +1,46 @@
+"""The contract of a reducer: the tokens of a view to fewer.
+
+    image -> tower -> (views, N, Dv) -> reducer -> (views, n, Dv') -> any fusion
+
+A recipe names one as ``model.reducer``. It costs FLOPs too: they stand in the component ``reducer``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lavi.errors import UserError
+from lavi.vision.base import Seen, VisionBackbone
+
+
+class Reducer(nn.Module, ABC):
+    """Built unbound from a recipe, then bound once to a vision backbone."""
+
+    def bind(self, vision: VisionBackbone) -> Seen:
+        """Make what is needed for the features of ``vision``; what they look like afterwards.
+
+        Raises:
+            UserError: the backbone keeps a class token, which lies on no grid, or its grid does not fit.
+        """
+        if vision.prefix:
+            raise UserError(
+                f"{type(self).__name__} takes the tokens of a grid, and the vision backbone gives a class token beside "
+                "them: set model.vision.class_token=false."
+            )
+        self.before = vision.seen
+        self.after = self.make(vision)
+        return self.after
+
+    @abstractmethod
+    def make(self, vision: VisionBackbone) -> Seen:
+        """Make the reducer's own parameters, for features that look like :attr:`before`."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """(views, N, Dv) to (views, n, Dv')."""
+
+    def flops(self) -> float:
+        """FLOPs of one view (1 multiply-add = 2 FLOPs); averages, selections and sorting count as 0."""
+        return 0.0

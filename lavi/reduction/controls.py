@@ -1,0 +1,66 @@
+"""The controls that tables of reducers often lack: what a choice of tokens is worth beside any choice, and beside none.
+
+A reducer that does not beat these at the same number of tokens has learned nothing about which tokens matter. (The
+control of a smaller image is a recipe line of the tower: ``model.vision.image_size``.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lavi.errors import UserError
+from lavi.reduction.base import Reducer
+from lavi.vision.base import Seen, VisionBackbone
+
+
+class RandomTokens(Reducer):
+    """``keep`` tokens at random places of the grid, in their order; the same places for every view (chosen here).
+
+    Places drawn anew would make a batch answer differently from its rows alone.
+    """
+
+    def __init__(self, *, keep: int, seed: int = 0) -> None:
+        super().__init__()
+        self.keep, self.seed = keep, seed
+
+    def make(self, vision: VisionBackbone) -> Seen:
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(vision.tokens, generator=generator, device="cpu")[: _some(self.keep, vision)]
+        self.places = chosen.sort().values.tolist()
+        return Seen(vision.width, self.keep, None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, self.places]
+
+
+class UniformTokens(Reducer):
+    """``keep`` tokens spread evenly over the grid, row by row."""
+
+    def __init__(self, *, keep: int) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def make(self, vision: VisionBackbone) -> Seen:
+        count = _some(self.keep, vision)
+        self.places = [(2 * i + 1) * vision.tokens // (2 * count) for i in range(count)]
+        return Seen(vision.width, count, None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, self.places]
+
+
+class ZeroTokens(Reducer):
+    """No token at all: what is answered without looking."""
+
+    def make(self, vision: VisionBackbone) -> Seen:
+        return Seen(vision.width, 0, None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, :0]
+
+
+def _some(keep: int, vision: VisionBackbone) -> int:
+    if not 1 <= keep <= vision.tokens:
+        raise UserError(f"keep={keep}: a view has {vision.tokens} tokens; keep 1 to all of them (none: ZeroTokens).")
+    return keep

@@ -1,0 +1,136 @@
+"""VisionZip (arXiv 2412.04467): keep the tokens that the tower itself attends to, merge the rest by similarity.
+
+    attention of the last layer that is run --> dominant: the most attended tokens, as they are
+    keys of that layer ----------------------> contextual: the rest, merged around evenly spread ones by their mean
+
+A tower with a class token ranks by what that token attends to, another one by what all tokens attend to on average.
+Queries and keys are the tower's own, read as it computes them. Chosen here: the order of the grid is kept, and a merged
+token is the plain mean of its group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavi.errors import UserError
+from lavi.reduction.base import Reducer
+from lavi.vision.base import Seen, VisionBackbone
+
+
+class VisionZip(Reducer):
+    """``dominant`` tokens kept, and ``contextual`` made of the rest, in each view.
+
+    Raises:
+        UserError: more tokens than there are, or a tower whose queries and keys cannot be read.
+    """
+
+    def __init__(self, *, dominant: int, contextual: int = 0) -> None:
+        super().__init__()
+        self.dominant, self.contextual = dominant, contextual
+
+    def make(self, vision: VisionBackbone) -> Seen:
+        count = self.dominant + self.contextual
+        if not 1 <= count <= vision.tokens or min(self.dominant, self.contextual) < 0:
+            raise UserError(
+                f"VisionZip cannot keep {self.dominant} dominant and {self.contextual} contextual of {vision.tokens} "
+                "tokens."
+            )
+        self.read: dict[str, Tensor] = {}
+        self.heads = _heads(vision)
+        self.extra = getattr(vision, "standing_before", 0)
+        projections = _queries_and_keys(vision)
+        self.key_width = projections["key"].out_features
+        for part, module in projections.items():
+            module.register_forward_hook(_Reader(self.read, part))
+        return Seen(vision.width, count, self.before.grid if count == vision.tokens else None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        views, tokens, _ = features.shape
+        if not views or tokens == self.dominant:
+            return features[:, : self.after.tokens]
+        with torch.no_grad():
+            rank, keys = self._rank(tokens)  # (views, N), (views, N, d)
+            best = rank.topk(self.dominant, dim=-1).indices
+            dominant = torch.zeros_like(rank, dtype=torch.bool).scatter(1, best, True)  # (views, N)
+            order = (~dominant).long().argsort(dim=1, stable=True)  # dominant first, each part in the order of the grid
+        first, rest = order.split([self.dominant, tokens - self.dominant], dim=1)
+        kept = _take(features, first)
+        return torch.cat([kept, self._merged(_take(features, rest), _take(keys, rest))], dim=1)
+
+    def _rank(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """How much each token of the grid is attended to, and its key (the mean over heads)."""
+        query, key = (
+            self.read[part].float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in ("query", "key")
+        )  # (views, heads, prefix + N, d)
+        before = key.shape[2] - tokens
+        asking = query[:, :, :1] if before else query
+        rank = torch.stack(
+            [
+                (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1).mean((0, 1))
+                for q, k in zip(asking, key, strict=True)
+            ]
+        )  # view by view: all scores at once would be large
+        return rank[:, before:], key[:, :, before:].mean(1)
+
+    def _merged(self, rest: Tensor, keys: Tensor) -> Tensor:
+        """(views, N - dominant, Dv) to (views, contextual, Dv): each joins the likest of a few spread evenly."""
+        count = rest.shape[1]
+        if not self.contextual:
+            return rest[:, :0]
+        places = [(2 * i + 1) * count // (2 * self.contextual) for i in range(self.contextual)]
+        keys = nn.functional.normalize(keys, dim=-1)
+        nearest = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (views, N - dominant)
+        nearest[:, places] = torch.arange(self.contextual, device=nearest.device)
+        share = nn.functional.one_hot(nearest, self.contextual).to(rest)  # (views, N - dominant, contextual)
+        return share.transpose(1, 2) @ rest / share.sum(1)[..., None]
+
+    def flops(self) -> float:
+        tokens, width = self.before.tokens, self.before.width
+        rest = tokens - self.dominant
+        if not rest:
+            return 0.0
+        scores = 2.0 * (1 if self.extra else tokens) * (tokens + self.extra) * self.key_width
+        similar = 2.0 * rest * self.contextual * self.key_width / self.heads
+        return scores + similar + 2.0 * rest * self.contextual * width
+
+
+class _Reader:
+    """Keeps the last output of a module; no closure, so that the model can be copied."""
+
+    def __init__(self, into: dict[str, Tensor], part: str) -> None:
+        self.into, self.part = into, part
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.into[self.part] = output.detach()
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """(views, N, E) at (views, n)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _heads(vision: VisionBackbone) -> int:
+    config = getattr(getattr(vision, "tower", None), "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise UserError(
+            f"VisionZip reads the attention of a transformers vision transformer, not {type(vision).__name__}."
+        )
+    return int(heads)
+
+
+def _queries_and_keys(vision: VisionBackbone) -> dict[str, nn.Linear]:
+    """The projections of the last layer that the tower runs."""
+    found: dict[str, nn.Linear] = {}
+    for name, module in vision.named_modules():  # later layers overwrite earlier ones
+        for part, names in (("query", ("q_proj", "query")), ("key", ("k_proj", "key"))):
+            if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
+                found[part] = module
+    if len(found) < 2:
+        raise UserError(
+            "VisionZip finds no query and key projections in this tower: take a ViT such as CLIP or SigLIP."
+        )
+    return found

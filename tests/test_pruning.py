@@ -1,0 +1,122 @@
+"""FastV and PyramidDrop: nothing dropped is concatenation, and what is dropped is what attention ranks last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, ask, awaken, collate
+from test_oracles import row
+from transformers import AutoModelForCausalLM
+
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept
+from lavi.language import ranking
+
+SAMPLES = [
+    ask(1, "what colour is the circle?", answer="red", key="a"),
+    ask("hello", 2, "which image has the red circle?", 3, answer="first", key="b"),
+    ask("is there a blue square?", answer="yes", key="c"),
+]
+
+
+@pytest.mark.parametrize("fusion", [lambda: FastV(keep=1.0), lambda: PyramidDrop(keep=1.0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_nothing_dropped_it_is_concatenation(build, fusion, family: str) -> None:  # type: ignore[no-untyped-def]
+    concat, pruned = build(ConcatFusion(), family=family), build(fusion(), family=family)
+    awaken(concat.fusion)
+    pruned.fusion.load_state_dict(concat.fusion.state_dict())
+    batch = collate(concat, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(pruned(batch), concat(batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drop_of_nothing_through_the_ranking_is_concatenation(build, family: str) -> None:
+    """The whole machinery with shares that round to all tokens: masks, positions and order are those of concat."""
+    concat, pruned = (
+        build(ConcatFusion(), family=family),
+        build(PruningFusion(stages={0: 0.99, 1: 0.99}), family=family),
+    )
+    awaken(concat.fusion)
+    pruned.fusion.load_state_dict(concat.fusion.state_dict())
+    for pad_left in (False, True):
+        batch = collate(concat, SAMPLES, pad_left=pad_left)
+        with torch.no_grad():
+            said, expected = pruned(batch), concat(batch)
+        for index in range(len(SAMPLES)):
+            torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
+
+
+def test_what_stays_is_what_the_last_token_attends_to_most(build) -> None:
+    """Against the attention that transformers itself returns."""
+    concat, pruned = build(ConcatFusion()), build(PruningFusion(stages={1: 0.25}))
+    awaken(concat.fusion)
+    pruned.fusion.load_state_dict(concat.fusion.state_dict())
+    batch = collate(concat, [ask(1, "what colour is the circle?")], prompt=True)
+    with torch.no_grad():
+        inputs = concat.fusion(batch, concat.features(batch.pixels), concat.language)
+        plain = AutoModelForCausalLM.from_config(concat.language.hf.config, attn_implementation="eager").eval()
+        plain.load_state_dict(concat.language.hf.state_dict())
+        attention = plain(**inputs.sequence(), output_attentions=True).attentions[1]
+        scores = attention.mean(1)[0, -1]  # (S,)
+        place = batch.places[0].column
+        best = (scores[place : place + 16].topk(4).indices + place).sort().values
+        out, _ = pruned.prefill(batch, pruned.features(batch.pixels))
+    stage = out.past_key_values.kept["stages"][1]
+    stays = [column for column in stage.index[0].tolist() if place <= column < place + 16]
+    assert stays == best.tolist()
+
+
+def test_dropped_tokens_are_in_no_later_cache(build) -> None:
+    model = build(PyramidDrop(stages=4, keep=0.5))
+    awaken(model.fusion)
+    batch = collate(model, [ask(1, "what colour is the circle?")], prompt=True)
+    with torch.no_grad():
+        out, _ = model.prefill(batch, model.features(batch.pixels))
+    text = batch.input_ids.shape[1]
+    assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == [text + n for n in (16, 8, 4, 2)]
+    assert model.fusion.visual_by_layer(16, 4) == [16, 8, 4, 2]
+
+
+def test_scores_are_computed_in_ranking_layers_alone(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FastV(layer=2, keep=0.5))
+    shapes = []
+    look = ranking.Ranking.look
+
+    def spied(self, query, key, scaling):  # type: ignore[no-untyped-def]
+        look(self, query, key, scaling)
+        shapes.append(self.scores.shape)
+
+    monkeypatch.setattr(ranking.Ranking, "look", spied)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        model(batch)
+    assert len(shapes) == 1
+    assert len(shapes[0]) == 2  # one query a row: (B, K)
+    assert model.language.hf.config._attn_implementation == "sdpa"
+
+
+def test_the_kernel_comes_back_after_an_error(build) -> None:
+    model = build(FastV(layer=1, keep=0.5))
+    model.language.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        model(collate(model, SAMPLES))
+    assert model.language.hf.config._attn_implementation == "sdpa"
+
+
+def test_shares_never_drop_all() -> None:
+    assert [kept(count, 0.01) for count in (0, 1, 16)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FastV(keep=0.0), "above 0 and at most 1"),
+        (lambda: FastV(layer=9, keep=0.5), "0 to 2"),
+        (lambda: PyramidDrop(stages=1), "at least 2 stages"),
+    ],
+)
+def test_what_cannot_be_is_refused(build, make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        build(make())

@@ -1,0 +1,223 @@
+"""Reducers: what each keeps, what it equals at its end, and that it composes with every fusion."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import QWEN2, TOWER, ask, awaken, collate
+from torch import nn
+
+from lavi.batch import Layout
+from lavi.efficiency.flops import closed_form, counted
+from lavi.efficiency.point import Scenario
+from lavi.errors import UserError
+from lavi.fusion.base import Fusion
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV
+from lavi.fusion.visor import VisorFusion
+from lavi.language.load import LanguageModel
+from lavi.model import VisionLanguageModel
+from lavi.reduction.base import Reducer
+from lavi.reduction.controls import RandomTokens, UniformTokens, ZeroTokens
+from lavi.reduction.pixel_shuffle import PixelShuffle
+from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
+from lavi.reduction.resampler import PerceiverResampler
+from lavi.reduction.visionzip import VisionZip
+from lavi.vision.hf import HFVision
+from lavi.vision.tiles import AnyRes
+
+REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
+    "average": (partial(AveragePooling, factor=2), 4),
+    "shuffle": (partial(PixelShuffle, factor=2), 4),
+    "resampler": (partial(PerceiverResampler, tokens=3, heads=2), 3),
+    "visionzip": (partial(VisionZip, dominant=3, contextual=2), 5),
+    "matryoshka": (partial(MatryoshkaPooling, sides=[1, 2, 4], side=2), 4),
+    "random": (partial(RandomTokens, keep=5), 5),
+    "uniform": (partial(UniformTokens, keep=5), 5),
+    "zero": (ZeroTokens, 0),
+}
+FUSIONS = {
+    "concat": ConcatFusion,
+    "lavi": partial(LaViFusion, every=2),
+    "lavi-conv": partial(LaViFusion, every=2, generator="conv"),
+    "cross": partial(CrossAttentionFusion, every=2),
+    "visor": partial(VisorFusion, cross_attention=1, self_attention=1),
+    "fastv": partial(FastV, layer=1, keep=0.5),
+}
+SAMPLES = [
+    ask(1, "what colour is the circle?", answer="red", key="a"),
+    ask("hello", 2, "which image has the red circle?", 3, answer="first", key="b"),
+    ask("is there a blue square?", answer="yes", key="c"),
+]
+
+
+@pytest.fixture
+def make(tokenizer: str):  # type: ignore[no-untyped-def]
+    def build(fusion: Fusion, reducer: Reducer | None, **settings: object) -> VisionLanguageModel:
+        torch.manual_seed(0)
+        vision = HFVision(config=TOWER)
+        language = LanguageModel(config=QWEN2, tokenizer=tokenizer)
+        model = VisionLanguageModel(vision=vision, language=language, fusion=fusion, reducer=reducer, **settings)  # type: ignore[arg-type]
+        return model.eval()
+
+    return build
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("name", REDUCERS)
+def test_every_reducer_composes_with_every_fusion(make, name: str, fusion: str) -> None:
+    reducer, tokens = REDUCERS[name]
+    model = make(FUSIONS[fusion](), reducer())
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    features = model.features(batch.pixels)
+    assert features.shape == (3, tokens, model.seen.width)
+    assert model.seen.tokens == tokens
+    with torch.no_grad():
+        together = model(batch)
+        for index, sample in enumerate(SAMPLES):
+            start, stop = batch.spans[index]
+            alone = model(collate(model, [sample]))[0]
+            torch.testing.assert_close(together[index, start:stop], alone, atol=2e-5, rtol=1e-4)
+    inside = model.fusion.tokens_in_language(Layout(), tokens)
+    assert inside == (tokens if fusion in ("concat", "visor", "fastv") else 0)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "visor", "lavi"])
+@pytest.mark.parametrize("name", REDUCERS)
+def test_tiles_and_frames_are_counted_as_they_come(make, name: str, fusion: str) -> None:
+    reducer, _ = REDUCERS[name]
+    model = make(FUSIONS[fusion](), reducer(), tiling=AnyRes(max_grid=2))
+    for seen in (ask(1, "what?"), ask(1, 2, "which?")):
+        sample = seen
+        ready = model.processor.encode(sample, prompt=True)
+        batch = model.processor.collate([ready], pad_left=True)
+        inputs = model.fusion(batch, model.features(batch.pixels), model.language)
+        assert inputs.attention_mask.shape[1] == ready.length
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        AveragePooling(factor=1),
+        PixelShuffle(factor=1),
+        VisionZip(dominant=16),
+        MatryoshkaPooling(sides=[4]),
+        RandomTokens(keep=16),
+        UniformTokens(keep=16),
+    ],
+    ids=lambda r: type(r).__name__,
+)
+def test_with_nothing_removed_nothing_is_changed(make, reducer: Reducer) -> None:
+    plain, reduced = make(ConcatFusion(), None), make(ConcatFusion(), reducer)
+    awaken(plain.fusion)
+    reduced.fusion.load_state_dict(plain.fusion.state_dict())
+    batch = collate(plain, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(reduced(batch), plain(batch))
+
+
+def test_pooling_is_the_mean_of_squares_and_shuffling_keeps_every_number(make) -> None:
+    features = torch.randn(2, 16, 24)
+    average, shuffle = (make(ConcatFusion(), kind(factor=2)).reducer for kind in (AveragePooling, PixelShuffle))
+    for corner, (row, column) in enumerate(((0, 0), (0, 2), (2, 0), (2, 2))):
+        square = [4 * (row + i) + column + j for i in (0, 1) for j in (0, 1)]
+        torch.testing.assert_close(average(features)[:, corner], features[:, square].mean(1))
+        assert torch.equal(shuffle(features)[:, corner], features[:, square].flatten(1))
+
+
+def test_matryoshka_draws_its_scales_in_training(make) -> None:
+    model = make(ConcatFusion(), MatryoshkaPooling(sides=[1, 2, 4], side=2)).train()
+    batch = collate(model, SAMPLES)
+    assert {model.features(batch.pixels).shape[1] for _ in range(40)} == {1, 4, 16}
+    model.eval()
+    assert model.features(batch.pixels).shape[1] == 4
+
+
+def test_visionzip_keeps_what_the_tower_attends_to(make) -> None:
+    """Against the attention that transformers itself returns."""
+    model = make(ConcatFusion(), VisionZip(dominant=3, contextual=2))
+    pixels = torch.randn(2, *model.vision.pixel_shape)
+    with torch.no_grad():
+        kept = model.features(pixels)
+        features = model.vision(pixels)
+        model.vision.tower.set_attn_implementation("eager")
+        attention = model.vision.tower(pixels, output_attentions=True).attentions[-1]  # (views, heads, N, N)
+        best = attention.mean((1, 2)).topk(3).indices.sort().values
+    for view in range(2):
+        assert torch.equal(kept[view, :3], features[view, best[view]])
+        rest = [i for i in range(16) if i not in best[view].tolist()]
+        # Merged tokens are means of parts that together are all the rest.
+        low, high = features[view, rest].amin(0), features[view, rest].amax(0)
+        assert ((kept[view, 3:] >= low - 1e-6) & (kept[view, 3:] <= high + 1e-6)).all()
+
+
+def test_a_class_token_ranks_by_what_it_attends_to() -> None:
+    vision = HFVision(config=TOWER | {"model_type": "clip_vision_model"})
+    reducer = VisionZip(dominant=4)
+    reducer.bind(vision)
+    pixels = torch.randn(1, *vision.pixel_shape)
+    with torch.no_grad():
+        kept = reducer(vision(pixels))
+        features = vision(pixels)
+        vision.tower.set_attn_implementation("eager")
+        attention = vision.tower(pixels, output_attentions=True).attentions[-1]
+    best = attention.mean(1)[0, 0, 1:].topk(4).indices.sort().values
+    assert torch.equal(kept[0], features[0, best])
+
+
+def test_zero_tokens_are_no_image(make) -> None:
+    model = make(ConcatFusion(), ZeroTokens())
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), model(batch.without_images()), atol=1e-6, rtol=1e-5)
+
+
+def test_a_reducer_without_images_stays_in_the_graph(make) -> None:
+    model = make(ConcatFusion(), PerceiverResampler(tokens=3, heads=2)).train()
+    model(collate(model, SAMPLES[2:])).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.reducer.parameters())
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_two_counters_agree(tokenizer: str, name: str) -> None:
+    reducer, _ = REDUCERS[name]
+    with torch.device("meta"):
+        model = VisionLanguageModel(
+            vision=HFVision(config=TOWER),
+            language=LanguageModel(config=QWEN2, tokenizer=tokenizer),
+            fusion=ConcatFusion(),
+            reducer=reducer(),
+        ).eval()
+    point = Scenario(text=20, frames=2, batch=2).at(model)
+    closed, seen = closed_form(model, point), counted(model, point)
+    assert closed.prefill["reducer"] == pytest.approx(seen["reducer"], rel=0.01, abs=1)
+    assert closed.language == pytest.approx(seen["reducer"] + seen["language"] + seen["fusion"], rel=0.01)
+    assert closed.prefill["vision_encoder"] == pytest.approx(seen["vision_encoder"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        (PixelShuffle(factor=3), "does not divide"),
+        (VisionZip(dominant=10, contextual=10), "of 16 tokens"),
+        (RandomTokens(keep=17), "has 16 tokens"),
+        (MatryoshkaPooling(sides=[8]), "the backbone's grid"),
+        (PerceiverResampler(heads=7), "do not divide"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_cannot_be_is_refused(make, reducer: Reducer, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(ConcatFusion(), reducer)
+
+
+def test_a_class_token_that_was_kept_is_refused() -> None:
+    vision = HFVision(config=TOWER | {"model_type": "clip_vision_model"}, class_token=True)
+    with pytest.raises(UserError, match="class_token=false"):
+        AveragePooling().bind(vision)

@@ -1,0 +1,188 @@
+"""VISOR's own oracles: what it equals at its two ends, the ways that rows go, and what is trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ask, awaken, collate
+from test_oracles import bare_logits, row
+
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.visor import VisorFusion
+
+SAMPLES = [
+    ask(1, "what colour is the circle?", answer="red", key="a"),
+    ask("hello", 2, "which image has the red circle?", 3, answer="first", key="b"),
+    ask("is there a blue square?", answer="yes", key="c"),
+]
+PROMPTS = [ask(seed, f"what is {'very ' * seed}red?") for seed in range(1, 7)]
+WAYS = [[], [1], [3], [1, 3]]
+
+
+def routed(**changes: object) -> VisorFusion:
+    settings = {"cross_attention": [0, 2], "self_attention": [1, 3], "configurations": WAYS, "router": "token"}
+    return VisorFusion(**(settings | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_with_self_attention_everywhere_it_is_concatenation(build, family: str, pad_left: bool) -> None:
+    concat = build(ConcatFusion(), family=family)
+    visor = build(VisorFusion(cross_attention=0, self_attention=4), family=family)
+    awaken(concat.fusion)
+    visor.fusion.load_state_dict(concat.fusion.state_dict())
+    batch = collate(concat, SAMPLES, pad_left=pad_left)
+    with torch.no_grad():
+        expected, said = concat(batch), visor(batch)
+    for index in range(len(SAMPLES)):
+        assert torch.equal(row(said, batch, index), row(expected, batch, index))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("read", ["attention", "modulation"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_self_attention_it_starts_as_the_language_model(build, family: str, read: str, dtype: str) -> None:
+    model = build(VisorFusion(cross_attention=2, self_attention=0, read=read), family=family, dtype=dtype)  # type: ignore[arg-type]
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(model(batch), bare_logits(model, batch))
+
+
+def test_optional_layers_switched_off_leave_the_language_model(build) -> None:
+    """Where the image comes first, up to rounding: all positions are later by as many tokens."""
+    model = build(VisorFusion(cross_attention=2, self_attention=2, configuration="none"))
+    batch = collate(model, [ask(1, "what colour is the circle?", answer="red")])
+    batch.places = [batch.places[0]._replace(column=0)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), bare_logits(model, batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["token", "pooled"])
+def test_rows_that_go_different_ways_answer_as_they_do_alone(build, router: str) -> None:
+    model = build(routed(router=router))
+    awaken(model.fusion)
+    batch = collate(model, PROMPTS, prompt=True, pad_left=True)
+    with torch.no_grad():
+        for seed in range(50):  # a router that is sure of one way tests nothing
+            awaken(model.fusion.router, seed)
+            model.fusion.routed.clear()
+            together = model(batch)
+            if len(model.fusion.routed) > 1:
+                break
+        ways = Counter(model.fusion.routed)
+        model.fusion.routed.clear()
+        for index, prompt in enumerate(PROMPTS):
+            alone = model(collate(model, [prompt], prompt=True))[0]
+            torch.testing.assert_close(row(together, batch, index), alone, atol=2e-5, rtol=1e-4)
+    assert len(ways) > 1, "all rows went one way"
+    assert model.fusion.routed == ways
+    answers = model.generate(batch, max_new_tokens=6, eos_token_id=None)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        alone = collate(model, [prompt], prompt=True)
+        assert model.generate(alone, max_new_tokens=6, eos_token_id=None) == [answer]
+
+
+def test_a_routed_row_is_the_fixed_configuration(build) -> None:
+    model = build(routed())
+    awaken(model.fusion)
+    batch = collate(model, PROMPTS, prompt=True)
+    with torch.no_grad():
+        logits = model(batch)
+    (way,) = model.fusion.routed if len(model.fusion.routed) == 1 else [None]
+    with torch.no_grad():
+        model.fusion.router[3].weight.zero_()
+        for number, configuration in enumerate(model.fusion.viable):
+            model.fusion.router[3].bias.copy_(torch.eye(4)[number])
+            chosen = model(batch)
+            fixed = build(VisorFusion(cross_attention=[0, 2], self_attention=[1, 3], configuration=list(configuration)))
+            state = {k: v for k, v in model.fusion.state_dict().items() if not k.startswith("router")}
+            fixed.fusion.load_state_dict(state)
+            assert torch.equal(fixed(batch), chosen)
+            assert way != configuration or torch.allclose(chosen, logits, atol=1e-5)
+
+
+def test_caches_hold_what_each_layer_worked_on(build) -> None:
+    model = build(VisorFusion(cross_attention=[0], self_attention=[1, 2], configuration=[2]))
+    awaken(model.fusion)
+    batch = collate(model, [ask(1, "what colour is the circle?")], prompt=True)
+    with torch.no_grad():
+        out, _ = model.prefill(batch, model.features(batch.pixels))
+    text = batch.input_ids.shape[1]
+    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    assert lengths == [text, text, text + 16, text]
+    assert out.past_key_values.get_seq_length() == text + 16
+    assert [tuple(part.shape) for part in out.past_key_values.held()] == [(1, 4, 16, 8)] * 2
+
+
+def test_each_training_step_draws_a_viable_configuration(build) -> None:
+    model = build(VisorFusion(cross_attention=[0], self_attention=[1, 2], configurations=[[], [2], [1, 2]]))
+    batch = collate(model, SAMPLES)
+    features = model.features(batch.pixels)
+    model.train()
+    drawn = Counter(model.fusion(batch, features, model.language).vision.configuration for _ in range(60))
+    assert set(drawn) == {(), (2,), (1, 2)}
+    assert min(drawn.values()) > 5
+    model.eval()
+    assert model.fusion(batch, features, model.language).vision.configuration == (1, 2)
+
+
+def test_the_router_learns_its_labels(build, tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    wanted = {"a": [], "b": [1, 3], "c": [3]}
+    file.write_text("".join(json.dumps({"key": k, "configuration": way}) + "\n" for k, way in wanted.items()))
+    model = build(routed(labels=str(file)))
+    batch = collate(model, SAMPLES)
+    optimizer = torch.optim.Adam(model.fusion.router.parameters(), lr=0.02)
+    model.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        added: dict[str, torch.Tensor] = {}
+        model(batch, added)
+        added["router"].backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        for sample, way in zip(SAMPLES, wanted.values(), strict=True):
+            model.fusion.routed.clear()
+            model(collate(model, [sample]))
+            assert list(model.fusion.routed) == [tuple(way)]
+
+
+def test_layers_are_spread_evenly_and_apart(build) -> None:
+    fusion = build(VisorFusion(cross_attention=8, self_attention=8), num_hidden_layers=24).fusion
+    assert fusion.reading == [2, 5, 8, 11, 14, 17, 20, 23]
+    assert fusion.refining == [1, 4, 7, 10, 13, 16, 19, 22]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cross_attention": [1], "self_attention": [1]}, "cannot both read"),
+        ({"cross_attention": 3, "self_attention": 3}, "the language model has 4"),
+        ({"cross_attention": [9], "self_attention": 1}, "0 to 3"),
+        ({"cross_attention": 1, "self_attention": [2], "configuration": [1]}, r"only \[2\] may refine"),
+        ({"cross_attention": 1, "self_attention": [2], "configurations": "nowhere.json"}, "lavi.visor search"),
+        ({"cross_attention": 1, "self_attention": [2], "router": "token"}, "chooses from 'configurations'"),
+        ({"cross_attention": 1, "self_attention": [2], "labels": "x"}, "are for its router"),
+        ({"cross_attention": 1, "self_attention": 0, "configurations": [[]], "router": "token"}, "nothing to choose"),
+    ],
+)
+def test_what_cannot_be_is_refused(build, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(VisorFusion(**settings))  # type: ignore[arg-type]
+
+
+def test_samples_without_labels_are_refused(build, tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text(json.dumps({"key": "other", "configuration": []}) + "\n")
+    model = build(routed(labels=str(file))).train()
+    with pytest.raises(UserError, match="a label for none"):
+        model(collate(model, SAMPLES), {})
+    file.write_text(json.dumps({"key": "a", "configuration": [2]}) + "\n")
+    with pytest.raises(UserError, match="not viable"):
+        build(routed(labels=str(file))).train()(collate(model, SAMPLES), {})
