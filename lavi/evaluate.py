@@ -46,9 +46,9 @@ def main() -> None:
         scores = evaluation.evaluate(model, samples, device=device, name=run.name)
         text, visual = evaluation.typical_prompt(model, samples)
         scenario = Scenario(text=text, visual_tokens=visual)
-        made = measure.measure(measure.count(recipe, model, scenario), model, scenario, device=device)
+        made = measure.measure(measure.count(recipe, model, scenario, scores["ways"]), model, scenario, device=device)
         made.accuracy, made.controls = scores["accuracy"], scores["controls"]
-        made.knobs = {"run": run.name, "test_samples": len(samples)}
+        made.knobs |= {"run": run.name, "test_samples": len(samples)}
         record.write([made], run / "evaluation.jsonl")
         records.append(made)
         twin = measure.concat_twin(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -92,9 +93,15 @@ def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]
 def evaluate(
     model: VisionLanguageModel, samples: Sequence[Sample], *, device: torch.device, name: str
 ) -> dict[str, Any]:
-    """Accuracy on the samples, and on the controls: their images shuffled among them, and none at all."""
+    """Accuracy on the samples, and on the controls: their images shuffled among them, and none at all.
+
+    Returns:
+        ``accuracy`` and ``controls`` of a record; ``ways``, how often samples went each way through the decoder.
+    """
     prompts = prompts_of(samples)
-    scores = {"accuracy": score(model, prompts, device=device, label=f"{name}: answering")}
+    model.fusion.ways.clear()
+    scores: dict[str, Any] = {"accuracy": score(model, prompts, device=device, label=f"{name}: answering")}
+    scores["ways"] = Counter(model.fusion.ways)
     shuffled = score(model, with_shuffled_images(prompts), device=device, label=f"{name}: {CONTROLS[0]}")
     none = score(model, prompts, device=device, without_images=True, label=f"{name}: {CONTROLS[1]}")
     return scores | {"controls": dict(zip(CONTROLS, (shuffled, none), strict=True))}

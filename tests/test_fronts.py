@@ -280,3 +280,42 @@ def test_your_own_data(run, tmp_path: Path) -> None:
     refused(run(*pack, "bad.json"), "entry 'q' has no answer")
     assert not Path("new").exists()
     assert not list(Path().glob("new.part*"))
+
+
+def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Universal training, search, labels, router, score; a search and a labelling that were stopped go on."""
+    fusion = "model.fusion={_target_: lavi.fusion.visor.VisorFusion, cross_attention: [0, 3], self_attention: [1, 2]"
+    universal, viable, labels = tmp_path / "universal", tmp_path / "viable.json", tmp_path / "labels.jsonl"
+    fit = ("lavi.fit", "--recipe", tiny_recipe)
+    assert run(*fit, "--run", universal, fusion + ", configurations: [[], [1], [1, 2]]}")[0] == 0
+    search = ("lavi.visor", "search", "--checkpoint", universal, "--keep", "0.01", "--samples", 24)
+    status, _, err = run(*search, "--out", viable)
+    assert status == 0, err
+    found = json.loads(viable.read_text())
+    assert set(found["scores"]) == {"none", "1", "2", "1,2"}
+    stopped = {key: value for key, value in found.items() if key != "viable"}
+    stopped["scores"] = {"none": found["scores"]["none"]}
+    viable.write_text(json.dumps(stopped))
+    label = ("lavi.visor", "label", "--checkpoint", universal, "--configurations", viable, "--out", labels)
+    refused(run(*label), "not finished")
+    assert run(*search, "--out", viable)[0] == 0
+    assert json.loads(viable.read_text()) == found
+    refused(run(*search[:-1], 12, "--out", viable), "other samples")
+
+    assert run(*label)[0] == 0
+    whole = labels.read_text().splitlines()
+    assert len(whole) == len({json.loads(line)["key"] for line in whole}) == 240
+    labels.write_text("".join(line + "\n" for line in whole[:100]))
+    assert run(*label)[0] == 0
+    assert sorted(labels.read_text().splitlines()) == sorted(whole)
+
+    routed = fusion + f", configurations: {viable}, router: token, labels: {labels}" + "}"
+    rates = "module.learning_rate={fusion.router: 1e-2}"
+    router = tmp_path / "router"
+    status, _, err = run(*fit, "--run", router, routed, rates, f"module.start_from={universal}")
+    assert status == 0, err
+    assert run("lavi.evaluate", "--checkpoint", router, universal, "--limit", 12)[0] == 0
+    mean, full = (read(folder / "evaluation.jsonl")[0] for folder in (router, universal))
+    assert sum(mean.knobs["ways"].values()) == pytest.approx(1)
+    assert mean.gflops_language < full.gflops_language or "(1, 2)" in mean.knobs["ways"]
+    refused(run("lavi.visor", "search", "--checkpoint", router, "--out", tmp_path / "x.json"), "has a router already")

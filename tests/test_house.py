@@ -22,8 +22,8 @@ ORDER = [
     {"metrics", "optim", "module"},
     {"checkpoint", "startup", "targets"},
     {"efficiency"},
-    {"evaluation"},
-    {"fit", "evaluate", "generate", "profile", "export"},
+    {"evaluation", "routing"},
+    {"fit", "evaluate", "generate", "profile", "export", "visor"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

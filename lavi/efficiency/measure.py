@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 
 from lavi.configurations import without_weights
 from lavi.efficiency import record
-from lavi.efficiency.flops import closed_form
+from lavi.efficiency.flops import Flops, closed_form
 from lavi.efficiency.latency import stage_times
 from lavi.efficiency.memory import prefill_memory
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.point import Point, Scenario
 from lavi.efficiency.record import Record
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
@@ -52,11 +52,20 @@ def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
     return model.eval()
 
 
-def count(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario) -> Record:
-    """FLOPs of one scenario. ``model`` may be on meta."""
+def count(
+    recipe: Recipe, model: VisionLanguageModel, scenario: Scenario, ways: Mapping[Hashable, int] | None = None
+) -> Record:
+    """FLOPs of one scenario. ``model`` may be on meta.
+
+    Args:
+        ways: how often samples went each way through the decoder; the record is their mean, its knob ``ways`` has the
+            share of each.
+    """
     point = scenario.at(model)
-    flops = closed_form(model, point)
+    flops = _mean(model, point, ways) if ways else closed_form(model, point)
+    total = sum(ways.values()) if ways else 0
     return Record(
+        knobs={"ways": {str(way): number / total for way, number in ways.items()}} if ways else {},
         method=method_name(recipe),
         text_tokens=point.text,
         visual_tokens=point.views * point.per_view,
@@ -73,6 +82,23 @@ def count(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario) -> Rec
         commit=record.commit(),
         seed=recipe.settings.get("seed"),
         recipe=recipe.source,
+    )
+
+
+def _mean(model: VisionLanguageModel, point: Point, ways: Mapping[Hashable, int]) -> Flops:
+    total, found = sum(ways.values()), []
+    for way, number in ways.items():
+        with model.fusion.going(way):
+            found.append((number / total, closed_form(model, point)))
+
+    def mean(parts: Callable[[Flops], dict[str, float]]) -> dict[str, float]:
+        return {name: sum(share * parts(flops)[name] for share, flops in found) for name in parts(found[0][1])}
+
+    return Flops(
+        prefill=mean(lambda flops: flops.prefill),
+        decode=mean(lambda flops: flops.decode),
+        causal_discount=sum(share * flops.causal_discount for share, flops in found),
+        floor=found[0][1].floor,
     )
 
 

@@ -15,6 +15,9 @@ The language model's own parameters never change their names; a fusion owns its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -43,6 +46,16 @@ class Fusion(nn.Module, ABC):
     def chosen(self) -> list[NormTarget]:
         """The norms that it modulates."""
         return []
+
+    @property
+    def ways(self) -> Counter[Hashable]:
+        """How often samples went each way through the decoder, since somebody last cleared it; empty: there is one."""
+        return Counter()
+
+    @contextmanager
+    def going(self, way: Hashable) -> Iterator[None]:
+        """All samples go one of the :attr:`ways`, as long as it holds."""
+        yield
 
     @abstractmethod
     def bind(self, language: LanguageModel, seen: Seen) -> None:

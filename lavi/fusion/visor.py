@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -104,8 +104,7 @@ class VisorFusion(ConcatFusion):
         self.wanted_configuration, self.wanted_configurations = configuration, configurations
         self.routes, self.labels_file = router, labels
         self.read_by, self.bottleneck, self.heads, self.max_images = read, bottleneck, heads, max_images
-        self.routed: Counter[Configuration] = Counter()
-        """How often the router chose each configuration, since somebody last cleared it."""
+        self.routed: Counter[Hashable] = Counter()
 
     def bind(self, language: LanguageModel, seen: Seen) -> None:
         super().bind(language, seen)
@@ -139,6 +138,19 @@ class VisorFusion(ConcatFusion):
                 nn.LayerNorm(self.width), nn.Linear(self.width, 128), nn.GELU(), nn.Linear(128, len(self.viable))
             )
         self._labels: dict[str, int] | None = None
+
+    @property
+    def ways(self) -> Counter[Hashable]:
+        """How often the router chose each configuration."""
+        return self.routed
+
+    @contextmanager
+    def going(self, way: Hashable) -> Iterator[None]:
+        before, self.configuration = self.configuration, cast(Configuration, way)
+        try:
+            yield
+        finally:
+            self.configuration = before
 
     @property
     def chosen(self) -> list[NormTarget]:

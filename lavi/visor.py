@@ -1,0 +1,83 @@
+"""VISOR's two offline steps, between its stages. Both go on where they were stopped.
+
+    python -m lavi.visor search --checkpoint runs/universal --out viable.json
+    python -m lavi.visor label --checkpoint runs/universal --configurations viable.json --out labels.jsonl
+
+search: how many answers of the validation split are right with each set of the optional layers; viable are those that
+keep a share of the full model's accuracy. label: for each training sample the cheapest viable configuration that is as
+good as the full model, to train a router on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavi.errors import HelpFormatter, UserError, front
+
+
+@front
+def main() -> None:
+    args = arguments()
+    import torch
+
+    from lavi import routing
+    from lavi.checkpoint import load_run
+    from lavi.report import console, table
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if args.step == "label":
+        viable = routing.read_viable(args.configurations)
+    recipe, model = load_run(args.checkpoint, overrides=args.overrides, trust=args.trust)
+    routing.visor_of(model)
+    model.to(device).eval()
+    data = recipe.build("data", processor=model.processor)
+    batches = data.stream(args.split, limit=args.samples)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.step == "search":
+        found = routing.search(model, list(batches), args.out, keep=args.keep, most=args.most, device=device)
+        rows = [
+            [
+                name,
+                f"{score:.1f}",
+                "viable" if [int(n) for n in name.split(",") if n != "none"] in found["viable"] else "",
+            ]
+            for name, score in found["scores"].items()
+        ]
+        console().print(table(f"{found['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows))
+    else:
+        counts = routing.label(model, batches, viable, args.out, keep=args.keep, device=device)
+        rows = [[",".join(map(str, one)) or "none", f"{count:,}"] for one, count in counts.items()]
+        console().print(table(f"labels of {args.split}", ["refining layers", "samples"], rows))
+    console().print(f"written: {args.out}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lavi.visor", description=__doc__, formatter_class=HelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    for step, split, keep in (("search", "validation", 0.95), ("label", "train", 0.99)):
+        own = steps.add_parser(step, formatter_class=HelpFormatter)
+        own.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of lavi.fit")
+        own.add_argument("--out", type=Path, required=True, metavar="FILE")
+        own.add_argument("--split", default=split, choices=["train", "validation", "test"])
+        own.add_argument("--samples", type=int, help="at most this many")
+        own.add_argument("--keep", type=float, default=keep, help="share of the full configuration's accuracy to keep")
+        own.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+        own.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
+        own.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as data.train=FOLDER"
+        )
+        if step == "search":
+            own.add_argument("--most", type=int, default=256, help="score at most this many configurations")
+        else:
+            own.add_argument("--configurations", type=Path, required=True, metavar="FILE", help="what search wrote")
+    args = parser.parse_args()
+    if not 0 < args.keep <= 1:
+        raise UserError(f"--keep is above 0 and at most 1, not {args.keep}.")
+    if args.step == "search" and args.most < 2:
+        raise UserError("--most is at least 2: none of the layers, and all of them.")
+    return args
+
+
+if __name__ == "__main__":
+    main()
