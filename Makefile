@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ tables: install ## write the README's tables from benchmarks/results
 
 verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.1x and half the memory hold? (minutes)
 	$(BIN)/python benchmarks/verify_claims.py --out benchmarks/results/verify_claims.jsonl
+
+verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
+	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)

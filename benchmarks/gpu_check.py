@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 570
-BENCHMARKS = ("verify_claims", "fusion_cost")
+BENCHMARKS = ("verify_claims", "verify_visor", "fusion_cost")
 
 
 def main() -> int:

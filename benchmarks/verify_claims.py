@@ -113,10 +113,15 @@ def timed(device: torch.device, runs: int) -> list[Record]:
     return records
 
 
-def shrunk(recipe: Recipe) -> Recipe:
-    """The same recipe on a small tower and a small language model."""
+def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
+    """The same recipe on a small tower and a small language model of so many layers."""
     tower = {"source": None, "config": SMALL_SIGLIP}
-    language = {"source": None, "config": SMALL_QWEN2, "tokenizer": "Qwen/Qwen2-7B-Instruct", "dtype": "float32"}
+    language = {
+        "source": None,
+        "config": SMALL_QWEN2 | {"num_hidden_layers": layers},
+        "tokenizer": "Qwen/Qwen2-7B-Instruct",
+        "dtype": "float32",
+    }
     for part, changes in (("vision", tower), ("language", language)):
         recipe = recipe.replaced(f"model.{part}", recipe.settings["model"][part] | changes)
     return recipe

@@ -26,18 +26,29 @@ def test_every_recipe_is_right_and_says_how_to_run_it(file: Path, monkeypatch: p
         assert word in comment, f"{file} lacks '{word}' in its header"
 
 
-FULL_SIZE = sorted([*(ROOT / "recipes" / "lavi").glob("*.yaml"), *(ROOT / "recipes" / "baselines").glob("*.yaml")])
+FULL_SIZE = [
+    file
+    for file in RECIPES
+    if file.parent.name in ("lavi", "baselines") or (file.parent.name == "visor" and file.name.startswith("qwen2"))
+]
 
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("file", FULL_SIZE, ids=lambda f: f.stem)
-def test_a_recipe_of_published_checkpoints_builds_on_meta(file: Path) -> None:
+def test_a_recipe_of_published_checkpoints_builds_on_meta(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/visor").mkdir(parents=True)  # what VISOR's offline steps write
+    Path("data/visor/viable.json").write_text('{"viable": [[], [1, 4]]}')
     recipe = Recipe.load(file)
     with torch.device("meta"):
         model = recipe.build("model")
         module = recipe.build("module", model=model)
-    trained = {name.split(".")[1] for name, p in module.named_parameters() if p.requires_grad}
-    assert trained == {name for name, rate in recipe.settings["module"]["learning_rate"].items() if rate is not None}
+    named = {name for name, rate in recipe.settings["module"]["learning_rate"].items() if rate is not None}
+    trained = {name.removeprefix("model.") for name, p in module.named_parameters() if p.requires_grad}
+    assert all(any(name.startswith(f"{part}.") for part in named) for name in trained)
+    assert all(any(name.startswith(f"{part}.") for name in trained) for part in named)
     assert sum(p.numel() for p in model.language.parameters()) > 4e8
     batch = model.processor.collate([model.processor.encode(ask(1, "what is this?", answer="a cat"))])
     assert len(batch.pixels) == batch.places[0].views

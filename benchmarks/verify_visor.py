@@ -1,0 +1,167 @@
+"""Do VISOR's claims on FLOPs hold? LLaVA-OneVision-0.5B: 8.6x fewer with VISOR, 18x with a reducer before it.
+
+    make verify-visor      (or: python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl)
+
+Counted on the meta device from the recipes. The claims (quoted from secondary notes on arXiv 2603.23495, which speak
+of the language part) are held against each configuration, named SA/CA: how many layers refine the visual tokens, how
+many read them. Beside them stands what the arithmetic allows: the same without any visual work at all. The paper's own
+figure is a mean over what its router chose, which is not known: full and none bound it. All methods are timed, too, in
+one run: at full size on a GPU, elsewhere as small models, which gives ratios and no GPU figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from verify_claims import TEXT, recipe_at, shrunk
+
+from lavi.efficiency import record
+from lavi.efficiency.measure import build_on, count, measure
+from lavi.efficiency.point import Scenario
+from lavi.efficiency.record import Record
+from lavi.recipe import Recipe
+from lavi.report import console, table
+
+BASELINE_NAME = "LLaVA-OneVision-0.5B"
+BASE = "baselines/llava_onevision_0_5b"
+VISOR = "visor/qwen2_0_5b_siglip_stage1"
+CLAIM, CLAIM_REDUCED = 8.6, 18.0
+HALVED = {"_target_": "lavi.reduction.visionzip.VisionZip", "dominant": 324, "contextual": 40}
+POOLED = {"_target_": "lavi.reduction.pooling.AveragePooling", "factor": 2}
+
+METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "VISOR 0/6": (VISOR, {"fusion.self_attention": 0, "fusion.cross_attention": 6}, CLAIM),
+    "VISOR 0/8": (VISOR, {"fusion.configuration": "none"}, CLAIM),
+    "VISOR 2/8": (VISOR, {"fusion.configuration": [1, 13]}, CLAIM),
+    "VISOR 4/8": (VISOR, {"fusion.configuration": [1, 7, 13, 19]}, CLAIM),
+    "VISOR 8/8": (VISOR, {}, CLAIM),
+    "VISOR-TR 2/8, half the tokens": (VISOR, {"fusion.configuration": [1, 13], "reducer": HALVED}, CLAIM_REDUCED),
+    "VISOR-TR 2/8, 2 x 2 pooled": (VISOR, {"fusion.configuration": [1, 13], "reducer": POOLED}, CLAIM_REDUCED),
+    "VISOR-TR 8/8, 2 x 2 pooled": (VISOR, {"reducer": POOLED}, CLAIM_REDUCED),
+    "LaVi reads, 4 refine": ("visor/qwen2_0_5b_siglip_modulation", {}, CLAIM),
+    "cross-attention": ("baselines/cross_attention_0_5b", {}, CLAIM),
+    "LaVi": ("lavi/qwen2_0.5b_siglip", {}, CLAIM),
+    "FastV": ("baselines/fastv_0_5b", {}, CLAIM),
+    "PyramidDrop": ("baselines/pyramid_drop_0_5b", {}, CLAIM),
+    "VisionZip": ("baselines/visionzip_0_5b", {}, CLAIM_REDUCED),
+}
+SCENARIOS = [Scenario(TEXT, image=(384, 384)), Scenario(TEXT, image=(1024, 1024)), Scenario(TEXT, frames=32)]
+TIMED = SCENARIOS[1]
+
+
+def recipe_of(method: str) -> Recipe:
+    """A method's recipe; ``LLaVA-OneVision-0.5B``, or one of :data:`METHODS`."""
+    file, changes, _ = METHODS.get(method, (BASE, {}, 0.0))
+    recipe = recipe_at(file)
+    for key, value in changes.items():
+        recipe = recipe.replaced(f"model.{key}", value)
+    recipe.settings["name"] = method
+    return recipe
+
+
+def counts() -> list[Record]:
+    """One record for each method and input."""
+    records = []
+    for method in track([BASELINE_NAME, *METHODS], description="counting", transient=True):
+        recipe = recipe_of(method)
+        model = build_on(recipe, "meta")
+        for scenario in SCENARIOS:
+            made = count(recipe, model, scenario)
+            made.knobs = {"name": method, "scenario": str(scenario)}
+            records.append(made)
+    return records
+
+
+def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: how many times fewer FLOPs, the ceiling, and whether the claim holds, for each input."""
+    counted = [made for made in records if not made.milliseconds]
+    base = {made.knobs["scenario"]: made for made in counted if made.knobs["name"] == BASELINE_NAME}
+    columns = [
+        "method",
+        "input",
+        "LM TFLOPs",
+        "times fewer (ceiling)",
+        "claim",
+        "with encoder",
+        "times fewer (ceiling)",
+    ]
+    rows = []
+    for made in counted:
+        if made.knobs["name"] == BASELINE_NAME:
+            continue
+        other = base[made.knobs["scenario"]]
+        language, whole = other.gflops_language / made.gflops_language, other.gflops_total / made.gflops_total
+        encoder = made.flops["vision_encoder"] / 1e9
+        floor = made.flops_floor / 1e9
+        wanted = METHODS[made.knobs["name"]][2]
+        rows.append(
+            [
+                made.knobs["name"],
+                made.knobs["scenario"],
+                f"{made.gflops_language / 1e3:.2f}",
+                f"{language:.1f} ({other.gflops_language / floor:.0f})",
+                f"{'PASS' if language >= wanted else 'FAIL'} ({wanted:g}x)",
+                f"{made.gflops_total / 1e3:.2f}",
+                f"{whole:.2f} ({other.gflops_total / (floor + encoder):.2f})",
+            ]
+        )
+    return columns, rows
+
+
+def timed(device: torch.device, runs: int) -> list[Record]:
+    """Time of every method at one input: full size on a GPU, else small."""
+    records, small = [], device.type != "cuda"
+    for method in track([BASELINE_NAME, *METHODS], description="timing", transient=True):
+        recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
+        model = build_on(recipe, device)
+        model.vision.to(model.language.hf.dtype)
+        made = count(recipe, model, TIMED)
+        made.knobs = {"name": method, "scenario": str(TIMED), "timed": "small" if small else "full"}
+        records.append(measure(made, model, TIMED, device=device, runs=runs))
+        del model
+    return records
+
+
+def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: whether the FLOPs that are saved show on the clock."""
+    measured = [made for made in records if made.milliseconds]
+    base = next(made for made in measured if made.knobs["name"] == BASELINE_NAME)
+    columns = ["method", "LM FLOPs: times fewer", "prefill ms", "times as fast", "decode ms", "times as fast"]
+    columns += ["peak MiB", "shows on the clock"]
+    rows = []
+    for made in measured:
+        fewer = base.gflops_language / made.gflops_language
+        faster = base.milliseconds["prefill"][0] / made.milliseconds["prefill"][0]
+        decode = base.milliseconds["decode"][0] / made.milliseconds["decode"][0]
+        verdict = "" if made is base else "yes" if faster >= 1.05 else "no"
+        row = [made.knobs["name"], f"{fewer:.1f}", f"{made.milliseconds['prefill'][0]:.1f}", f"{faster:.2f}"]
+        rows.append(
+            [*row, f"{made.milliseconds['decode'][0]:.1f}", f"{decode:.2f}", f"{made.mib['peak']:.0f}", verdict]
+        )
+    return columns, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 3)")
+    args = parser.parse_args()
+    records = counts()
+    title = f"FLOPs of a prompt of {TEXT} text tokens against {BASELINE_NAME} (1 multiply-add = 2 FLOPs)"
+    console().print(table(title, *flops_table(records)))
+    cuda = torch.cuda.is_available()
+    records += timed(torch.device("cuda" if cuda else "cpu"), args.runs or (20 if cuda else 3))
+    where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
+    console().print(table(f"Time at {TIMED}, medians; {where}", *speed_table(records)))
+    if args.out:
+        args.out.unlink(missing_ok=True)
+        record.write(records, args.out)
+
+
+if __name__ == "__main__":
+    main()
