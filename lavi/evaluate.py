@@ -46,9 +46,11 @@ def main() -> None:
         scores = evaluation.evaluate(model, samples, device=device, name=run.name)
         text, visual = evaluation.typical_prompt(model, samples)
         scenario = Scenario(text=text, visual_tokens=visual)
-        made = measure.measure(measure.count(recipe, model, scenario, scores["ways"]), model, scenario, device=device)
+        made = measure.count(recipe, model, scenario, scores["ways"])
+        usual = max(scores["ways"], key=scores["ways"].get, default=None)
+        measure.measure(made, model, scenario, device=device, way=usual)
         made.accuracy, made.controls = scores["accuracy"], scores["controls"]
-        made.knobs |= {"run": run.name, "test_samples": len(samples)}
+        made.knobs |= {"run": run.name, "test_samples": len(samples)} | ({"timed way": str(usual)} if usual else {})
         record.write([made], run / "evaluation.jsonl")
         records.append(made)
         twin = measure.concat_twin(recipe)

@@ -108,11 +108,11 @@ def evaluate(
 
 
 def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> tuple[int, int]:
-    """The median number of text tokens of a prompt, and of visual tokens that come with it."""
+    """The median number of text tokens of a prompt, and of visual tokens that the tower gives with it."""
     prompts = prompts_of(samples)
     lengths = [len(model.chat.encode_prompt(p.sample.messages, images=len(p.sample.images)).ids) for p in prompts]
     images = median(len(p.sample.images) for p in prompts)
-    return int(median(lengths)), int(images) * model.seen.tokens
+    return int(median(lengths)), int(images) * model.vision.tokens
 
 
 def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
@@ -142,7 +142,9 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
         cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]
         rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", cells))
     rows.append(row("peak MiB above weights", [f"{r.mib['peak']:.2f}" for r in records]))
-    return ["", *(r.method for r in records)], rows
+    methods = [r.method for r in records]
+    names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
+    return ["", *names], rows
 
 
 def _group_order(group: str) -> tuple[int, str]:

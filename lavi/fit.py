@@ -75,6 +75,8 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
     model = pretrained.build(recipe)
+    if isinstance(model, VisionLanguageModel):
+        recipe = pretrained.settled(recipe, model)
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
     keep = checkpoint.KeepRun(run, recipe, every=save_every, resumes=resume_from is not None)

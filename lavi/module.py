@@ -90,6 +90,10 @@ class VisionLanguageModule(pl.LightningModule):
         super().train(mode)
         for part in self.model.children():
             _rest(part)
+        # Frozen or without parameters, they may still draw what each step of training looks like.
+        for drawing in (self.model.fusion, self.model.reducer):
+            if drawing is not None:
+                drawing.training = mode
         if mode and self.checkpointing:
             for layer in self.model.language.layers:
                 layer.training = True  # transformers recomputes layers in training only; what is inside them rests

@@ -39,8 +39,15 @@ def build(recipe: Recipe) -> VisionLanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.settings.get("seed", 0))
         model: VisionLanguageModel = recipe.build("model")
-    model.made_from = recipe.settings["model"]  # type: ignore[assignment]
+    model.made_from = settled(recipe, model).settings["model"]  # type: ignore[assignment]
     return model
+
+
+def settled(recipe: Recipe, model: VisionLanguageModel) -> Recipe:
+    """The recipe with what the model read from other files written out: a run does not change when they do."""
+    for key, value in model.fusion.settled().items():
+        recipe = recipe.replaced(f"model.fusion.{key}", value)
+    return recipe
 
 
 def save_pretrained(model: VisionLanguageModel, folder: Path) -> None:

@@ -129,6 +129,13 @@ class Recipe:
         recipe._check_node(settings[top], top)
         return recipe
 
+    def takes(self, key: str, argument: str) -> bool:
+        """Whether the component at ``key`` has an argument of that name."""
+        node: Any = self.settings
+        for name in key.split("."):
+            node = node[name]
+        return argument in _signature(self._find(node[TARGET], key))[0]
+
     # --- checking ---
 
     def _where(self, key: str) -> str:

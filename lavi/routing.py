@@ -6,6 +6,7 @@ as they go, so that a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from lavi.errors import UserError
 from lavi.fusion.visor import Configuration, VisorFusion
 from lavi.metrics.answers import right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
+from lavi.weights import TRAINED
 
 
 def visor_of(model: VisionLanguageModel) -> VisorFusion:
@@ -41,14 +43,17 @@ def visor_of(model: VisionLanguageModel) -> VisorFusion:
 
 
 def every_configuration(optional: Sequence[int], most: int) -> list[Configuration]:
-    """All sets of the optional layers, from the cheapest; of more than ``most`` none, all, and a draw of the others."""
+    """All sets of the optional layers, from the cheapest; of more than ``most`` a draw, of each size about as many.
+
+    None of them, all of them and each by itself are always in it, as far as ``most`` goes.
+    """
     if len(optional) < 31 and 2 ** len(optional) <= most:
         sizes = range(len(optional) + 1)
         return [subset for size in sizes for subset in itertools.combinations(optional, size)]
     draw = random.Random(0)
-    found: set[Configuration] = {(), tuple(optional)}
+    found: set[Configuration] = {(), tuple(optional), *((layer,) for layer in optional[: most - 2])}
     while len(found) < most:
-        found.add(tuple(layer for layer in optional if draw.random() < 0.5))
+        found.add(tuple(sorted(draw.sample(list(optional), draw.randint(1, len(optional))))))
     return sorted(found, key=lambda one: (len(one), one))
 
 
@@ -66,17 +71,28 @@ def right(
 
 
 def search(
-    model: VisionLanguageModel, batches: Sequence[Batch], out: Path, *, keep: float, most: int, device: torch.device
+    model: VisionLanguageModel,
+    batches: Sequence[Batch],
+    out: Path,
+    *,
+    about: dict[str, Any],
+    keep: float,
+    most: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Score the configurations of a run; viable are those that keep a share ``keep`` of the full one's accuracy.
+
+    Args:
+        about: what the scores are of; a file of other scores is left as it is.
 
     Returns:
         What ``out`` holds: ``viable``, a list of layers each, and ``scores``, percent right by configuration.
     """
     fusion = visor_of(model)
     configurations = every_configuration(fusion.refining, most)
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"scores": {}}
-    _same(found, {"refining": fusion.refining, "samples": sum(map(len, batches))}, out)
+    about = about | {"refining": fusion.refining, "samples": sum(map(len, batches))}
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"about": about, "scores": {}}
+    _same(found.get("about"), about, out)
     for configuration in track(configurations, description="scoring configurations", transient=True):
         name = _name(configuration)
         if name not in found["scores"]:
@@ -93,52 +109,67 @@ def search(
 def label(
     model: VisionLanguageModel,
     batches: Iterable[Batch],
-    viable: Sequence[Configuration],
+    viable: Sequence[Sequence[int]],
     out: Path,
     *,
+    about: dict[str, Any],
     keep: float,
     device: torch.device,
-    total: int | None = None,
 ) -> dict[Configuration, int]:
     """Write for each sample the cheapest configuration that has a share ``keep`` of the full one's right answers.
 
     The paper's rule, with 99 %. Samples that ``out`` holds already are left out.
 
+    Args:
+        about: what the labels are of; a file of other labels is left as it is.
+
     Returns:
         How many samples need each configuration.
+
+    Raises:
+        UserError: a configuration that this run cannot have, or a conversation of several questions.
     """
     fusion = visor_of(model)
-    order = sorted(viable, key=lambda one: (len(one), one))
+    order = sorted({fusion.configuration_of(one) for one in viable}, key=lambda one: (len(one), one))
     full = tuple(fusion.refining)
-    counts: dict[Configuration, int] = dict.fromkeys(order, 0)
-    done = set()
-    if out.exists():
-        for made in map(json.loads, out.read_text().splitlines()):
-            done.add(made["key"])
-            if (configuration := tuple(made["configuration"])) not in counts:
-                raise UserError(f"{out} was made with other configurations: choose another --out.")
-            counts[configuration] += 1
+    about = about | {"configurations": [list(one) for one in order], "keep": keep}
+    done = _labelled(out, about)
     with open(out, "a") as stream:
-        for batch in track(batches, description="labelling", total=total, transient=True):
-            if done.issuperset(batch.keys):
+        for batch in track(batches, description="labelling", transient=True):
+            if len({answer.row for answer in batch.answers}) < len(batch.answers):
+                raise UserError(
+                    "a label is for one question, and these conversations have several: give data of one each (for the "
+                    "scenes: python -m datamodules.scenes --turns 1, and data.train=THAT)."
+                )
+            if done.keys() >= set(batch.keys):
                 continue
             shares: dict[Configuration, list[float]] = {}
             for configuration in {full, *order}:
                 with fusion.going(configuration):
                     shares[configuration] = [sum(row) / max(1, len(row)) for _, row in right(model, [batch], device)]
             for row, key in enumerate(batch.keys):
-                if key in done:
-                    continue
-                enough = keep * shares[full][row]
-                chosen = next((one for one in order if shares[one][row] >= enough), order[-1])
-                stream.write(json.dumps({"key": key, "configuration": list(chosen)}) + "\n")
-                counts[chosen] += 1
-                done.add(key)
+                if key not in done:
+                    enough = keep * shares[full][row]
+                    done[key] = next((one for one in order if shares[one][row] >= enough), order[-1])
+                    stream.write(json.dumps({"key": key, "configuration": list(done[key])}) + "\n")
             stream.flush()
-    return counts
+    return {one: sum(chosen == one for chosen in done.values()) for one in order}
 
 
-def read_viable(file: Path) -> list[Configuration]:
+def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
+    """What a file of labels holds already; a line that was cut off by a kill is taken away."""
+    if not out.exists() or not (text := out.read_text()):
+        out.write_text(json.dumps({"about": about}) + "\n")
+        return {}
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        out.write_text(whole)
+    header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
+    _same(header.get("about"), about, out)
+    return {made["key"]: tuple(made["configuration"]) for made in lines}
+
+
+def read_viable(file: Path) -> list[list[int]]:
     """The configurations that :func:`search` found.
 
     Raises:
@@ -149,16 +180,23 @@ def read_viable(file: Path) -> list[Configuration]:
     found = json.loads(file.read_text())
     if "viable" not in found:
         raise UserError(f"the search in {file} is not finished: run python -m lavi.visor search once more, it goes on.")
-    return [tuple(one) for one in found["viable"]]
+    return list(found["viable"])
+
+
+def fingerprint(run: Path) -> str:
+    """Of the weights that a run trained."""
+    with open(run / TRAINED, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _name(configuration: Configuration) -> str:
     return ",".join(map(str, configuration)) or "none"
 
 
-def _same(found: dict[str, Any], about: dict[str, Any], out: Path) -> None:
-    if any(found.setdefault(key, value) != value for key, value in about.items()):
-        raise UserError(f"{out} holds a search of another run or other samples: choose another --out.")
+def _same(found: dict[str, Any] | None, about: dict[str, Any], out: Path) -> None:
+    found = found or {}
+    if other := [key for key in about if found.get(key) != about[key]]:
+        raise UserError(f"{out} was made with another {', '.join(other)}: choose another --out, or remove it.")
 
 
 def _write(found: dict[str, Any], out: Path) -> None:

@@ -33,9 +33,12 @@ def main() -> None:
     model.to(device).eval()
     data = recipe.build("data", processor=model.processor)
     batches = data.stream(args.split, limit=args.samples)
+    about = {"run": routing.fingerprint(args.checkpoint), "split": args.split}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.step == "search":
-        found = routing.search(model, list(batches), args.out, keep=args.keep, most=args.most, device=device)
+        found = routing.search(
+            model, list(batches), args.out, about=about, keep=args.keep, most=args.most, device=device
+        )
         rows = [
             [
                 name,
@@ -44,9 +47,11 @@ def main() -> None:
             ]
             for name, score in found["scores"].items()
         ]
-        console().print(table(f"{found['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows))
+        console().print(
+            table(f"{found['about']['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows)
+        )
     else:
-        counts = routing.label(model, batches, viable, args.out, keep=args.keep, device=device)
+        counts = routing.label(model, batches, viable, args.out, about=about, keep=args.keep, device=device)
         rows = [[",".join(map(str, one)) or "none", f"{count:,}"] for one, count in counts.items()]
         console().print(table(f"labels of {args.split}", ["refining layers", "samples"], rows))
     console().print(f"written: {args.out}")

@@ -48,9 +48,12 @@ def test_a_drop_of_nothing_through_the_ranking_is_concatenation(build, family: s
             torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
 
 
-def test_what_stays_is_what_the_last_token_attends_to_most(build) -> None:
-    """Against the attention that transformers itself returns."""
-    concat, pruned = build(ConcatFusion()), build(PruningFusion(stages={1: 0.25}))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stays_is_what_the_last_token_attends_to_most(build, family: str) -> None:
+    """Against the attention that transformers itself returns, windows and caps of the scores included."""
+    window = {"sliding_window": 12} if family in ("mistral", "gemma2", "gemma3_text") else {}
+    concat = build(ConcatFusion(), family=family, **window)
+    pruned = build(PruningFusion(stages={0: 0.25}), family=family, **window)
     awaken(concat.fusion)
     pruned.fusion.load_state_dict(concat.fusion.state_dict())
     batch = collate(concat, [ask(1, "what colour is the circle?")], prompt=True)
@@ -58,12 +61,12 @@ def test_what_stays_is_what_the_last_token_attends_to_most(build) -> None:
         inputs = concat.fusion(batch, concat.features(batch.pixels), concat.language)
         plain = AutoModelForCausalLM.from_config(concat.language.hf.config, attn_implementation="eager").eval()
         plain.load_state_dict(concat.language.hf.state_dict())
-        attention = plain(**inputs.sequence(), output_attentions=True).attentions[1]
+        attention = plain(**inputs.sequence(), output_attentions=True).attentions[0]
         scores = attention.mean(1)[0, -1]  # (S,)
         place = batch.places[0].column
         best = (scores[place : place + 16].topk(4).indices + place).sort().values
         out, _ = pruned.prefill(batch, pruned.features(batch.pixels))
-    stage = out.past_key_values.kept["stages"][1]
+    stage = out.past_key_values.kept["stages"][0]
     stays = [column for column in stage.index[0].tolist() if place <= column < place + 16]
     assert stays == best.tolist()
 
@@ -84,8 +87,8 @@ def test_scores_are_computed_in_ranking_layers_alone(build, monkeypatch: pytest.
     shapes = []
     look = ranking.Ranking.look
 
-    def spied(self, query, key, scaling):  # type: ignore[no-untyped-def]
-        look(self, query, key, scaling)
+    def spied(self, query, key, **kwargs):  # type: ignore[no-untyped-def]
+        look(self, query, key, **kwargs)
         shapes.append(self.scores.shape)
 
     monkeypatch.setattr(ranking.Ranking, "look", spied)

@@ -21,6 +21,7 @@ from lavi.fusion.pruning import FastV
 from lavi.fusion.visor import VisorFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.module import VisionLanguageModule
 from lavi.reduction.base import Reducer
 from lavi.reduction.controls import RandomTokens, UniformTokens, ZeroTokens
 from lavi.reduction.pixel_shuffle import PixelShuffle
@@ -130,11 +131,24 @@ def test_pooling_is_the_mean_of_squares_and_shuffling_keeps_every_number(make) -
         assert torch.equal(shuffle(features)[:, corner], features[:, square].flatten(1))
 
 
-def test_matryoshka_draws_its_scales_in_training(make) -> None:
-    model = make(ConcatFusion(), MatryoshkaPooling(sides=[1, 2, 4], side=2)).train()
-    batch = collate(model, SAMPLES)
-    assert {model.features(batch.pixels).shape[1] for _ in range(40)} == {1, 4, 16}
-    model.eval()
+def test_pooling_of_an_odd_grid_leaves_the_rest_at_its_border(make) -> None:
+    pooling = AveragePooling(factor=2)
+    pooling.bind(HFVision(config=TOWER | {"image_size": 40}))
+    ramp = torch.arange(5.0).expand(5, 5).reshape(1, 25, 1)
+    assert pooling(ramp)[0, :3, 0].tolist() == [0.5, 2.5, 4.0]
+    assert pooling.after.grid == (3, 3)
+
+
+@pytest.mark.parametrize("shown", [SAMPLES[0], ask(1, 2, "which?", answer="first")])
+def test_matryoshka_draws_its_scales_in_training(make, shown) -> None:  # type: ignore[no-untyped-def]
+    tiled = AnyRes(max_grid=2)
+    model = make(ConcatFusion(newline=True), MatryoshkaPooling(sides=[1, 2, 4], side=2), tiling=tiled)
+    module = VisionLanguageModule(model, learning_rate={"language": 1e-3}).train()  # all but the language model rests
+    batch = collate(model, [shown])
+    assert {module.model.features(batch.pixels).shape[1] for _ in range(40)} == {1, 4, 16}
+    for _ in range(8):
+        assert module.model(batch).isfinite().all()
+    module.eval()
     assert model.features(batch.pixels).shape[1] == 4
 
 

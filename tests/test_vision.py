@@ -708,3 +708,30 @@ def test_generators_on_a_grid_leave_the_class_token_out(kind: str, tokenizer: st
     other[:, 0] = torch.randn_like(other[:, 0])
     same = torch.equal(generator.visual(features, vision.grid), generator.visual(other, vision.grid))
     assert same == (kind != "attention")
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "clip_vision_model", "dinov2", "vit"])
+def test_smaller_images_have_fewer_tokens(kind: str, tmp_path: Path) -> None:
+    """The control of a smaller image: the same weights, positions interpolated by transformers itself."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    whole = HFVision(config={"model_type": kind, **sizes}).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    small = HFVision(str(tmp_path / "whole"), image_size=16).eval()
+    assert (small.pixel_shape, small.grid, small.tokens) == ((3, 16, 16), (2, 2), 4)
+    assert small.flops(1) < whole.flops(1) / 2
+    pixels = small.preprocess(noise(50, 50))[None]
+    keys = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = whole.tower(pixels, output_hidden_states=True, **keys).hidden_states[-1][:, -4:]
+        assert torch.equal(small(pixels), expected)
+    arguments = small.save_pretrained(tmp_path / "small")
+    arguments["source"] = str(tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(HFVision(**arguments).eval()(pixels), expected)
+
+
+def test_image_sizes_that_cannot_be_are_refused() -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    with pytest.raises(UserError, match="patches of 8"):
+        HFVision(config={"model_type": "siglip_vision_model", **sizes}, image_size=20)

@@ -22,19 +22,22 @@ CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 
 def concat_twin(recipe: Recipe) -> Recipe:
-    """The same recipe with token concatenation in place of its fusion: what every method is measured against."""
+    """The same recipe with all tokens concatenated in place of its fusion: what every method is measured against."""
     twin = recipe.replaced("model.fusion", dict(CONCAT))
+    if twin.settings["model"].get("reducer") is not None:
+        twin = twin.replaced("model.reducer", None)
     twin.settings["name"] = f"{recipe.settings['name']} (concat)" if "name" in recipe.settings else "concat"
     return twin
 
 
 def method_name(recipe: Recipe) -> str:
-    """``lavi``, ``concat``: the file the fusion lives in."""
-    return str(recipe.settings["model"]["fusion"][TARGET]).split(".")[-2]
+    """``lavi``, ``concat``, ``concat+visionzip``: the files that the fusion, and what reduces before it, live in."""
+    parts = [recipe.settings["model"]["fusion"], recipe.settings["model"].get("reducer")]
+    return "+".join(str(part[TARGET]).split(".")[-2] for part in parts if part is not None)
 
 
 def is_concat(recipe: Recipe) -> bool:
-    """Whether it is a baseline itself."""
+    """Whether it is a baseline itself: all tokens, concatenated."""
     return method_name(recipe) == "concat"
 
 
@@ -110,8 +113,12 @@ def measure(
     device: torch.device,
     runs: int = 20,
     outputs: Sequence[int] = (),
+    way: Hashable | None = None,
 ) -> Record:
     """Add what the clock and the allocator say to a counted record; ``model`` is on ``device``.
+
+    Args:
+        way: that samples go through the decoder while they are timed; by default the one that was counted.
 
     Where the memory does not suffice the record says so, and whoever sweeps goes on.
     """
@@ -119,7 +126,7 @@ def measure(
     made.device = record.device_name(device)
     computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # tower and projector as the decoder
     try:
-        with computes:
+        with computes, model.fusion.going(model.fusion.counted_way if way is None else way):
             times = stage_times(model, point, device=device, runs=runs, outputs=outputs)
             made.mib = prefill_memory(model, point, device=device)
         made.milliseconds = {stage: list(asdict(t).values()) for stage, t in times.items()}

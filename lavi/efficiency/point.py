@@ -19,7 +19,8 @@ class Scenario:
     """A prompt of ``text`` tokens with one image or video before the second of them; ``batch`` such rows.
 
     At most one of:
-        visual_tokens: an image of so many visual tokens, whatever number the tower gives.
+        visual_tokens: an image of so many visual tokens, whatever number the tower gives; a reducer gets whole views,
+            the least that have so many.
         image: an image of (width, height) pixels, cut into views by the model's own tiling.
         frames: a video of so many frames.
     """
@@ -51,7 +52,9 @@ class Scenario:
         if self.frames is not None:
             return Point(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
         if self.visual_tokens:
-            encoded = math.ceil(self.visual_tokens / max(tokens, 1))
+            encoded = math.ceil(self.visual_tokens / model.vision.tokens)
+            if model.reducer is not None:
+                return Point(self.text, self.batch, Layout(), encoded * tokens, encoded)
             return Point(self.text, self.batch, Layout(), self.visual_tokens, encoded)
         return Point(self.text, self.batch)
 

@@ -74,7 +74,7 @@ class Sweep:
         if "." in self.knob:
             return recipe.replaced(self.knob, value)
         fusion = recipe.settings["model"]["fusion"]
-        if self.knob != "layers" or is_concat(recipe):
+        if self.knob != "layers" or not recipe.takes("model.fusion", "fraction"):
             return recipe
         if value == 0 or value > layers:
             raise UserError(f"layers={value}: the fusion works in 1 to {layers} layers of this language model.")

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,15 @@ class Fusion(nn.Module, ABC):
     def going(self, way: Hashable) -> Iterator[None]:
         """All samples go one of the :attr:`ways`, as long as it holds."""
         yield
+
+    def settled(self) -> dict[str, Any]:
+        """Arguments that named a file, and what was read from it."""
+        return {}
+
+    @property
+    def counted_way(self) -> Hashable | None:
+        """The way that :meth:`costs` is about; None: there is only one."""
+        return None
 
     @abstractmethod
     def bind(self, language: LanguageModel, seen: Seen) -> None:

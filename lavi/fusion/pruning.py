@@ -6,7 +6,8 @@
 Concatenation with any number of such stages; FastV has one, behind the second layer, PyramidDrop three. Each sample
 keeps its own tokens. Pruned tokens are in no later layer's cache. Scores are computed for one query in the ranking
 layers alone, so fused attention stays in use. Chosen here: in training and teacher forcing the asking token is
-the last one before the first answer, whatever follows it.
+the last one before the first answer, so in a conversation of several questions the first one decides; an answer that is
+generated is ranked by its own question.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class PruningFusion(ConcatFusion):
                 f"pruning after layers {wrong}: the language model has layers to prune before in 0 to {self.depth - 2}."
             )
         if self.stages:
-            check_kernel(self.kernel, "pruning")
+            check_kernel(self.kernel, self.sliding, "pruning")
             open_decoder(language.hf, range(self.depth))
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
@@ -223,7 +224,7 @@ class PruningContext(VisualContext):
         else:
             before = columns or Columns(self._all(hidden.device), self._padding(), self.counts)
             at = (before.index == self.asking[:, None]).int().argmax(1)
-            ranking = Ranking(self.fusion.kernel, at=at, valid=before.valid)
+            ranking = Ranking(self.fusion.kernel, at=at, columns=before.index, valid=before.valid)
             with ranking_in(self.fusion.layers[layer], ranking):
                 out = call(hidden, **kwargs)
             assert ranking.scores is not None

@@ -58,6 +58,9 @@ Configuration = tuple[int, ...]
 KERNEL = 7
 """Of the position convolution, in tokens (the paper's)."""
 
+PATIENCE = 20
+"""Batches in which no sample has a label, before training a router stops."""
+
 
 class VisorFusion(ConcatFusion):
     """Text-only, cross-attention and self-attention layers.
@@ -105,14 +108,16 @@ class VisorFusion(ConcatFusion):
         self.routes, self.labels_file = router, labels
         self.read_by, self.bottleneck, self.heads, self.max_images = read, bottleneck, heads, max_images
         self.routed: Counter[Hashable] = Counter()
+        self.forced: Configuration | None = None
+        """The way that all rows go, whatever the router says."""
 
     def bind(self, language: LanguageModel, seen: Seen) -> None:
         super().bind(language, seen)
-        check_kernel(language.attention, "VISOR")
         self.kernel, self.depth, self.width = language.attention, len(language.layers), language.width
         self.sliding = LayeredCache(language.hf.config)
+        check_kernel(self.kernel, self.sliding, "VISOR")
         self._choose_layers()
-        self.configuration = self._configuration(self.wanted_configuration)
+        self.configuration = self.configuration_of(self.wanted_configuration)
         self.viable = self._viable()
         self.norms: dict[int, list[NormTarget]] = {}
         if self.read_by == "modulation":
@@ -130,14 +135,12 @@ class VisorFusion(ConcatFusion):
             nn.init.normal_(self.images.weight, std=0.02)
         self.router = None
         if self.routes is not None:
-            if not self.viable or not self.refining:
-                raise UserError(
-                    "VISOR's router has nothing to choose from: give layers that may refine, and configurations."
-                )
+            self.routes_at = self._where_ways_part()
             self.router = nn.Sequential(
                 nn.LayerNorm(self.width), nn.Linear(self.width, 128), nn.GELU(), nn.Linear(128, len(self.viable))
             )
         self._labels: dict[str, int] | None = None
+        self.unlabelled = 0
 
     @property
     def ways(self) -> Counter[Hashable]:
@@ -146,11 +149,20 @@ class VisorFusion(ConcatFusion):
 
     @contextmanager
     def going(self, way: Hashable) -> Iterator[None]:
-        before, self.configuration = self.configuration, cast(Configuration, way)
+        before = self.configuration, self.forced
+        self.configuration = self.forced = self.configuration_of(cast(Configuration, way))
         try:
             yield
         finally:
-            self.configuration = before
+            self.configuration, self.forced = before
+
+    @property
+    def counted_way(self) -> Configuration:
+        return self.configuration
+
+    def settled(self) -> dict[str, Any]:
+        named = isinstance(self.wanted_configurations, str)
+        return {"configurations": [list(one) for one in self.viable]} if named else {}
 
     @property
     def chosen(self) -> list[NormTarget]:
@@ -167,14 +179,22 @@ class VisorFusion(ConcatFusion):
             )
         taken = set() if isinstance(refining, int) else set(refining)
         self.reading = _spread(reading, [layer for layer in layers if layer not in taken])
-        self.refining = _spread(refining, [layer for layer in layers if layer not in self.reading])
+        free = [layer for layer in layers if layer not in self.reading]
+        behind = [layer for layer in free if self.reading and layer > self.reading[0]]
+        # A router that stands before the first of them has then read the image.
+        self.refining = _spread(refining, behind if optional <= len(behind) else free)
         for names, chosen in (("cross_attention", self.reading), ("self_attention", self.refining)):
             if wrong := [layer for layer in chosen if layer not in layers]:
                 raise UserError(f"VISOR's {names} names layers {wrong}: the language model has 0 to {self.depth - 1}.")
         if both := sorted(set(self.reading) & set(self.refining)):
             raise UserError(f"VISOR's layers {both} cannot both read the visual tokens and refine them.")
 
-    def _configuration(self, wanted: str | Sequence[int]) -> Configuration:
+    def configuration_of(self, wanted: str | Sequence[int]) -> Configuration:
+        """``full``, ``none`` or a list of layers as a configuration.
+
+        Raises:
+            UserError: a layer that may not refine.
+        """
         if isinstance(wanted, str):
             return tuple(self.refining) if wanted == "full" else ()
         if wrong := sorted(set(wanted) - set(self.refining)):
@@ -189,8 +209,22 @@ class VisorFusion(ConcatFusion):
                 raise UserError(
                     f"there is no file {wanted} of viable configurations: make it with python -m lavi.visor search."
                 )
-            wanted = json.loads(Path(wanted).read_text())["viable"]
-        return sorted({self._configuration(one) for one in wanted or []}, key=lambda one: (len(one), one))
+            wanted = json.loads(Path(wanted).read_text()).get("viable", [])
+        return sorted({self.configuration_of(one) for one in wanted or []}, key=lambda one: (len(one), one))
+
+    def _where_ways_part(self) -> int:
+        """The first layer in which the viable configurations differ: the router stands before it."""
+        differing = [layer for layer in self.refining if len({layer in one for one in self.viable}) == 2]
+        if not differing:
+            raise UserError(
+                f"VISOR's router has nothing to choose from: the viable configurations are {self.viable}; name two."
+            )
+        if self.routes == "token" and not any(layer < differing[0] for layer in (*self.reading, *self.viable[0])):
+            raise UserError(
+                f"VISOR's router reads a token before layer {differing[0]}, and no layer has shown it the image by "
+                "then: let a layer of cross_attention stand before it, or set router: pooled."
+            )
+        return differing[0]
 
     def _reader(self, layer: int, language: LanguageModel) -> nn.Module:
         if self.read_by == "modulation":
@@ -207,6 +241,7 @@ class VisorFusion(ConcatFusion):
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        self._check_turns(batch)
         texts, device = batch.input_ids.shape[1], batch.input_ids.device
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype))
         order, columns = splice(batch, counts, text_width=texts)
@@ -217,12 +252,13 @@ class VisorFusion(ConcatFusion):
         context = VisorContext(
             fusion=self,
             configuration=self._of_this_step(),
-            beside=beside,
+            beside=None if self.refining else beside,  # it comes back out of the arranged sequence
             before=before.to(device),
             visual_valid=(index < len(visual)).to(device),
             text_valid=None if all(span == (0, texts) for span in batch.spans) else valid,
             texts=texts,
-            image=image.clamp(max=self.max_images - 1).to(device),
+            image=image.to(device),
+            images=int(image.max()) + 1,
             asking=torch.tensor(asking_columns(batch), device="cpu").to(device),
             keys=batch.keys,
         )
@@ -239,25 +275,35 @@ class VisorFusion(ConcatFusion):
         embeds = everything[order.masked_fill(~mask, len(everything) - 1)]  # (B, S, D)
         return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=context)
 
+    def _check_turns(self, batch: Batch) -> None:
+        """A choice is for one question: of several in a conversation, only the first would be seen when it is made."""
+        rows = [answer.row for answer in batch.answers]
+        if self.labels_file is not None and self.training and len(rows) != len(set(rows)):
+            raise UserError(
+                "VISOR's router learns from conversations of one question each, and this batch has some with more: "
+                "point data.train to such data (for the scenes: python -m datamodules.scenes --turns 1)."
+            )
+
     def _of_this_step(self) -> Configuration:
         if self.training and self.viable and self.router is None:
             return self.viable[int(torch.randint(len(self.viable), (1,), device="cpu"))]
         return self.viable[0] if self.router is not None else self.configuration
 
-    def positioned(self, visual: Tensor, image: Tensor) -> Tensor:
+    def positioned(self, visual: Tensor, image: Tensor, images: int) -> Tensor:
         """V (B, M, D) as the reading layers see it: each token told where it stands, and in which image.
 
         Args:
             image: (B, M) number of its image in the row. Images keep half a kernel apart: text between two of them
                 reads the first, which must not have seen the second.
+            images: the most that a row has.
         """
         assert self.position is not None
         tokens = visual.to(self.position.weight.dtype)
         places = torch.arange(image.shape[1], device=image.device) + KERNEL // 2 * image  # (B, M)
-        wide = tokens.new_zeros(tokens.shape[0], tokens.shape[1] + KERNEL // 2 * self.max_images, tokens.shape[2])
+        wide = tokens.new_zeros(tokens.shape[0], tokens.shape[1] + KERNEL // 2 * images, tokens.shape[2])
         spaced = wide.scatter(1, places[..., None].expand_as(tokens), tokens)
         near = take(self.position(spaced.transpose(1, 2)).transpose(1, 2), places)
-        return visual + (near + self.images(image)).to(visual.dtype)
+        return visual + (near + self.images(image.clamp(max=self.max_images - 1))).to(visual.dtype)
 
     def look(self, layer: int, visual: Tensor) -> tuple[Tensor, ...]:
         """What a reading layer keeps of V, computed once an image: keys and values, or a generator's slots."""
@@ -285,9 +331,15 @@ class VisorFusion(ConcatFusion):
             UserError: none of the samples has a label.
         """
         labels = [self.labels.get(key, -100) for key in keys]
+        if not self.labels:
+            raise UserError(f"{self.labels_file} holds no label: make them with python -m lavi.visor label.")
         if all(label < 0 for label in labels):
+            self.unlabelled += 1
+            if self.unlabelled < PATIENCE:  # one rank alone must not stop
+                return 0.0 * logits.sum()
             raise UserError(
-                f"{self.labels_file} has a label for none of the samples {', '.join(keys[:4])} ...: label them."
+                f"{self.labels_file} has a label for none of the samples {', '.join(keys[:4])} ..., nor of the "
+                f"{PATIENCE - 1} batches before: label them."
             )
         return nn.functional.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device))
 
@@ -319,8 +371,9 @@ class VisorFusion(ConcatFusion):
                 reading += cast(GatedCrossAttention, reader).flops(text, visual)
                 once = cast(GatedCrossAttention, reader).keys_values_flops(visual)
             reading += 0 if decoding else once
-        if not decoding:
-            reading += len(self.reading) * linear_flops(visual + KERNEL // 2 * self.max_images, KERNEL, self.width)
+        if self.reading and not decoding:  # once for each V that is read
+            states = {max((r for r in self.configuration if r < layer), default=-1) for layer in self.reading}
+            reading += len(states) * linear_flops(visual + KERNEL // 2, KERNEL, self.width)
         kind = "generator" if self.read_by == "modulation" else "cross_attention"
         costs[kind] = Cost(reading)
         if modulation:
@@ -388,8 +441,15 @@ def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
         raise UserError(f"there is no file {file} of labels: make it with python -m lavi.visor label.")
     numbers = {configuration: number for number, configuration in enumerate(viable)}
     found = {}
-    for line in file.read_text().splitlines():
-        made = json.loads(line)
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            made = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(
+                f"{file}, line {number} is cut off: run python -m lavi.visor label once more, it goes on there."
+            ) from None
+        if "key" not in made:  # the header
+            continue
         configuration = tuple(made["configuration"])
         if configuration not in numbers:
             raise UserError(
@@ -410,8 +470,8 @@ class Group:
     configuration: Configuration
     states: dict[int, Tensor] = field(default_factory=dict)
     """V (b, M, D) behind each layer that refined it; -1: as it came."""
-    seen: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    """What each reading layer kept of V, where there is no cache to keep it."""
+    positioned: dict[int, Tensor] = field(default_factory=dict)
+    """The same as the reading layers see it."""
 
 
 @dataclass
@@ -420,7 +480,7 @@ class VisorContext(VisualContext):
 
     fusion: VisorFusion = None  # type: ignore[assignment]
     configuration: Configuration = ()
-    beside: Tensor = None  # type: ignore[assignment]
+    beside: Tensor | None = None
     """(B, M, D): V as it came, where the sequence is the text alone."""
     before: Tensor = None  # type: ignore[assignment]
     """(B, M): the text column each visual token stands before."""
@@ -428,6 +488,8 @@ class VisorContext(VisualContext):
     """(B, M)."""
     image: Tensor = None  # type: ignore[assignment]
     """(B, M): the number of its image in the row."""
+    images: int = 1
+    """The most that a row has."""
     text_valid: Tensor | None = None
     """(B, T); None: no padding."""
     texts: int = 0
@@ -457,7 +519,7 @@ class VisorContext(VisualContext):
         start = stop - length if past else 0
         columns = torch.arange(start, stop, device=self.before.device)
         mask = self.before[:, None, :] <= columns[None, :, None]
-        groups = [Group(None, self.configuration, {-1: self.beside})]
+        groups = [Group(None, self.configuration, {} if self.beside is None else {-1: self.beside})]
         return replace(self, past=past, now=length, mask=mask, groups=groups)
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
@@ -468,6 +530,9 @@ class VisorContext(VisualContext):
         held = {name: getattr(self, name) for name in names}
         repeated = {name: part.repeat_interleave(beams, dim=0) for name, part in held.items() if part is not None}
         return replace(self, text_columns=None, **repeated)
+
+    def held(self) -> list[Tensor]:
+        return [] if self.beside is None else [self.beside]
 
     def losses(self) -> dict[str, Tensor]:
         if self.fusion.router is None or not self.routing:
@@ -489,9 +554,9 @@ class VisorContext(VisualContext):
         """One layer, for each group of rows by itself; text (B, T, D) to text."""
         fusion = self.fusion
         cache: LayeredCache | None = kwargs.get("past_key_values")
-        if fusion.router is not None and layer == fusion.refining[0] and not self.past:
+        if fusion.router is not None and layer == fusion.routes_at and not self.past:
             self._route(hidden, layer, cache)
-        if fusion.router is None or layer < fusion.refining[0]:
+        if fusion.router is None or layer < fusion.routes_at:
             return self._layer(layer, call, hidden, self.groups[0], kwargs)
         groups = cache.kept["groups"] if self.past and cache is not None else self.groups[1:]
         if len(groups) == 1:
@@ -547,19 +612,22 @@ class VisorContext(VisualContext):
             asking = hidden[torch.arange(len(hidden), device=hidden.device), self.asking]  # (B, D)
         else:
             count = self.visual_valid.sum(1, keepdim=True).clamp(min=1)
-            asking = whole.states[-1].sum(1) / count  # padding is 0
+            asking = _before(layer, whole).sum(1) / count  # padding is 0
         logits = fusion.router(asking.to(next(fusion.router.parameters()).dtype))  # (B, configurations)
         self.routing.append(logits)
-        if fusion.training:  # its choice has no gradient, so while it learns the cheapest way serves
-            chosen = [0] * len(hidden)
+        if fusion.forced is not None or logits.is_meta:
+            chosen = [fusion.configuration] * len(hidden)
+        elif fusion.training:  # its choice has no gradient, so while it learns the cheapest way serves
+            chosen = [fusion.viable[0]] * len(hidden)
         else:
-            chosen = [0] * len(hidden) if logits.is_meta else logits.argmax(-1).tolist()
-            fusion.routed.update(fusion.viable[number] for number in chosen)
+            chosen = [fusion.viable[number] for number in logits.argmax(-1).tolist()]
+            fusion.routed.update(chosen)
         made = []
-        for number in sorted(set(chosen)):
-            rows = torch.tensor([row for row, own in enumerate(chosen) if own == number], device=hidden.device)
-            states = {-1: _some(whole.states[-1], rows)}
-            made.append(Group(rows, fusion.viable[number], states))
+        for configuration in dict.fromkeys(chosen):
+            rows = torch.tensor([row for row, own in enumerate(chosen) if own == configuration], device="cpu")
+            rows = rows.to(hidden.device)
+            states = {refined: _some(state, rows) for refined, state in whole.states.items()}
+            made.append(Group(rows, configuration, states))
         del self.groups[1:]
         self.groups += made
         if cache is not None:
@@ -603,8 +671,11 @@ class VisorContext(VisualContext):
         if self.past:
             assert cache is not None
             return cache.cross[layer]
-        positioned = self.fusion.positioned(_before(layer, group), _some(self.image, rows))
-        seen = self.fusion.look(layer, positioned)
+        state = max(refined for refined in group.states if refined < layer)
+        # With gradients each layer makes its own: a layer that is recomputed must do what it did before.
+        if torch.is_grad_enabled() or state not in group.positioned:
+            group.positioned[state] = self.fusion.positioned(group.states[state], _some(self.image, rows), self.images)
+        seen = self.fusion.look(layer, group.positioned[state])
         if cache is not None:
             cache.cross[layer] = seen
         return seen

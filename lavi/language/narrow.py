@@ -82,12 +82,15 @@ def window_of(cache: DynamicCache, layer: int) -> int | None:
     return getattr(cache.layers[layer], "sliding_window", None)
 
 
-def check_kernel(kernel: str, method: str) -> None:
+def check_kernel(kernel: str, cache: DynamicCache, method: str) -> None:
     """Refuse attention kernels whose masks cannot be made here.
 
     Raises:
-        UserError: such a kernel.
+        UserError: such a kernel; or flash attention in a model with sliding windows, which it counts in the tokens it
+            gets, not in those of the sequence.
     """
+    if kernel == "flash_attention_2" and any(window_of(cache, layer) for layer in range(len(cache.layers))):
+        raise UserError(f"{method} in a model with sliding windows needs language.attention=sdpa, not '{kernel}'.")
     if kernel not in KERNELS:
         raise UserError(f"{method} works with the attention kernels {', '.join(KERNELS)}, not '{kernel}'.")
 

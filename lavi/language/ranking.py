@@ -26,22 +26,37 @@ class Ranking:
 
     Args:
         at: (B,) place of the query among the tokens of the call.
+        columns: (B, K) of the arranged sequence that the tokens have: what a sliding window is counted in.
         valid: (B, K) which keys are tokens; None: all.
     """
 
     kernel: str
     at: Tensor
+    columns: Tensor
     valid: Tensor | None
     scores: Tensor | None = None
     """(B, K): share of the attention that each key got, the mean over heads."""
 
-    def look(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        """``query`` (B, heads, Q, d), ``key`` (B, kv heads, K, d), as the kernel gets them."""
+    def look(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> None:
+        """``query`` (B, heads, Q, d), ``key`` (B, kv heads, K, d) and the rest as the kernel gets them."""
         with torch.no_grad():
             index = self.at.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3])
             asking = query.gather(2, index).float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, kv, group, d)
             scores = asking @ key.float().transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)  # (B, kv, group, K)
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             seen = torch.arange(key.shape[2], device=key.device) <= self.at[:, None]  # (B, K)
+            if sliding_window is not None:
+                seen &= self.columns.gather(1, self.at[:, None]) - self.columns < sliding_window
             seen = seen if self.valid is None else seen & self.valid
             scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
             self.scores = scores.softmax(-1).mean((1, 2))
@@ -52,8 +67,13 @@ _active: list[Ranking] = []
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     ranking = _active[-1]
-    ranking.look(query, key, kwargs.get("scaling"))
-    return _kernel(module, ranking.kernel)(module, query, key, value, mask, **kwargs)
+    ranking.look(query, key, **kwargs)
+    config: Any = module.config
+    config._attn_implementation = ranking.kernel  # flash attention looks at it
+    try:
+        return _kernel(module, ranking.kernel)(module, query, key, value, mask, **kwargs)
+    finally:
+        config._attn_implementation = NAME
 
 
 def _kernel(module: nn.Module, name: str) -> Callable[..., Any]:

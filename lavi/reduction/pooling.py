@@ -16,7 +16,7 @@ from lavi.vision.base import Seen, VisionBackbone
 
 
 class AveragePooling(Reducer):
-    """The mean over each square of ``factor`` x ``factor`` tokens; a rest at the border shares what there is."""
+    """The mean over each square of ``factor`` x ``factor`` tokens; at the border, of what is left of one."""
 
     def __init__(self, *, factor: int = 2) -> None:
         super().__init__()
@@ -29,16 +29,19 @@ class AveragePooling(Reducer):
         return Seen(vision.width, rows * columns, (rows, columns))
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.factor == 1:
+            return features
         assert self.before.grid is not None
-        assert self.after.grid is not None
-        return pooled(features, self.before.grid, self.after.grid)
+        on_grid = features.transpose(1, 2).unflatten(-1, self.before.grid)  # (views, Dv, rows, columns)
+        squares = nn.functional.avg_pool2d(on_grid, self.factor, ceil_mode=True, count_include_pad=False)
+        return squares.flatten(2).transpose(1, 2)
 
 
 class MatryoshkaPooling(Reducer):
     """Nested scales of one image: in training each step draws one of ``sides``, afterwards ``side`` is used.
 
     One training then serves every budget of tokens: change ``model.reducer.side`` and evaluate again. The draw is the
-    same for all views of a batch.
+    same for all views of a batch. Leave room in ``model.context_length`` for the largest.
 
     Args:
         sides: tokens on a side of the grid (M3: 24, 12, 6, 3, 1).

@@ -51,6 +51,8 @@ class VisionZip(Reducer):
         views, tokens, _ = features.shape
         if not views or tokens == self.dominant:
             return features[:, : self.after.tokens]
+        if len(self.read.get("key", ())) != views:
+            raise RuntimeError("VisionZip ranks features right after the tower has made them: run the tower first.")
         with torch.no_grad():
             rank, keys = self._rank(tokens)  # (views, N), (views, N, d)
             best = rank.topk(self.dominant, dim=-1).indices
@@ -63,7 +65,7 @@ class VisionZip(Reducer):
     def _rank(self, tokens: int) -> tuple[Tensor, Tensor]:
         """How much each token of the grid is attended to, and its key (the mean over heads)."""
         query, key = (
-            self.read[part].float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in ("query", "key")
+            self.read.pop(part).float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in ("query", "key")
         )  # (views, heads, prefix + N, d)
         before = key.shape[2] - tokens
         asking = query[:, :, :1] if before else query
@@ -114,6 +116,10 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
 
 def _heads(vision: VisionBackbone) -> int:
     config = getattr(getattr(vision, "tower", None), "config", None)
+    if getattr(config, "model_type", "").startswith("dinov3"):
+        raise UserError(
+            "VisionZip reads queries and keys before DINOv3 turns them by their position: take another tower."
+        )
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
         raise UserError(

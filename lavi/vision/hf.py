@@ -68,10 +68,12 @@ class HFVision(Tower):
         layer: whose output to use, as in ``hidden_states``: -1 the last layer's, -2 the one before. Several: their
             features side by side. Of a convolutional tower only -1: its stages have different grids.
         class_token: keep the class token, before the grid.
+        image_size: the side, in pixels, that images are resized to, not the checkpoint's own; the tower's position
+            embeddings are interpolated. Smaller images have fewer tokens: a control for reducers of tokens.
 
     Raises:
         UserError: neither or both of ``source`` and ``config``; nothing there, or no tower that works here; no such
-            layer, no class token; preprocessing that does not fit.
+            layer, no class token; preprocessing that does not fit; a tower that takes images of its own size only.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class HFVision(Tower):
         config: dict[str, Any] | None = None,
         layer: int | list[int] = -1,
         class_token: bool = False,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
@@ -88,6 +91,8 @@ class HFVision(Tower):
         settings = _config(source, config)
         self.tower = _tower(source, settings)
         self.image_processor = _image_processor(source, settings)
+        self.image_size = image_size
+        self.resizing = _resize(self.tower, self.image_processor, image_size) if image_size is not None else {}
         self.mean = tuple(self.image_processor.image_mean)
         self.resample = Image.Resampling(self.image_processor.resample)
         self.layers = _cut(self.tower, layer)
@@ -100,7 +105,8 @@ class HFVision(Tower):
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        hidden = self.tower(pixels, output_hidden_states=self.layers if SELECTS else True).hidden_states
+        wanted: Any = self.layers if SELECTS else True
+        hidden = self.tower(pixels, output_hidden_states=wanted, **self.resizing).hidden_states
         return [self._split(hidden[layer], pixels) for layer in self.layers]
 
     def _split(self, hidden: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +152,40 @@ class HFVision(Tower):
         for key in ("stage_names", "out_features", "out_indices"):  # they name layers that may have been cut off
             keys.pop(key, None)
         (folder / "config.json").write_text(json.dumps(keys, indent=2))
-        return {"source": Path(), "layer": self.layers, "class_token": bool(self.prefix)}
+        return {
+            "source": Path(),
+            "layer": self.layers,
+            "class_token": bool(self.prefix),
+            "image_size": self.image_size,
+        }
+
+
+def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
+    """Make the preprocessing give squares of ``side`` pixels; what the tower has to be told when it is called.
+
+    Raises:
+        UserError: the tower takes images of its own size only, or ``side`` is no multiple of its patches.
+    """
+    own, patch = _pair(tower.config.image_size), _pair(getattr(tower.config, "patch_size", 1))
+    if side < 1 or side % patch[0] or side % patch[1]:
+        raise UserError(f"image_size={side}: the tower cuts images into patches of {patch[0]} pixels, take a multiple.")
+    told = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+    if (
+        not told
+        and (side, side) != own
+        and "dino" not in tower.config.model_type
+        and hasattr(tower.config, "patch_size")
+    ):
+        raise UserError(
+            f"a '{tower.config.model_type}' tower takes images of its own size ({own[0]}) only: leave image_size out."
+        )
+    if "shortest_edge" in processor.size:
+        processor.size = {"shortest_edge": side}
+    else:
+        processor.size = {"height": side, "width": side}
+    if processor.do_center_crop:
+        processor.crop_size = {"height": side, "width": side}
+    return {"interpolate_pos_encoding": True} if told and (side, side) != own else {}
 
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:

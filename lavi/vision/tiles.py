@@ -151,6 +151,8 @@ class Packing:
 
     def count(self, layout: Layout, per_view: int, *, newline: bool) -> int:
         """How many tokens :meth:`pack` gives for views of ``per_view`` tokens."""
+        if (other := self._at_scale(per_view)) is not None:
+            return other.count(layout, per_view, newline=newline)
         if not per_view:
             return 0
         if self._grid is None:
@@ -168,6 +170,8 @@ class Packing:
         Raises:
             UserError: the views of a tiled image or of a video are more than their grid.
         """
+        if (other := self._at_scale(features.shape[1])) is not None:
+            return other.pack(features, layout, newline)
         end = [newline[None].to(features)] if newline is not None else []
         if not features.shape[1]:
             return features.flatten(0, 1)
@@ -187,6 +191,13 @@ class Packing:
             column = newline[:, None, None].to(grid).expand(-1, grid.shape[1], 1)  # (D, rows, 1)
             grid = torch.cat([grid, column], dim=-1)
         return torch.cat([features[0], grid.flatten(1).transpose(0, 1)])
+
+    def _at_scale(self, per_view: int) -> Packing | None:
+        """Of views at another scale of the same square grid (matryoshka pooling draws one each step)."""
+        side = math.isqrt(per_view)
+        if self._grid is None or per_view < 1 or side * side != per_view or self._grid[0] != self._grid[1]:
+            return None
+        return Packing((side, side), budget=self.budget) if side != self._grid[0] else None
 
     @property
     def frame_grid(self) -> Grid:
