@@ -50,7 +50,9 @@ def main() -> None:
         usual = max(scores["ways"], key=scores["ways"].get, default=None)
         measure.measure(made, model, scenario, device=device, way=usual)
         made.accuracy, made.controls = scores["accuracy"], scores["controls"]
-        made.knobs |= {"run": run.name, "test_samples": len(samples)} | ({"timed way": str(usual)} if usual else {})
+        made.knobs |= {"run": run.name, "test_samples": len(samples)} | (
+            {} if usual is None else {"timed way": str(usual)}
+        )
         record.write([made], run / "evaluation.jsonl")
         records.append(made)
         twin = measure.concat_twin(recipe)

@@ -56,13 +56,14 @@ class FusedLayer(nn.Module):
     """A decoder layer that asks the context how it is to be run."""
 
     fused_index: int
+    fused_names: tuple[str, ...]
+    """What the layer's own forward takes, behind the hidden states."""
 
     def forward(self, hidden_states: Tensor, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Tensor:
         if vision is None:
             return super().forward(hidden_states, *args, **kwargs)
         # Some families hand arguments on by their place (GPT-2): a context finds them by their name.
-        named = dict(zip(_parameters(super().forward.__func__), args, strict=False))  # type: ignore[attr-defined]
-        named |= kwargs
+        named = dict(zip(self.fused_names, args, strict=False)) | kwargs
         call = super().forward
         if "layer_past" in named:  # what GPT-NeoX calls its cache
             named["past_key_values"] = named.pop("layer_past")
@@ -72,12 +73,6 @@ class FusedLayer(nn.Module):
 
 def _with_layer_past(call: Callable[..., Any], hidden: Tensor, *, past_key_values: Any = None, **kwargs: Any) -> Any:
     return call(hidden, layer_past=past_key_values, **kwargs)
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of what a layer's forward takes, behind the hidden states."""
-    return tuple(inspect.signature(forward).parameters)[2:]
 
 
 class FusedDecoder(nn.Module):
@@ -152,8 +147,11 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
     swap(model, FusedCausalLM)
     swap(stack, FusedDecoder)
     for index in layers:
-        swap(stack_layers[index], FusedLayer)
-        stack_layers[index].fused_index = index  # type: ignore[assignment]
+        layer: Any = stack_layers[index]
+        if not isinstance(layer, FusedLayer):
+            layer.fused_names = tuple(inspect.signature(layer.forward).parameters)[1:]
+            swap(layer, FusedLayer)
+        layer.fused_index = index
     reached = _Canary()
     _dummy_forward(model, vision=reached)
     if missing := sorted(set(layers) - reached.layers):
