@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,18 @@ verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.
 
 verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
 	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
+
+visor-scenes: install ## train VISOR and concatenation on the scenes, and score them (an hour and a half on two cores)
+	$(BIN)/python -m datamodules.scenes --out data/scenes
+	$(BIN)/python -m datamodules.scenes --out data/scenes-single --turns 1 --test 4000
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_concat.yaml --run runs/visor-scenes-concat
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_cross.yaml --run runs/visor-scenes-cross
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_universal.yaml --run runs/visor-scenes-universal
+	$(BIN)/python -m lavi.visor search --checkpoint runs/visor-scenes-universal --out data/visor-scenes/viable.json --keep 0.5
+	$(BIN)/python -m lavi.visor label --checkpoint runs/visor-scenes-universal --configurations data/visor-scenes/viable.json \
+	  --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_router.yaml --run runs/visor-scenes-router
+	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)

@@ -17,12 +17,15 @@ from pathlib import Path
 
 from generator_cost import generator_table
 from verify_claims import flops_table, speed_table
+from verify_visor import flops_table as visor_flops_table
+from verify_visor import speed_table as visor_speed_table
 
 from lavi.efficiency.record import Record, read
 from lavi.efficiency.report import sweep_rows, sweep_title
 from lavi.evaluation import side_by_side
 from lavi.report import markdown
 
+HARD = ("count", "comparison", "relation", "reading", "two_images")
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -56,6 +59,34 @@ def speed(records: list[Record]) -> str:
     return f"{markdown(*speed_table(timed))}\n{note}\n"
 
 
+def visor(records: list[Record]) -> str:
+    """VISOR and its peers against LLaVA-OneVision-0.5B."""
+    return markdown(*visor_flops_table(records))
+
+
+def visor_speed(records: list[Record]) -> str:
+    """The same on the clock."""
+    timed = [made for made in records if made.milliseconds]
+    what = "Small models (a decoder of 24 layers)" if timed[0].knobs["timed"] == "small" else "Full size"
+    note = (
+        f"{what} at {timed[0].knobs['scenario']}, medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}."
+    )
+    return f"{markdown(*visor_speed_table(timed))}\n{note}\n"
+
+
+def visor_scenes(records: list[Record]) -> str:
+    """What VISOR reached on the scenes: accuracy beside what it costs."""
+    columns = ["", "easy %", "hard %", *(f"{family} %" for family in HARD), "GFLOPs without encoder", "of concat %"]
+    base = next(made for made in records if made.method == "concat")
+    rows = []
+    for made in records:
+        scores = [made.accuracy.get(group, float("nan")) for group in ("level/easy", "level/hard")]
+        scores += [made.accuracy.get(f"family/{family}", float("nan")) for family in HARD]
+        cost = [f"{made.gflops_language:.4f}", f"{100 * made.gflops_language / base.gflops_language:.0f}"]
+        rows.append([str(made.knobs["name"]), *(f"{score:.1f}" for score in scores), *cost])
+    return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
+
+
 def sweep(records: list[Record]) -> str:
     """A sweep, as ``lavi.profile`` shows it."""
     return f"{markdown(*sweep_rows(records))}\n{sweep_title(records)}.\n"
@@ -66,6 +97,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "verify_claims": claims,
     "verify_claims.speed": speed,
     "fusion_cost": sweep,
+    "verify_visor": visor,
+    "verify_visor.speed": visor_speed,
+    "visor_scenes": visor_scenes,
 }
 """How a file of records becomes a table; :func:`comparison` where nothing is said."""
 

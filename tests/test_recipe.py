@@ -40,7 +40,7 @@ def test_a_recipe_of_published_checkpoints_builds_on_meta(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/visor").mkdir(parents=True)  # what VISOR's offline steps write
-    Path("data/visor/viable.json").write_text('{"viable": [[], [1, 4]]}')
+    Path("data/visor/viable.json").write_text('{"viable": [[], [4, 9]]}')
     recipe = Recipe.load(file)
     with torch.device("meta"):
         model = recipe.build("model")

@@ -1,0 +1,62 @@
+"""What VISOR reaches on the scenes: is reading enough for easy questions, and for hard ones not?
+
+    make visor-scenes      trains everything (about an hour and a half on two cores), then runs this
+    python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl      scores what was trained
+
+Held-out answers of concatenation, of cross-attention alone, of the universal model at each of its configurations, and of
+its router; beside them the FLOPs of one prompt, of the router the mean over what it chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tables import visor_scenes
+
+from lavi import evaluation
+from lavi.checkpoint import load_run
+from lavi.efficiency import measure, record
+from lavi.efficiency.point import Scenario
+
+UNIVERSAL = "runs/visor-scenes-universal"
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "concatenation": ("runs/visor-scenes-concat", []),
+    "cross-attention alone": ("runs/visor-scenes-cross", []),
+    **{
+        f"universal, refining {name}": (UNIVERSAL, [f"model.fusion.configuration={layers}"])
+        for name, layers in (("none", "[]"), ("layer 1", "[1]"), ("layer 2", "[2]"), ("both", "[1, 2]"))
+    },
+    "universal, routed": ("runs/visor-scenes-router", []),
+}
+TEST = "data/scenes-single/test"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser.add_argument("--limit", type=int, help="score at most this many test samples")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    records = []
+    for name, (run, changes) in RUNS.items():
+        recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
+        model.to(device)
+        samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
+        model.fusion.ways.clear()
+        accuracy = evaluation.score(model, evaluation.prompts_of(samples), device=device, label=name)
+        text, visual = evaluation.typical_prompt(model, samples)
+        made = measure.count(recipe, model, Scenario(text=text, visual_tokens=visual), model.fusion.ways.copy())
+        made.accuracy = accuracy
+        made.knobs |= {"name": name, "test_samples": len(samples), "run": Path(run).name}
+        records.append(made)
+        print(f"{name}: easy {accuracy['level/easy']:.1f} %, hard {accuracy['level/hard']:.1f} %", flush=True)
+    print(visor_scenes(records))
+    if args.out:
+        args.out.unlink(missing_ok=True)
+        record.write(records, args.out)
+
+
+if __name__ == "__main__":
+    main()
