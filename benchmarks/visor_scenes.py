@@ -3,8 +3,8 @@
     make visor-scenes      trains everything (about an hour and a half on two cores), then runs this
     python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl      scores what was trained
 
-Held-out answers of concatenation, of cross-attention alone, of the universal model at each of its configurations, and of
-its router; beside them the FLOPs of one prompt, of the router the mean over what it chose.
+Held-out answers of concatenation, of cross-attention alone, of the universal model at each of its configurations, and
+of its router; beside them the FLOPs of one prompt, of the router the mean over what it chose.
 """
 
 from __future__ import annotations

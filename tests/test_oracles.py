@@ -51,14 +51,13 @@ FUSIONS = {
     "concat": ConcatFusion,
 }
 KINDS = ("weight", "bias")
-EVERYWHERE = [f"lavi-{kind}" for kind in ("attention", "mlp", "conv", "pooled")] + [
-    "cross-attention",
-    "visor",
-    "fastv",
-    "concat",
-]
+EVERYWHERE = ["lavi-attention", "cross-attention", "visor", "fastv", "concat"]
+# What makes the deltas does not know the family, so the other generators are tried on the kinds of families alone.
+SOME = ("olmo2", "gemma3_text", "gpt2", "phi")
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
+CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
+CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop")]
 BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross"))]
 """The fusions that leave the sequence as it is."""
 
@@ -113,7 +112,10 @@ def test_without_an_image_the_language_model_answers(model: VisionLanguageModel)
     batch = collate(model, SAMPLES).without_images()
     with torch.no_grad():
         alone, bare = model(batch), bare_logits(model, batch)
-        assert all(torch.equal(row(alone, batch, i), row(bare, batch, i)) for i in range(len(SAMPLES)))
+        exact = len(model.fusion.ways) < 2  # rows that are run in groups round in another order
+        for index in range(len(SAMPLES)):
+            said, expected = row(alone, batch, index), row(bare, batch, index)
+            assert torch.equal(said, expected) if exact else torch.allclose(said, expected, atol=1e-5)
         mixed = model(collate(model, SAMPLES))  # a row without an image, beside rows with one
         torch.testing.assert_close(row(mixed, batch, 2), row(bare, batch, 2), atol=1e-5, rtol=1e-4)
 
