@@ -149,18 +149,23 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 3)")
+    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 3); 0: count")
     args = parser.parse_args()
     records = counts()
+    counted = len(records)
     title = f"FLOPs of a prompt of {TEXT} text tokens against {BASELINE_NAME} (1 multiply-add = 2 FLOPs)"
     console().print(table(title, *flops_table(records)))
+    if args.out:  # what is counted is not lost when the timing is stopped
+        args.out.unlink(missing_ok=True)
+        record.write(records, args.out)
+    if args.runs == 0:
+        return
     cuda = torch.cuda.is_available()
     records += timed(torch.device("cuda" if cuda else "cpu"), args.runs or (20 if cuda else 3))
     where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
     console().print(table(f"Time at {TIMED}, medians; {where}", *speed_table(records)))
     if args.out:
-        args.out.unlink(missing_ok=True)
-        record.write(records, args.out)
+        record.write(records[counted:], args.out)
 
 
 if __name__ == "__main__":
