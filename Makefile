@@ -29,7 +29,7 @@ lint: install ## check format and style
 typecheck: install ## check types
 	$(BIN)/mypy
 
-test: install ## run the tests (about six minutes on two cores)
+test: install ## run the tests (about a quarter of an hour on two cores)
 	$(BIN)/pytest -n 2
 
 test-all: install ## run the tests that train, too
