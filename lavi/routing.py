@@ -20,7 +20,8 @@ from rich.progress import track
 
 from lavi.batch import Batch
 from lavi.errors import UserError
-from lavi.fusion.visor import Configuration, VisorFusion
+from lavi.fusion.visor import VisorFusion
+from lavi.fusion.visor_files import Configuration
 from lavi.metrics.answers import right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.weights import TRAINED
@@ -167,20 +168,6 @@ def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
     header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
     _same(header.get("about"), about, out)
     return {made["key"]: tuple(made["configuration"]) for made in lines}
-
-
-def read_viable(file: Path) -> list[list[int]]:
-    """The configurations that :func:`search` found.
-
-    Raises:
-        UserError: there is no such file, or it is not finished.
-    """
-    if not file.exists():
-        raise UserError(f"there is no file {file}: make it with python -m lavi.visor search.")
-    found = json.loads(file.read_text())
-    if "viable" not in found:
-        raise UserError(f"the search in {file} is not finished: run python -m lavi.visor search once more, it goes on.")
-    return list(found["viable"])
 
 
 def fingerprint(run: Path) -> str:

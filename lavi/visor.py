@@ -23,11 +23,12 @@ def main() -> None:
 
     from lavi import routing
     from lavi.checkpoint import load_run
+    from lavi.fusion.visor_files import read_viable
     from lavi.report import console, table
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.step == "label":
-        viable = routing.read_viable(args.configurations)
+        viable = read_viable(args.configurations)
     recipe, model = load_run(args.checkpoint, overrides=args.overrides, trust=args.trust)
     routing.visor_of(model)
     model.to(device).eval()

@@ -10,9 +10,9 @@ from conftest import FAMILIES, TOWER, ask, awaken, collate
 from torch import Tensor
 
 from lavi.errors import UserError
-from lavi.fusion.base import Fusion
+from lavi.fusion.base import Fusion, spread_layers
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.lavi import LaViFusion, spread_layers
+from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import norm_targets
 from lavi.model import VisionLanguageModel

@@ -97,11 +97,10 @@ def language_flops(
         ``attention`` (``scores`` are its part), ``ffn``, and the ``head`` for the last token.
     """
     config = language.hf.config
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     before = past or [0] * len(tokens)
     caches = DynamicCache(config=config).layers
     scores = sum(
-        4.0 * new * _keys(cache, old, new) * config.num_attention_heads * head_width
+        4.0 * new * _keys(cache, old, new) * language.attention_width
         for cache, new, old in zip(caches, tokens, before, strict=True)
     )
     attention = ffn = 0.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
+from lavi.errors import UserError
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget
@@ -120,42 +121,48 @@ class ColumnContext(VisualContext):
 
 @dataclass
 class Rows:
-    """Which of the tokens that stand view by view belong to each row, padded; made on the host, once a batch.
+    """Which of the tokens that stand image by image belong to each row, padded; made on the host, once a batch.
 
     Padding stands before column :attr:`NEVER`. M is at least 1, so that no attention meets an empty axis.
     """
 
     index: Tensor
-    """(B, M) into [the views' tokens | one zero vector]."""
+    """(B, M) into [the images' tokens | one zero vector]."""
     column: Tensor
     """(B, M): the text column each token stands before."""
+    image: Tensor
+    """(B, M): the number of its image in the row."""
 
     NEVER = 2**30
 
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.index.to(device), self.column.to(device), self.image.to(device))
+
     def gather(self, tokens: Tensor) -> Tensor:
-        """(views, S, E) to (B, M, E)."""
-        flat = torch.cat([tokens.flatten(0, 1), tokens.new_zeros(1, tokens.shape[-1])])  # (views S + 1, E)
-        return flat[self.index]
+        """(..., E) to (B, M, E)."""
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        return torch.cat([flat, flat.new_zeros(1, flat.shape[-1])])[self.index]
 
 
-def rows_of(batch: Batch, *, views: int, per_view: int, device: torch.device) -> Rows:
-    """The rows of a batch whose ``views`` views have ``per_view`` tokens each."""
+def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
+    """The rows of a batch whose images have so many tokens each."""
     pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (first token, after its last, column)
     first = 0
-    for place in batch.places:
-        after = first + place.views * per_view
-        pieces[place.row].append((first, after, place.column))
-        first = after
+    for place, count in zip(batch.places, counts, strict=True):
+        pieces[place.row].append((first, first + count, place.column))
+        first += count
     longest = max(1, *(sum(after - first for first, after, _ in row) for row in pieces))
-    index = torch.full((len(batch), longest), views * per_view, device="cpu")  # (B, M)
-    column = torch.full_like(index, Rows.NEVER)
-    for row, of_row in enumerate(pieces):
+    index = torch.full((len(batch), longest), first, device="cpu")  # (B, M)
+    column, image = torch.full_like(index, Rows.NEVER), torch.zeros_like(index)
+    for row, pieces_of_row in enumerate(pieces):
         at = 0
-        for first, after, before in of_row:
-            index[row, at : at + after - first] = torch.arange(first, after, device="cpu")
-            column[row, at : at + after - first] = before
-            at += after - first
-    return Rows(index.to(device), column.to(device))
+        for number, (start, after, before) in enumerate(pieces_of_row):
+            stop = at + after - start
+            index[row, at:stop] = torch.arange(start, after, device="cpu")
+            column[row, at:stop] = before
+            image[row, at:] = number
+            at = stop
+    return Rows(index, column, image)
 
 
 def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
@@ -181,6 +188,27 @@ def spread_layers(count: int, chosen: int, where: str) -> list[int]:
     if where == "last":
         return list(range(count - chosen, count))
     return [round((i + 1) * count / chosen) - 1 for i in range(chosen)]
+
+
+def chosen_layers(
+    count: int, *, every: int, layers: Sequence[int] | None, fraction: float | None, where: str, method: str
+) -> list[int]:
+    """The layers that a ``method`` works in, ascending: those named, else a share of ``count``, else one of ``every``.
+
+    Raises:
+        UserError: none, or one that the language model has not.
+    """
+    if layers is not None:
+        chosen = list(layers)
+    elif fraction is not None:
+        chosen = spread_layers(count, max(1, round(fraction * count)), where)
+    else:
+        chosen = list(range(every - 1, count, every))
+    if not chosen or not all(0 <= layer < count for layer in chosen):
+        raise UserError(
+            f"{method} cannot work in layers {chosen} (every={every}): the language model has 0 to {count - 1}."
+        )
+    return sorted(set(chosen))
 
 
 def modulation_flops(norms: int, text: int, width: int, *, scale: bool = True, shift: bool = True) -> float:

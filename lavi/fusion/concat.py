@@ -47,15 +47,9 @@ class ConcatFusion(Fusion):
         text = language.embed(batch.input_ids)  # (B, T, D)
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype))
         order, columns = splice(batch, counts, text_width=text.shape[1])
-        flat = torch.cat([text.flatten(0, 1), visual, text.new_zeros(1, text.shape[-1])])
-        padding = len(flat) - 1
-        order = order.to(text.device)
-        mask = order >= 0
-        return DecoderInput(
-            inputs_embeds=flat[order.masked_fill(~mask, padding)],  # (B, T', D)
-            attention_mask=mask,
-            vision=VisualContext(text_columns=columns.to(text.device)),
-        )
+        embeds, mask = placed(text, visual, order)
+        vision = VisualContext(text_columns=columns.to(text.device))
+        return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision)
 
     def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
@@ -77,6 +71,14 @@ class ConcatFusion(Fusion):
         vision_width, width = self.widths
         visual = 0 if decoding or layout is None else layout.views * per_view
         return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
+
+
+def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, T, D) and visual tokens (n, D) in an ``order`` that :func:`splice` made: (B, T', D), and its mask."""
+    flat = torch.cat([text.flatten(0, 1), visual.to(text.dtype), text.new_zeros(1, text.shape[-1])])
+    order = order.to(text.device)
+    mask = order >= 0
+    return flat[order.masked_fill(~mask, len(flat) - 1)], mask
 
 
 def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor, Tensor]:

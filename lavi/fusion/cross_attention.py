@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import ColumnContext, Cost, Fusion, numbers_of_views, rows_of, spread_layers
+from lavi.fusion.base import ColumnContext, Cost, Fusion, chosen_layers, numbers_of_views, rows_of
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
@@ -58,18 +58,15 @@ class CrossAttentionFusion(Fusion):
 
     def bind(self, language: LanguageModel, seen: Seen) -> None:
         count, width = len(language.layers), language.width
-        if self.wanted is not None:
-            layers = self.wanted
-        elif self.fraction is not None:
-            layers = spread_layers(count, max(1, round(self.fraction * count)), "spread")
-        else:
-            layers = list(range(self.every - 1, count, self.every))
-        if not layers or not all(0 <= layer < count for layer in layers):
-            raise UserError(
-                f"cross-attention cannot stand before layers {layers} (every={self.every}): the language "
-                f"model has layers 0 to {count - 1}."
-            )
-        open_decoder(language.hf, sorted(set(layers)))
+        layers = chosen_layers(
+            count,
+            every=self.every,
+            layers=self.wanted,
+            fraction=self.fraction,
+            where="spread",
+            method="cross-attention",
+        )
+        open_decoder(language.hf, layers)
         self.views = ViewEmbedding(seen.width, images=self.max_images)
         self.norm = nn.LayerNorm(seen.width)
         self.blocks = nn.ModuleDict(
@@ -80,13 +77,13 @@ class CrossAttentionFusion(Fusion):
                     heads=self.heads or language.hf.config.num_attention_heads,
                     ffn=round(self.ffn * width),
                 )
-                for layer in sorted(set(layers))
+                for layer in layers
             }
         )
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         tokens = self.norm(features.float() + self.views(numbers_of_views(batch, features.device)))  # (views, N, Dv)
-        rows = rows_of(batch, views=len(tokens), per_view=tokens.shape[1], device=features.device)
+        rows = rows_of(batch, [place.views * tokens.shape[1] for place in batch.places]).to(features.device)
         visual = rows.gather(tokens)  # (B, M, Dv)
         seen = {}
         for layer, block in self.blocks.items():

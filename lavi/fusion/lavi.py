@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import ColumnContext, Cost, Fusion, modulation_flops, numbers_of_views, rows_of, spread_layers
+from lavi.fusion.base import ColumnContext, Cost, Fusion, chosen_layers, modulation_flops, numbers_of_views, rows_of
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
-from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
+from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
 from lavi.nn.deltas import GENERATORS, DeltaGenerator
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
@@ -89,11 +89,21 @@ class LaViFusion(Fusion):
     def bind(self, language: LanguageModel, seen: Seen) -> None:
         self.width, self.final = language.width, len(language.layers)
         self.grid = seen.grid or (1, max(1, seen.tokens))
-        layers = self._choose_layers(self.final)
         found = norm_targets(language.hf)
-        self.targets = {layer: self._choose_norms(layer, found) for layer in layers}
+        inside = [target for target in self.wanted_targets if target != "final"]
+        layers = []
+        if inside:
+            layers = chosen_layers(
+                self.final,
+                every=self.every,
+                layers=self.wanted_layers,
+                fraction=self.fraction,
+                where=self.where,
+                method="LaVi",
+            )
+        self.targets = {layer: norms_of(found, layer, inside) for layer in layers}
         if "final" in self.wanted_targets:
-            self.targets[self.final] = self._choose_norms(self.final, found)
+            self.targets[self.final] = norms_of(found, self.final, ["final"])
         self.targets = {layer: targets for layer, targets in self.targets.items() if targets}
         open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
         for target in self.chosen:
@@ -119,42 +129,13 @@ class LaViFusion(Fusion):
         """Names of a layer's generators, and how many norms each serves."""
         return [(f"{layer}-{i}", 1) for i in range(norms)] if self.per_target else [(str(layer), norms)]
 
-    def _choose_layers(self, count: int) -> list[int]:
-        if self.wanted_targets == ["final"]:
-            return []
-        if self.wanted_layers is not None:
-            chosen = self.wanted_layers
-        elif self.fraction is not None:
-            chosen = spread_layers(count, max(1, round(self.fraction * count)), self.where)
-        else:
-            chosen = list(range(self.every - 1, count, self.every))
-        if not chosen or not all(0 <= layer < count for layer in chosen):
-            raise UserError(
-                f"LaVi cannot modulate layers {chosen} (every={self.every}): the language model has 0 to {count - 1}."
-            )
-        return sorted(set(chosen))
-
-    def _choose_norms(self, layer: int, found: list[NormTarget]) -> list[NormTarget]:
-        """For each wanted target the norm that feeds it, else the one that closes it."""
-        of_layer = [target for target in found if target.layer == layer]
-        wanted = ["final"] if layer == self.final else [t for t in self.wanted_targets if t != "final"]
-        chosen: dict[str, NormTarget] = {}
-        for want in wanted:
-            fitting = [t for t in of_layer if t.role in (want, "both")]
-            fitting.sort(key=lambda t: t.place, reverse=True)  # "feeds" before "closes"
-            if not fitting:
-                roles = {t.name: t.role for t in of_layer}
-                raise UserError(f"layer {layer} has no norm for target '{want}'; found: {roles}.")
-            chosen[fitting[0].name] = fitting[0]
-        return list(chosen.values())
-
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
         tokens = features.float() + self.views(numbers_of_views(batch, features.device))  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
-        views, per_view, _ = next(iter(slots.values())).shape
-        rows = rows_of(batch, views=views, per_view=per_view, device=features.device)
+        per_view = next(iter(slots.values())).shape[1]
+        rows = rows_of(batch, [place.views * per_view for place in batch.places]).to(features.device)
         visual = {name: rows.gather(slot) for name, slot in slots.items()}
         context = LaViContext(fusion=self, visual=visual, column=rows.column)
         return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)

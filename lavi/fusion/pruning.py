@@ -55,9 +55,7 @@ class PruningFusion(ConcatFusion):
         self.layers = list(language.layers)  # a list: they stay the language model's, not the fusion's
         self.depth, self.kernel = len(self.layers), language.attention
         self.sliding = LayeredCache(language.hf.config)
-        self.key_width = language.hf.config.num_attention_heads * (
-            getattr(language.hf.config, "head_dim", None) or language.width // language.hf.config.num_attention_heads
-        )
+        self.key_width = language.attention_width
         if wrong := [layer for layer in self.stages if not 0 <= layer < self.depth - 1]:
             raise UserError(
                 f"pruning after layers {wrong}: the language model has layers to prune before in 0 to {self.depth - 2}."

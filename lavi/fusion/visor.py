@@ -26,7 +26,6 @@ where the text reads V by LaVi's deltas on its norms instead of cross-attention,
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,20 +39,16 @@ from transformers import PretrainedConfig
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import Cost, Rows, asking_columns, modulation_flops, spread_layers
-from lavi.fusion.concat import ConcatFusion, splice
+from lavi.fusion.base import Cost, Rows, asking_columns, rows_of, spread_layers
+from lavi.fusion.concat import ConcatFusion, placed, splice
+from lavi.fusion.readers import AttentionReader, ModulationReader, Reader
+from lavi.fusion.visor_files import Configuration, read_labels, read_viable
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.narrow import LayeredCache, Span, check_kernel, narrowed, rows_only, take
-from lavi.language.surgery import NormTarget, modulated, norm_targets, open_decoder, open_norm
-from lavi.nn.cross_attention import GatedCrossAttention
-from lavi.nn.deltas import AttentionDeltas
+from lavi.language.surgery import NormTarget, norm_targets, norms_of, open_decoder, open_norm
 from lavi.nn.flops import linear_flops
-from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.vision.base import Seen
-
-Configuration = tuple[int, ...]
-"""The layers that refine V, ascending."""
 
 KERNEL = 7
 """Of the position convolution, in tokens (the paper's)."""
@@ -119,15 +114,9 @@ class VisorFusion(ConcatFusion):
         self._choose_layers()
         self.configuration = self.configuration_of(self.wanted_configuration)
         self.viable = self._viable()
-        self.norms: dict[int, list[NormTarget]] = {}
-        if self.read_by == "modulation":
-            found = norm_targets(language.hf)
-            self.norms = {layer: _feeding(layer, found) for layer in self.reading}
+        found = norm_targets(language.hf) if self.read_by == "modulation" else []
         open_decoder(language.hf, range(self.depth))
-        for targets in self.norms.values():
-            for target in targets:
-                open_norm(target, self.width)
-        self.readers = nn.ModuleDict({str(layer): self._reader(layer, language) for layer in self.reading})
+        self.readers = nn.ModuleDict({str(layer): self._reader(layer, language, found) for layer in self.reading})
         self.position = None
         if self.reading:
             self.position = nn.Conv1d(self.width, self.width, KERNEL, padding=KERNEL // 2, groups=self.width)
@@ -166,7 +155,8 @@ class VisorFusion(ConcatFusion):
 
     @property
     def chosen(self) -> list[NormTarget]:
-        return [target for targets in self.norms.values() for target in targets]
+        readers = [self.reader(layer) for layer in self.reading]
+        return [target for reader in readers if isinstance(reader, ModulationReader) for target in reader.targets]
 
     def _choose_layers(self) -> None:
         reading, refining = self.wanted
@@ -205,11 +195,7 @@ class VisorFusion(ConcatFusion):
         """From the cheapest to the dearest."""
         wanted = self.wanted_configurations
         if isinstance(wanted, str):
-            if not Path(wanted).exists():
-                raise UserError(
-                    f"there is no file {wanted} of viable configurations: make it with python -m lavi.visor search."
-                )
-            wanted = json.loads(Path(wanted).read_text()).get("viable", [])
+            wanted = read_viable(Path(wanted))
         return sorted({self.configuration_of(one) for one in wanted or []}, key=lambda one: (len(one), one))
 
     def _where_ways_part(self) -> int:
@@ -226,17 +212,26 @@ class VisorFusion(ConcatFusion):
             )
         return differing[0]
 
-    def _reader(self, layer: int, language: LanguageModel) -> nn.Module:
-        if self.read_by == "modulation":
-            return AttentionDeltas(
-                width=self.width,
-                vision_width=self.width,
-                outputs=2 * len(self.norms[layer]),
-                bottleneck=self.bottleneck,
-                heads=self.heads,
-            )
-        heads = language.hf.config.num_attention_heads
-        return GatedCrossAttention(width=self.width, vision_width=self.width, heads=heads)
+    def _reader(self, layer: int, language: LanguageModel, found: Sequence[NormTarget]) -> Reader:
+        if self.read_by == "attention":
+            heads = language.hf.config.num_attention_heads
+            return AttentionReader(width=self.width, vision_width=self.width, heads=heads)
+        targets = norms_of(found, layer, ["attention", "ffn"])
+        for target in targets:
+            open_norm(target, self.width)
+        reader = ModulationReader(
+            width=self.width,
+            vision_width=self.width,
+            outputs=2 * len(targets),
+            bottleneck=self.bottleneck,
+            heads=self.heads,
+        )
+        reader.targets = targets
+        return reader
+
+    def reader(self, layer: int) -> Reader:
+        """Of a reading layer."""
+        return cast(Reader, self.readers[str(layer)])
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
@@ -244,35 +239,30 @@ class VisorFusion(ConcatFusion):
         self._check_turns(batch)
         texts, device = batch.input_ids.shape[1], batch.input_ids.device
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype))
-        order, columns = splice(batch, counts, text_width=texts)
-        index, arranged, before, image = _beside(batch, counts, order, text_width=texts)
-        flat = torch.cat([visual, visual.new_zeros(1, self.width)])
-        beside = flat[index.to(device)]  # (B, M, D)
+        on_host = rows_of(batch, counts)
+        rows = on_host.to(device)
         valid = batch.attention_mask
         context = VisorContext(
             fusion=self,
             configuration=self._of_this_step(),
-            beside=None if self.refining else beside,  # it comes back out of the arranged sequence
-            before=before.to(device),
-            visual_valid=(index < len(visual)).to(device),
+            before=rows.column,
+            visual_valid=rows.index < len(visual),
+            image=rows.image,
+            images=int(on_host.image.max()) + 1,
             text_valid=None if all(span == (0, texts) for span in batch.spans) else valid,
             texts=texts,
-            image=image.to(device),
-            images=int(image.max()) + 1,
             asking=torch.tensor(asking_columns(batch), device="cpu").to(device),
             keys=batch.keys,
         )
         if not self.refining:
+            context.beside = rows.gather(visual)
             return DecoderInput(input_ids=batch.input_ids, attention_mask=valid, vision=context)
-        order = order.to(device)
-        mask = order >= 0
+        order, columns = splice(batch, counts, text_width=texts)
+        embeds, mask = placed(language.embed(batch.input_ids), visual, order)
         context.length = order.shape[1]
         context.text_columns = columns.to(device)
         context.columns = context.text_columns.masked_fill(~valid, context.length)
-        context.arranged = arranged.to(device)
-        text = language.embed(batch.input_ids)  # (B, T, D)
-        everything = torch.cat([text.flatten(0, 1), flat.to(text.dtype)])
-        embeds = everything[order.masked_fill(~mask, len(everything) - 1)]  # (B, S, D)
+        context.arranged = _arranged(on_host, order, batch.input_ids.numel()).to(device)
         return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=context)
 
     def _check_turns(self, batch: Batch) -> None:
@@ -304,25 +294,6 @@ class VisorFusion(ConcatFusion):
         spaced = wide.scatter(1, places[..., None].expand_as(tokens), tokens)
         near = take(self.position(spaced.transpose(1, 2)).transpose(1, 2), places)
         return visual + (near + self.images(image.clamp(max=self.max_images - 1))).to(visual.dtype)
-
-    def look(self, layer: int, visual: Tensor) -> tuple[Tensor, ...]:
-        """What a reading layer keeps of V, computed once an image: keys and values, or a generator's slots."""
-        reader = self.readers[str(layer)]
-        if isinstance(reader, AttentionDeltas):
-            return (reader.visual(visual, (1, visual.shape[1])),)
-        return cast(GatedCrossAttention, reader).keys_values(visual)
-
-    def read(
-        self, layer: int, text: Tensor, seen: tuple[Tensor, ...], mask: Tensor
-    ) -> tuple[Tensor, AbstractContextManager[object]]:
-        """The text after reading, and what holds while its layer runs."""
-        reader = self.readers[str(layer)]
-        if isinstance(reader, AttentionDeltas):
-            parts = iter(reader(text, seen[0], mask).unbind(2))
-            norms = [cast(ModulatedNorm, target.norm) for target in self.norms[layer]]
-            deltas: list[Deltas] = [(next(parts), next(parts)) for _ in norms]
-            return text, modulated(norms, deltas)
-        return reader(text, seen, mask), nullcontext()
 
     def loss(self, keys: Sequence[str], logits: Tensor) -> Tensor:
         """Cross-entropy of the router's choice (B, configurations) against the labels of the samples ``keys``.
@@ -361,23 +332,13 @@ class VisorFusion(ConcatFusion):
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         visual = super().tokens_in_language(layout, per_view) if layout else 0
         costs = super().costs(text, layout, per_view, decoding=decoding)
-        reading = modulation = 0.0
-        for name, reader in self.readers.items():
-            if isinstance(reader, AttentionDeltas):
-                reading += reader.flops(text, views=1, per_view=visual)
-                once = reader.slots_flops(visual)
-                modulation += modulation_flops(len(self.norms[int(name)]), text, self.width)
-            else:
-                reading += cast(GatedCrossAttention, reader).flops(text, visual)
-                once = cast(GatedCrossAttention, reader).keys_values_flops(visual)
-            reading += 0 if decoding else once
+        for layer in self.reading:
+            for name, cost in self.reader(layer).costs(text, visual, decoding=decoding).items():
+                before = costs.get(name, Cost(0.0))
+                costs[name] = Cost(before.flops + cost.flops, before.uncounted + cost.uncounted)
         if self.reading and not decoding:  # once for each V that is read
             states = {max((r for r in self.configuration if r < layer), default=-1) for layer in self.reading}
-            reading += len(states) * linear_flops(visual + KERNEL // 2, KERNEL, self.width)
-        kind = "generator" if self.read_by == "modulation" else "cross_attention"
-        costs[kind] = Cost(reading)
-        if modulation:
-            costs["modulation"] = Cost(modulation, uncounted=modulation)
+            costs["position"] = Cost(len(states) * linear_flops(visual + KERNEL // 2, KERNEL, self.width))
         if self.router is not None:
             costs["router"] = Cost(
                 0.0 if decoding else linear_flops(1, self.width, 128) + linear_flops(1, 128, len(self.viable))
@@ -391,72 +352,17 @@ def _spread(wanted: int | list[int], free: list[int]) -> list[int]:
     return sorted(set(wanted))
 
 
-def _feeding(layer: int, found: Sequence[NormTarget]) -> list[NormTarget]:
-    """The norms that feed attention and feed-forward part of a layer, else those that close them."""
-    chosen: dict[str, NormTarget] = {}
-    for role in ("attention", "ffn"):
-        fitting = [target for target in found if target.layer == layer and target.role in (role, "both")]
-        if not fitting:
-            raise UserError(f"layer {layer} has no norm of its {role} part that could be modulated.")
-        best = max(fitting, key=lambda target: target.place)  # "feeds" before "closes"
-        chosen[best.name] = best
-    return list(chosen.values())
+def _arranged(rows: Rows, order: Tensor, texts: int) -> Tensor:
+    """(B, M): the columns that V has in the arranged sequence ``order`` (B, S), S for padding; made on the host.
 
-
-def _beside(batch: Batch, counts: Sequence[int], order: Tensor, *, text_width: int) -> tuple[Tensor, ...]:
-    """V of each row, made on the host: (B, M) each, M at least 1.
-
-    Returns:
-        Which of the visual tokens it is (their number: padding); the column it has in the arranged sequence (S:
-        padding); the text column it stands before; and the number of its image in the row.
+    Args:
+        texts: tokens of the text, which stand before the visual ones in what ``order`` counts.
     """
-    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
-    first = 0
-    for place, count in zip(batch.places, counts, strict=True):
-        pieces[place.row].append((place.column, first, first + count))
-        first += count
-    longest = max(1, *(sum(after - start for _, start, after in row) for row in pieces))
-    index = torch.full((len(batch), longest), first, device="cpu")
-    arranged = torch.full_like(index, order.shape[1])
-    before, image = torch.full_like(index, Rows.NEVER), torch.zeros_like(index)
-    for row, of_row in enumerate(pieces):
-        at = 0
-        for number, (column, start, after) in enumerate(sorted(of_row)):
-            stop = at + after - start
-            index[row, at:stop] = torch.arange(start, after, device="cpu")
-            before[row, at:stop] = column
-            image[row, at:] = number
-            at = stop
-        arranged[row, :at] = (order[row] >= len(batch) * text_width).nonzero()[:, 0]
-    return index, arranged, before, image
-
-
-def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
-    """The labels of a file of JSON lines, as numbers of the viable configurations.
-
-    Raises:
-        UserError: there is no such file, or it speaks of other configurations.
-    """
-    if not file.exists():
-        raise UserError(f"there is no file {file} of labels: make it with python -m lavi.visor label.")
-    numbers = {configuration: number for number, configuration in enumerate(viable)}
-    found = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            made = json.loads(line)
-        except json.JSONDecodeError:
-            raise UserError(
-                f"{file}, line {number} is cut off: run python -m lavi.visor label once more, it goes on there."
-            ) from None
-        if "key" not in made:  # the header
-            continue
-        configuration = tuple(made["configuration"])
-        if configuration not in numbers:
-            raise UserError(
-                f"{file} labels sample {made['key']} with layers {list(configuration)}, which is not viable here."
-            )
-        found[made["key"]] = numbers[configuration]
-    return found
+    places = torch.full_like(rows.index, order.shape[1])
+    for row, sequence in enumerate(order):
+        found = (sequence >= texts).nonzero()[:, 0]
+        places[row, : len(found)] = found
+    return places
 
 
 # --- inside the decoder -----------------------------------------------------------------------------------------------
@@ -631,7 +537,7 @@ class VisorContext(VisualContext):
         del self.groups[1:]
         self.groups += made
         if cache is not None:
-            cache.split_at(layer, [group.rows for group in made if group.rows is not None])
+            cache.part([group.rows for group in made if group.rows is not None])
             cache.kept["groups"] = [Group(group.rows, group.configuration) for group in made]
 
     @staticmethod
@@ -650,7 +556,7 @@ class VisorContext(VisualContext):
         if layer in fusion.reading:
             assert self.mask is not None
             seen = self._seen(layer, group, rows, cache)
-            text, holds = fusion.read(layer, text, seen, _some(self.mask, rows))
+            text, holds = fusion.reader(layer).read(text, seen, _some(self.mask, rows))
         if layer in group.configuration:
             return self._refined(layer, call, text, group, rows, kwargs)
         if self.length is not None:
@@ -675,7 +581,7 @@ class VisorContext(VisualContext):
         # With gradients each layer makes its own: a layer that is recomputed must do what it did before.
         if torch.is_grad_enabled() or state not in group.positioned:
             group.positioned[state] = self.fusion.positioned(group.states[state], _some(self.image, rows), self.images)
-        seen = self.fusion.look(layer, group.positioned[state])
+        seen = self.fusion.reader(layer).keep(group.positioned[state])
         if cache is not None:
             cache.cross[layer] = seen
         return seen

@@ -88,6 +88,13 @@ class LanguageModel(nn.Module):
         return int(self.hf.config.hidden_size)
 
     @property
+    def attention_width(self) -> int:
+        """Of all query heads together."""
+        config = self.hf.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(config.num_attention_heads * head)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The L decoder layers."""
         return decoder_of(self.hf)[1]

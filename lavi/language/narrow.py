@@ -28,7 +28,7 @@ class LayeredCache(DynamicCache):
     Attributes:
         arranged: columns of the arranged sequence so far.
         cross: for a layer that reads beside the sequence, what it keeps of what it reads (keys and values).
-        groups: from layer ``split`` on, groups of rows (their numbers, ascending) and the cache of each.
+        groups: where rows part, groups of them (their numbers, ascending) and the cache of each for the layers behind.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -36,14 +36,13 @@ class LayeredCache(DynamicCache):
         self.config = config
         self.arranged = 0
         self.cross: dict[int, tuple[Tensor, ...]] = {}
-        self.split: int | None = None
         self.groups: list[tuple[Tensor, LayeredCache]] = []
         self.kept: dict[str, Any] = {}
         """Whatever else a context needs of the prompt in the calls that follow it."""
 
-    def split_at(self, layer: int, rows: list[Tensor]) -> None:
-        """From ``layer`` on each group of rows has a cache of its own."""
-        self.split, self.groups = layer, [(group, LayeredCache(self.config)) for group in rows]
+    def part(self, rows: list[Tensor]) -> None:
+        """From here on each group of rows has a cache of its own."""
+        self.groups = [(group, LayeredCache(self.config)) for group in rows]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.arranged

@@ -244,6 +244,24 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
     return probe.found()
 
 
+def norms_of(found: Sequence[NormTarget], layer: int, wanted: Sequence[str]) -> list[NormTarget]:
+    """For each wanted role the norm of a layer that feeds it, else the one that closes it.
+
+    Raises:
+        UserError: it has neither.
+    """
+    of_layer = [target for target in found if target.layer == layer]
+    chosen: dict[str, NormTarget] = {}
+    for want in wanted:
+        fitting = [target for target in of_layer if target.role in (want, "both")]
+        if not fitting:
+            roles = {target.name: target.role for target in of_layer}
+            raise UserError(f"layer {layer} has no norm for target '{want}'; found: {roles}.")
+        best = max(fitting, key=lambda target: target.place)  # "feeds" before "closes"
+        chosen[best.name] = best
+    return list(chosen.values())
+
+
 class _NormProbe:
     """Matches the tensors that go into and come out of norms and branches, by identity."""
 

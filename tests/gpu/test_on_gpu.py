@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from conftest import ask, awaken, collate
 from lavi.efficiency.measure import build_on, count, measure
 from lavi.efficiency.point import Scenario
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV
+from lavi.fusion.visor import VisorFusion
 from lavi.recipe import Recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
@@ -19,7 +23,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a blue square?", answer="yes")]
 
 
-@pytest.mark.parametrize("fusion", [LaViFusion, ConcatFusion])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        LaViFusion,
+        ConcatFusion,
+        CrossAttentionFusion,
+        partial(VisorFusion, cross_attention=2, self_attention=1),
+        partial(FastV, layer=1),
+    ],
+)
 def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[no-untyped-def]
     model = build(fusion())
     awaken(model.fusion)
