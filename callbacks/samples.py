@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lavi.batch import Batch, Sample
+from lavi.batch import Batch, Sample, Video
 from lavi.model import VisionLanguageModel
 
 
@@ -89,7 +89,9 @@ def _side_by_side(sample: Sample) -> object:
     from PIL import Image
 
     seen = sample.images or [Image.new("RGB", (64, 64), (255, 255, 255))]
-    images = [visual[0] if isinstance(visual, list) else visual for visual in seen]  # of a video, its first frame
+    images = [
+        visual.frames[0] if isinstance(visual, Video) else visual for visual in seen
+    ]  # of a video, its first frame
     height = max(image.height for image in images)
     sheet = Image.new("RGB", (sum(i.width for i in images) + 4 * (len(images) - 1), height), (255, 255, 255))
     left = 0

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.shards import IMAGE_TYPES, ShardJob, shard_jobs, write_shards
+from datamodules.shards import IMAGE_TYPES
+from datamodules.write import ShardJob, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

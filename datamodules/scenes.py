@@ -30,8 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.shards import ShardJob, open_image, shard_jobs, write_shards
+from datamodules.shards import open_image
 from datamodules.tokenizer import train_tokenizer
+from datamodules.write import ShardJob, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
 
 SIDE = 64

@@ -17,8 +17,19 @@ from torch import Tensor
 IGNORE = -100
 """The label of a token that is not trained."""
 
-Visual = Image.Image | list[Image.Image]
-"""An image, or the frames of a video."""
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video, F of them, in order."""
+
+    frames: list[Image.Image]
+    seconds: list[float] = field(default_factory=list)
+    """When each is shown, from the start of the file; empty: not known."""
+    duration: float | None = None
+    """Of the whole video, or of the clip that the frames are from, in seconds."""
+
+
+Visual = Image.Image | Video
 
 
 @dataclass
@@ -27,8 +38,7 @@ class Sample:
 
     ``messages`` are dicts with ``role`` and ``content``; ``content`` is a string, or a list of ``{"type": "image"}``
     and ``{"type": "text", "text": ...}`` parts. An assistant's message may carry ``family`` and ``level`` for the
-    per-family accuracy. ``images`` stand in the order of the image parts; a list of frames is a video, whose part is
-    ``{"type": "video"}``.
+    per-family accuracy. ``images`` stand in the order of the image parts; a video's part is ``{"type": "video"}``.
     """
 
     key: str

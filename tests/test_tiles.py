@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from lavi.batch import Batch, Layout, Sample
+from lavi.batch import Batch, Layout, Sample, Video
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -148,7 +148,7 @@ def test_several_images_are_seen_as_transformers_sees_them(ours, theirs) -> None
 def test_a_video_is_seen_as_transformers_sees_it(ours, theirs) -> None:  # type: ignore[no-untyped-def]
     frames = [picture((40, 30), seed) for seed in range(5)]
     content = [{"type": "video"}, {"type": "text", "text": "what moves?"}]
-    batch = collate(ours, [Sample("v", [{"role": "user", "content": content}], [frames])], prompt=True)
+    batch = collate(ours, [Sample("v", [{"role": "user", "content": content}], [Video(frames)])], prompt=True)
     layout = batch.places[0].layout
     assert layout == Layout(views=5, video=True)
     assert ours.processor.tokens_of(layout) == 5 * 4 + 1  # 3 x 3 pooled to 2 x 2, and the newline
@@ -213,7 +213,7 @@ def test_lavi_tells_tiles_and_frames_apart(ours: VisionLanguageModel) -> None:
         video = [picture((24, 24), 1), picture((24, 24), 2)]
         content = [{"type": "video"}, {"type": "text", "text": "what moves?"}]
         clips = [
-            collate(model, [Sample("v", [{"role": "user", "content": content}], [frames])], prompt=True)
+            collate(model, [Sample("v", [{"role": "user", "content": content}], [Video(frames)])], prompt=True)
             for frames in (video, video[::-1])
         ]
         assert not torch.allclose(model(clips[0]), model(clips[1]), atol=1e-4)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavi.batch import Layout, Visual
+from lavi.batch import Layout, Video, Visual
 from lavi.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Tiling(ABC):
 
     def views(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> tuple[Tensor, Layout]:
         """Pixels (views, C, H, W) of an image, or of the frames of a video, and how they belong together."""
-        if isinstance(visual, list):
-            cut, layout = visual, Layout(views=len(visual), video=True)
+        if isinstance(visual, Video):
+            cut, layout = visual.frames, Layout(views=len(visual.frames), video=True)
         else:
             cut, layout = self.cut(visual, vision, alone=alone)
         return torch.stack([vision.preprocess(view) for view in cut]), layout
