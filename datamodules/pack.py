@@ -1,92 +1,209 @@
-"""LLaVA-style JSON and an image folder, packed into shards.
+"""Your data, packed into shards. Images and videos are stored as they are.
 
     python -m datamodules.pack --json train.json --images images --out shards/train
+    python -m datamodules.pack --json clips.jsonl --videos clips --out shards/clips --shard-size 500MB
+    python -m datamodules.pack --coco captions_train2017.json --images train2017 --out shards/coco
+    python -m datamodules.pack --csv faces.csv --columns image=path,answer=name --images faces --out shards/faces
+    python -m datamodules.pack --dataset a_dataset --out shards/a_dataset
 
-The JSON is a list of ``{"id": ..., "image": "file" or ["file", ...], "conversations": [{"from": "human", "value":
-"<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``. Images are stored as they are. An answer may carry
-``"family"`` and ``"level"`` beside its value: accuracies are then reported for each.
+JSON is LLaVA's: ``{"id": ..., "image": "file" or ["file", ...], "conversations": [{"from": "human", "value":
+"<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``, as a list or one object a line. An answer may carry
+``"family"`` and ``"level"`` beside its value: accuracies are then reported for each. A ``"video"`` is a file, with
+``"clip": [start, end]`` in seconds if only that part is meant, or a folder with its frames.
+
+All entries are checked before the first shard is written. A run that was stopped goes on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.shards import IMAGE_TYPES
-from datamodules.write import ShardJob, shard_jobs, write_shards
+from datamodules.counts import type_of
+from datamodules.entries import READERS, BadEntry, Cell, Entry, Folders, Source, entry_of, open_dataset, read_cell
+from datamodules.sources import INDEX
+from datamodules.write import ShardJob, held, progress, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
+from lavi.video import is_video
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PER_SHARD = 1000
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def read_llava(file: Path) -> list[dict[str, Any]]:
-    """The entries of a LLaVA-style JSON.
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checked:
+    """What came of the check. The good entries stand in a file, one a line: of any number, little is in memory."""
+
+    file: Path
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    """Where each entry's line starts."""
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    """Bytes of each entry in a tar."""
+    digest: str = ""
+    """Of all lines: the same data, the same digest."""
+    total: int = 0
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the entries that cannot be packed, by cause."""
+    first: list[str] = field(default_factory=list)
+    """Sentences on the first of them."""
+
+    def skip(self, error: BadEntry) -> None:
+        """Note an entry that cannot be packed."""
+        self.skipped.setdefault(error.cause, []).append(error.name.strip("'"))
+        if len(self.first) < 3:
+            self.first.append(str(error))
+
+
+def check(source: Source, folders: Folders, file: Path) -> Checked:
+    """Check all entries, and write the good ones down."""
+    checked = Checked(file)
+    digest = hashlib.sha256()
+    with open(file, "wb") as stream, progress() as bar:
+        for index, item in enumerate(bar.track(source.items, source.total, description=f"checking {source.name}")):
+            checked.total += 1
+            try:
+                entry = entry_of(index, item, folders)
+            except BadEntry as error:
+                checked.skip(error)
+                continue
+            line = _line_of(entry)
+            digest.update(line)
+            checked.offsets.append(stream.tell())
+            checked.sizes.append(entry.size)
+            stream.write(line)
+    checked.digest = digest.hexdigest()
+    return checked
+
+
+def _line_of(entry: Entry) -> bytes:
+    return json.dumps([entry.key, entry.record, entry.media, entry.size]).encode() + b"\n"
+
+
+def refuse_too_many(checked: Checked, name: str, max_skipped: float) -> None:
+    """Stop before hours of packing what has more broken entries than are allowed.
 
     Raises:
-        UserError: not there, not JSON, not a list of conversations.
+        UserError: with the first three.
     """
-    if not file.is_file():
-        raise UserError(f"there is no {file}: give --json a LLaVA-style JSON file.")
+    skipped = sum(map(len, checked.skipped.values()))
+    if not checked.offsets or skipped > max_skipped * checked.total:
+        first = "; ".join(checked.first) or "it has none"
+        more = f"; and {skipped - 3} more" if skipped > 3 else ""
+        raise UserError(
+            f"{skipped} of {checked.total} entries of {name} cannot be packed, more than --max-skipped={max_skipped:g} "
+            f"allows: {first}{more}."
+        )
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def make_samples(
+    job: ShardJob, *, entries: Path, offsets: dict[int, int], folders: Folders, dataset: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The samples of one shard.
+
+    Args:
+        entries: the file of :class:`Checked`.
+        offsets: where the first entry of each shard stands in it.
+
+    Raises:
+        UserError: a file has gone since the check.
+    """
+    with open(entries, "rb") as stream:
+        stream.seek(offsets[job.index])
+        for _ in range(job.start, job.stop):
+            key, record, media, _ = json.loads(stream.readline())
+            found = {member: _bytes_of(member, where, record, folders, dataset) for member, where in media}
+            yield {"__key__": key, "json": record} | found
+
+
+def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders, dataset: Path | None) -> bytes:
+    if not isinstance(where, str):
+        assert dataset is not None
+        return read_cell(open_dataset(dataset), Cell(*where))
+    folder = folders.of("video" if "frames" in record or is_video(type_of(member)) else "image")
     try:
-        entries = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not JSON ({error}).") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{file} is not a list of conversations, or an empty one.")
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-            raise UserError(f"{file}: entry {index} has no 'conversations'.")
-    return entries
+        return (folder / where).read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder / where} was there when the entries were checked, and now is not: {error}.") from None
 
 
-def messages_of(entry: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """A conversation as messages, each ``<image>`` as an image part.
+def pack(args: argparse.Namespace) -> None:
+    """Check, then write."""
+    if args.out.exists() and not (args.out / INDEX).is_file():
+        raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
+    kind, file = next((kind, file) for kind in READERS if (file := getattr(args, kind)) is not None)
+    folders = Folders(args.images, args.videos)
+    for given in ("image", "video"):
+        if getattr(args, f"{given}s") is not None:
+            folders.of(given)
+    with held(args.out):
+        entries = args.out.absolute().with_name(f"{args.out.absolute().name}.entries")
+        try:
+            checked = check(READERS[kind](file, args.columns), folders, entries)
+            refuse_too_many(checked, file.name, args.max_skipped)
+            jobs = shard_jobs(len(checked.offsets), args.per_shard, sizes=checked.sizes, max_bytes=args.shard_size)
+            make = partial(
+                make_samples,
+                entries=entries,
+                offsets={job.index: checked.offsets[job.start] for job in jobs},
+                folders=folders,
+                dataset=file if kind == "dataset" else None,
+            )
+            written = write_shards(
+                args.out,
+                jobs,
+                make,
+                made_by={kind: file.name, "entries": checked.digest},
+                workers=args.workers,
+                label=f"packing {file.name}",
+                skipped=[{"cause": c, "samples": len(ids), "ids": ids} for c, ids in sorted(checked.skipped.items())],
+            )
+        finally:
+            entries.unlink(missing_ok=True)
+    print(f"{args.out}: {written}")
+    for cause, ids in sorted(checked.skipped.items()):
+        print(f"skipped {len(ids)} of {checked.total}: {cause} ({', '.join(ids[:3])}{' ...' if ids[3:] else ''})")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(text: str) -> int:
+    """``500MB`` as a number of bytes.
 
     Raises:
-        UserError: a role that is none, or no answer.
+        UserError: it is no size.
     """
-    messages = []
-    for turn in entry["conversations"]:
-        role = ROLES.get(turn.get("from", ""))
-        if role is None or "value" not in turn:
-            raise UserError(f"entry '{name}' has a turn without 'value', or from neither of {', '.join(ROLES)}.")
-        parts: list[dict[str, str]] = []
-        for number, text in enumerate(re.split(r"<image>\n?", turn["value"])):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
-        plain = all(part["type"] == "text" for part in parts)
-        tags = {key: turn[key] for key in ("family", "level") if key in turn}
-        messages.append({"role": role, "content": turn["value"] if plain else parts, **tags})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"entry '{name}' has no answer (no turn from 'gpt').")
-    return messages
+    found = re.fullmatch(r"([\d.]+)\s*([KMG]I?B|)", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found and found[1].count(".") < 2 and found[1] != "." else 0
+    if size < 1:
+        raise UserError(f"--shard-size={text} is no size: say it as 500MB or 2GB.")
+    return size
 
 
-def make_samples(job: ShardJob, *, entries: list[dict[str, Any]], images: Path) -> Iterator[dict[str, Any]]:
-    """The samples of one shard."""
-    for index in range(job.start, job.stop):
-        entry = entries[index]
-        name = str(entry.get("id", index))
-        files = entry.get("image", [])
-        files = [files] if isinstance(files, str) else files
-        # The index makes the key unique; a dot or a slash in it would be read as the start of the member's type.
-        sample: dict[str, Any] = {
-            "__key__": f"{index:08d}-{re.sub(r'[./]', '_', name)}",
-            "json": {"messages": messages_of(entry, name)},
-        }
-        for number, file in enumerate(files):
-            kind = Path(file).suffix.lower().lstrip(".")
-            if kind not in IMAGE_TYPES:
-                raise UserError(f"entry '{name}': image '{file}' is none of {', '.join(IMAGE_TYPES)}.")
-            if not (images / file).is_file():
-                raise UserError(f"entry '{name}': there is no image {images / file}.")
-            sample[kind if len(files) == 1 else f"{number}.{kind}"] = (images / file).read_bytes()
-        yield sample
+def columns_of(text: str) -> dict[str, str]:
+    """``image=path,answer=reply`` as a mapping.
+
+    Raises:
+        UserError: it is none.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if not all(meaning and column for meaning, _, column in pairs):
+        raise UserError(f"--columns={text} is not of the form image=path,question=...,answer=...")
+    return {meaning.strip(): column.strip() for meaning, _, column in pairs}
 
 
 @front
@@ -94,21 +211,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m datamodules.pack", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="the conversations")
-    parser.add_argument("--images", type=Path, required=True, help="the folder their image names start from")
-    parser.add_argument("--out", type=Path, required=True, help="the shard folder to write; must not exist")
-    parser.add_argument("--per-shard", type=int, default=1000, help="samples in a shard")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    args = parser.parse_args()
-    if args.per_shard < 1 or args.workers < 1:
-        raise UserError("--per-shard and --workers are at least 1.")
-    entries = read_llava(args.json)
-    make = partial(make_samples, entries=entries, images=args.images)
-    jobs = shard_jobs(len(entries), args.per_shard)
-    write_shards(
-        args.out, jobs, make, made_by={"json": args.json.name}, workers=args.workers, label=f"packing {args.json.name}"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--json", type=Path, metavar="FILE", help="LLaVA or ShareGPT conversations")
+    source.add_argument("--coco", type=Path, metavar="FILE", help="COCO captions")
+    source.add_argument("--csv", type=Path, metavar="FILE", help="a table with a header; .tsv: cells between tabs")
+    source.add_argument("--dataset", type=Path, metavar="FOLDER", help="of save_to_disk, or with parquet files")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the names of images start from")
+    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="where the names of videos start from")
+    parser.add_argument(
+        "--columns", default="", metavar="KIND=NAME,...", help="of a table, if not found by their names"
     )
-    print(f"{args.out}: {len(entries)} samples in {len(jobs)} shards")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the shards")
+    parser.add_argument(
+        "--per-shard", type=int, metavar="N", help=f"samples in a shard (None: {PER_SHARD}, any with --shard-size)"
+    )
+    parser.add_argument("--shard-size", metavar="SIZE", help="bytes in a shard, at most; as 500MB")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--max-skipped", type=float, default=0.0, help="share of entries that may be broken")
+    args = parser.parse_args()
+    if args.per_shard is None and args.shard_size is None:
+        args.per_shard = PER_SHARD
+    if args.workers < 1 or (args.per_shard is not None and args.per_shard < 1):
+        raise UserError("--per-shard and --workers are at least 1.")
+    if not 0 <= args.max_skipped <= 1:
+        raise UserError(f"--max-skipped={args.max_skipped:g} is a share, from 0 to 1.")
+    args.shard_size = bytes_of(args.shard_size) if args.shard_size is not None else None
+    args.columns = columns_of(args.columns)
+    pack(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.shards import open_image
 from datamodules.tokenizer import train_tokenizer
 from datamodules.write import ShardJob, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
+from lavi.images import open_image
 
 SIDE = 64
 CELLS = 2
@@ -242,13 +242,13 @@ class Examiner:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def conversation(chosen: list[Question], images: int) -> dict[str, Any]:
-    """The JSON of a sample: the images, then the questions with their answers, one turn each."""
+def conversation(chosen: list[Question], seen: Sequence[str], levels: dict[str, str]) -> dict[str, Any]:
+    """The JSON of a sample: what is ``seen`` (image, video), then the questions with their answers, one turn each."""
     messages: list[dict[str, Any]] = []
     for turn, question in enumerate(chosen):
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images if turn == 0 else 0)]
+        parts: list[dict[str, str]] = [{"type": kind} for kind in seen if turn == 0]
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
-        tags = {"family": question.family, "level": LEVELS[question.family]}
+        tags = {"family": question.family, "level": levels[question.family]}
         messages.append({"role": "assistant", "content": question.answer, **tags})
     return {"messages": messages}
 
@@ -265,26 +265,39 @@ ASKED = {"colour": 4, "shape": 6, "existence": 8}
 """How many times as often as a hard family training conversations ask these: the later it is learned, the oftener."""
 
 
-def _ask_one(scene: Scene, examiner: Examiner, index: int) -> list[Question]:
-    """One question, the families taking turns; the next one's if the scene has none of a family."""
-    start = index % 8
-    picks = (examiner.pick(list(questions(scene, family))) for family in ONE_IMAGE[start:] + ONE_IMAGE[:start])
+def ask_one(pools: dict[str, list[Question]], examiner: Examiner, *, first: int) -> list[Question]:
+    """One question, of the family in place ``first``; the next one's if there is none of a family."""
+    families = list(pools)
+    picks = (examiner.pick(pools[family]) for family in families[first:] + families[:first])
     return [next(question for question in picks if question)]
 
 
-def _converse(scene: Scene, examiner: Examiner, rng: random.Random, turns: int) -> list[Question]:
+def converse(
+    pools: dict[str, list[Question]], examiner: Examiner, rng: random.Random, *, turns: int, weights: Sequence[int]
+) -> list[Question]:
     """Several questions in random order, none twice; often several of a family.
 
     Asking for two things' colours is what tells one from the other.
+
+    Args:
+        pools: the questions of each family.
+        weights: how often each family is asked.
     """
-    pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
-    weights = [ASKED.get(family, 1) for family in ONE_IMAGE]
+    pools = dict(pools)
     chosen: list[Question] = []
-    for family in rng.choices(ONE_IMAGE, weights, k=4 * turns):
+    for family in rng.choices(list(pools), weights, k=4 * turns):
         if len(chosen) < turns and (question := examiner.pick(pools[family])):
             chosen.append(question)
             pools[family] = [q for q in pools[family] if q.text != question.text]
     return chosen
+
+
+def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns: int) -> list[Question]:
+    """Questions about one scene; where it is only one, the families take turns."""
+    pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
+    if turns == 1:
+        return ask_one(pools, examiner, first=index % 8)
+    return converse(pools, examiner, rng, turns=turns, weights=[ASKED.get(family, 1) for family in ONE_IMAGE])
 
 
 def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
@@ -300,10 +313,13 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterato
                 chosen.append(question)
                 pool.remove(question)
         else:
-            chosen = _converse(scenes[0], examiner, rng, turns) if turns > 1 else _ask_one(scenes[0], examiner, index)
+            chosen = _ask(scenes[0], examiner, rng, index, turns)
         if not chosen:  # Two scenes that hold the same things; a scene alone always has a colour or a count to ask for.
             continue
-        sample: dict[str, Any] = {"__key__": f"{split}-{index:06d}", "json": conversation(chosen, len(scenes))}
+        sample: dict[str, Any] = {
+            "__key__": f"{split}-{index:06d}",
+            "json": conversation(chosen, ["image"] * len(scenes), LEVELS),
+        }
         names = ["jpg"] if len(scenes) == 1 else ["0.jpg", "1.jpg"]
         yield sample | {name: jpeg(scene.image()) for name, scene in zip(names, scenes, strict=True)}
 
@@ -326,16 +342,43 @@ def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, w
         UserError: ``out`` holds something else.
     """
     made_by = {"scenes": 3, "seed": seed, "counts": counts, "turns": turns}
+    makers = {s: partial(make_samples, split=s, seed=seed, turns=turns if s == "train" else 1) for s in counts}
+    return write_splits(out, makers, counts, spoken=sentences(), made_by=made_by, workers=workers, label="scenes")
+
+
+def write_splits(
+    out: Path,
+    makers: Mapping[str, Callable[[ShardJob], Iterable[dict[str, Any]]]],
+    counts: dict[str, int],
+    *,
+    spoken: Iterable[str],
+    made_by: dict[str, Any],
+    workers: int,
+    label: str,
+) -> bool:
+    """Write the shards of each split and a tokenizer; returns False if the same data are there already.
+
+    Args:
+        makers: gives the samples of a split's shard.
+        counts: samples of each split.
+        spoken: sentences for the tokenizer.
+        made_by: what made the data; if it is the same, so are they.
+
+    A run that was stopped goes on with what is missing.
+
+    Raises:
+        UserError: ``out`` holds something else.
+    """
     note = out / "made_by.json"
     if note.is_file() and json.loads(note.read_text()) == made_by:
         return False
-    if out.exists() and any(out.iterdir()):
+    ours = {"tokenizer", *(split + ending for split in counts for ending in ("", ".part", ".lock"))}
+    if note.is_file() or (out.exists() and any(found.name not in ours for found in out.iterdir())):
         raise UserError(f"{out} holds other data and is left as it is: choose another --out, or remove it first.")
     for split, count in counts.items():
-        make = partial(make_samples, split=split, seed=seed, turns=turns if split == "train" else 1)
         jobs = shard_jobs(count, per_shard=max(1, min(1000, count // 8)))
-        write_shards(out / split, jobs, make, made_by=made_by, workers=workers, label=f"scenes: {split}")
-    train_tokenizer(sentences(), out / "tokenizer")
+        write_shards(out / split, jobs, makers[split], made_by=made_by, workers=workers, label=f"{label}: {split}")
+    train_tokenizer(spoken, out / "tokenizer")
     note.write_text(json.dumps(made_by))
     return True
 
@@ -398,7 +441,7 @@ class TowerScenes(pl.LightningDataModule):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
         scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
-        pixels = torch.stack([self.processor(open_image(jpeg(s.image()), "tower", "jpg")) for s in scenes])
+        pixels = torch.stack([self.processor(open_image(jpeg(s.image()))) for s in scenes])
         labels = [patch_labels(s, self.grid) for s in scenes]
         return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in PATCH_CLASSES}
 

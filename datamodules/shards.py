@@ -1,155 +1,207 @@
-"""Shards: tar files of samples, written whole and read as a deterministic stream.
+"""Shards: tar files of samples, read as a deterministic stream.
 
-A shard holds, for each sample, ``key.json`` (``{"messages": [...]}``) and its images: ``key.jpg`` for one,
-``key.0.jpg``, ``key.1.jpg`` ... for several (jpg, jpeg, png or webp). ``index.json`` beside the shards counts the
-samples of each, so that a shard cut short is noticed: a tar reader takes it for a shorter one.
+A shard holds, for each sample, ``KEY.json`` and its images and videos: ``KEY.jpg`` for one, ``KEY.0.jpg``,
+``KEY.1.mp4`` ... for several. ``index.json`` beside the shards counts the samples of each. What is read of a sample:
 
-The order in which samples come is a function of (seed, epoch, rank, worker) alone. A position in the stream is
-therefore one number, and resuming is skipping: without decoding, without a shuffle buffer to save.
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}, ...]}
+    {"conversations": [{"from": "human", "value": "<image>\\nwhat?"}, ...]}         LLaVA's and ShareGPT's form
+    {"captions": ["a red circle", ...]}, {"caption": ...}, or KEY.txt              a caption; of several, one an epoch
+    besides: "crc32" of the members, "clip" [start, end] of a video in seconds, "frames" and "fps" of extracted frames
+
+Nothing is lost in silence. A tar that is damaged or cut short reads, to most readers, as a shorter one: here it must
+end with its end mark and hold what its index says, and what is missing is counted. A member that was altered does not
+pass its checksum. Members of other types are never read, so that none is ever unpickled.
+
+The order of the samples is a function of (seed, epoch, rank, worker) alone, and a :class:`Place` in it is a shard, a
+record and how many of a shuffled block were taken: to resume is to open one shard, whatever the length of the epoch.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import random
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
-import braceexpand
-import webdataset.tariterators as wds
-from PIL import Image
-
-from lavi import images
-from lavi.batch import Sample
+from datamodules.sources import INDEX, find_shards, open_shard, read_index, samples_of
 from lavi.errors import UserError
+from lavi.video import VIDEO_TYPES
+
+__all__ = ["BrokenSample", "Place", "ShardStream", "Slot", "find_shards", "read_shard"]
 
 log = logging.getLogger("lavi")
 
-INDEX = "index.json"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+MEDIA = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_TYPES, *VIDEO_TYPES))})")
+"""Types of the members that are images and videos, with their number if there are several."""
+NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
+"""A member's key, and its type behind the first dot of the file name (WebDataset's convention)."""
+LARGEST_BLOCK = 256 * 2**20
+"""A shuffled block is closed early above this many bytes, so that videos do not fill the memory."""
+
+Raw = dict[str, Any]
+"""``{"__key__", "__shard__", "json": bytes, "jpg": bytes, ...}``; if broken, its cause and how many are lost instead."""
 
 
 class BrokenSample(Exception):
-    """One sample that cannot be used, with its cause."""
+    """One sample that cannot be used, or several that are missing, with the cause."""
 
-    def __init__(self, key: str, cause: str) -> None:
+    def __init__(self, key: str, cause: str, *, lost: int = 1) -> None:
         super().__init__(f"sample '{key}': {cause}")
-        self.key, self.cause = key, cause
+        self.key, self.cause, self.lost = key, cause, lost
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
+# --- one shard --------------------------------------------------------------------------------------------------------
 
 
-def find_shards(source: str) -> list[str]:
-    """The shard files of a folder, a file, or a brace pattern (``shards/{000..009}.tar``), in order.
+class DamagedTar(Exception):
+    """A tar whose headers cannot be followed to its end mark."""
 
-    Raises:
-        UserError: nothing there.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(str(p) for p in path.glob("*.tar"))
-        if not found:
-            raise UserError(
-                f"the shard folder {source} has no .tar file: pack your data with `python -m datamodules.pack`."
-            )
-        return found
-    found = list(braceexpand.braceexpand(source))
-    missing = [p for p in found if not Path(p).is_file()]
-    if missing:
-        raise UserError(
-            f"no shards at {missing[0]}: make the built-in data with `python -m datamodules.scenes`, "
-            "or pack your own with `python -m datamodules.pack`."
-        )
-    return found
+
+class _Header(tarfile.TarInfo):
+    """A header that must be sound: tarfile takes one that is not, in the middle of a file, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # two blocks of zeros: the end mark
+            raise
+        except tarfile.HeaderError as error:
+            raise DamagedTar(f"no tar header where one must stand ({error})") from None
+
+
+class _Bounded:
+    """A stream of which never more is asked for than it has: a damaged header asks for exabytes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.end = stream, stream.seek(0, 2)
+        stream.seek(0)
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.end - self.stream.tell())
+        return self.stream.read(left if size < 0 else min(size, left))
+
+
+DAMAGE = (DamagedTar, tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError, TypeError)
+"""What reading a damaged tar raises."""
+
+
+@lru_cache(maxsize=64)
+def _shards_of_index(folder: str, written: float) -> dict[str, Any]:
+    index = read_index(folder)
+    return index["shards"] if index else {}
+
+
+def _index_of(folder: str) -> dict[str, Any]:
+    """What the index of a folder says of its shards; of one on this machine, again when it has been written anew."""
+    if "://" in folder:
+        return _shards_of_index(folder, 0.0)
+    file = Path(folder, INDEX).absolute()
+    return _shards_of_index(str(file.parent), file.stat().st_mtime if file.exists() else 0.0)
 
 
 def expected_samples(shard: str) -> int | None:
-    """How many samples the index says this shard holds; None without an index."""
-    index = Path(shard).parent / INDEX
-    if not index.is_file():
+    """How many samples the index beside a shard says it holds; None without one.
+
+    Raises:
+        UserError: there is an index, and it is none.
+    """
+    if shard.startswith("pipe:"):
         return None
-    try:
-        return json.loads(index.read_text())["shards"].get(Path(shard).name)
-    except (json.JSONDecodeError, KeyError, AttributeError):
-        raise UserError(f"{index} is not a shard index: remove it, or pack the data again.") from None
+    folder, _, name = shard.rpartition("/")
+    entry = _index_of(folder or ".").get(name)
+    return None if entry is None else samples_of(entry)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
+    """The records of one shard, from record ``first`` on (those before are passed over without being read).
 
-
-def read_shard(shard: str) -> Iterator[dict[str, Any]]:
-    """The raw samples of one shard: ``{"__key__": str, "json": bytes, "jpg": bytes, ...}``.
-
-    A shard that ends early, or holds fewer samples than its index says, yields a :class:`BrokenSample` at the end:
-    the loss is counted, never silent.
+    A shard that is damaged, ends early, or holds fewer samples than its index says, ends with a broken record that
+    counts what is missing; without an index it counts as one.
     """
-    count = 0
+    number = 0
+    cause = None
     try:
-        with open(shard, "rb") as stream:
-            members = ({**m, "__url__": shard} for m in wds.tar_file_iterator(stream))
-            for sample in wds.group_by_keys(members, handler=_reraise):
-                count += 1
-                yield sample
-    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
-        yield {"__key__": shard, "__broken__": f"cannot be read after {count} samples ({error})"}
-        return
+        with open_shard(shard) as file:
+            stream = _Bounded(file)
+            for number, (key, members) in enumerate(_samples(stream), start=1):
+                if number > first:
+                    yield {"__key__": key, "__shard__": shard, **_read(stream, members)}
+    except DAMAGE as error:
+        cause = f"cannot be read after {number} samples ({error})"
     expected = expected_samples(shard)
-    if expected is not None and count != expected:
-        yield {"__key__": shard, "__broken__": f"holds {count} samples, its index says {expected}"}
+    lost = 0 if expected is None else expected - number
+    if cause is None and lost:
+        cause = f"holds {number} samples, its index says {expected}"
+    if cause is not None:
+        cause += f": {lost} samples are lost" if lost > 1 else ""
+        yield {"__key__": shard, "__shard__": shard, "__broken__": cause, "__lost__": max(1, lost)}
 
 
-def _reraise(error: Exception) -> bool:
-    raise error
+def _samples(stream: _Bounded) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Members that stand together under one key; ``{"__broken__": cause}`` for those that cannot be a sample."""
+    seen: set[str] = set()
+    key, members, last = "", dict[str, Any](), -1
+    with tarfile.open(fileobj=cast(Any, stream), mode="r:", tarinfo=_Header) as tar:
+        for member in iter(tar.next, None):
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            if member.offset <= last or member.size < 0:
+                raise DamagedTar("a header leads back to where the file was read already")
+            last = member.offset
+            named = NAME.fullmatch(member.name)
+            if named is None or not member.isreg() or member.issparse():
+                continue
+            of, kind = named.groups()
+            if members and (of != key or kind in members):
+                yield _checked(key, members, seen)
+                members = {}
+            key = of
+            members[kind] = member
+    if members:
+        yield _checked(key, members, seen)
 
 
-def decode(raw: dict[str, Any]) -> Sample:
-    """Decode one raw sample.
-
-    Raises:
-        BrokenSample: JSON that is none, no messages, no answer, an image that does not open or is missing.
-    """
-    key = raw["__key__"]
-    if "__broken__" in raw:
-        raise BrokenSample(key, raw["__broken__"])
-    if "json" not in raw:
-        raise BrokenSample(key, "has no .json member with its messages")
-    try:
-        messages = json.loads(raw["json"])["messages"]
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise BrokenSample(key, "its .json member is not JSON") from None
-    except (KeyError, TypeError):
-        raise BrokenSample(key, "its JSON has no 'messages'") from None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and "role" in m and "content" in m for m in messages
-    ):
-        raise BrokenSample(key, "its 'messages' are not a list of {'role', 'content'}")
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
-        raise BrokenSample(key, "its conversation has no answer (no message of role 'assistant')")
-    return Sample(key, messages, [open_image(raw[name], key, name) for name in image_members(raw)])
+def _checked(key: str, members: dict[str, Any], seen: set[str]) -> tuple[str, dict[str, Any]]:
+    if key in seen:
+        return key, {"__broken__": "its key comes a second time in this shard"}
+    seen.add(key)
+    parts = PurePosixPath(key).parts
+    if key.startswith(("/", "\\")) or ".." in parts or ".." in key.split("\\"):
+        return key, {"__broken__": "the name of its members leads out of the shard"}
+    return key, members
 
 
-def image_members(raw: dict[str, Any]) -> list[str]:
-    """The names of a sample's image members, in order: ``jpg``, or ``0.jpg``, ``1.jpg``, ..."""
-    numbered = [(m, name) for name in raw if (m := re.fullmatch(rf"(?:(\d+)\.)?({'|'.join(IMAGE_TYPES)})", name))]
-    return [name for _, name in sorted(numbered, key=lambda pair: int(pair[0][1] or 0))]
+def _read(stream: _Bounded, members: dict[str, Any]) -> dict[str, Any]:
+    """The bytes of the members of known types; others are never read."""
+    if "__broken__" in members:
+        return members
+    found = {}
+    for kind, member in members.items():
+        if kind in ("json", "txt") or MEDIA.fullmatch(kind.lower()):
+            stream.seek(member.offset_data)
+            found[kind.lower()] = stream.read(member.size)
+            if len(found[kind.lower()]) != member.size:
+                raise EOFError("the file ends inside a member")
+    return found
 
 
-def open_image(data: bytes, key: str, name: str) -> Image.Image:
-    """Decode an image to RGB.
+def altered(raw: Raw, sums: Any) -> str | None:
+    """The first member that does not have the checksum its sample gives for it."""
+    if not isinstance(sums, dict):
+        return None
+    return next((kind for kind, given in sums.items() if kind in raw and zlib.crc32(raw[kind]) != given), None)
 
-    Raises:
-        BrokenSample: it is not an image, is cut short, or has more than :data:`lavi.images.MAX_PIXELS`.
-    """
-    try:
-        return images.open_image(data, name=f"its member '{name}'")
-    except UserError as error:
-        raise BrokenSample(key, str(error).rstrip(".")) from None
+
+# --- many shards ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,53 +222,105 @@ class Slot:
         return self.ranks * self.workers
 
 
+class Place(NamedTuple):
+    """Where a slot stands in a stream: behind ``taken`` records of the block that starts at a record of a shard."""
+
+    epoch: int = 0
+    shard: int = 0
+    """Of this slot's shards, in the order of the epoch."""
+    record: int = 0
+    taken: int = 0
+
+
 @dataclass(frozen=True)
 class ShardStream:
     """Raw samples of many shards in a reproducible order.
 
     Args:
-        shards: the shard files.
+        shards: where they are.
         seed: of the order.
-        shuffle: the size of the shuffle buffer; 0 keeps the order of the shards.
+        shuffle: how many samples are read into a block and given in random order; 0 keeps the order of the shards.
+        resampled: each slot draws shards at random, some twice, some never, instead of sharing them out.
     """
 
     shards: list[str]
     seed: int = 0
     shuffle: int = 1000
+    resampled: bool = False
 
     def check(self, slots: int) -> None:
-        """Refuse fewer shards than readers: a reader without data would hang the others.
+        """Refuse fewer shards than slots: one without data would hang the others.
 
         Raises:
             UserError: with the numbers.
         """
-        if len(self.shards) < slots:
+        if len(self.shards) < slots and not self.resampled:
             raise UserError(
-                f"{len(self.shards)} shards cannot feed {slots} readers (ranks x workers): "
-                f"use at most {len(self.shards)} workers in all (data.workers=...), or pack into more shards."
+                f"{len(self.shards)} shards cannot feed {slots} readers (ranks x workers): use at most "
+                f"{len(self.shards)} readers in all (data.workers=...), pack into more shards, or draw them at random "
+                "(data.resampled=true)."
             )
 
-    def epoch(self, epoch: int, slot: Slot) -> Iterator[dict[str, Any]]:
-        """One pass over this slot's shards: the shards in an order all slots agree on, samples through a buffer."""
+    @property
+    def samples(self) -> int | None:
+        """How many there are, as the indices say; None if one is missing."""
+        counts = [expected_samples(shard) for shard in self.shards]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def order(self, epoch: int, slot: Slot) -> list[str]:
+        """The shards that a slot reads in an epoch; an order all slots agree on is shared out among them."""
+        if self.resampled:
+            draw = random.Random(f"{self.seed}/{epoch}/{slot.index}/shards")
+            return draw.choices(self.shards, k=max(1, len(self.shards) // slot.count))
         shards = list(self.shards)
         if self.shuffle:
             random.Random(f"{self.seed}/{epoch}").shuffle(shards)
-        samples = (sample for shard in shards[slot.index :: slot.count] for sample in read_shard(shard))
-        if not self.shuffle:
-            yield from samples
-            return
-        yield from shuffled(samples, self.shuffle, random.Random(f"{self.seed}/{epoch}/{slot.index}"))
+        return shards[slot.index :: slot.count]
+
+    def epoch(self, epoch: int, slot: Slot) -> Iterator[Raw]:
+        """One pass over this slot's shards."""
+        for _, raw in self.records(slot, Place(epoch)):
+            if raw is None:
+                return
+            yield raw
+
+    def records(self, slot: Slot, place: Place) -> Iterator[tuple[Place, Raw | None]]:
+        """Records from a place on, without end, each with the place behind it; None when an epoch is complete."""
+        for epoch in itertools.count(place.epoch):
+            records = self._in_order(self.order(epoch, slot), place)
+            found = False
+            for start, block in _blocks(records, self.shuffle):
+                found = True
+                if self.shuffle:
+                    random.Random(f"{self.seed}/{epoch}/{slot.index}/{start}").shuffle(block)
+                for taken, raw in enumerate(block[place.taken :], start=place.taken + 1):
+                    raw["__epoch__"] = epoch
+                    yield Place(epoch, *start, taken), raw
+                place = Place()
+            if not found and place == Place(epoch):
+                raise UserError(f"there is not one sample in {self.order(epoch, slot)[0]} and those behind it.")
+            place = Place(epoch + 1)
+            yield place, None
+
+    def _in_order(self, shards: list[str], place: Place) -> Iterator[tuple[tuple[int, int], Raw]]:
+        """Records with the shard and the record they are, from a place on."""
+        for shard in range(place.shard, len(shards)):
+            first = place.record if shard == place.shard else 0
+            for number, raw in enumerate(read_shard(shards[shard], first), start=first):
+                yield (shard, number), raw
 
 
-def shuffled(samples: Iterable[Any], size: int, rng: random.Random) -> Iterator[Any]:
-    """Shuffle through a buffer of ``size`` samples: each new one takes the place of a random one, which leaves."""
-    buffer: list[Any] = []
-    for sample in samples:
-        if len(buffer) < size:
-            buffer.append(sample)
-            continue
-        place = rng.randrange(size)
-        buffer[place], sample = sample, buffer[place]
-        yield sample
-    rng.shuffle(buffer)
-    yield from buffer
+def _blocks(records: Iterator[tuple[tuple[int, int], Raw]], size: int) -> Iterator[tuple[tuple[int, int], list[Raw]]]:
+    """Cut records into blocks of ``size`` (at least one), each with where its first is."""
+    block: list[Raw] = []
+    start, held = (0, 0), 0
+    for at, raw in records:
+        if not block:
+            start, held = at, 0
+        block.append(raw)
+        held += sum(len(value) for value in raw.values() if isinstance(value, bytes))
+        if len(block) >= max(1, size) or held > LARGEST_BLOCK:
+            yield start, block
+            block = []
+    if block:
+        yield start, block

@@ -6,6 +6,7 @@ width, L decoder layers, F frames.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -81,15 +82,23 @@ class Answer(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a stream stood behind a batch: by which reader, in which epoch, how many samples had been read.
+    """Where a stream stood behind a batch: its reader, how many samples it had drawn, and its place in each source.
 
     ``taken`` batches had been made of the samples behind that; they are read again, and those batches left out.
     """
 
     reader: int
-    epoch: int
-    read: int
+    drawn: int
+    places: tuple[Any, ...]
     taken: int = 0
+
+
+class Skip(NamedTuple):
+    """A broken sample, or as many as a shard lacks."""
+
+    key: str
+    cause: str
+    samples: int = 1
 
 
 @dataclass
@@ -112,12 +121,26 @@ class Batch:
     places: list[ImagePlace]
     answers: list[Answer] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Samples dropped while this batch was read: (key, cause)."""
+    sources: list[str] = field(default_factory=list)
+    """Which source of a mixture each sample is from."""
+    skipped: list[Skip] = field(default_factory=list)
+    """Samples dropped while this batch was read."""
     position: Position | None = None
+    packed: list[list[tuple[int, int]]] | None = None
+    """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def conversations(self) -> list[list[tuple[int, int]]]:
+        """The columns [start, stop) of each conversation of each row."""
+        return self.packed if self.packed is not None else [[span] for span in self.spans]
+
+    def conversation_of(self, place: ImagePlace) -> tuple[int, int]:
+        """The row of an image, and the number of its conversation in it."""
+        starts = [start for start, _ in self.conversations[place.row]]
+        return place.row, max(0, bisect_right(starts, place.column) - 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""

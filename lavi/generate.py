@@ -1,12 +1,14 @@
-"""Ask a trained run about an image.
+"""Ask a trained run about images and videos.
 
 python -m lavi.generate --checkpoint runs/NAME --image photo.jpg --question "what colour is the circle?"
+python -m lavi.generate --checkpoint runs/NAME --video clip.mp4 --frames 8 --question "which way does the circle move?"
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lavi.errors import HelpFormatter, UserError, front
 
@@ -15,9 +17,11 @@ from lavi.errors import HelpFormatter, UserError, front
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lavi.generate", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be given several times"
-    )
+    seen: dict[str, Any] = {"dest": "seen", "action": "append", "default": [], "metavar": "FILE"}
+    several = "; may be given several times, in the order that the question means"
+    parser.add_argument("--image", type=lambda file: ("image", file), help=f"an image{several}", **seen)
+    parser.add_argument("--video", type=lambda file: ("video", file), help=f"a video{several}", **seen)
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of each video, evenly spread")
     parser.add_argument("--question", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (not streamed)")
@@ -33,12 +37,15 @@ def main() -> None:
     from lavi.checkpoint import load_run
     from lavi.evaluation import collate
     from lavi.images import open_image
+    from lavi.video import FrameSampling, read_video
 
-    images = [open_image(file) for file in args.image]
+    sampling = FrameSampling(frames=args.frames)
+    visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     _, model = load_run(args.checkpoint, trust=args.trust)
     model.to(device)
-    batch = collate(model, [Sample("question", [{"role": "user", "content": args.question}], images)]).to(device)
+    content = [*({"type": kind} for kind, _ in args.seen), {"type": "text", "text": args.question}]
+    batch = collate(model, [Sample("question", [{"role": "user", "content": content}], visuals)]).to(device)
     if args.beams > 1:
         print(model.answer(batch, max_new_tokens=args.max_new_tokens, num_beams=args.beams)[0])
         return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch
 from lavi.chat import Chat
 from lavi.configurations import weights_wanted
+from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.load import LanguageModel
@@ -33,6 +34,7 @@ class VisionLanguageModel(nn.Module):
         tiling: how an image becomes views; by default one view an image.
         chat_template: a named template, or None for the tokenizer's own.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
+        timestamps: the model is told how long a video is and when its frames are shown.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class VisionLanguageModel(nn.Module):
         tiling: Tiling | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
+        timestamps: bool = False,
     ) -> None:
         super().__init__()
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
@@ -52,7 +55,7 @@ class VisionLanguageModel(nn.Module):
         fusion.bind(language, self.seen)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
-        self._template = chat_template
+        self._template, self.timestamps = chat_template, timestamps
         if weights_wanted():  # else it is only counted or timed, and its tokenizer need not be at hand
             _ = self.chat
 
@@ -70,6 +73,7 @@ class VisionLanguageModel(nn.Module):
             tiling=self.tiling,
             tokens_of=partial(self.fusion.tokens_in_language, per_view=self.seen.tokens),
             context_length=self.context_length,
+            timestamps=self.timestamps,
         )
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -87,7 +91,15 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             losses: takes what the fusion adds to the loss, by name.
+
+        Raises:
+            UserError: rows of several conversations, and a fusion that would not keep them apart.
         """
+        if batch.packed is not None and not self.fusion.packs:
+            raise UserError(
+                f"{type(self.fusion).__name__} reads rows of one conversation each: set data.packing=null "
+                "(concatenation, LaVi and cross-attention read packed rows)."
+            )
         inputs = self.fusion(batch, self.features(batch.pixels), self.language)
         logits = self.language(inputs)
         if losses is not None:

@@ -146,7 +146,7 @@ class VisionLanguageModule(pl.LightningModule):
     def validation_step(self, batch: Batch, index: int) -> None:
         logits = self.model(batch)
         loss, tokens = summed_loss(logits, batch.labels)
-        self.log("val/loss", loss / tokens, batch_size=int(tokens), sync_dist=True)
+        self.log("val/loss", loss / tokens.clamp(min=1), batch_size=int(tokens), sync_dist=True)
         self.accuracy["val"].update(right_under_teacher_forcing(logits, batch), groups(batch.answers))
 
     def on_validation_epoch_end(self) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout, Sample
+from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout, Sample, Video
 from lavi.chat import Chat, Encoded
 from lavi.errors import UserError
+from lavi.video import told_times
 from lavi.vision.base import VisionBackbone
 from lavi.vision.tiles import Tiling
 
@@ -25,6 +26,14 @@ class Ready:
     layouts: list[Layout]
     length: int
     """Text and visual tokens in the language model's sequence."""
+    source: str = ""
+    """Where it was read, for counts."""
+    stands_in: bool = False
+    """It keeps a rank in step and must not count: no label is kept, no answer scored."""
+
+
+class TooLong(UserError):
+    """A conversation that the context does not hold."""
 
 
 @dataclass
@@ -37,6 +46,7 @@ class Processor:
         tiling: how an image becomes views.
         tokens_of: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
         context_length: the most tokens a conversation may have, its visual tokens included.
+        timestamps: say behind each video how long it is and when its frames are shown.
     """
 
     chat: Chat
@@ -44,43 +54,66 @@ class Processor:
     tiling: Tiling
     tokens_of: Callable[[Layout], int]
     context_length: int
+    timestamps: bool = False
 
     def encode(self, sample: Sample, *, prompt: bool = False) -> Ready:
         """Encode one sample, as a whole or (``prompt``) up to the answer it waits for.
 
         Raises:
-            UserError: it is longer than the context.
+            TooLong: it is longer than the context.
         """
+        messages = sample.messages
+        if self.timestamps:
+            messages = told_times(messages, [one for one in sample.images if isinstance(one, Video)])
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
-        encoded = to_ids(sample.messages, images=len(sample.images))
+        encoded = to_ids(messages, images=len(sample.images))
         alone = len(sample.images) == 1
         views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
         visual = sum(self.tokens_of(layout) for _, layout in views)
         length = len(encoded.ids) + visual
         if length > self.context_length:
-            raise UserError(
+            raise TooLong(
                 f"the conversation has {len(encoded.ids)} text and {visual} visual tokens, more than the context of "
                 f"{self.context_length}: shorten it, or raise model.context_length."
             )
         pixels = torch.cat([torch.zeros(0, *self.vision.pixel_shape), *(pixels for pixels, _ in views)])
         return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
-    def collate(self, ready: Sequence[Ready], *, pad_left: bool = False) -> Batch:
-        """Pad to one batch; on the left for decoding, so that all rows end together."""
-        width = max(len(r.encoded.ids) for r in ready)
-        ids = torch.full((len(ready), width), self.chat.pad_id)
-        labels = torch.full((len(ready), width), IGNORE)
-        mask = torch.zeros(len(ready), width, dtype=torch.bool)
-        spans, places, answers = [], [], []
-        for row, r in enumerate(ready):
-            length = len(r.encoded.ids)
-            start = width - length if pad_left else 0
-            ids[row, start : start + length] = torch.tensor(r.encoded.ids)
-            labels[row, start : start + length] = torch.tensor(r.encoded.labels)
-            mask[row, start : start + length] = True
-            spans.append((start, start + length))
-            columns = zip(r.encoded.image_columns, r.layouts, strict=True)
-            places += [ImagePlace(row, start + column, layout) for column, layout in columns]
-            answers += [Answer(row, start + t.start, start + t.stop, t.family, t.level) for t in r.encoded.turns]
-        pixels = torch.cat([r.pixels for r in ready])
-        return Batch(ids, labels, mask, pixels, spans, places, answers, keys=[r.key for r in ready])
+    def collate(self, rows: Sequence[Ready | Sequence[Ready]], *, pad_left: bool = False) -> Batch:
+        """Pad to one batch; on the left for decoding, so that all rows end together. A row may hold several samples."""
+        packs = [[row] if isinstance(row, Ready) else list(row) for row in rows]
+        widths = [sum(len(ready.encoded.ids) for ready in pack) for pack in packs]
+        width = max(widths)
+        ids = torch.full((len(packs), width), self.chat.pad_id)  # (B, T)
+        labels = torch.full_like(ids, IGNORE)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        places, answers = [], []
+        conversations: list[list[tuple[int, int]]] = []
+        for row, pack in enumerate(packs):
+            at = width - widths[row] if pad_left else 0
+            conversations.append([])
+            for ready in pack:
+                stop = at + len(ready.encoded.ids)
+                ids[row, at:stop] = torch.tensor(ready.encoded.ids)
+                mask[row, at:stop] = True
+                columns = zip(ready.encoded.image_columns, ready.layouts, strict=True)
+                places += [ImagePlace(row, at + column, layout) for column, layout in columns]
+                if not ready.stands_in:
+                    labels[row, at:stop] = torch.tensor(ready.encoded.labels)
+                    turns = ready.encoded.turns
+                    answers += [Answer(row, at + t.start, at + t.stop, t.family, t.level) for t in turns]
+                conversations[-1].append((at, stop))
+                at = stop
+        each = [ready for pack in packs for ready in pack]
+        return Batch(
+            ids,
+            labels,
+            mask,
+            torch.cat([ready.pixels for ready in each]),
+            spans=[(row[0][0], row[-1][1]) for row in conversations],
+            places=places,
+            answers=answers,
+            keys=[ready.key for ready in each],
+            sources=[ready.source for ready in each],
+            packed=conversations if len(each) > len(packs) else None,
+        )

@@ -55,13 +55,13 @@ class Halves(pl.LightningDataModule):
             heard = [ask("which is it" + " or what" * i, answer=COLOURS[step % 4]) for i in range(4)]
             mine = (seen + heard)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
             batch = self.processor.collate([self.processor.encode(sample) for sample in mine])
-            yield replace(batch, position=Position(rank, 0, step + 1))
+            yield replace(batch, position=Position(rank, step + 1, ()))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(Endless(self), batch_size=None)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        self.step = batch.position.read
+        self.step = batch.position.drawn
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
 
 def test_your_own_data(run, tmp_path: Path) -> None:
     """LLaVA-style JSON and an image folder become shards that read back as they were."""
-    from datamodules.shards import decode, find_shards, read_shard
+    from datamodules.conversation import decode
+    from datamodules.shards import find_shards, read_shard
 
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
+from datamodules.conversation import decode
 from datamodules.shards import BrokenSample
-from datamodules.shards import open_image as open_member
 from lavi import images
 from lavi.errors import UserError
 from lavi.images import open_image
@@ -155,7 +155,7 @@ def test_what_is_no_image_says_so_and_what_it_was(case: str, tmp_path: Path) -> 
         open_image(file)
     assert "object at" not in str(caught.value)
     with pytest.raises(BrokenSample, match=f"sample 'k': its member '0.png' .*{reason}"):
-        open_member(data, "k", "0.png")
+        decode({"__key__": "k", "txt": b"a", "0.png": data})
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.conversation import decode
 from datamodules.scenes import LEVELS, SIZES, Scene, patch_labels, questions, questions_of_two, write_dataset
-from datamodules.shards import decode, find_shards, read_shard
+from datamodules.shards import find_shards, read_shard
 from lavi.errors import UserError
 
 

@@ -43,6 +43,9 @@ class Cost:
 class Fusion(nn.Module, ABC):
     """Built unbound from a recipe, then bound once to a language model and to what it will see."""
 
+    packs = False
+    """Whether rows may hold several conversations, which do not see each other."""
+
     @property
     def chosen(self) -> list[NormTarget]:
         """The norms that it modulates."""
@@ -104,12 +107,17 @@ class ColumnContext(VisualContext):
     """(B, M, E) each."""
     column: Tensor = None  # type: ignore[assignment]
     """(B, M): the text column each token stands before."""
+    start: Tensor | None = None
+    """(B, T): the column at which each text token's conversation begins; None: a row is one conversation."""
     mask: Tensor | None = None
-    """(B, T, M): what each text token of this call sees: the images before it."""
+    """(B, T, M): what each text token of this call sees: the images before it, in its conversation."""
 
     def at(self, past: int, length: int) -> Self:
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
-        return replace(self, mask=self.column[:, None, :] <= columns[None, :, None])
+        mask = self.column[:, None, :] <= columns[None, :, None]
+        if self.start is not None:
+            mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
+        return replace(self, mask=mask)
 
     def held(self) -> list[Tensor]:
         return list(self.visual.values())
@@ -165,13 +173,40 @@ def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
     return Rows(index, column, image)
 
 
+def text_alone(batch: Batch, vision: VisualContext) -> DecoderInput:
+    """The text of a batch as the decoder's input, nothing between its tokens."""
+    conversation = None if batch.packed is None else conversation_of_text(batch).to(batch.input_ids.device)
+    return DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids, conversation=conversation)
+
+
+def starts_of(batch: Batch, device: torch.device) -> Tensor | None:
+    """(B, T): the column at which each text token's conversation begins; None where a row is one conversation."""
+    if batch.packed is None:
+        return None
+    starts = torch.zeros(batch.input_ids.shape, dtype=torch.long, device="cpu")
+    for row, conversations in enumerate(batch.packed):
+        for start, stop in conversations:
+            starts[row, start:stop] = start
+    return starts.to(device)
+
+
+def conversation_of_text(batch: Batch) -> Tensor:
+    """(B, T): the number in its row of each text token's conversation, -1 for padding; on the host."""
+    numbers = torch.full(batch.input_ids.shape, -1, device="cpu")
+    for row, conversations in enumerate(batch.conversations):
+        for number, (start, stop) in enumerate(conversations):
+            numbers[row, start:stop] = number
+    return numbers
+
+
 def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
-    """(views, 4): the image of its row from 0; the tile's row and column, and the frame, from 1 (0: none)."""
-    seen = [0] * len(batch)
+    """(views, 4): the image of its conversation from 0; the tile's row and column, and the frame, from 1 (0: none)."""
+    seen = Counter[tuple[int, int]]()
     numbers: list[tuple[int, int, int, int]] = []
     for place in batch.places:
-        image, layout = seen[place.row], place.layout
-        seen[place.row] += 1
+        conversation, layout = batch.conversation_of(place), place.layout
+        image = seen[conversation]
+        seen[conversation] += 1
         if layout.video:
             numbers += [(image, 0, 0, frame + 1) for frame in range(layout.views)]
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
-from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.base import Cost, Fusion, conversation_of_text
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
@@ -29,6 +29,8 @@ class ConcatFusion(Fusion):
         newline: a learned embedding ends each row of a tiled image's grid, and every other image (LLaVA-OneVision).
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``).
     """
+
+    packs = True
 
     def __init__(self, *, newline: bool = False, budget: int = 9) -> None:
         super().__init__()
@@ -49,7 +51,8 @@ class ConcatFusion(Fusion):
         order, columns = splice(batch, counts, text_width=text.shape[1])
         embeds, mask = placed(text, visual, order)
         vision = VisualContext(text_columns=columns.to(text.device))
-        return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision)
+        conversation = None if batch.packed is None else conversations(batch, counts, order).to(text.device)
+        return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision, conversation=conversation)
 
     def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
@@ -79,6 +82,17 @@ def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]
     order = order.to(text.device)
     mask = order >= 0
     return flat[order.masked_fill(~mask, len(flat) - 1)], mask
+
+
+def conversations(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
+    """(B, T'): which conversation of its row each token of an ``order`` belongs to, -1 for padding."""
+    of_text = conversation_of_text(batch).flatten()  # (B T,)
+    of_place = [batch.conversation_of(place)[1] for place in batch.places]
+    of_visual = torch.tensor(of_place, dtype=torch.long, device="cpu").repeat_interleave(
+        torch.tensor(counts, dtype=torch.long, device="cpu")
+    )
+    nothing = torch.full((1,), -1, device="cpu")
+    return torch.cat([of_text, of_visual, nothing])[order]  # -1 is the last
 
 
 def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import ColumnContext, Cost, Fusion, chosen_layers, numbers_of_views, rows_of
+from lavi.fusion.base import (
+    ColumnContext,
+    Cost,
+    Fusion,
+    chosen_layers,
+    numbers_of_views,
+    rows_of,
+    starts_of,
+    text_alone,
+)
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
@@ -39,6 +48,8 @@ class CrossAttentionFusion(Fusion):
         ffn: width of the gated feed-forward part as a multiple of D; 0: none.
         max_images: images of one conversation told apart by an embedding; later ones share the last.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -88,8 +99,10 @@ class CrossAttentionFusion(Fusion):
         seen = {}
         for layer, block in self.blocks.items():
             seen[f"{layer} key"], seen[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(visual)
-        context = CrossAttentionContext(fusion=self, visual=seen, column=rows.column)
-        return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)
+        context = CrossAttentionContext(
+            fusion=self, visual=seen, column=rows.column, start=starts_of(batch, features.device)
+        )
+        return text_alone(batch, context)
 
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return 0

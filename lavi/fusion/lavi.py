@@ -27,7 +27,17 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import ColumnContext, Cost, Fusion, chosen_layers, modulation_flops, numbers_of_views, rows_of
+from lavi.fusion.base import (
+    ColumnContext,
+    Cost,
+    Fusion,
+    chosen_layers,
+    modulation_flops,
+    numbers_of_views,
+    rows_of,
+    starts_of,
+    text_alone,
+)
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
@@ -58,6 +68,8 @@ class LaViFusion(Fusion):
     Raises:
         UserError: no such layer, or a layer without a norm of that kind.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -137,8 +149,8 @@ class LaViFusion(Fusion):
         per_view = next(iter(slots.values())).shape[1]
         rows = rows_of(batch, [place.views * per_view for place in batch.places]).to(features.device)
         visual = {name: rows.gather(slot) for name, slot in slots.items()}
-        context = LaViContext(fusion=self, visual=visual, column=rows.column)
-        return DecoderInput(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vision=context)
+        context = LaViContext(fusion=self, visual=visual, column=rows.column, start=starts_of(batch, features.device))
+        return text_alone(batch, context)
 
     def deltas(self, layer: int, hidden: Tensor, visual: dict[str, Tensor], mask: Tensor) -> list[Deltas]:
         """The deltas of a layer's norms for ``hidden`` (B, T, D)."""

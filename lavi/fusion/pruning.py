@@ -43,6 +43,8 @@ class PruningFusion(ConcatFusion):
         UserError: no such layer, or a share out of range.
     """
 
+    packs = False
+
     def __init__(self, *, stages: dict[int, float], newline: bool = False, budget: int = 9) -> None:
         super().__init__(newline=newline, budget=budget)
         for layer, keep in stages.items():

@@ -77,6 +77,8 @@ class VisorFusion(ConcatFusion):
         UserError: no such layers, a layer that both reads and refines, or a router without configurations.
     """
 
+    packs = False
+
     def __init__(
         self,
         *,

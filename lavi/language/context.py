@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
@@ -59,21 +60,31 @@ class VisualContext:
 
 @dataclass
 class DecoderInput:
-    """A sequence as a fusion arranged it: ids (B, T) or embeddings (B, T', D), mask (B, T') bool, and the context."""
+    """A sequence as a fusion arranged it: ids (B, T) or embeddings (B, T', D), mask (B, T') bool, and the context.
+
+    ``conversation`` (B, T') numbers the conversations that a row holds, where it holds several; -1 is padding. They do
+    not see each other: transformers keeps apart what begins at position 0 anew, if it is given no mask.
+    """
 
     attention_mask: Tensor
     vision: VisualContext
     input_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
+    conversation: Tensor | None = None
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, T'): padding does not count, on either side."""
-        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        """(B, T'): padding does not count, on either side; each conversation of a row begins at 0."""
+        if self.conversation is None:
+            return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        columns = torch.arange(self.conversation.shape[1], device=self.conversation.device).expand_as(self.conversation)
+        first = torch.ones_like(self.attention_mask)
+        first[:, 1:] = self.conversation[:, 1:] != self.conversation[:, :-1]
+        return columns - columns.masked_fill(~first, 0).cummax(-1).values
 
     def sequence(self) -> dict[str, Tensor]:
         """``input_ids`` or ``inputs_embeds``, and ``attention_mask``, as transformers names them."""
         # A mask on meta has no values that transformers could look at; what is counted there is never padded.
-        mask = None if self.attention_mask.is_meta else self.attention_mask
+        mask = None if self.attention_mask.is_meta or self.conversation is not None else self.attention_mask
         named = {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "attention_mask": mask}
         return {name: tensor for name, tensor in named.items() if tensor is not None}

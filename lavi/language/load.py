@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -109,9 +110,24 @@ class LanguageModel(nn.Module):
         return self.hf.get_input_embeddings()(ids)
 
     def forward(self, inputs: DecoderInput) -> Tensor:
-        """Logits (B, T, vocabulary) at the text tokens."""
+        """Logits (B, T, vocabulary) at the text tokens.
+
+        Raises:
+            UserError: rows of several conversations, for a decoder that would not keep them apart.
+        """
+        if inputs.conversation is not None and not self._masks_by_position:
+            raise UserError(
+                f"'{self.hf.config.model_type}' makes its own attention masks and would let the conversations of a row "
+                "see each other: set data.packing=null."
+            )
         out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
         return out.logits
+
+    @property
+    def _masks_by_position(self) -> bool:
+        """Whether its masks are transformers' own, which keep apart what begins at position 0 anew."""
+        rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
+        return any(hasattr(room, "create_causal_mask") for room in rooms)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write an ordinary transformers checkpoint, tokenizer and all: original names and class, adapters merged."""

@@ -1,0 +1,412 @@
+"""Is the data module the bottleneck? Samples a second, set against bare loops and other pipelines, in one run.
+
+    python benchmarks/dataloader.py --out benchmarks/results/dataloader.jsonl
+
+Synthetic photographs (640 x 480 JPEG) and captions, packed into shards; every contestant reads them with as many
+workers, decodes and resizes each image to 384 x 384. Ours also checks what it reads, renders the chat, tokenises it and
+makes labels. Contestants take turns, round after round; the figure is the median of the rounds' ratios: a ratio of two
+neighbours in time is what a noisy machine can say. Then: frames a second of videos against bare PyAV, samples a second
+over more and more shards, resident memory over many samples, and the packer against copying the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from datamodules.image_text import ImageTextData
+from datamodules.shards import Place, ShardStream, Slot, find_shards
+from datamodules.tokenizer import train_tokenizer
+from datamodules.write import shard_jobs, write_shards
+from lavi.fusion.lavi import LaViFusion
+from lavi.language.load import LanguageModel
+from lavi.model import VisionLanguageModel
+from lavi.vision.hf import HFVision
+
+SIDE = 384
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": SIDE,
+    "patch_size": 16,
+}
+DECODER = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+CAPTION = "a photograph of coarse coloured noise, number {}, as nobody ever took it"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def photograph(number: int) -> bytes:
+    """A smooth 640 x 480 picture as JPEG, about 80 kB."""
+    noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+PHOTOGRAPHS = 64
+
+
+class Photographs:
+    """Makes the samples of a shard; some pictures, many times, so that drawing them takes no time."""
+
+    def __init__(self) -> None:
+        self.pictures = [photograph(number) for number in range(PHOTOGRAPHS)]
+
+    def __call__(self, job: Any) -> Iterator[dict[str, Any]]:
+        for index in range(job.start, job.stop):
+            said = {"captions": [CAPTION.format(index)]}
+            # What plain WebDataset pipelines read as text.
+            yield {"__key__": f"{index:07d}", "json": said, "txt": said["captions"][0]} | {
+                "jpg": self.pictures[index % PHOTOGRAPHS]
+            }
+
+
+def write_photographs(folder: Path, samples: int, per_shard: int) -> list[str]:
+    jobs = shard_jobs(samples, per_shard)
+    write_shards(folder, jobs, Photographs(), made_by={"benchmark": "dataloader"}, workers=2)
+    return find_shards(str(folder))
+
+
+def small_model(folder: Path) -> VisionLanguageModel:
+    """Its tower's preprocessing and its tokenizer are what is wanted of it."""
+    if not folder.exists():
+        train_tokenizer([CAPTION.format(n) for n in range(2000)] * 2, folder, vocabulary=400)
+    language = LanguageModel(config=DECODER, tokenizer=str(folder))
+    return VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=LaViFusion(every=1))
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+def resized(image: Image.Image) -> torch.Tensor:
+    """(3, 384, 384), with the same resizing that the tower's own preprocessing does."""
+    return PREPARE(image)
+
+
+PREPARE: Callable[[Image.Image], torch.Tensor]
+
+
+class Bare(IterableDataset):
+    """A loop over tar files: read, decode, resize; nothing else."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self.shards = shards
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, str]]:
+        info = get_worker_info()
+        mine = self.shards[info.id :: info.num_workers] if info else self.shards
+        for shard in mine:
+            with tarfile.open(shard, "r|") as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if member.name.endswith("jpg"):
+                        yield resized(Image.open(io.BytesIO(data)).convert("RGB")), member.name
+
+
+def bare(shards: list[str], batch: int, workers: int) -> Iterable[Any]:
+    return DataLoader(Bare(shards), batch_size=batch, num_workers=workers)
+
+
+def plain_webdataset(shards: list[str], batch: int, workers: int) -> Iterable[Any]:
+    made = (
+        wds.WebDataset(shards, shardshuffle=len(shards), seed=0)
+        .shuffle(1000)
+        .decode("pilrgb")
+        .to_tuple("jpg", "txt")
+        .map_tuple(resized, str)
+        .batched(batch, collation_fn=default_collate)
+    )
+    return DataLoader(made, batch_size=None, num_workers=workers)
+
+
+def open_clip(shards: list[str], batch: int, workers: int, *, tokenizer: Any) -> Iterable[Any]:
+    from open_clip_train.data import get_wds_dataset
+
+    def tokens(text: str) -> torch.Tensor:
+        return torch.tensor([(tokenizer(text)["input_ids"] + [0] * 32)[:32]])
+
+    folder, last = Path(shards[0]).parent, len(shards) - 1
+    args = Namespace(
+        train_data=f"{folder}/shard-{{000000..{last:06d}}}.tar",
+        train_num_samples=json.loads((folder / "index.json").read_text())["samples"],
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        batch_size=batch,
+        workers=workers,
+        world_size=1,
+        seed=0,
+    )
+    return get_wds_dataset(args, resized, is_train=True, tokenizer=tokens).dataloader
+
+
+def ours(shards: list[str], batch: int, workers: int, *, model: VisionLanguageModel) -> Iterable[Any]:
+    data = ImageTextData(model.processor, train=shards, batch_size=batch, workers=workers)
+    return data.train_dataloader()
+
+
+def rate(loader: Iterable[Any], samples: int, batch: int) -> float:
+    """Samples a second over about ``samples`` of them, from the first batch on: starting processes is not counted."""
+    batches = iter(loader)
+    next(batches)
+    wanted = samples // batch
+    started = time.perf_counter()
+    for done, _ in enumerate(batches, start=1):
+        if done == wanted:
+            break
+    return done * batch / (time.perf_counter() - started)
+
+
+def compare(contestants: dict[str, Callable[[], Iterable[Any]]], samples: int, batch: int, rounds: int) -> list[dict]:
+    """Rates in rounds, and each round's ratios to ours."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        order = list(contestants.items())
+        for name, make in order if number % 2 else reversed(order):
+            rates[name].append(rate(make(), samples, batch))
+            print(f"round {number + 1}: {name}: {rates[name][-1]:.0f} samples/s", flush=True)
+    return [
+        {
+            "name": name,
+            "samples_per_s": statistics.median(found),
+            "ours_over_it": statistics.median(a / b for a, b in zip(rates["lavi"], found, strict=True)),
+        }
+        for name, found in rates.items()
+    ]
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def loaders(work: Path, *, samples: int, batch: int, workers: int, rounds: int) -> list[dict[str, Any]]:
+    """Against a bare loop, plain webdataset and open_clip's pipeline."""
+    global PREPARE
+    model = small_model(work / "tokenizer")
+    PREPARE = model.vision.preprocess
+    shards = write_photographs(work / "photographs", samples * 2, per_shard=max(1, samples // 8))
+    tokenizer = model.language.tokenizer
+    contestants: dict[str, Callable[[], Iterable[Any]]] = {
+        "lavi": lambda: ours(shards, batch, workers, model=model),
+        "bare loop": lambda: bare(shards, batch, workers),
+        "webdataset": lambda: plain_webdataset(shards, batch, workers),
+        "open_clip": lambda: open_clip(shards, batch, workers, tokenizer=tokenizer),
+    }
+    return [{"question": "images", **one} for one in compare(contestants, samples, batch, rounds)]
+
+
+def video(work: Path, *, clips: int, frames: int = 8, rounds: int = 5) -> list[dict[str, Any]]:
+    """Decoded frames a second against a bare PyAV loop that takes the same frames of the same clips."""
+    from lavi.video import FrameSampling, read_video
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for number in range(300):
+            noise = np.random.default_rng(number // 30).integers(0, 255, (9, 16, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).resize((640, 360), Image.Resampling.BICUBIC)
+            out.mux(stream.encode(av.VideoFrame.from_image(image)))
+        out.mux(stream.encode())
+    data = file.getvalue()
+    wanted = read_video(data, FrameSampling(frames=frames)).seconds
+
+    def bare_decode() -> int:
+        kept = 0
+        with av.open(io.BytesIO(data)) as container:
+            times = iter(wanted)
+            at = next(times)
+            for frame in container.decode(video=0):
+                if frame.time is not None and frame.time >= at - 1e-6:
+                    frame.to_image()
+                    kept += 1
+                    at = next(times, None)  # type: ignore[arg-type]
+                    if at is None:
+                        break
+        assert kept == frames
+        return kept
+
+    def our_decode() -> int:
+        return len(read_video(data, FrameSampling(frames=frames)).frames)
+
+    ratios, speeds = [], []
+    for _ in range(rounds):
+        taken = []
+        for decode in (our_decode, bare_decode):
+            started = time.perf_counter()
+            count = sum(decode() for _ in range(clips))
+            taken.append(count / (time.perf_counter() - started))
+        ratios.append(taken[0] / taken[1])
+        speeds.append(taken)
+    names = ("lavi", "bare PyAV")
+    return [
+        {
+            "question": "video",
+            "name": name,
+            "frames_per_s": statistics.median(speed[at] for speed in speeds),
+            "ours_over_it": 1.0 if at == 0 else statistics.median(ratios),
+        }
+        for at, name in enumerate(names)
+    ]
+
+
+def many_shards(work: Path, *, samples: int, counts: tuple[int, ...] = (10, 100, 1000)) -> list[dict[str, Any]]:
+    """Raw samples a second, the same samples in few shards or in many; and after resuming in the middle."""
+    made = {count: write_photographs(work / f"of-{count}", samples, per_shard=samples // count) for count in counts}
+    found: dict[int, list[float]] = {count: [] for count in counts}
+    resumed: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(5):
+        for count, shards in made.items():
+            stream = ShardStream(shards, seed=0, shuffle=1000)
+            started = time.perf_counter()
+            read = sum(1 for _ in stream.epoch(0, Slot()))
+            found[count].append((time.perf_counter() - started) / read)
+            places = (place for place, _ in stream.records(Slot(), Place()))
+            middle = next(itertools.islice(places, read // 2, None))
+            started = time.perf_counter()
+            next(stream.records(Slot(), middle))
+            resumed[count].append(time.perf_counter() - started)
+    first = counts[0]
+    return [
+        {
+            "question": "shards",
+            "name": f"{count} shards",
+            "us_per_sample": 1e6 * statistics.median(found[count]),
+            "over_first": statistics.median(a / b for a, b in zip(found[count], found[first], strict=True)),
+            "resume_ms": 1e3 * statistics.median(resumed[count]),
+        }
+        for count in counts
+    ]
+
+
+def memory(work: Path, *, samples: int) -> list[dict[str, Any]]:
+    """Resident memory of this process while it reads, without workers: it must not grow with what was read."""
+    shards = find_shards(str(work / "photographs"))
+    stream = ShardStream(shards, seed=0, shuffle=1000)
+    marks = []
+    for number, (_, raw) in enumerate(stream.records(Slot(), Place()), start=1):
+        if raw is not None:
+            Image.open(io.BytesIO(raw["jpg"])).draft("RGB", (64, 64)).load() if number % 10 == 0 else None  # type: ignore[union-attr]
+        if number % (samples // 10) == 0:
+            marks.append({"samples": number, "resident_mib": resident() / 2**20})
+        if number >= samples:
+            break
+    return [{"question": "memory", "name": f"after {mark['samples']} samples", **mark} for mark in marks]
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def packer(work: Path, *, samples: int, rounds: int = 3) -> list[dict[str, Any]]:
+    """The packer against copying, file by file, what it packs."""
+    from datamodules.pack import main as pack
+
+    images = work / "files"
+    images.mkdir()
+    entries = []
+    for number in range(samples):
+        (images / f"{number:06d}.jpg").write_bytes(photograph(number % PHOTOGRAPHS))
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": CAPTION.format(number)}]
+        entries.append({"id": number, "image": f"{number:06d}.jpg", "conversations": turns})
+    (work / "entries.json").write_text(json.dumps(entries))
+    ratios, speeds = [], []
+    for number in range(rounds):
+        started = time.perf_counter()
+        shutil.copytree(images, work / f"copy-{number}")
+        os.sync()
+        copied = time.perf_counter() - started
+        started = time.perf_counter()
+        run(pack, "--json", work / "entries.json", "--images", images, "--out", work / f"packed-{number}")
+        os.sync()
+        packed = time.perf_counter() - started
+        ratios.append(copied / packed)
+        speeds.append(samples / packed)
+    size = sum(file.stat().st_size for file in images.iterdir())
+    return [
+        {
+            "question": "packer",
+            "name": "packing against copying the files",
+            "samples_per_s": statistics.median(speeds),
+            "mib_per_s": statistics.median(speeds) * size / samples / 2**20,
+            "speed_over_copying": statistics.median(ratios),
+        }
+    ]
+
+
+def run(main: Callable[[], Any], *arguments: object) -> None:
+    """A front as its command line calls it."""
+    import sys
+
+    before, sys.argv = sys.argv, ["", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        sys.argv = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser.add_argument("--samples", type=int, default=2000, help="samples a round")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-samples", type=int, default=100_000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        sized = {"samples": args.samples, "batch": args.batch, "workers": args.workers, "rounds": args.rounds}
+        found = loaders(work, **sized)
+        found += video(work, clips=20)
+        found += many_shards(work, samples=5000)
+        found += memory(work, samples=args.memory_samples)
+        found += packer(work, samples=args.samples)
+    where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    for record in found:
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()})
+    if args.out:
+        args.out.write_text("".join(json.dumps(record | where) + "\n" for record in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""What is in your shards, and whether it is whole.
+
+    python -m datamodules.inspect data/train
+    python -m datamodules.inspect data/train --sheet sheet.png --limit 1000
+    python -m datamodules.inspect data/train --check
+
+Counts samples, images, videos, turns; texts by their length and images by their size; names broken samples and keys
+that come twice. ``--check`` decodes every image and video besides, and sums whole shards as their index does. The exit
+status is 1 if something is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from datamodules.conversation import decode, visual_members
+from datamodules.counts import Counts, captions_of, texts_of, turns_of
+from datamodules.shards import BrokenSample, Raw, expected_samples, find_shards, read_shard
+from datamodules.sources import read_index
+from datamodules.write import progress
+from lavi.errors import HelpFormatter, UserError, front
+from lavi.report import console, table
+
+SHOWN = 24
+"""Samples on a contact sheet."""
+THUMBNAIL = (320, 240)
+"""Width and height of a sample on it, in pixels."""
+CAUSES = 20
+"""Causes that are shown; damage at random has a new one each time."""
+BAR = 40
+"""Characters of the longest bar."""
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What was seen so far."""
+
+    counts: Counts = field(default_factory=Counts)
+    broken: dict[str, list[str]] = field(default_factory=dict)
+    """Keys by cause."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Samples by cause: a shard cut short has lost several."""
+    keys: Counter[str] = field(default_factory=Counter)
+    tokens: list[int] = field(default_factory=list)
+    sheet: list[Raw] = field(default_factory=list)
+    """Some samples, any as likely as any other."""
+
+    @property
+    def repeated(self) -> list[str]:
+        """Keys that come more than once."""
+        return [key for key, times in self.keys.items() if times > 1]
+
+    def note(self, error: BrokenSample) -> None:
+        """Count a broken sample."""
+        self.broken.setdefault(error.cause, []).append(error.key)
+        self.lost[error.cause] += error.lost
+
+
+def look(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: int = 0) -> Found:
+    """Go through raw samples.
+
+    Args:
+        check: decode images and videos, too.
+        tokenizer: one of transformers'; counts tokens.
+        sheet: how many samples to keep for a contact sheet.
+    """
+    found = Found()
+    rng = random.Random(0)
+    for raw in records:
+        try:
+            record = said_by(raw)
+            if check:
+                decode(raw)
+        except BrokenSample as error:
+            found.note(error)
+            continue
+        finally:
+            if "__broken__" not in raw:
+                found.keys[raw["__key__"]] += 1
+        found.counts.add(record, {name: raw[name] for name in visual_members(raw)})
+        if tokenizer is not None:
+            found.tokens.append(sum(len(tokenizer(text).input_ids) for text in texts_of(record)))
+        _keep(found.sheet, raw, sheet, found.counts.samples, rng)
+    return found
+
+
+def said_by(raw: Raw) -> dict[str, Any]:
+    """A sample's JSON, after the checks that need no decoding.
+
+    Raises:
+        BrokenSample: no JSON, or none of a sample's form; a member that is not what was packed.
+    """
+    key = raw["__key__"]
+    if "__broken__" in raw:
+        name = Path(key).name if key == raw.get("__shard__") else key
+        raise BrokenSample(name, raw["__broken__"], lost=raw.get("__lost__", 1))
+    try:
+        record = json.loads(raw["json"]) if "json" in raw else {"caption": raw["txt"].decode(errors="replace")}
+    except KeyError:
+        raise BrokenSample(key, "has no .json member with its messages, and no .txt member with a caption") from None
+    except (ValueError, RecursionError):
+        raise BrokenSample(key, "its .json member is not JSON") from None
+    if not isinstance(record, dict) or not (captions_of(record) or turns_of(record)):
+        raise BrokenSample(key, "its JSON has no 'messages', 'conversations' or 'captions'")
+    sums = record.get("crc32", {})
+    for name in sums if isinstance(sums, dict) else {}:
+        if name not in raw:
+            raise BrokenSample(key, f"its member '{name}' is missing")
+        if zlib.crc32(raw[name]) != sums[name]:
+            raise BrokenSample(key, f"its member '{name}' was altered: it has another checksum than it was packed with")
+    return record
+
+
+def _keep(kept: list[Raw], raw: Raw, size: int, seen: int, rng: random.Random) -> None:
+    """Reservoir sampling: the ``seen``-th sample stays with probability ``size / seen``."""
+    if len(kept) < size:
+        kept.append(raw)
+    elif size and (place := rng.randrange(seen)) < size:
+        kept[place] = raw
+
+
+def summed(shards: list[str]) -> Iterator[BrokenSample | None]:
+    """For each shard, whether its bytes are not those that its index sums. One without an index, or afar, has none."""
+    for shard in shards:
+        file = Path(shard)
+        index = (read_index(str(file.parent)) if "://" not in shard else None) or {}
+        entry = index.get("shards", {}).get(file.name)
+        given = entry.get("sha256") if isinstance(entry, dict) else None
+        whole = given is None or _sum(file) == given
+        yield None if whole else BrokenSample(file.name, "the shard has another sha256 than its index says")
+
+
+def missing_shards(source: str, shards: list[str]) -> Iterator[BrokenSample]:
+    """Shards of a folder that its index names, but that are not there."""
+    index = read_index(source) if Path(source).is_dir() else None
+    there = {Path(shard).name for shard in shards}
+    for name in sorted(set((index or {}).get("shards", {})) - there):
+        yield BrokenSample(name, "the index names this shard, but it is not there")
+
+
+def _sum(file: Path) -> str | None:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def tell(found: Found, shards: list[str]) -> Iterator[RenderableType]:
+    """Tables of what was seen."""
+    counts = found.counts
+    size = sum(Path(shard).stat().st_size for shard in shards if Path(shard).is_file())
+    rows = [
+        ["shards", f"{len(shards):,}"],
+        ["bytes of the shards", f"{size:,}"],
+        ["good samples", f"{counts.samples:,}"],
+    ]
+    named = ("conversations", "turns", "captions", "images", "videos", "frames")
+    rows += [[name, f"{value:,}"] for name in named if (value := getattr(counts, name))]
+    rows += [[f"bytes of {kind}", f"{number:,}"] for kind, number in sorted(counts.sizes.items())]
+    if found.tokens:
+        ordered = sorted(found.tokens)
+        rows.append(["tokens", f"{sum(ordered):,}"])
+        rows.append(["tokens of a sample: median, most", f"{ordered[len(ordered) // 2]:,}, {ordered[-1]:,}"])
+    yield table("shards", ["", "number"], rows)
+    if counts.text:
+        yield _bars(
+            "characters of a text", {f"< {limit}": counts.text[limit] for limit in sorted(counts.text, key=int)}
+        )
+    for name in ("widths", "heights"):
+        if counted := getattr(counts, name):
+            yield _bars(f"{name} of images, in pixels", _grouped(counted))
+    if counts.unreadable:
+        yield f"{counts.unreadable} images have no header that is known: --check names them."
+    if found.repeated:
+        shown = [[key, str(found.keys[key])] for key in found.repeated[:3]]
+        yield table(f"{len(found.repeated)} keys come more than once", ["key", "times"], shown)
+    if found.broken:
+        causes = [
+            [cause, str(number), ", ".join(found.broken[cause][:3])] for cause, number in found.lost.most_common()
+        ]
+        yield table("broken", ["cause", "samples", "the first"], causes[:CAUSES])
+        if causes[CAUSES:]:
+            yield f"and {len(causes) - CAUSES} more causes"
+
+
+def _ordered(values: Counter[str]) -> dict[str, int]:
+    return {f"< {limit}": values[limit] for limit in sorted(values, key=int)}
+
+
+def _grouped(values: Counter[str]) -> dict[str, int]:
+    """Pixels by the power of two that they stay below."""
+    grouped = Counter[str]()
+    for value, times in values.items():
+        grouped[str(1 << int(value).bit_length())] += times
+    return _ordered(grouped)
+
+
+def _bars(title: str, counted: dict[str, int]) -> RenderableType:
+    longest = max(counted.values())
+    made = table(title, ["", "number"], [])
+    made.add_column("", justify="left")
+    for name, number in counted.items():
+        made.add_row(name, f"{number:,}", "█" * max(1, round(BAR * number / longest)))
+    return made
+
+
+# --- the contact sheet ------------------------------------------------------------------------------------------------
+
+
+def draw_sheet(found: Found, file: Path) -> None:
+    """Thumbnails with their keys and what is said first, and histograms below.
+
+    Raises:
+        UserError: there is nothing to show, or the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if not found.sheet:
+        raise UserError(f"there is no good sample to draw on {file}.")
+    columns = min(6, len(found.sheet))
+    rows = -(-len(found.sheet) // columns)
+    figure = Figure(figsize=(3 * columns, 3.4 * rows + 2.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.4 * rows, 2.6]).flat
+    axes = above.subplots(rows, columns, squeeze=False).flat
+    for axis, raw in itertools.zip_longest(axes, sorted(found.sheet, key=lambda raw: raw["__key__"])):
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        if raw is not None:
+            _draw(axis, raw)
+    _draw_histograms(below, found.counts)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=80)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sheet: {file} cannot be written ({error}).") from None
+
+
+def _draw(axis: Any, raw: Raw) -> None:
+    from PIL import Image, ImageOps
+
+    pictures = [ImageOps.contain(picture, THUMBNAIL) for picture in pictures_of(raw)]
+    strip = _side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
+    axis.imshow(ImageOps.pad(strip, THUMBNAIL, color="white"))
+    words = [_shortened(text, 44) for text in itertools.islice(texts_of(said_by(raw)), 2)]
+    # What people say is no formula: a $ is a $.
+    axis.set_xlabel("\n".join([_shortened(raw["__key__"], 44), *words]), fontsize=7, parse_math=False)
+
+
+def pictures_of(raw: Raw) -> list[Any]:
+    """The images of a sample; of each video the first frame, one from the middle and the last. Four at most."""
+    from lavi import images
+    from lavi.video import FrameSampling, is_video, read_video
+
+    found: list[Any] = []
+    for name in visual_members(raw)[:4]:
+        try:
+            if is_video(name):
+                frames = read_video(raw[name], FrameSampling(frames=16), name=name).frames
+                found += [frames[0], frames[len(frames) // 2], frames[-1]]
+            else:
+                found.append(images.open_image(raw[name], name=name))
+        except UserError:  # counted by --check; a sheet shows what there is to see
+            continue
+    return found[:4]
+
+
+def _side_by_side(pictures: list[Any]) -> Any:
+    from PIL import Image
+
+    strip = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return strip
+
+
+def _shortened(text: str, length: int) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= length else f"{words[: length - 1]}…"
+
+
+def _draw_histograms(figure: Any, counts: Counts) -> None:
+    shown = {
+        "characters of a text": _ordered(counts.text),
+        "widths, in pixels": _grouped(counts.widths),
+        "heights, in pixels": _grouped(counts.heights),
+    }
+    for axis, (title, counted) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        axis.bar(list(counted), list(counted.values()))
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=6)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: str) -> Any:
+    """A tokenizer of transformers.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--tokenizer: {folder} has no tokenizer ({said}).") from None
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Look, tell, draw; 1 if something is broken."""
+    shards = find_shards(args.shards)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    records = itertools.islice((raw for shard in shards for raw in read_shard(shard)), args.limit)
+    expected = [expected_samples(shard) for shard in shards]
+    total = None if None in expected else sum(count for count in expected if count is not None)
+    with progress() as bar:
+        watched = bar.track(records, min(total, args.limit or total) if total else args.limit, description="looking")
+        found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
+    for error in missing_shards(args.shards, shards):
+        found.note(error)
+    if args.check:
+        with progress() as bar:
+            for wrong in bar.track(summed(shards), len(shards), description="summing shards"):
+                if wrong is not None:
+                    found.note(wrong)
+    for part in tell(found, shards):
+        console().print(part)
+    if args.sheet:
+        draw_sheet(found, args.sheet)
+        print(f"{args.sheet}: {len(found.sheet)} samples")
+    return int(bool(found.broken or found.repeated or found.counts.unreadable))
+
+
+@front
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.inspect", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("shards", help="a folder, a file, or a pattern such as data/shard-{000000..000009}.tar")
+    parser.add_argument("--limit", type=int, metavar="N", help="look at so many samples only")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help=f"draw {SHOWN} of them (png, pdf or svg)")
+    parser.add_argument("--check", action="store_true", help="decode everything, and sum whole shards")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="count its tokens")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit is at least 1.")
+    return inspect(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Looking at shards: the numbers, what is broken, the sheet; never a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import random
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.inspect import look, pictures_of
+from datamodules.shards import find_shards, read_shard
+from datamodules.write import ShardJob, shard_jobs, write_shards
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs ``python -m datamodules.inspect ARGUMENTS``: (status, what it prints)."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["inspect", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module("datamodules.inspect").main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return int(left.value.code or 0), printed.out + printed.err
+
+    return call
+
+
+def jpeg(width: int, height: int = 40) -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((width, height), 50).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def video(colours: list[int]) -> bytes:
+    """A frame a second, each of one grey."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        track = container.add_stream("mpeg4", rate=1)
+        track.width = track.height = 32
+        for grey in colours:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), grey, np.uint8), format="rgb24")
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return stream.getvalue()
+
+
+GREYS = [0, 60, 120, 180, 250]
+TALK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how much is $x_ or 五?"}]},
+        {"role": "assistant", "content": "$1"}]  # fmt: skip
+
+
+def samples(job: ShardJob) -> Iterator[dict[str, Any]]:
+    """Of four: a conversation on an image, one on two frames, captions, captions of a video."""
+    for number in range(job.start, job.stop):
+        first: dict[str, Any] = {"__key__": f"{number:03d}"}
+        image = jpeg(30 + number)
+        kind = number % 4
+        if kind == 0:
+            yield first | {"json": {"messages": TALK}, "jpg": image}
+        elif kind == 1:
+            said = [{"role": "user", "content": [{"type": "video"}]}, TALK[1]]
+            yield first | {"json": {"messages": said, "frames": [2], "fps": 1}, "0.jpg": image, "1.jpg": image}
+        elif kind == 2:
+            yield first | {"json": {"captions": ["red", "a red thing"]}, "jpg": image}
+        else:
+            yield first | {"json": {"captions": ["grey"]}, "mp4": video(GREYS)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "good"
+    write_shards(folder, shard_jobs(16, 8), samples, made_by={"test": 1})
+    return folder
+
+
+@pytest.fixture
+def shards(written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may harm."""
+    shutil.copytree(written, tmp_path / "good")
+    return tmp_path / "good"
+
+
+def rewrite(shard: Path, change: Any) -> None:
+    """Write a shard again with its members changed: ``change(name, data)`` gives the data, or None to leave it out."""
+    with tarfile.open(shard) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            changed = change(name, data)
+            if changed is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(changed)
+                tar.addfile(info, io.BytesIO(changed))
+
+
+def flat(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_the_numbers_are_those_of_the_index(run, shards: Path, tokenizer: str) -> None:  # type: ignore[no-untyped-def]
+    status, out = run(shards, "--tokenizer", tokenizer)
+    assert status == 0, out
+    statistics = json.loads((shards / "index.json").read_text())["statistics"]
+    shown = flat(out)
+    expected = {
+        "good samples": 16,
+        "conversations": 8,
+        "turns": 16,
+        "captions": 12,
+        "images": 8,
+        "videos": 8,
+        "frames": 8,
+    }
+    for name, number in expected.items():
+        assert f" {name} {number} " in shown, name
+        assert statistics[name.removeprefix("good ")] == number
+    assert f"bytes of mp4 {statistics['sizes']['mp4']:,}" in shown
+    assert f"< 64 {sum(1 for n in range(16) if n % 4 in (0, 1, 1, 2)) + 4}" in shown  # widths: 30 to 45, frames twice
+    assert "tokens of a sample" in shown
+    found = look((raw for shard in find_shards(str(shards)) for raw in read_shard(shard)), check=True)
+    assert found.counts.summary() == statistics
+
+
+def test_a_limit_and_a_pattern_look_at_less(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "good samples 5 " in flat(run(shards, "--limit", 5)[1])
+    assert "good samples 8 " in flat(run(f"{shards}/shard-{{000001..000001}}.tar")[1])
+
+
+def test_each_kind_of_damage_is_named_with_its_key(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    def harm(name: str, data: bytes) -> bytes | None:
+        if name == "000.jpg":
+            return data[:-1] + b"x"
+        if name == "001.0.jpg":
+            return None
+        return {"002.json": b"{", "003.json": b'{"text": 1}', "004.json": b"[" * 100000}.get(name, data)
+
+    rewrite(shards / "shard-000000.tar", harm)
+    status, out = run(shards)
+    assert status == 1
+    shown = flat(out)
+    assert "its member 'jpg' was altered" in shown
+    assert "its member '0.jpg' is missing" in shown
+    assert "is not JSON 2 002, 004" in shown
+    assert "has no 'messages', 'conversations' or 'captions' 1 003" in shown
+    assert "good samples 11 " in shown
+
+
+def test_only_check_decodes_and_sums(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    """A picture cut before it was packed has a sound header and a sound checksum."""
+
+    def cut(name: str, data: bytes) -> bytes:
+        kept = data[: len(data) // 2]
+        if name == "000.json":
+            return json.dumps({"messages": TALK, "crc32": {"jpg": zlib.crc32(jpegs["000.jpg"])}}).encode()
+        if name == "000.jpg":
+            jpegs[name] = kept
+        return jpegs.get(name, data)
+
+    jpegs: dict[str, bytes] = {}
+    rewrite(shards / "shard-000000.tar", cut)  # the first time to know the cut picture
+    rewrite(shards / "shard-000000.tar", lambda name, data: cut(name, data) if name == "000.json" else data)
+    assert run(shards)[0] == 0
+    status, out = run(shards, "--check")
+    assert status == 1
+    assert "its member 'jpg' is not an image that opens" in flat(out)
+    assert "another sha256 than its index says 1 shard-000000.tar" in flat(out)
+
+
+def test_shards_cut_short_or_gone_are_named(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    first = shards / "shard-000000.tar"
+    first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
+    (shards / "shard-000001.tar").unlink()
+    status, out = run(shards)
+    assert status == 1
+    assert "the index names this shard, but it is not there 1 shard-000001.tar" in flat(out)
+    good = int(flat(out).split("good samples ")[1].split()[0])
+    assert f" {8 - good} shard-000000.tar" in flat(out)
+
+
+def test_keys_that_come_twice_are_broken(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    (shards / "index.json").unlink()
+    shutil.copy(shards / "shard-000000.tar", shards / "again.tar")
+    status, out = run(shards)
+    assert status == 1
+    assert "8 keys come more than once" in flat(out)
+    assert "000 2" in flat(out)
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "deeper/sheet.pdf"])
+def test_a_sheet_is_drawn_of_every_kind_of_sample(run, shards: Path, tmp_path: Path, name: str) -> None:  # type: ignore[no-untyped-def]
+    status, out = run(shards, "--sheet", tmp_path / name)
+    assert status == 0, out
+    assert "16 samples" in out
+    if name.endswith("png"):
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.width > 1000
+            assert len(sheet.convert("RGB").getcolors(10**7) or []) > 100
+
+
+def test_a_video_shows_its_first_middle_and_last_frame() -> None:
+    frames = pictures_of({"__key__": "k", "json": b"{}", "mp4": video(GREYS)})
+    greys = [np.asarray(frame).mean() for frame in frames]
+    assert np.abs(np.array(greys) - [GREYS[0], GREYS[2], GREYS[-1]]).max() < 12
+    assert pictures_of({"__key__": "k", "mp4": b"none"}) == []
+
+
+def test_samples_kept_for_the_sheet_come_from_everywhere() -> None:
+    said = json.dumps({"captions": ["x"]}).encode()
+    records = [{"__key__": f"{n:03d}", "json": said} for n in range(1000)]
+    kept = [int(raw["__key__"]) for raw in look(records, check=False, sheet=40).sheet]
+    assert len(set(kept)) == 40
+    assert min(kept) < 200 < 800 < max(kept)
+
+
+def test_mistakes_are_sentences(run, shards: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for arguments, words in [
+        ((tmp_path / "gone",), "no shards at"),
+        ((shards, "--limit", 0), "--limit is at least 1"),
+        ((shards, "--tokenizer", tmp_path), "has no tokenizer"),
+        ((shards, "--sheet", tmp_path / "sheet.txt"), "cannot be written"),
+        ((shards, "--sheet", shards / "index.json" / "sheet.png"), "cannot be written"),
+    ]:
+        status, out = run(*arguments)
+        assert status == 2
+        assert words in out
+    (shards / "index.json").write_text("{")
+    assert run(shards)[0] == 2
+
+
+def test_noise_instead_of_data_is_counted_and_never_a_traceback(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
+    """Members and JSON of every wrong kind; whole shards of noise."""
+    rng = random.Random(0)
+    wrong = [3, "x", None, [], [3], {}, {"a": 1}, [[]], -1.5, True]
+
+    def noise(name: str, data: bytes) -> bytes:
+        if not name.endswith("json"):
+            return data
+        fields = ("messages", "captions", "caption", "conversations", "frames", "fps", "clip", "crc32")
+        return json.dumps({field: rng.choice(wrong) for field in fields if rng.random() < 0.6}).encode()
+
+    (shards / "index.json").unlink()
+    original = (shards / "shard-000001.tar").read_bytes()
+    for _ in range(6):
+        rewrite(shards / "shard-000000.tar", noise)
+        harmed = bytearray(original)
+        for place in rng.sample(range(len(harmed)), 200):
+            harmed[place] = rng.randrange(256)
+        (shards / "shard-000001.tar").write_bytes(harmed)
+        assert run(shards, "--check")[0] == 1
+        assert run(shards, "--sheet", shards / "sheet.png")[0] in (1, 2)

@@ -1,0 +1,492 @@
+"""Packing: every kind of source, what is refused and skipped, and runs that are killed at any moment."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from datamodules import pack, write
+from datamodules.conversation import decode
+from datamodules.shards import find_shards, read_shard
+from datamodules.write import ShardJob, Written, held, shard_jobs, write_shards
+from lavi.errors import UserError
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs ``python -m datamodules.pack ARGUMENTS`` in a folder of the test's own: (status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module("datamodules.pack").main()
+        printed = capsys.readouterr()
+        return int(left.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """``0.png`` to ``4.png``, n + 1 pixels wide, and a frame folder with ``f2`` and ``f10``."""
+    folder = tmp_path / "images"
+    (folder / "clip").mkdir(parents=True)
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(png(number + 1))
+    for number in (10, 2):
+        (folder / "clip" / f"f{number}.png").write_bytes(png(number))
+    (folder / "v.mp4").write_bytes(b"a video, unread")
+    return folder
+
+
+def png(width: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, 3)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def width(data: bytes) -> int:
+    return Image.open(io.BytesIO(data)).width
+
+
+def turns(question: str, answer: str = "yes") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def raw_of(folder: str | Path = "out") -> list[dict[str, Any]]:
+    return [raw for shard in find_shards(str(Path(folder).absolute())) for raw in read_shard(shard)]
+
+
+def said(raw: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(raw["json"])
+    return found
+
+
+def members(raw: dict[str, Any]) -> set[str]:
+    return {name for name in raw if not name.startswith("_")}
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# --- runs that are killed ---------------------------------------------------------------------------------------------
+
+JOBS = shard_jobs(24, 4)
+MADE_BY = {"test": 1}
+
+
+def slow(job: ShardJob) -> Iterator[dict[str, Any]]:
+    for number in range(job.start, job.stop):
+        time.sleep(0.02)
+        yield {"__key__": f"{number:03d}", "json": {"captions": [f"number {number}"]}, "png": png(number + 1)}
+
+
+def dies_once(job: ShardJob) -> Iterator[dict[str, Any]]:
+    """The process that writes the third shard dies, as if it had been killed for its memory."""
+    if job.index == 2:
+        time.sleep(0.3)
+        os._exit(1)
+    yield from slow(job)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run writes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert str(write_shards(folder, JOBS, slow, made_by=MADE_BY, workers=1)) == "24 samples in 6 shards"
+    return content(folder)
+
+
+def killed(target: Callable[[], object], when: Callable[[], bool]) -> None:
+    """Run ``target`` in a process, and kill that when it is time, if it has not killed itself."""
+    process = FORK.Process(target=target)
+    process.start()
+    while process.is_alive() and not when():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def records(folder: Path) -> int:
+    return len(list(folder.with_name(f"{folder.name}.part").glob("shard-*.json")))
+
+
+MOMENTS = {
+    "the lock": lambda out: out.with_name("out.lock").exists(),
+    "the plan": lambda out: (out.with_name("out.part") / write.PLAN).exists(),
+    "in the first shard": lambda out: (out.with_name("out.part") / "shard-000000.tar.tmp").exists(),
+    "one record": lambda out: records(out) >= 1,
+    "four records": lambda out: records(out) >= 4,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_and_leaves_the_same_bytes(tmp_path: Path, whole: dict[str, bytes], moment: str) -> None:
+    out = tmp_path / "out"
+    killed(lambda: write_shards(out, JOBS, slow, made_by=MADE_BY), lambda: MOMENTS[moment](out))
+    assert not out.exists()
+    written = write_shards(out, JOBS, slow, made_by=MADE_BY)
+    assert written.found >= {"one record": 1, "four records": 4}.get(moment, 0)
+    assert content(out) == whole
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("call", ["unlink", "rename"])
+def test_a_run_killed_when_all_is_written_needs_no_shard_again(
+    tmp_path: Path, whole: dict[str, bytes], call: str
+) -> None:
+    out = tmp_path / "out"
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def target() -> None:
+        setattr(Path, call, die)
+        write_shards(out, JOBS, slow, made_by=MADE_BY)
+
+    killed(target, lambda: False)
+    assert write_shards(out, JOBS, dies_once, made_by=MADE_BY) == Written(24, 6, found=6)
+    assert content(out) == whole
+
+
+def test_a_dead_process_is_a_sentence_and_the_finished_shards_are_kept(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"was killed \(is the memory enough for 2 workers\?\)"):
+        write_shards(out, JOBS, dies_once, made_by=MADE_BY)
+    assert 1 <= records(out) < 6
+    assert write_shards(out, JOBS, slow, made_by=MADE_BY).found >= 1
+    assert content(out) == whole
+
+
+def test_a_half_written_shard_is_not_taken_for_a_finished_one(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    killed(lambda: write_shards(out, JOBS, slow, made_by=MADE_BY), lambda: records(out) >= 2)
+    shard = next(out.with_name("out.part").glob("shard-*.json")).with_suffix(".tar")
+    shard.write_bytes(shard.read_bytes()[:-512])
+    write_shards(out, JOBS, slow, made_by=MADE_BY)
+    assert content(out) == whole
+
+
+def test_another_plan_is_refused_and_what_is_there_is_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(lambda: write_shards(out, JOBS, slow, made_by=MADE_BY), lambda: records(out) >= 1)
+    with pytest.raises(UserError, match=r"out.part holds unfinished shards of other data .* remove .*out.part"):
+        write_shards(out, JOBS, slow, made_by={"test": 2})
+    assert records(out) >= 1
+    write_shards(out, JOBS, slow, made_by=MADE_BY)
+    before = content(out)
+    assert write_shards(out, JOBS, slow, made_by=MADE_BY) == Written(24, 6, found=6, there=True)
+    with pytest.raises(UserError, match="out exists and is left as it is"):
+        write_shards(out, shard_jobs(24, 5), slow, made_by=MADE_BY)
+    assert content(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    part = tmp_path / "out.part"
+    part.mkdir()
+    (part / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match=r"holds thesis.tex: remove it first"):
+        write_shards(tmp_path / "out", JOBS, slow, made_by=MADE_BY)
+    assert (part / "thesis.tex").exists()
+
+
+def test_two_writers_of_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    ready, done = FORK.Event(), FORK.Event()
+
+    def hold() -> None:
+        with held(out):
+            ready.set()
+            done.wait(30)
+
+    other = FORK.Process(target=hold)
+    other.start()
+    assert ready.wait(30)
+    monkeypatch.setattr(write, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match=r"another process is writing .*out at this moment"):
+        write_shards(out, JOBS, slow, made_by=MADE_BY)
+    assert not list(tmp_path.glob("out.part"))
+    done.set()
+    other.join()
+    assert write_shards(out, JOBS[:1], slow, made_by=MADE_BY).samples == 4
+
+
+def test_shards_are_cut_by_number_and_by_size() -> None:
+    assert [(job.start, job.stop) for job in shard_jobs(5, 2)] == [(0, 2), (2, 4), (4, 5)]
+    sizes = [8000, 9000, 50000, 1000, 1000, 1000]
+    cut = [(job.start, job.stop) for job in shard_jobs(6, sizes=sizes, max_bytes=20480)]
+    assert cut == [(0, 2), (2, 3), (3, 6)]
+    # 19968 bytes of samples and the end mark would make a tar of three records, 30720 bytes.
+    assert len(shard_jobs(2, sizes=[10240, 9728], max_bytes=20480)) == 2
+    assert [job.stop for job in shard_jobs(6, 2, sizes=sizes, max_bytes=20480)] == [2, 3, 5, 6]
+
+
+def test_a_shard_is_no_larger_than_asked(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    entries = [
+        {"id": "ä" * (i % 3), "image": f"{i % 5}.png", "conversations": turns("<image>\n" + "why? " * i)}
+        for i in range(60)
+    ]
+    Path("d.json").write_text(json.dumps(entries))
+    assert run("--json", "d.json", "--images", images, "--out", "out", "--shard-size", "30KiB")[0] == 0
+    sizes = [Path(shard).stat().st_size for shard in find_shards("out")]
+    assert max(sizes) <= 30 * 1024
+    assert len(sizes) > 2
+    assert len(raw_of()) == 60
+
+
+def test_a_killed_pack_goes_on_with_the_same_command(run, images: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    entries = [{"image": f"{i % 5}.png", "conversations": turns("<image>\nwhy?", str(i))} for i in range(20)]
+    Path("d.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    command = ("--json", "d.jsonl", "--images", images, "--per-shard", 4, "--out")
+    make = pack.make_samples
+
+    def slowly(job: ShardJob, **settings: Any) -> Iterator[dict[str, Any]]:
+        for sample in make(job, **settings):
+            time.sleep(0.02)
+            yield sample
+
+    def target() -> None:
+        pack.make_samples = slowly
+        run(*command, "out")
+
+    killed(target, lambda: records(tmp_path / "out") >= 1)
+    status, out, _ = run(*command, "out")
+    assert status == 0
+    assert "finished by an earlier run" in out
+    assert run(*command, "other")[0] == 0
+    assert content(Path("out")) == content(Path("other"))
+    assert "there already, left as it is" in run(*command, "out")[1]
+    assert {file.name for file in tmp_path.iterdir()} == {"images", "d.jsonl", "out", "other"}
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_checksums_sizes_and_statistics_are_those_of_the_bytes(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    import hashlib
+    import zlib
+
+    entries = [{"image": f"{i}.png", "conversations": turns("<image>\nwhy?", "x" * 100)} for i in range(5)]
+    Path("d.json").write_text(json.dumps(entries))
+    run("--json", "d.json", "--images", images, "--out", "out", "--per-shard", 2)
+    for raw in raw_of():
+        assert said(raw)["crc32"] == {"png": zlib.crc32(raw["png"])}
+    index = json.loads(Path("out/index.json").read_text())
+    assert (index["version"], index["samples"]) == (2, 5)
+    for name, entry in index["shards"].items():
+        data = Path("out", name).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    found = index["statistics"]
+    assert (found["images"], found["conversations"], found["turns"]) == (5, 5, 10)
+    assert found["widths"] == {"min": 1, "median": 3, "max": 5}
+    assert found["text"] == {"<128": 5}
+    assert found["sizes"] == {"png": sum(len(png(i + 1)) for i in range(5))}
+
+
+def test_conversations_with_images_videos_and_frames(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    entries = [
+        {"id": "两张/图.", "image": ["1.png"], "video": "v.mp4", "clip": [1, 2.5],
+         "conversations": turns("<video>\nor <image>?")},
+        {"id": "same", "video": "v.mp4", "conversations": turns("<image>\nwhat happens?")},
+        {"id": "same", "video": "clip/", "fps": 2, "conversations": turns("<video>what happens?")},
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "image"}]},
+                      {"role": "assistant", "content": "fine", "family": "f"}], "images": ["2.png"]},
+        {"image": "", "conversations": [{"from": "bard", "value": "hi"}, {"from": "user", "value": "hello"}]},
+    ]  # fmt: skip
+    Path("d.json").write_text("﻿" + json.dumps(entries))
+    status, _, err = run("--json", "d.json", "--images", images, "--videos", images, "--out", "out")
+    assert status == 0, err
+    both, marked, frames, parts, plain = raw_of()
+    assert members(both) == {"json", "0.mp4", "1.png"}
+    assert both["0.mp4"] == b"a video, unread"
+    assert said(both)["clip"] == [1, 2.5]
+    assert both["__key__"] == "00000000-两张_图_"
+    assert members(marked) == {"json", "mp4"}
+    assert said(marked)["messages"][0]["content"][0] == {"type": "video"}
+    assert [width(frames["0.png"]), width(frames["1.png"])] == [2, 10]  # f2 before f10
+    assert (said(frames)["frames"], said(frames)["fps"]) == ([2], 2)
+    assert marked["__key__"] != frames["__key__"]
+    sample = decode(parts)
+    assert [message["role"] for message in sample.messages] == ["system", "user", "assistant"]
+    assert sample.messages[2]["family"] == "f"
+    assert [image.size for image in sample.images] == [(3, 3)]
+    assert [message["role"] for message in decode(plain).messages] == ["assistant", "user"]
+
+
+def test_coco_captions_come_together(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    listed = [{"id": 7, "file_name": "0.png"}, {"id": 3, "file_name": "1.png"}, {"id": 9, "file_name": "2.png"}]
+    notes = [{"id": i, "image_id": n, "caption": f"c{i}"} for i, n in enumerate([3, 7, 3, 5])]
+    Path("c.json").write_text(json.dumps({"images": listed, "annotations": notes}))
+    command = ("--coco", "c.json", "--images", images, "--out", "out")
+    refused(run(*command), "2 of 4 entries", "describes an image that is not listed", "entry '9' has no captions")
+    assert run(*command, "--max-skipped", 0.5)[0] == 0
+    one, two = raw_of()
+    assert (said(one)["captions"], width(one["png"])) == (["c1"], 1)
+    assert (said(two)["captions"], width(two["png"])) == (["c0", "c2"], 2)
+    skipped = json.loads(Path("out/index.json").read_text())["skipped"]
+    assert {(entry["samples"], tuple(entry["ids"])) for entry in skipped} == {(1, ("3",)), (1, ("9",))}
+    assert any("not listed" in entry["cause"] for entry in skipped)
+    Path("c.json").write_text(json.dumps({"images": listed, "annotations": [{"image_id": 3, "bbox": []}]}))
+    refused(run("--coco", "c.json", "--images", images, "--out", "new"), "annotations without 'caption'")
+
+
+def test_tables_by_their_columns_names_or_as_said(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    Path("d.csv").write_text('id,Image,question,answer\na,0.png,"what, then?","a ""dot"""\nb,,hello,hi\n')
+    assert run("--csv", "d.csv", "--images", images, "--out", "out")[0] == 0
+    one, two = (decode(raw) for raw in raw_of())
+    assert one.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what, then?"}]
+    assert one.messages[1]["content"] == 'a "dot"'
+    assert len(two.images) == 0
+    Path("d.tsv").write_text("path\tfile\twords\n1.png\tv.mp4\t" + "long " * 40000 + "\n")
+    columns = ("--columns", "file=path,caption=words")
+    assert run("--csv", "d.tsv", *columns, "--images", images, "--out", "tsv")[0] == 0
+    (raw,) = raw_of("tsv")
+    assert width(raw["png"]) == 2
+    assert len(said(raw)["captions"][0]) == 200000
+    refused(run("--csv", "d.tsv", "--columns", "answr=words", "--out", "new"), "did you mean 'answer'?")
+    refused(run("--csv", "d.tsv", "--columns", "caption=word", "--out", "new"), "did you mean 'words'?")
+    refused(run("--csv", "d.tsv", "--out", "new"), "question and answer, or caption, are needed")
+    Path("d.csv").write_text("image,caption\n0.png,a\n0.png\n")
+    refused(run("--csv", "d.csv", "--images", images, "--out", "new"), "1 of 2", "row 2 has 1 cells, the header 2")
+
+
+def test_datasets_saved_to_disk_and_parquet(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    datasets = pytest.importorskip("datasets")
+    talk = [[{"role": "user", "content": f"<image>{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(3)]
+    files = [str(images / f"{i}.png") for i in range(3)]
+    columns = {"picture": files, "messages": talk, "unused": [1, 2, 3]}
+    data = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
+    data.save_to_disk("disk")
+    assert run("--dataset", "disk", "--out", "out", "--per-shard", 2)[0] == 0
+    samples = [decode(raw) for raw in raw_of()]
+    assert [sample.images[0].width for sample in samples] == [1, 2, 3]
+    assert [sample.messages[0]["content"][1]["text"] for sample in samples] == ["0?", "1?", "2?"]
+    assert [raw["png"] for raw in raw_of()] == [Path(file).read_bytes() for file in files]  # not encoded anew
+    pairs = {"image": [{"bytes": png(9), "path": None}, {"bytes": None, "path": "1.png"}], "prompt": ["a?", "b?"]}
+    Path("parquet").mkdir()
+    datasets.Dataset.from_dict(pairs | {"answer": ["A", "B"]}).to_parquet("parquet/x.parquet")
+    status, _, err = run("--dataset", "parquet", "--images", images, "--out", "pairs")
+    assert status == 0, err
+    assert [sample.images[0].width for sample in map(decode, raw_of("pairs"))] == [9, 2]
+    datasets.DatasetDict({"train": data}).save_to_disk("splits")
+    refused(run("--dataset", "splits", "--out", "new"), "has the splits train", "splits/train")
+    Path("empty").mkdir()
+    refused(run("--dataset", "empty", "--out", "new"), "neither written by save_to_disk nor a folder of parquet")
+    Path("parquet/x.parquet").write_bytes(b"PAR1 no more")
+    refused(run("--dataset", "parquet", "--out", "new"), "neither written by save_to_disk")
+
+
+def test_a_missing_extra_is_a_sentence(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(run("--dataset", tmp_path, "--out", "new"), "pip install 'lavi[datasets]'")
+
+
+# --- what cannot be packed --------------------------------------------------------------------------------------------
+
+ODD: dict[str, tuple[Any, str]] = {
+    "outside": ({"image": "../secret.png"}, "'../secret.png' leads out of the folder"),
+    "absolute": ({"image": "/etc/passwd.png"}, "leads out of the folder"),
+    "inside and out": ({"image": "clip/../../secret.png"}, "leads out of the folder"),
+    "gone": ({"image": "gone.png"}, "there is no image"),
+    "no name": ({"image": "a\0b.png"}, "there is no image"),
+    "too long a name": ({"image": "a" * 5000 + ".png"}, "there is no image"),
+    "another type": ({"image": "v.mp4"}, "image 'v.mp4' is none of jpg"),
+    "a folder": ({"image": "clip"}, "is empty, or no file"),
+    "no string": ({"image": [3]}, "no file names"),
+    "two for one": ({"image": ["0.png", "1.png"]}, "names 2 images, and has 1 <image> marks"),
+    "none for one": ({}, "names 0 images, and has 1 <image> marks"),
+    "no answer": ({"image": "0.png", "conversations": turns("<image>")[:1]}, "has no answer"),
+    "empty answer": ({"image": "0.png", "conversations": turns("<image>", "")}, "has no answer"),
+    "a role": ({"conversations": [{"from": "robot", "value": "x"}]}, "from neither of human"),
+    "a turn": ({"conversations": [3]}, "without 'value'"),
+    "a part": ({"messages": [{"role": "user", "content": [3]}], "conversations": None}, "has no 'conversations'"),
+    "a clip": ({"image": "0.png", "clip": [2, 1]}, "is not [start, end]"),
+    "no object": ("text", "has no 'conversations'"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_entry_is_named_and_nothing_is_written(run, images: Path, tmp_path: Path, case: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "secret.png").write_bytes(png(1))
+    change, cause = ODD[case]
+    good = {"id": "n", "conversations": turns("<image>\nwhat?")}
+    Path("d.json").write_text(json.dumps([good | change if isinstance(change, dict) else change]))
+    before = set(tmp_path.iterdir())
+    refused(run("--json", "d.json", "--images", images, "--out", "out"), "1 of 1 entries of d.json", "entry", cause)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_skipped_entries_are_counted_by_cause_and_the_rest_is_packed(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    entries: list[Any] = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\n?")} for i in range(9)]
+    lines = [json.dumps(entry) for entry in entries] + ['{"cut": ']
+    Path("d.jsonl").write_text("\n".join(lines))
+    command = ("--json", "d.jsonl", "--images", images, "--out", "out")
+    refused(run(*command), "5 of 10", "entry '5'", "entry '6'", "entry '7'", "and 2 more")
+    refused(run(*command, "--max-skipped", 0.4), "5 of 10")
+    status, out, _ = run(*command, "--max-skipped", 0.5)
+    assert status == 0
+    assert "skipped 4 of 10: names images that are not there (5, 6, 7 ...)" in out
+    assert len(raw_of()) == 5
+    skipped = json.loads(Path("out/index.json").read_text())["skipped"]
+    assert [(entry["samples"], entry["ids"]) for entry in skipped] == [(1, ["of line 10"]), (4, ["5", "6", "7", "8"])]
+
+
+def test_a_file_that_goes_after_the_check_is_a_sentence(run, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    Path("d.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>?")}]))
+    check = pack.check
+
+    def and_lose(*given: Any) -> pack.Checked:
+        found = check(*given)
+        (images / "0.png").unlink()
+        return found
+
+    monkeypatch.setattr(pack, "check", and_lose)
+    refused(
+        run("--json", "d.json", "--images", images, "--out", "out"), "0.png was there when the entries were checked"
+    )
+    assert not Path("out").exists()
+
+
+def test_options_that_make_no_sense_are_refused(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    Path("d.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>?")}]))
+    command = ("--json", "d.json", "--out", "out")
+    refused(run(*command), "say with --images")
+    refused(run(*command, "--images", "gone"), "there is no folder gone")
+    refused(run(*command, "--shard-size", "big"), "--shard-size=big is no size")
+    refused(run(*command, "--per-shard", 0), "at least 1")
+    refused(run(*command, "--max-skipped", 3), "from 0 to 1")
+    refused(run(*command, "--columns", "image"), "is not of the form")
+    assert run("--out", "out")[0] == 2
+    assert run(*command, "--csv", "d.csv")[0] == 2
+    Path("file").write_text("")
+    refused(run("--json", "d.json", "--images", images, "--out", "file/out"), "nothing can be written at file/out")
+    Path("d.json").write_text("[" * 100000)
+    refused(run(*command), "d.json is not JSON")

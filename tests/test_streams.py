@@ -1,0 +1,535 @@
+"""Streams of batches: mixtures, places to go on from, ranks that stay in step, forms of a conversation, broken input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
+
+from datamodules import shards as shards_room
+from datamodules.conversation import Reading, decode
+from datamodules.image_text import Encoder, HeldOut, ImageTextData, Skipped, without_last_turn
+from datamodules.mixture import MixedStream, Mixture
+from datamodules.shards import BrokenSample, Place, ShardStream, Slot, find_shards, read_shard
+from lavi.batch import IGNORE, Sample, Video
+from lavi.errors import UserError
+from lavi.fusion.lavi import LaViFusion
+from lavi.processor import Processor
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def processor(build) -> Processor:  # type: ignore[no-untyped-def]
+    return build(LaViFusion(bottleneck=16)).processor
+
+
+def said(key: str, count: int, folder: Path, *, per_shard: int = 10, name: str = "data") -> str:
+    """A folder of text-only conversations with an index, ``per_shard`` in a shard."""
+    target = folder / name
+    target.mkdir(parents=True)
+    counts = {}
+    for number, start in enumerate(range(0, count, per_shard)):
+        inside = range(start, min(start + per_shard, count))
+        members = [(f"{key}{i:05d}.json", json.dumps(GOOD).encode()) for i in inside]
+        write_tar(target / f"shard-{number:06d}.tar", members)
+        counts[f"shard-{number:06d}.tar"] = len(inside)
+    (target / "index.json").write_text(json.dumps({"samples": count, "shards": counts}))
+    return str(target)
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(shuffle=st.integers(0, 30), seed=st.integers(0, 5), stop=st.integers(0, 150), resampled=st.booleans())
+def test_every_place_of_a_stream_is_one_to_go_on_from(
+    tmp_path_factory: pytest.TempPathFactory, shuffle: int, seed: int, stop: int, resampled: bool
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "places"
+    source = said("k", 47, folder.parent, name=folder.name) if not folder.exists() else str(folder)
+    stream = ShardStream(find_shards(source), seed, shuffle, resampled)
+    slot = Slot(0, 1, 1, 2)
+
+    def some(place: Place, count: int) -> list[tuple[Place, str]]:
+        records = ((place, raw["__key__"]) for place, raw in stream.records(slot, place) if raw is not None)
+        return [next(records) for _ in range(count)]
+
+    whole = some(Place(), 160)
+    place = whole[stop - 1][0] if stop else Place()
+    assert some(place, 160 - stop) == whole[stop:]
+
+
+def test_going_on_opens_one_shard_however_far_the_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ShardStream(find_shards(said("k", 400, tmp_path)), seed=0, shuffle=10)
+    records = stream.records(Slot(), Place())
+    middle = [next(records)[0] for _ in range(355)][-1]
+    opened: list[str] = []
+    really = shards_room.open_shard
+    monkeypatch.setattr(shards_room, "open_shard", lambda shard: opened.append(shard) or really(shard))  # type: ignore[func-returns-value]
+    next(stream.records(Slot(), middle))
+    assert len(opened) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("bucket", [1, 5])
+def test_a_mixture_goes_on_where_it_stopped(processor: Processor, scenes: Path, workers: int, bucket: int) -> None:
+    """At random batches, behind the ends of the small sources' epochs, and through a second resume."""
+    sources = {"train": str(scenes / "train"), "few": str(scenes / "validation"), "test": str(scenes / "test")}
+
+    def fresh() -> ImageTextData:
+        mixture = Mixture(sources=sources, weights={"train": 2, "few": 1, "test": 1})
+        return ImageTextData(processor, train=mixture, batch_size=3, workers=workers, shuffle=15, bucket=bucket)
+
+    whole = read_batches(fresh(), 90)
+    rng = random.Random(workers * 10 + bucket)
+    stops = sorted(rng.sample(range(1, 89), 2))
+    read: list[list[str]] = []
+    state: dict[str, Any] | None = None
+    for stop in [*stops, 90]:
+        data = fresh()
+        if state is not None:
+            data.load_state_dict(state)
+        read += read_batches(data, stop - len(read))
+        state = pickle.loads(pickle.dumps(data.state_dict()))
+    assert read == whole
+
+
+def test_an_epoch_by_count_goes_on_in_the_next_one(processor: Processor, scenes: Path) -> None:
+    """``trainer.limit_train_batches`` asks the same loader again: it must not begin anew."""
+    for workers in (0, 2):
+        data = ImageTextData(processor, train=str(scenes / "train"), batch_size=4, workers=workers, shuffle=20)
+        once = read_batches(
+            ImageTextData(processor, train=str(scenes / "train"), batch_size=4, workers=workers, shuffle=20), 24
+        )
+
+        class Training:
+            training, global_rank, world_size = True, 0, 1
+
+        data.trainer = Training()  # type: ignore[assignment]
+        loader = data.train_dataloader()
+        read = []
+        for _ in range(3):
+            batches = iter(loader)
+            read += [data.on_after_batch_transfer(next(batches), 0).keys for _ in range(8)]
+        assert read == once
+
+
+def test_another_order_is_refused(processor: Processor, scenes: Path) -> None:
+    def data(**changes: Any) -> ImageTextData:
+        return ImageTextData(processor, train=str(scenes / "train"), **changes)
+
+    state = data().state_dict()
+    for name, value in {"workers": 2, "batch_size": 5, "shuffle": 7, "packing": 100, "seed": 1}.items():
+        with pytest.raises(UserError, match=rf"read with data.{name}=.*Resume with data.{name}="):
+            data(**{name: value}).load_state_dict(state)
+
+
+KILLED = """
+import os, signal, sys
+from lavi.checkpoint import KeepRun
+at = int(os.environ["KILL_AT"])
+end = KeepRun.on_train_batch_end
+def and_note(self, trainer, module, outputs, batch, index):
+    loss = float(trainer.callback_metrics["train/loss"])
+    with open(os.environ["NOTES"], "a") as notes:
+        notes.write(f"{trainer.global_step} {' '.join(batch.keys)} {loss!r}\\n")
+    if trainer.global_step == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return end(self, trainer, module, outputs, batch, index)
+KeepRun.on_train_batch_end = and_note
+import lavi.fit
+sys.argv = ["fit", *sys.argv[1:]]
+lavi.fit.main()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_sees_the_same_samples_and_losses(
+    tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int
+) -> None:
+    """SIGKILL between two checkpoints, with workers twice: what follows the checkpoint is what one go has there, bit for bit."""
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    sources = {"some": str(scenes / "train"), "few": str(scenes / "validation")}
+    mixture = {"_target_": "datamodules.mixture.Mixture", "sources": sources, "temperature": 2.0}
+    recipe["data"] |= {"train": mixture, "workers": workers, "bucket": 2}
+    recipe["trainer"] |= {"max_steps": 24, "limit_val_batches": 0}
+    tiny_recipe.write_text(yaml.safe_dump(recipe))
+
+    def fit(notes: Path, kill_at: int, *arguments: object) -> int:
+        import os
+
+        environment = os.environ | {"KILL_AT": str(kill_at), "NOTES": str(notes), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", KILLED, *map(str, arguments), "--save-every", "4"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
+
+    assert fit(tmp_path / "whole.txt", -1, "--recipe", tiny_recipe, "--run", tmp_path / "whole") == 0
+    first, second = sorted(random.Random(workers).sample(range(5, 23), 2))
+    cut = tmp_path / "cut"
+    assert fit(tmp_path / "cut.txt", first, "--recipe", tiny_recipe, "--run", cut) == -signal.SIGKILL
+    if workers:
+        assert fit(tmp_path / "cut.txt", second, "--resume", cut) == -signal.SIGKILL
+    assert fit(tmp_path / "cut.txt", -1, "--resume", cut) == 0
+
+    whole = (tmp_path / "whole.txt").read_text().splitlines()
+    assert len(whole) == 24
+    assert len({line.split(" ", 1)[1] for line in whole}) == 24
+    # A step that was done twice, before the kill and after it, was the same step.
+    assert set((tmp_path / "cut.txt").read_text().splitlines()) == set(whole)
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_sources_come_in_their_shares(tmp_path: Path) -> None:
+    streams = {
+        name: ShardStream(find_shards(said(name, count, tmp_path, name=name)), seed=0, shuffle=5)
+        for name, count in (("a", 90), ("b", 10))
+    }
+    by_size = Mixture(sources={"a": "", "b": ""})
+    assert by_size.shares(streams) == pytest.approx([0.9, 0.1])
+    assert Mixture(sources=by_size.sources, temperature=2.0).shares(streams) == pytest.approx([0.75, 0.25])
+    shares = Mixture(sources=by_size.sources, weights={"a": 1, "b": 3}).shares(streams)
+    assert shares == pytest.approx([0.25, 0.75])
+    drawn = MixedStream(streams, shares).records(Slot())
+    counts = Counter(one.source for one in (next(drawn) for _ in range(4000)) if one.raw is not None)
+    assert counts["b"] / counts.total() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sources": {}}, "needs 'sources'"),
+        ({"sources": {"captions": "x"}, "weights": {"caption": 1}}, "did you mean 'captions'"),
+        ({"sources": {"a": "x"}, "weights": {"a": 0}}, "must be above 0"),
+        ({"sources": {"a": "x"}, "temperature": -1.0}, "must be above 0"),
+    ],
+)
+def test_mistakes_with_mixtures(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Mixture(**settings)
+
+
+def test_a_source_without_an_index_needs_weights(tmp_path: Path) -> None:
+    folder = said("k", 20, tmp_path)
+    (Path(folder) / "index.json").unlink()
+    with pytest.raises(UserError, match="source 'a' has no index that counts its samples: set weights"):
+        Mixture(sources={"a": folder}).shares({"a": ShardStream(find_shards(folder))})
+
+
+def test_batches_say_which_source_each_sample_is_from(processor: Processor, tmp_path: Path) -> None:
+    sources: dict[str, str | list[str]] = {name: said(name, 40, tmp_path, name=name) for name in ("left", "right")}
+    data = ImageTextData(processor, train=Mixture(sources=sources), batch_size=8)
+    batches = iter(data.train_dataloader())
+    for _ in range(5):
+        batch = next(batches)
+        assert [key.rstrip("0123456789") for key in batch.keys] == batch.sources
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("count", [1, 7, 47, 48, 49])
+def test_held_out_samples_are_shared_without_loss_and_in_step(
+    processor: Processor, tmp_path: Path, ranks: int, count: int
+) -> None:
+    """Also with a window whose every sample of one rank is broken, and fewer shards than ranks."""
+    source = said("k", count, tmp_path, per_shard=30)
+    shard = Path(source) / "shard-000000.tar"
+    members = [(f"k{i:05d}.json", b"{nope" if 4 <= i < 8 else json.dumps(GOOD).encode()) for i in range(min(count, 30))]
+    write_tar(shard, members)
+    streams = [ShardStream(find_shards(source))]
+    held = [HeldOut(streams, Encoder(processor, Reading()), 4, 1.0, rank, ranks) for rank in range(ranks)]
+    read = [list(one) for one in held]
+    assert len({len(batches) for batches in read}) == 1
+    counted = [batch for batches in read for batch in batches if batch.answers]
+    keys = [key for batch in counted for key in batch.keys]
+    assert len(keys) == len(set(keys)) == count - len(range(4, min(8, count)))
+    for batches in read:
+        for batch in batches:
+            assert batch.answers or bool((batch.labels == IGNORE).all())
+
+
+# --- what a conversation may look like --------------------------------------------------------------------------------
+
+
+def raw(said: Any, **members: bytes) -> dict[str, Any]:
+    return {"__key__": "k", "json": json.dumps(said).encode()} | {k.replace("_", "."): v for k, v in members.items()}
+
+
+def test_llavas_form_and_sharegpts_are_read() -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat is <image> this?"}, {"from": "gpt", "value": "two"}]
+    found = decode({**raw({"conversations": turns}), "0.png": png(), "1.png": png()})
+    assert found.messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "what is "},
+        {"type": "image"},
+        {"type": "text", "text": " this?"},
+    ]
+    assert [message["role"] for message in found.messages] == ["user", "assistant"]
+    with pytest.raises(BrokenSample, match="from neither of human"):
+        decode(raw({"conversations": [{"from": "parrot", "value": "hi"}]}))
+
+
+def test_a_caption_answers_the_request_and_changes_with_the_epoch() -> None:
+    captions = ["a", "b", "c"]
+    seen = [
+        decode(raw({"captions": captions}, png=png()) | {"__epoch__": epoch}).messages[1]["content"]
+        for epoch in range(3)
+    ]
+    assert sorted(seen) == captions
+    one = decode({"__key__": "k", "txt": b" a cat \n", "jpg": png()}, Reading(caption_prompt="say"))
+    assert one.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "say"}]
+    assert one.messages[1]["content"] == "a cat"
+
+
+def test_frames_that_were_extracted_are_a_video() -> None:
+    content = [{"type": "video"}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    frames = {f"{i}.png": png() for i in range(12)}
+    (video,) = decode(raw({"messages": messages, "fps": 2}) | frames).images
+    assert isinstance(video, Video)
+    assert len(video.frames) == 8
+    assert video.seconds[0] < video.seconds[-1] < 6
+    both = [{"role": "user", "content": [*content, {"type": "video"}]}, messages[1]]
+    first, second = decode(raw({"messages": both, "frames": [4, 8]}) | frames).images
+    assert isinstance(first, Video)
+    assert (len(first.frames), len(second.frames)) == (4, 8)  # type: ignore[union-attr]
+
+
+WRONG = {
+    "a caption that is none": ({"captions": [3]}, "captions are not texts"),
+    "empty captions": ({"captions": [" "]}, "its captions are empty"),
+    "a list": ([], "has no 'messages'"),
+    "parts without a type": ({"messages": [{"role": "user", "content": [{}]}]}, "not a list of"),
+    "frames of another number": ({"captions": ["a"], "frames": [3]}, "speak of 3 images, and it has 1"),
+    "frames that are none": ({"captions": ["a"], "frames": "3"}, "are not a list"),
+    "no rate": ({"captions": ["a"], "frames": [1], "fps": 0}, "must be above 0"),
+    "a clip of one": ({"captions": ["a"], "clip": [3]}, "must be \\[start, end\\]"),
+    "deep": ('{"messages": ' + "[" * 20_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_conversation_says_why(case: str) -> None:
+    said, cause = WRONG[case]
+    member = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+    with pytest.raises(BrokenSample, match=f"sample 'k': .*{cause}"):
+        decode({"__key__": "k", "json": member, "jpg": png()})
+
+
+def test_too_long_a_conversation_loses_whole_turns_and_their_images() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}] * 3
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    shorter = without_last_turn(Sample("k", messages, images))
+    assert shorter is not None
+    assert len(shorter.messages) == 4
+    assert [image.getpixel((0, 0)) for image in shorter.images] == [(255, 0, 0), (0, 128, 0)]  # type: ignore[union-attr]
+    shortest = without_last_turn(shorter)
+    assert shortest is not None
+    assert without_last_turn(shortest) is None
+
+
+def test_cutting_keeps_what_fits(processor: Processor, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "circle " * 30}, {"role": "assistant", "content": "red"}] * 20
+    write_tar(tmp_path / "a.tar", sample("long", {"messages": turns}) + sample("short"))
+    kept = ImageTextData(processor, train=str(tmp_path), too_long="cut", max_skipped=1.0)
+    (batch,) = kept.stream("train")
+    assert batch.keys == ["long", "short"]
+    row = [answer for answer in batch.answers if answer.row == 0]
+    assert 1 <= len(row) < 20
+    assert batch.spans[0][1] <= processor.context_length
+    left = ImageTextData(processor, train=str(tmp_path), max_skipped=1.0)
+    (batch,) = left.stream("train")
+    assert batch.keys == ["short"]
+
+
+# --- broken input -----------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+def checked(image: bytes, *, key: str, kind: str = "png", stored: bytes | None = None) -> list[tuple[str, bytes]]:
+    """A sample with the checksum of its image, and of that image what was ``stored``."""
+    content = GOOD | {"crc32": {kind: zlib.crc32(image)}}
+    return [(f"{key}.json", json.dumps(content).encode()), (f"{key}.{kind}", image if stored is None else stored)]
+
+
+def test_ten_thousand_samples_of_which_one_in_a_hundred_is_broken(tmp_path: Path) -> None:
+    """Exactly the 9,900 others come, and each broken one is counted by its cause with its key."""
+    image, huge = png(), bomb()
+    trap = tmp_path / "sprung"
+    content = json.dumps(GOOD).encode()
+    broken: dict[int, tuple[list[tuple[str, bytes]], str]] = {}
+
+    def breaks(number: int, key: str) -> tuple[list[tuple[str, bytes]], str]:
+        kinds = [
+            (checked(image, key=key, stored=flipped(image)), "was altered"),
+            (checked(b"text, no pixels", key=key), "is not an image"),
+            (checked(b"no video at all", key=key, kind="mp4"), "video"),
+            (checked(huge, key=key), "bomb|50000x50000"),
+            ([(f"{key}.json", b"{nope"), (f"{key}.png", image)], "is not JSON"),
+            ([(f"../../{key}.json", content), (f"../../{key}.png", image)], "leads out of the shard"),
+            ([(f"{key}.png", image)], "has no .json member"),
+            ([(f"{key}.pkl", pickle.dumps(Trap(trap))), (f"{key}.pyd", pickle.dumps(Trap(trap)))], "has no .json"),
+        ]
+        return kinds[number % len(kinds)]
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    counts = {}
+    for shard in range(10):
+        members: list[tuple[str, bytes]] = []
+        for inside in range(1000):
+            number = shard * 1000 + inside
+            key = f"प्रश्न-質問-ü-{number}" if number % 3 else f"{number}"
+            if shard < 9 and number % 91 == 5:
+                broken[number] = breaks(len(broken), key)
+                members += broken[number][0]
+            else:
+                members += checked(image, key=key)
+        name = f"shard-{shard:06d}.tar"
+        write_tar(folder / name, members)
+        counts[name] = 1000
+    # Of the last shard as many are cut off as are missing to a hundred, in the middle of a member.
+    lost = 100 - len(broken)
+    assert lost > 0
+    with tarfile.open(folder / name) as tar:
+        first_lost = tar.getmembers()[2 * (1000 - lost)]
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: first_lost.offset_data + 10])
+    (folder / "index.json").write_text(json.dumps({"samples": 10_000, "shards": counts}))
+
+    skipped = Skipped(0.01)
+    good = []
+    for shard_file in find_shards(str(folder)):
+        for one in read_shard(shard_file):
+            try:
+                good.append(decode(one).key)
+            except BrokenSample as error:
+                skipped.add(error.key, error.cause, lost=error.lost)
+            else:
+                skipped.seen += 1
+    skipped.check()  # one in a hundred is allowed
+    assert len(good) == len(set(good)) == 9900
+    assert skipped.total == 100
+    causes = {skip.key: skip.cause for skip in skipped.fresh}
+    for members, cause in broken.values():
+        key = members[0][0].rsplit(".", 1)[0]
+        assert re.search(cause, causes[key]), (key, causes[key], cause)
+    assert skipped.fresh[-1].samples == lost
+    assert not trap.exists()
+
+
+def test_a_key_that_comes_twice_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("x") + sample("x") + sample("y") + sample("x"))
+    found = list(read_shard(str(tmp_path / "a.tar")))
+    assert [(one["__key__"], "__broken__" in one) for one in found] == [
+        ("x", False),
+        ("x", True),
+        ("y", False),
+        ("x", True),
+    ]
+
+
+def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
+    """Python's tar reader, and all that is built on it, takes it for the end of the file."""
+    file = tmp_path / "a.tar"
+    write_tar(file, [member for i in range(10) for member in sample(f"k{i}")])
+    with tarfile.open(file) as tar:
+        offset = tar.getmembers()[10].offset
+    data = bytearray(file.read_bytes())
+    data[offset + 3] ^= 0xFF
+    file.write_bytes(data)
+    with tarfile.open(file) as tar:
+        assert len(tar.getmembers()) == 10  # half of them, and no error
+    *good, last = read_shard(str(file))
+    assert len(good) == 4  # the fifth has stood there, but not been read to its end
+    assert "no tar header where one must stand" in last["__broken__"]
+
+
+@pytest.fixture(scope="module")
+def small_tar(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("fuzz") / "a.tar"
+    long = "n" * 150  # a name that needs an extended header
+    members = sample("a") + sample(long) + [("b.txt", b"a caption"), ("b.png", png())]
+    write_tar(file, members)
+    return file.read_bytes().rstrip(b"\0") + bytes(1024)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_bytes_crash_the_reader(small_tar: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    damaged = bytearray(small_tar)
+    for _ in range(data.draw(st.integers(0, 6))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] = data.draw(st.integers(0, 255))
+    start = data.draw(st.integers(0, len(damaged) // 512)) * 512
+    piece = bytes(damaged[start : start + 512 * data.draw(st.integers(0, 4))])
+    cut = data.draw(st.integers(0, len(damaged)))
+    file = tmp_path / "fuzz.tar"
+    file.write_bytes(bytes(damaged[:cut]) + piece * data.draw(st.integers(0, 3)) + bytes(damaged[cut:]))
+    causes = set()
+    for one in read_shard(str(file)):
+        try:
+            decode(one)
+        except BrokenSample as error:
+            causes.add(str(error))
+    assert not any("\n" in cause for cause in causes)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=3000))
+def test_noise_is_no_shard(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "noise.tar"
+    file.write_bytes(data)
+    assert all("__broken__" in one for one in read_shard(str(file)))
+
+
+def test_headers_that_lead_back_do_not_hang(tmp_path: Path) -> None:
+    """A negative size sends a tar reader back to where it was."""
+    info = tarfile.TarInfo("a.json")
+    info.pax_headers = {"size": "-1024"}
+    file = tmp_path / "a.tar"
+    file.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    *_, last = read_shard(str(file))
+    assert "__broken__" in last
+
+
+def test_memory_is_not_asked_for_what_a_header_claims(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.json")
+    info.size = 2**60
+    file = tmp_path / "a.tar"
+    file.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"short")
+    (last,) = read_shard(str(file))
+    assert "__broken__" in last
