@@ -47,7 +47,7 @@ LARGEST_BLOCK = 256 * 2**20
 """A shuffled block is closed early above this many bytes, so that videos do not fill the memory."""
 
 Raw = dict[str, Any]
-"""``{"__key__", "__shard__", "json": bytes, "jpg": bytes, ...}``; if broken, its cause and how many are lost instead."""
+"""``{"__key__", "__shard__", "json": bytes, "jpg": bytes, ...}``; a broken one: its cause and how many are lost."""
 
 
 class BrokenSample(Exception):

@@ -186,9 +186,7 @@ def ddp(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
 
 def fsdp2(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     """The same of two commands at once, one a rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2"]
     command += ["trainer.strategy={_target_: lavi.module.FSDP2}"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -251,3 +249,116 @@ def test_another_number_of_ranks_is_refused(single: Single, capsys: pytest.Captu
     save_file(load_file(single.run / TRAINED), single.run / TRAINED, metadata=header | {"ranks": "2 sharded ranks"})
     assert alone("--resume", single.run, "--trust") == 2
     assert "was trained by 2 sharded ranks, not by 1 rank" in capsys.readouterr().err
+
+
+# --- real data over ranks ---------------------------------------------------------------------------------------------
+
+READS = """
+import json, os, sys
+from dataclasses import replace
+import torch, torch.distributed as dist
+from datamodules.image_text import ImageTextData
+from datamodules.shards import Slot
+from lavi.errors import UserError
+from lavi.chat import Chat
+from lavi.processor import Processor
+from lavi.vision.hf import HFVision
+from transformers import AutoTokenizer
+from conftest import TOWER
+from lavi.vision.tiles import OneView
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+folder, tokenizer, out = sys.argv[1:]
+chat = Chat(AutoTokenizer.from_pretrained(tokenizer))
+processor = Processor(chat, HFVision(config=TOWER), OneView(), lambda _: 0, 256)
+
+class Trainer:
+    training, global_rank, world_size = True, rank, ranks
+
+def everywhere(mine):
+    of_all = [None] * ranks
+    dist.all_gather_object(of_all, mine)
+    return of_all
+
+found = {}
+for name in sorted(os.listdir(folder)):
+    for workers in (0, 2):
+        if abs(int(name.removeprefix("of-")) - ranks * max(1, workers)) > 1:
+            continue
+        data = ImageTextData(processor, train=f"{folder}/{name}", validation=f"{folder}/{name}", batch_size=3,
+                             workers=workers, shuffle=7)
+        data.trainer = Trainer()
+        try:
+            loader = iter(data.train_dataloader())
+        except UserError as error:
+            loader, refused = None, str(error)
+        else:
+            refused = None
+        refusals = everywhere(refused)
+        if refused is None:
+            for _ in range(12):
+                batch = next(loader)
+                seen = torch.tensor(float(len(batch)))
+                dist.all_reduce(seen)  # what a step does: all ranks, or none
+        slots = [Slot(rank, ranks, worker, max(1, workers)) for worker in range(max(1, workers))]
+        (stream,) = data.mixed().streams.values()
+        epoch = [raw["__key__"] for slot in slots for raw in stream.epoch(0, slot)] if refused is None else []
+        held = [[batch.keys[answer.row] for answer in batch.answers] for batch in data.val_dataloader()]
+        found[f"{name} {workers}"] = {"refused": refusals, "epoch": everywhere(epoch), "held": everywhere(held)}
+if rank == 0:
+    open(out, "w").write(json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Path, ranks: int) -> None:
+    """One shard fewer than readers is refused on all ranks alike; as many, and one more, are read once each."""
+    data = tmp_path / "data"
+    keys: dict[str, set[str]] = {}
+    for count in sorted({ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 1}):
+        keys[f"of-{count:02d}"] = write_said(data / f"of-{count:02d}", shards=count)
+    port = free_port()
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-c", READS, data, tokenizer, tmp_path / "found.json"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=environment(RANK=str(rank), **shared), **pipes) for rank in range(ranks)]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks, said
+    for case, found in json.loads((tmp_path / "found.json").read_text()).items():
+        name, workers = case.split()
+        readers = ranks * max(1, int(workers))
+        shards = int(name.removeprefix("of-"))
+        if shards < readers:
+            assert set(found["refused"]) == {found["refused"][0]}
+            assert f"{shards} shards cannot feed {readers} readers" in found["refused"][0]
+        else:
+            assert found["refused"] == [None] * ranks
+            read = [key for of_rank in found["epoch"] for key in of_rank]
+            assert len(read) == len(set(read))
+            assert set(read) == keys[name]
+        held = [key for of_rank in found["held"] for batch in of_rank for key in batch]
+        assert len(held) == len(set(held))
+        assert set(held) == keys[name]
+        assert len({len(of_rank) for of_rank in found["held"]}) == 1
+
+
+def write_said(folder: Path, *, shards: int) -> set[str]:
+    """Shards of text-only conversations, some longer than others; their keys."""
+    from test_shards import GOOD, write_tar
+
+    folder.mkdir(parents=True)
+    keys = set()
+    for shard in range(shards):
+        mine = [f"s{shard}-{number}" for number in range(3 + shard * 5 % 7)]
+        write_tar(folder / f"shard-{shard:06d}.tar", [(f"{key}.json", json.dumps(GOOD).encode()) for key in mine])
+        keys |= set(mine)
+    return keys
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

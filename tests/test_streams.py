@@ -1,4 +1,4 @@
-"""Streams of batches: mixtures, places to go on from, ranks that stay in step, forms of a conversation, broken input."""
+"""Streams of batches: mixtures, going on, ranks in step, forms of a conversation, broken input."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ lavi.fit.main()
 def test_a_killed_run_sees_the_same_samples_and_losses(
     tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int
 ) -> None:
-    """SIGKILL between two checkpoints, with workers twice: what follows the checkpoint is what one go has there, bit for bit."""
+    """SIGKILL between two checkpoints: the steps after the last of them are what one go has there, bit for bit."""
     recipe = yaml.safe_load(tiny_recipe.read_text())
     sources = {"some": str(scenes / "train"), "few": str(scenes / "validation")}
     mixture = {"_target_": "datamodules.mixture.Mixture", "sources": sources, "temperature": 2.0}
