@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes dataloader gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ quickstart: install ## draw data, train LaVi and concatenation, set them side by
 digits: install ## your own data, shown on real scans: write, pack, train, score
 	test -d data/digits || $(BIN)/python -m datamodules.digits --out data/digits
 	for split in train validation test; do \
-	  test -d data/digits/shards/$$split || $(BIN)/python -m datamodules.pack --json data/digits/$$split.json \
+	  $(BIN)/python -m datamodules.pack --json data/digits/$$split.json \
 	    --images data/digits/images --out data/digits/shards/$$split --per-shard 500 || exit 1; done
 	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
@@ -66,13 +66,18 @@ visor-scenes: install ## train VISOR and concatenation on the scenes, and score 
 	$(BIN)/python -m datamodules.scenes --out data/scenes
 	$(BIN)/python -m datamodules.scenes --out data/scenes-single --turns 1 --test 4000
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_concat.yaml --run runs/visor-scenes-concat
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_concat_longer.yaml --run runs/visor-scenes-concat-longer
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_cross.yaml --run runs/visor-scenes-cross
+	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_stage1.yaml --run runs/visor-scenes-stage1
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_universal.yaml --run runs/visor-scenes-universal
 	$(BIN)/python -m lavi.visor search --checkpoint runs/visor-scenes-universal --out data/visor-scenes/viable.json --keep 0.5
 	$(BIN)/python -m lavi.visor label --checkpoint runs/visor-scenes-universal --configurations data/visor-scenes/viable.json \
 	  --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_router.yaml --run runs/visor-scenes-router
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
+
+dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (about ten minutes)
+	$(BIN)/python benchmarks/dataloader.py --out benchmarks/results/dataloader.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)

@@ -42,6 +42,7 @@ from datamodules.write import shard_jobs, write_shards
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.report import markdown
 from lavi.vision.hf import HFVision
 
 SIDE = 384
@@ -383,6 +384,26 @@ def run(main: Callable[[], Any], *arguments: object) -> None:
         sys.argv = before
 
 
+SAID = {
+    "images": ("samples_per_s", "samples/s", "ours_over_it", "ours : it"),
+    "video": ("frames_per_s", "frames/s", "ours_over_it", "ours : it"),
+    "shards": ("us_per_sample", "us a sample", "over_first", "times the first"),
+    "memory": ("resident_mib", "MiB resident", "", ""),
+    "packer": ("samples_per_s", "samples/s", "speed_over_copying", "speed : copying"),
+}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """All questions, one line a record."""
+    rows = []
+    for made in records:
+        value, unit, ratio, of = SAID[made["question"]]
+        compared = f"{made[ratio]:.2f} ({of})" if ratio else ""
+        rows.append([f"{made['question']}: {made['name']}", f"{made[value]:,.0f} {unit}", compared])
+    where = f"{records[0]['machine']}, {records[0]['workers']} workers; medians; ratios of neighbours in time."
+    return f"{markdown(['', 'measured', 'ratio'], rows)}\n{where}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
@@ -401,7 +422,8 @@ def main() -> None:
         found += many_shards(work, samples=5000)
         found += memory(work, samples=args.memory_samples)
         found += packer(work, samples=args.samples)
-    where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    where = {"machine": machine, "workers": args.workers, "torch": torch.__version__}
     for record in found:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()})
     if args.out:

@@ -10,11 +10,13 @@ or NAME.VIEW where there are several tables of one file.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dataloader import table as dataloader_table
 from generator_cost import generator_table
 from verify_claims import flops_table, speed_table
 from verify_visor import flops_table as visor_flops_table
@@ -108,7 +110,10 @@ def render(text: str) -> str:
     """The text with every table made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        records = read(ROOT / "benchmarks" / "results" / f"{found[2].partition('.')[0]}.jsonl")
+        file = ROOT / "benchmarks" / "results" / f"{found[2].partition('.')[0]}.jsonl"
+        if found[2] == "dataloader":  # records of its own: nothing of a model was measured
+            return found[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + found[3]
+        records = read(file)
         return found[1] + KINDS.get(found[2], comparison)(records) + found[3]
 
     return TABLE.sub(fill, text)

@@ -51,7 +51,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
     "VisionZip": ("baselines/visionzip_0_5b", {}, CLAIM_REDUCED),
 }
 SCENARIOS = [Scenario(TEXT, image=(384, 384)), Scenario(TEXT, image=(1024, 1024)), Scenario(TEXT, frames=32)]
-TIMED = SCENARIOS[1]
+TIMED = {"cuda": SCENARIOS[1], "cpu": SCENARIOS[0]}
+"""What is timed; at 1024 x 1024 the baseline's attention alone takes a CPU half a minute a run."""
 
 
 def recipe_of(method: str) -> Recipe:
@@ -115,14 +116,14 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 def timed(device: torch.device, runs: int) -> list[Record]:
     """Time of every method at one input: full size on a GPU, else small."""
-    records, small = [], device.type != "cuda"
+    records, small, scenario = [], device.type != "cuda", TIMED[device.type]
     for method in track([BASELINE_NAME, *METHODS], description="timing", transient=True):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
         model = build_on(recipe, device)
         model.vision.to(model.language.hf.dtype)
-        made = count(recipe, model, TIMED)
-        made.knobs = {"name": method, "scenario": str(TIMED), "timed": "small" if small else "full"}
-        records.append(measure(made, model, TIMED, device=device, runs=runs))
+        made = count(recipe, model, scenario)
+        made.knobs = {"name": method, "scenario": str(scenario), "timed": "small" if small else "full"}
+        records.append(measure(made, model, scenario, device=device, runs=runs))
         del model
     return records
 
@@ -149,7 +150,7 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 3); 0: count")
+    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 5); 0: count")
     args = parser.parse_args()
     records = counts()
     counted = len(records)
@@ -161,9 +162,10 @@ def main() -> None:
     if args.runs == 0:
         return
     cuda = torch.cuda.is_available()
-    records += timed(torch.device("cuda" if cuda else "cpu"), args.runs or (20 if cuda else 3))
+    device = torch.device("cuda" if cuda else "cpu")
+    records += timed(device, args.runs or (20 if cuda else 5))
     where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
-    console().print(table(f"Time at {TIMED}, medians; {where}", *speed_table(records)))
+    console().print(table(f"Time at {TIMED[device.type]}, medians; {where}", *speed_table(records)))
     if args.out:
         record.write(records[counted:], args.out)
 

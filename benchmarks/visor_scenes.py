@@ -22,7 +22,7 @@ from lavi.efficiency.point import Scenario
 
 UNIVERSAL = "runs/visor-scenes-universal"
 RUNS: dict[str, tuple[str, list[str]]] = {
-    "concatenation": ("runs/visor-scenes-concat", []),
+    "concatenation": ("runs/visor-scenes-concat-longer", []),
     "cross-attention alone": ("runs/visor-scenes-cross", []),
     **{
         f"universal, refining {name}": (UNIVERSAL, [f"model.fusion.configuration={layers}"])

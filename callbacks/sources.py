@@ -19,11 +19,12 @@ class Sources(pl.Callback):
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        # Before the step: a checkpoint made at its end, by whichever callback, has it counted.
         self.counts.update(batch.sources)
         self.counts["skipped"] += sum(skip.samples for skip in batch.skipped)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         if trainer._logger_connector.should_update_logs:
             # A rank may not have seen one of them yet, and all must log the same.
             names = sorted({*trainer.datamodule.source_names, "skipped"})  # type: ignore[attr-defined]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ask, collate, image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.samples import draw
 from callbacks.throughput import Throughput
-from lavi.batch import Sample
+from lavi.batch import Sample, Video
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.point import Scenario
 from lavi.fit import train
@@ -20,7 +21,7 @@ from lavi.recipe import Recipe
 
 
 def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
-    video = Sample("v", ask("what moves?", answer="the circle").messages, [[image(3), image(4)]])
+    video = Sample("v", ask("what moves?", answer="the circle").messages, [Video([image(3), image(4)])])
     samples = [
         ask(1, "what colour is the circle?", answer="red"),
         ask(1, 2, "which image has the red circle?", answer="first"),
@@ -75,3 +76,28 @@ def test_training_flops_are_three_forwards_where_weights_train(build) -> None:  
     frozen = VisionLanguageModule(build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})
     ratio = Throughput().flops(frozen, batch) - seeing.prefill["vision_encoder"]
     assert ratio == pytest.approx((wanted - seeing.prefill["vision_encoder"]) * 2 / 3)
+
+
+def test_samples_are_counted_by_source_and_go_on_counting(tiny_recipe: Path, scenes: Path, tmp_path: Path) -> None:
+    """Three steps, then three more of a resumed run: all that was drawn, none twice."""
+    mixture = {
+        "_target_": "datamodules.mixture.Mixture",
+        "sources": {"some": str(scenes / "train"), "few": str(scenes / "validation")},
+        "weights": {"some": 3, "few": 1},
+    }
+    settings = yaml.safe_load(tiny_recipe.read_text())
+    settings["data"]["train"] = mixture
+    settings["callbacks"] = {"sources": {"_target_": "callbacks.sources.Sources"}}
+    tiny_recipe.write_text(yaml.safe_dump(settings))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(tiny_recipe.read_text())
+    train(Recipe.load(tiny_recipe, ["trainer.max_steps=3", "trainer.limit_val_batches=0"]), run, None, 3)
+    train(Recipe.load(tiny_recipe), run, run / "last.ckpt", 3)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    counts = {name: [event.value for event in events.Scalars(f"samples/{name}")] for name in ("some", "few", "skipped")}
+    assert [some + few for some, few in zip(counts["some"], counts["few"], strict=True)] == [4, 8, 12, 16, 20, 24]
+    assert counts["few"] == sorted(counts["few"])
+    assert counts["few"][-1] > 0
+    assert set(counts["skipped"]) == {0}
