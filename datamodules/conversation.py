@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from datamodules.shards import MEDIA, BrokenSample, Raw, altered
+from datamodules.shards import MEDIA, BrokenSample, Raw, damage_of
 from datamodules.video_text import clip_of, extracted
 from lavi import images
 from lavi.batch import Sample, Visual
@@ -33,6 +34,8 @@ ROLES = {
     "system": "system",
 }
 """Who speaks, as LLaVA and ShareGPT spell it."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What an image member may be, whatever its name says: no other of Pillow's decoders runs on data from elsewhere."""
 MARK = re.compile(r"<(image|video)>\n?")
 
 
@@ -61,8 +64,8 @@ def decode(raw: Raw, reading: Reading | None = None) -> Sample:
         raise BrokenSample(key, raw["__broken__"], lost=raw.get("__lost__", 1))
     try:
         said = _json(raw)
-        if kind := altered(raw, said.get("crc32")):
-            raise UserError(f"its member '{kind}' was altered: it has another checksum than it was packed with")
+        if wrong := damage_of(raw, said.get("crc32")):
+            raise UserError(wrong)
         messages = _messages(raw, said, reading)
         seen = _visuals(raw, said, messages, reading.video)
     except UserError as error:
@@ -90,7 +93,7 @@ def _json(raw: Raw) -> dict[str, Any]:
 def _messages(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
     """Of whichever form there is."""
     if "messages" in said:
-        messages = said["messages"]
+        messages = _with_parts(said["messages"]) if visual_members(raw) else said["messages"]
     elif "conversations" in said:
         messages = messages_of(said["conversations"])
     else:
@@ -100,6 +103,16 @@ def _messages(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UserError("its conversation has no answer (no message of role 'assistant')")
     return messages
+
+
+def _with_parts(messages: Any) -> Any:
+    """Marks inside plain texts as parts, as other libraries' ``messages`` have them."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        m | {"content": _parts(m["content"])} if isinstance(m, dict) and isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
 
 
 def _is_message(message: Any) -> bool:
@@ -158,6 +171,8 @@ def _captioned(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[st
     chosen = captions[(zlib.crc32(raw["__key__"].encode()) + raw.get("__epoch__", 0)) % len(captions)]
     kinds = ["video" if is_video(name) else "image" for name in visual_members(raw)]
     kinds = ["video"] * len(said["frames"]) if isinstance(said.get("frames"), list) else kinds
+    if not kinds:
+        raise UserError("has a caption, and no image or video that it describes")
     parts: list[dict[str, str]] = [{"type": kind} for kind in kinds]
     request = {"role": "user", "content": [*parts, {"type": "text", "text": reading.caption_prompt}]}
     return [request, {"role": "assistant", "content": chosen}]
@@ -178,7 +193,7 @@ def _visuals(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]], sam
     if frames is None and not any(map(is_video, names)) and _asks_for_one_video(messages):
         frames = [len(names)]
     if frames is not None:
-        return list(extracted([open_image(raw[name], name) for name in names], frames, said.get("fps"), sampling))
+        return list(extracted(_Opened(raw, names), frames, said.get("fps"), sampling))
     clip = clip_of(said.get("clip"))
     return [
         read_video(raw[name], sampling, clip=clip, name=f"its member '{name}'")
@@ -188,13 +203,28 @@ def _visuals(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]], sam
     ]
 
 
+class _Opened(Sequence[Image.Image]):
+    """Images, each opened when it is asked for: of a thousand frames a few are kept."""
+
+    def __init__(self, raw: Raw, names: Sequence[str]) -> None:
+        self.raw, self.names = raw, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _Opened(self.raw, self.names[at])
+        return open_image(self.raw[self.names[at]], self.names[at])
+
+
 def open_image(data: bytes, name: str) -> Image.Image:
     """An image member, decoded to RGB.
 
     Raises:
         UserError: it is not an image, is cut short, or has more than :data:`lavi.images.MAX_PIXELS`.
     """
-    return images.open_image(data, name=f"its member '{name}'")
+    return images.open_image(data, name=f"its member '{name}'", formats=FORMATS)
 
 
 def _asks_for_one_video(messages: list[dict[str, Any]]) -> bool:

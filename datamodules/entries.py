@@ -436,7 +436,7 @@ def entry_of(index: int, item: Any, folders: Folders) -> Entry:
     media, more = _media(files, kinds, item, folders, called)
     record |= more
     key = f"{index:08d}-{_safe(name)}"
-    members = [len(json.dumps(record).encode()) + 24 * len(media), *(size for _, _, size in media)]
+    members = [len(json.dumps(record).encode()) + 32 * len(media), *(size for _, _, size in media)]
     headers = BLOCK if key.isascii() else 3 * BLOCK  # a name in another script has a header of its own
     size = sum(headers + -(-member // BLOCK) * BLOCK for member in members)
     return Entry(key, record, [(member, where) for member, where, _ in media], size)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
@@ -16,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.conversation import Reading, decode
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards import BrokenSample, Place, Raw, ShardStream, Slot, find_shards
+from datamodules.shards import BrokenSample, Place, Raw, ShardStream, Slot, expected_samples, find_shards
 from lavi.batch import Batch, Position, Sample, Skip
 from lavi.errors import UserError
 from lavi.processor import Processor, Ready, TooLong
@@ -50,17 +53,20 @@ class Skipped:
         self.causes[cause] += lost
         self.fresh.append(Skip(key, cause, lost))
         self.last = f"sample '{key}': {cause}"
-        expected = self.max_share * (self.seen + self.total)
-        if self.total > expected + 4 * math.sqrt(expected) + lost:
-            self._stop()
+        self._hold(spare=lost)
 
     def check(self) -> None:
-        """Hold the share exactly, when a pass over the data is complete.
+        """Hold the share once more, when a pass over the data is complete: also of what was lost at once.
 
         Raises:
-            UserError: more than the share.
+            UserError: more than the share, beyond what chance explains.
         """
-        if self.total > self.max_share * (self.seen + self.total):
+        self._hold(spare=1)
+
+    def _hold(self, *, spare: int) -> None:
+        """A reader may have seen little yet, and what is broken does not lie evenly: ``spare`` may be one too many."""
+        expected = self.max_share * (self.seen + self.total)
+        if self.total > expected + 4 * math.sqrt(expected) + spare:
             self._stop()
 
     def _stop(self) -> NoReturn:
@@ -185,12 +191,20 @@ class BatchStream(IterableDataset[Batch]):
         """Cut a pool into batches of rows; of several, rows of like length go together, and their order is drawn."""
         if self.bucket == 1 and self.packing is None:
             return [[[ready] for ready in samples]]
-        samples = sorted(samples, key=lambda ready: ready.length)
-        rows = packed(samples, self.packing) if self.packing is not None else [[ready] for ready in samples]
+        if self.packing is not None:
+            rows = packed(samples, self.packing)
+        else:
+            rows = [[ready] for ready in sorted(samples, key=lambda ready: ready.length)]
         starts = range(0, len(rows), self.batch_size)
         batches = [rows[start : start + self.batch_size] for start in starts]
         random.Random(f"{self.stream.seed}/{position}").shuffle(batches)
         return batches
+
+    def _is_full(self, pool: list[Ready]) -> bool:
+        """Whether a pool has ``bucket`` batches' worth of samples; for rows of several, of tokens."""
+        if self.packing is None:
+            return len(pool) == self.batch_size * self.bucket
+        return sum(ready.length for ready in pool) >= self.batch_size * self.bucket * self.packing
 
     def _pools(self, slot: Slot, start: Position, skipped: Skipped) -> Iterator[tuple[list[Ready], Position, Position]]:
         """The samples of ``bucket`` batches at a time, with the positions before and behind them."""
@@ -205,7 +219,7 @@ class BatchStream(IterableDataset[Batch]):
                 continue
             if (ready := self.encoder(raw, skipped, source)) is not None:
                 pool.append(ready)
-            if len(pool) == self.batch_size * self.bucket:
+            if self._is_full(pool):
                 behind = Position(slot.index, drawn, places)
                 yield pool, before, behind
                 pool, before = [], behind
@@ -231,7 +245,7 @@ class HeldOut(IterableDataset[Batch]):
 
     All ranks read all records and each takes its part of every ``ranks`` batches: whatever is broken, and wherever the
     data end, no rank waits for another. Where a rank's part has nothing usable, a sample of another's stands in, and
-    none of its answers counts.
+    none of its answers counts. Each rank reads the whole, so held-out data should be small.
 
     Args:
         limit: at most this many records.
@@ -253,8 +267,8 @@ class HeldOut(IterableDataset[Batch]):
             mine = window[first : first + self.batch_size]
             usable = [ready for raw in mine if (ready := self.encoder(raw, skipped)) is not None]
             if not usable:
-                others = (self.encoder(raw, Skipped(1.0)) for raw in window)
-                usable = [replace(ready, stands_in=True) for ready in others if ready is not None][:1]
+                others = (ready for raw in window if (ready := self.encoder(raw, Skipped(1.0))) is not None)
+                usable = [replace(ready, stands_in=True) for ready in itertools.islice(others, 1)]
             if usable:
                 yield replace(self.encoder.processor.collate(usable), skipped=skipped.take())
         skipped.check()
@@ -263,8 +277,18 @@ class HeldOut(IterableDataset[Batch]):
             raise UserError(f"none of the {skipped.total} samples in {shard} ... can be used: {skipped}.")
 
     def records(self) -> Iterator[Raw]:
+        """In order.
+
+        Raises:
+            UserError: a shard that one of several ranks could not read; the others may have, and would wait for it.
+        """
         passes = (replace(stream, shuffle=0, resampled=False).epoch(0, Slot()) for stream in self.streams)
-        return itertools.islice(itertools.chain.from_iterable(passes), self.limit)
+        for raw in itertools.islice(itertools.chain.from_iterable(passes), self.limit):
+            if self.ranks > 1 and raw.get("__unread__"):
+                raise UserError(
+                    f"held-out data must be read whole by every rank: {raw['__key__']} {raw['__broken__']}."
+                )
+            yield raw
 
 
 # --- the data module --------------------------------------------------------------------------------------------------
@@ -284,7 +308,8 @@ class ImageTextData(pl.LightningDataModule):
         bucket: training batches are cut from this many batches' worth of samples, sorted by length, so that little is
             padded; 1 takes the samples as they come.
         packing: training rows hold several conversations, up to so many tokens of the language model's sequence, which
-            do not see each other; a batch is ``batch_size`` such rows, from a pool of ``bucket`` batches' samples.
+            do not see each other; a batch is ``batch_size`` such rows, filled from ``bucket`` batches' worth of samples
+            (the last of them may have fewer). Images that have no place in the sequence (LaVi) take no room.
         too_long: leave conversations out that are longer than the context, or cut their last turns off.
         video: which frames of a video are seen.
         caption_prompt: the request that a caption answers.
@@ -322,6 +347,8 @@ class ImageTextData(pl.LightningDataModule):
         self.too_long = too_long
         self.validation_samples, self.max_skipped = validation_samples, max_skipped
         self.progress = Progress()
+        self.counts: Counter[str] = Counter()
+        """Samples that this rank was given, by source, and those ``skipped``, since the run began."""
 
     @property
     def source_names(self) -> list[str]:
@@ -344,6 +371,7 @@ class ImageTextData(pl.LightningDataModule):
             for name, shards in sources.items()
         }
 
+    @cached_property
     def mixed(self) -> MixedStream:
         """The training data, its sources in their shares."""
         streams, mixture = self.streams("train"), self.sources["train"]
@@ -383,7 +411,7 @@ class ImageTextData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, ranks = self._ranks()
-        mixed = self.mixed()
+        mixed = self.mixed
         for stream in mixed.streams.values():
             stream.check(ranks * max(1, self.workers))
         if rank == 0:
@@ -407,7 +435,7 @@ class ImageTextData(pl.LightningDataModule):
         for (name, stream), share in zip(mixed.streams.items(), mixed.shares, strict=True):
             count = "samples not counted (no index)" if stream.samples is None else f"{stream.samples} samples"
             steps = stream.samples and math.ceil(stream.samples / (self.batch_size * ranks * share))
-            epoch = f", an epoch is {steps} steps" if steps and not self.resampled else ""
+            epoch = f", an epoch is {steps} steps" if steps and not (self.resampled or self.packing) else ""
             part = f" {share:.1%} of what is drawn," if len(mixed.streams) > 1 else ""
             log.info("%s:%s %s in %d shards, read by %s%s", name, part, count, len(stream.shards), readers, epoch)
 
@@ -421,6 +449,8 @@ class ImageTextData(pl.LightningDataModule):
         for skip in batch.skipped:
             log.warning("skipped sample '%s': %s", skip.key, skip.cause)
         if batch.position is not None and self.trainer is not None and self.trainer.training:
+            self.counts.update(batch.sources)
+            self.counts["skipped"] += sum(skip.samples for skip in batch.skipped)
             self.progress.read[batch.position.reader] = batch.position
             self.progress.turn = (batch.position.reader % max(1, self.workers) + 1) % max(1, self.workers)
         return batch
@@ -429,13 +459,22 @@ class ImageTextData(pl.LightningDataModule):
         return {
             "read": {reader: _plain(position) for reader, position in self.progress.read.items()},
             "turn": self.progress.turn,
+            "counts": dict(self.counts),
             **self._order(),
         }
 
     def _order(self) -> dict[str, Any]:
         """What decides the order of the samples."""
         settings = ("workers", "batch_size", "bucket", "packing", "shuffle", "resampled", "seed")
-        return {"sources": self.source_names, **{name: getattr(self, name) for name in settings}}
+        return {"shards": self._shards(), **{name: getattr(self, name) for name in settings}}
+
+    def _shards(self) -> str:
+        """A digest of what is read: names of the shards, samples in each, shares of the sources; not where they lie."""
+        read = [
+            (name, share, [(shard.rpartition("/")[2], expected_samples(shard)) for shard in stream.shards])
+            for (name, stream), share in zip(self.mixed.streams.items(), self.mixed.shares, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint stopped.
@@ -444,12 +483,19 @@ class ImageTextData(pl.LightningDataModule):
             UserError: the order of the samples would be another one.
         """
         for name, now in self._order().items():
-            if state[name] != now:
-                called = "train" if name == "sources" else name
+            if name not in state:
+                raise UserError("this checkpoint does not say where the run was in its data: an older lavi wrote it.")
+            if state[name] != now and name == "shards":
                 raise UserError(
-                    f"the run was read with data.{called}={state[name]}, not {now}: its place in the "
-                    f"data is known for that only. Resume with data.{called}={state[name]}."
+                    "data.train is not what the run was reading (names of the shards, samples in them, or shares): its "
+                    "place is known in that only. Resume with the same data, or begin anew with module.start_from."
                 )
+            if state[name] != now:
+                raise UserError(
+                    f"the run was read with data.{name}={state[name]}, not {now}: its place in the "
+                    f"data is known for that only. Resume with data.{name}={state[name]}."
+                )
+        self.counts = Counter(state["counts"])
         self.progress.read = {reader: _position(*plain) for reader, plain in state["read"].items()}
         self.progress.turn = state["turn"]
 

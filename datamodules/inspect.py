@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import random
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from rich.console import RenderableType
 
 from datamodules.conversation import decode, visual_members
 from datamodules.counts import Counts, captions_of, texts_of, turns_of
-from datamodules.shards import BrokenSample, Raw, expected_samples, find_shards, read_shard
+from datamodules.shards import BrokenSample, Raw, damage_of, expected_samples, find_shards, read_shard
 from datamodules.sources import read_index
 from datamodules.write import progress
 from lavi.errors import HelpFormatter, UserError, front
@@ -117,12 +116,8 @@ def said_by(raw: Raw) -> dict[str, Any]:
         raise BrokenSample(key, "its .json member is not JSON") from None
     if not isinstance(record, dict) or not (captions_of(record) or turns_of(record)):
         raise BrokenSample(key, "its JSON has no 'messages', 'conversations' or 'captions'")
-    sums = record.get("crc32", {})
-    for name in sums if isinstance(sums, dict) else {}:
-        if name not in raw:
-            raise BrokenSample(key, f"its member '{name}' is missing")
-        if zlib.crc32(raw[name]) != sums[name]:
-            raise BrokenSample(key, f"its member '{name}' was altered: it has another checksum than it was packed with")
+    if wrong := damage_of(raw, record.get("crc32")):
+        raise BrokenSample(key, wrong)
     return record
 
 
@@ -143,14 +138,6 @@ def summed(shards: list[str]) -> Iterator[BrokenSample | None]:
         given = entry.get("sha256") if isinstance(entry, dict) else None
         whole = given is None or _sum(file) == given
         yield None if whole else BrokenSample(file.name, "the shard has another sha256 than its index says")
-
-
-def missing_shards(source: str, shards: list[str]) -> Iterator[BrokenSample]:
-    """Shards of a folder that its index names, but that are not there."""
-    index = read_index(source) if Path(source).is_dir() else None
-    there = {Path(shard).name for shard in shards}
-    for name in sorted(set((index or {}).get("shards", {})) - there):
-        yield BrokenSample(name, "the index names this shard, but it is not there")
 
 
 def _sum(file: Path) -> str | None:
@@ -338,8 +325,6 @@ def inspect(args: argparse.Namespace) -> int:
     with progress() as bar:
         watched = bar.track(records, min(total, args.limit or total) if total else args.limit, description="looking")
         found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
-    for error in missing_shards(args.shards, shards):
-        found.note(error)
     if args.check:
         with progress() as bar:
             for wrong in bar.track(summed(shards), len(shards), description="summing shards"):

@@ -72,7 +72,7 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # two blocks of zeros: the end mark
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end mark
             raise
         except tarfile.HeaderError as error:
             raise DamagedTar(f"no tar header where one must stand ({error})") from None
@@ -128,23 +128,27 @@ def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
     A shard that is damaged, ends early, or holds fewer samples than its index says, ends with a broken record that
     counts what is missing; without an index it counts as one.
     """
-    number = 0
-    cause = None
+    number, cause, unread = 0, None, False
     try:
         with open_shard(shard) as file:
             stream = _Bounded(file)
-            for number, (key, members) in enumerate(_samples(stream), start=1):
-                if number > first:
-                    yield {"__key__": key, "__shard__": shard, **_read(stream, members)}
+            for key, members in _samples(stream):
+                raw = {"__key__": key, "__shard__": shard, **_read(stream, members)} if number >= first else None
+                number += 1
+                if raw is not None:
+                    yield raw
     except DAMAGE as error:
-        cause = f"cannot be read after {number} samples ({error})"
+        unread = isinstance(error, OSError)
+        gone = isinstance(error, FileNotFoundError)
+        cause = "the shard is not there" if gone else f"cannot be read after {number} samples ({error})"
     expected = expected_samples(shard)
     lost = 0 if expected is None else expected - number
     if cause is None and lost:
         cause = f"holds {number} samples, its index says {expected}"
     if cause is not None:
         cause += f": {lost} samples are lost" if lost > 1 else ""
-        yield {"__key__": shard, "__shard__": shard, "__broken__": cause, "__lost__": max(1, lost)}
+        found = {"__broken__": cause, "__lost__": max(1, lost), "__unread__": unread}
+        yield {"__key__": shard, "__shard__": shard, **found}
 
 
 def _samples(stream: _Bounded) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,8 +170,17 @@ def _samples(stream: _Bounded) -> Iterator[tuple[str, dict[str, Any]]]:
                 members = {}
             key = of
             members[kind] = member
+        _check_end(stream, tar.offset)  # type: ignore[attr-defined]
     if members:
         yield _checked(key, members, seen)
+
+
+def _check_end(stream: _Bounded, offset: int) -> None:
+    """Behind the end mark there is nothing: zeros in the place of a header look like one, and samples follow."""
+    stream.seek(offset)
+    while rest := stream.read(2**20):
+        if rest.count(0) < len(rest):
+            raise DamagedTar("zeros where a header must stand")
 
 
 def _checked(key: str, members: dict[str, Any], seen: set[str]) -> tuple[str, dict[str, Any]]:
@@ -194,11 +207,14 @@ def _read(stream: _Bounded, members: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def altered(raw: Raw, sums: Any) -> str | None:
-    """The first member that does not have the checksum its sample gives for it."""
-    if not isinstance(sums, dict):
-        return None
-    return next((kind for kind, given in sums.items() if kind in raw and zlib.crc32(raw[kind]) != given), None)
+def damage_of(raw: Raw, sums: Any) -> str | None:
+    """What is wrong with the members for which a sample gives checksums; None: nothing."""
+    for kind, given in sums.items() if isinstance(sums, dict) else ():
+        if kind not in raw:
+            return f"its member '{kind}' is missing"
+        if zlib.crc32(raw[kind]) != given:
+            return f"its member '{kind}' was altered: it has another checksum than it was packed with"
+    return None
 
 
 # --- many shards ------------------------------------------------------------------------------------------------------
@@ -293,7 +309,11 @@ class ShardStream:
                 found = True
                 if self.shuffle:
                     random.Random(f"{self.seed}/{epoch}/{slot.index}/{start}").shuffle(block)
-                for taken, raw in enumerate(block[place.taken :], start=place.taken + 1):
+                block.reverse()
+                taken, size = place.taken, len(block)
+                del block[size - min(taken, size) :]
+                while block:  # emptied as it is used: the next one fills meanwhile
+                    raw, taken = block.pop(), taken + 1
                     raw["__epoch__"] = epoch
                     yield Place(epoch, *start, taken), raw
                 place = Place()
@@ -319,7 +339,8 @@ def _blocks(records: Iterator[tuple[tuple[int, int], Raw]], size: int) -> Iterat
             start, held = at, 0
         block.append(raw)
         held += sum(len(value) for value in raw.values() if isinstance(value, bytes))
-        if len(block) >= max(1, size) or held > LARGEST_BLOCK:
+        # A shard that cannot be read is told at once, not behind all others that cannot.
+        if len(block) >= max(1, size) or held > LARGEST_BLOCK or "__lost__" in raw:
             yield start, block
             block = []
     if block:

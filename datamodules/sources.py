@@ -35,6 +35,8 @@ INDEX = "index.json"
 """Beside the shards of a folder: what each of them holds."""
 BLOCK = 8 * 2**20
 """Bytes that a remote file is asked for at a time."""
+KEPT = 4
+"""Blocks of a remote file that are kept."""
 TRIES = 6
 """How often a block is asked for; between two tries 0.5, 1, 2, 4, 8 s pass."""
 FIRST_WAIT = 0.5
@@ -57,7 +59,9 @@ def find_shards(source: str | Sequence[str]) -> list[str]:
     if "://" in source or source.startswith("pipe:"):
         return _remote_shards(source)
     if Path(source).is_dir():
-        found = sorted(str(file) for file in Path(source).glob("*.tar"))
+        there = {file.name for file in Path(source).glob("*.tar")}
+        # One that the index names and that is gone is read as lost: a listing alone would not miss it.
+        found = [f"{source}/{name}" for name in sorted(there | set((read_index(source) or {}).get("shards", {})))]
         if not found:
             raise UserError(
                 f"the shard folder {source} has no .tar file: pack your data with `python -m datamodules.pack`."
@@ -99,6 +103,10 @@ def _check_store(url: str) -> None:
     store = url.split("://", 1)[0]
     if store not in STORES:
         raise UserError(f"shards are not read from '{store}://': {nearest(store, STORES)}")
+    try:
+        fsspec.get_filesystem_class(store)
+    except ImportError as error:
+        raise UserError(f"'{store}://' needs another package: {str(error).splitlines()[0]}.") from None
 
 
 def read_index(folder: str) -> dict[str, Any] | None:
@@ -111,6 +119,9 @@ def read_index(folder: str) -> dict[str, Any] | None:
     try:
         text = _read_text(file)
     except FileNotFoundError:
+        return None
+    except OSError as error:  # a store may answer so of a file that is not there
+        log.warning("%s cannot be read: samples that are lost will not be counted (%s)", file, error)
         return None
     try:
         index = json.loads(text)
@@ -173,7 +184,7 @@ def patiently(ask: Callable[[], Given], what: str, *, may_be_missing: bool = Fal
             return ask()
         # A store raises what its client library raises: of many kinds, not all of them OSErrors.
         except Exception as error:
-            if may_be_missing and isinstance(error, FileNotFoundError):
+            if isinstance(error, PermissionError) or (may_be_missing and isinstance(error, FileNotFoundError)):
                 raise
             if not left:
                 raise OSError(f"{what} did not come in {TRIES} tries ({type(error).__name__}: {error})") from None
@@ -194,17 +205,16 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.store, self.path = fsspec.core.url_to_fs(url, **_settings(url))
-        self.size: int | None = patiently(lambda: self.store.info(self.path), url).get("size")
+        self.url, self.at = url, 0
         self.whole: BinaryIO | None = None
         self.fetching = Lock()
-        if self.size is None:
-            self._fetch_whole()
-        self.at = 0
-        self.block: tuple[int, bytes] = (-1, b"")
+        self.blocks: dict[int, bytes] = {}
         self.ahead: tuple[int, Future[bytes]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lavi-read-ahead")
+        self.store, self.path = fsspec.core.url_to_fs(url, **_settings(url))
+        self.size: int | None = patiently(lambda: self.store.info(self.path), url).get("size")
+        if self.size is None:
+            self._fetch_whole()
 
     def readable(self) -> bool:
         return True
@@ -238,13 +248,16 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
     def _block(self, number: int) -> bytes:
-        if self.block[0] != number:
-            if self.ahead is not None and self.ahead[0] == number:
-                self.block = number, self.ahead[1].result()
-            else:
-                self.block = number, self._ask(number)
-            self.ahead = number + 1, self.reader.submit(self._ask, number + 1)
-        return self.block[1]
+        """A block; the last few are kept, since a tar is read to the next header and then back to a member."""
+        if number not in self.blocks:
+            ready = self.ahead is not None and self.ahead[0] == number
+            self.blocks[number] = self.ahead[1].result() if self.ahead and ready else self._ask(number)
+            while len(self.blocks) > KEPT:
+                del self.blocks[next(iter(self.blocks))]
+        following = number + 1
+        if following not in self.blocks and (self.ahead is None or self.ahead[0] < following):
+            self.ahead = following, self.reader.submit(self._ask, following)
+        return self.blocks[number]
 
     def _ask(self, number: int) -> bytes:
         assert self.size is not None

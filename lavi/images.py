@@ -18,7 +18,9 @@ BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError,
 """What Pillow raises for files that are none, or damaged."""
 
 
-def open_image(source: Path | str | bytes, *, name: str | None = None) -> Image.Image:
+def open_image(
+    source: Path | str | bytes, *, name: str | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Open an image to RGB, as people see it.
 
     Turned upright as its EXIF says; transparency on white; deep greys scaled to 8 bits, not clipped; of an animation
@@ -27,6 +29,7 @@ def open_image(source: Path | str | bytes, *, name: str | None = None) -> Image.
     Args:
         source: a file, or its bytes.
         name: what an error calls it; by default the file.
+        formats: of Pillow's, those that may be; None: all but EPS.
 
     Raises:
         UserError: no such file, not an image, one cut short, or one of more than :data:`MAX_PIXELS`.
@@ -34,7 +37,7 @@ def open_image(source: Path | str | bytes, *, name: str | None = None) -> Image.
     called = name or ("this" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _read(Path(source))
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=formats or _formats())
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{called} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} decoded.")
         return _rgb(_upright(image))

@@ -302,7 +302,7 @@ for name in sorted(os.listdir(folder)):
                 seen = torch.tensor(float(len(batch)))
                 dist.all_reduce(seen)  # what a step does: all ranks, or none
         slots = [Slot(rank, ranks, worker, max(1, workers)) for worker in range(max(1, workers))]
-        (stream,) = data.mixed().streams.values()
+        (stream,) = data.mixed.streams.values()
         epoch = [raw["__key__"] for slot in slots for raw in stream.epoch(0, slot)] if refused is None else []
         held = [[batch.keys[answer.row] for answer in batch.answers] for batch in data.val_dataloader()]
         found[f"{name} {workers}"] = {"refused": refusals, "epoch": everywhere(epoch), "held": everywhere(held)}

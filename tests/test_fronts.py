@@ -194,7 +194,9 @@ def test_generate_answers(run, trained: Path, beams: int) -> None:
     frames[0].save("v.gif", save_all=True, append_images=frames[1:], duration=100)
     status, _, err = run("lavi.generate", "--checkpoint", trained, "--video", "v.gif", "--frames", 2, *question)
     assert status == 0, err
-    refused(run("lavi.generate", "--checkpoint", trained, "--video", "a.png", *question), "a.png does not open as a video")
+    refused(
+        run("lavi.generate", "--checkpoint", trained, "--video", "a.png", *question), "a.png does not open as a video"
+    )
 
 
 def test_mistakes_with_recipes(run, tiny_recipe: Path) -> None:

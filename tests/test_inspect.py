@@ -186,7 +186,7 @@ def test_shards_cut_short_or_gone_are_named(run, shards: Path) -> None:  # type:
     (shards / "shard-000001.tar").unlink()
     status, out = run(shards)
     assert status == 1
-    assert "the index names this shard, but it is not there 1 shard-000001.tar" in flat(out)
+    assert "the shard is not there" in flat(out)
     good = int(flat(out).split("good samples ")[1].split()[0])
     assert f" {8 - good} shard-000000.tar" in flat(out)
 

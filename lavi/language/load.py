@@ -117,15 +117,20 @@ class LanguageModel(nn.Module):
         """
         if inputs.conversation is not None and not self._masks_by_position:
             raise UserError(
-                f"'{self.hf.config.model_type}' makes its own attention masks and would let the conversations of a row "
-                "see each other: set data.packing=null."
+                f"'{self.hf.config.model_type}' with attention '{self.attention}' would let the conversations of a row "
+                "see each other: set language.attention=sdpa, or data.packing=null."
             )
         out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
         return out.logits
 
     @property
     def _masks_by_position(self) -> bool:
-        """Whether its masks are transformers' own, which keep apart what begins at position 0 anew."""
+        """Whether its masks are transformers' own, which keep apart what begins at position 0 anew.
+
+        Not with flash attention: there that is looked for in batches of one row alone.
+        """
+        if self.attention == "flash_attention_2":
+            return False
         rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
         return any(hasattr(room, "create_causal_mask") for room in rooms)
 
