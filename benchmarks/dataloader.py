@@ -12,6 +12,7 @@ over more and more shards, resident memory over many samples, and the packer aga
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -90,7 +91,7 @@ class Photographs:
         for index in range(job.start, job.stop):
             said = {"captions": [CAPTION.format(index)]}
             # What plain WebDataset pipelines read as text.
-            yield {"__key__": f"{index:07d}", "json": said, "txt": said["captions"][0]} | {
+            yield {"__key__": f"{index:07d}", "json": said, "txt": said["captions"][0].encode()} | {
                 "jpg": self.pictures[index % PHOTOGRAPHS]
             }
 
@@ -153,8 +154,21 @@ def plain_webdataset(shards: list[str], batch: int, workers: int) -> Iterable[An
     return DataLoader(made, batch_size=None, num_workers=workers)
 
 
+def without_marks(group: Callable[..., Any]) -> Callable[..., Any]:
+    """webdataset 1.0 puts marks between a shard's members, which open_clip 3.3 does not know."""
+
+    @functools.wraps(group)
+    def grouped(data: Iterable[dict[str, Any]], **settings: Any) -> Any:
+        return group((member for member in data if "fname" in member), **settings)
+
+    return grouped
+
+
 def open_clip(shards: list[str], batch: int, workers: int, *, tokenizer: Any) -> Iterable[Any]:
-    from open_clip_train.data import get_wds_dataset
+    import open_clip_train.data as pipeline
+
+    if not hasattr(pipeline.group_by_keys_nothrow, "__wrapped__"):
+        pipeline.group_by_keys_nothrow = without_marks(pipeline.group_by_keys_nothrow)
 
     def tokens(text: str) -> torch.Tensor:
         return torch.tensor([(tokenizer(text)["input_ids"] + [0] * 32)[:32]])
@@ -170,7 +184,7 @@ def open_clip(shards: list[str], batch: int, workers: int, *, tokenizer: Any) ->
         world_size=1,
         seed=0,
     )
-    return get_wds_dataset(args, resized, is_train=True, tokenizer=tokens).dataloader
+    return pipeline.get_wds_dataset(args, resized, is_train=True, tokenizer=tokens).dataloader
 
 
 def ours(shards: list[str], batch: int, workers: int, *, model: VisionLanguageModel) -> Iterable[Any]:
@@ -318,7 +332,7 @@ def memory(work: Path, *, samples: int) -> list[dict[str, Any]]:
     marks = []
     for number, (_, raw) in enumerate(stream.records(Slot(), Place()), start=1):
         if raw is not None:
-            Image.open(io.BytesIO(raw["jpg"])).draft("RGB", (64, 64)).load() if number % 10 == 0 else None  # type: ignore[union-attr]
+            Image.open(io.BytesIO(raw["jpg"])).load() if number % 10 == 0 else None
         if number % (samples // 10) == 0:
             marks.append({"samples": number, "resident_mib": resident() / 2**20})
         if number >= samples:

@@ -76,7 +76,8 @@ class Processor:
                 f"the conversation has {len(encoded.ids)} text and {visual} visual tokens, more than the context of "
                 f"{self.context_length}: shorten it, or raise model.context_length."
             )
-        pixels = torch.cat([torch.zeros(0, *self.vision.pixel_shape), *(pixels for pixels, _ in views)])
+        seen = [pixels for pixels, _ in views]
+        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
         return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
     def collate(self, rows: Sequence[Ready | Sequence[Ready]], *, pad_left: bool = False) -> Batch:

@@ -43,7 +43,8 @@ class Tiling(ABC):
             cut, layout = visual.frames, Layout(views=len(visual.frames), video=True)
         else:
             cut, layout = self.cut(visual, vision, alone=alone)
-        return torch.stack([vision.preprocess(view) for view in cut]), layout
+        pixels = [vision.preprocess(view) for view in cut]
+        return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None], layout  # one is not copied
 
 
 class OneView(Tiling):
