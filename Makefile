@@ -72,7 +72,7 @@ visor-scenes: install ## train VISOR and concatenation on the scenes, and score 
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_universal.yaml --run runs/visor-scenes-universal
 	$(BIN)/python -m lavi.visor search --checkpoint runs/visor-scenes-universal --out data/visor-scenes/viable.json --keep 0.5
 	$(BIN)/python -m lavi.visor label --checkpoint runs/visor-scenes-universal --configurations data/visor-scenes/viable.json \
-	  --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
+	  --by likely --keep 0.8 --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_router.yaml --run runs/visor-scenes-router
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
 

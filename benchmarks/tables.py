@@ -102,6 +102,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "verify_visor": visor,
     "verify_visor.speed": visor_speed,
     "visor_scenes": visor_scenes,
+    "visor_scenes_scratch": visor_scenes,
 }
 """How a file of records becomes a table; :func:`comparison` where nothing is said."""
 

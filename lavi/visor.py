@@ -52,7 +52,7 @@ def main() -> None:
             table(f"{found['about']['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows)
         )
     else:
-        counts = routing.label(model, batches, viable, args.out, about=about, keep=args.keep, device=device)
+        counts = routing.label(model, batches, viable, args.out, about=about, keep=args.keep, by=args.by, device=device)
         rows = [[",".join(map(str, one)) or "none", f"{count:,}"] for one, count in counts.items()]
         console().print(table(f"labels of {args.split}", ["refining layers", "samples"], rows))
     console().print(f"written: {args.out}")
@@ -77,6 +77,8 @@ def arguments() -> argparse.Namespace:
             own.add_argument("--most", type=int, default=256, help="score at most this many configurations")
         else:
             own.add_argument("--configurations", type=Path, required=True, metavar="FILE", help="what search wrote")
+            judged = "what --keep is a share of: right answers (the paper's), or the probability of the right answer"
+            own.add_argument("--by", choices=["right", "likely"], default="right", help=judged)
     args = parser.parse_args()
     if not 0 < args.keep <= 1:
         raise UserError(f"--keep is above 0 and at most 1, not {args.keep}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from test_oracles import bare_logits, row
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.visor import VisorFusion
+from lavi.module import summed_loss
+from lavi.routing import likely
 
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),
@@ -189,6 +192,18 @@ def test_the_router_learns_its_labels(build, tmp_path: Path) -> None:
             model.fusion.routed.clear()
             model(collate(model, [sample]))
             assert list(model.fusion.routed) == [tuple(way)]
+
+
+def test_likely_is_the_probability_of_the_whole_answer(build) -> None:  # type: ignore[no-untyped-def]
+    """Each of the right tokens, the end token among them: what the loss of the sample alone says."""
+    model = build(VisorFusion(cross_attention=2, self_attention=1))
+    awaken(model.fusion)
+    found = dict(likely(model, [collate(model, SAMPLES)], torch.device("cpu")))
+    for sample in SAMPLES:
+        alone = collate(model, [sample])
+        with torch.no_grad():
+            loss, _ = summed_loss(model(alone), alone.labels)
+        assert found[sample.key] == pytest.approx([math.exp(-loss)], rel=1e-4)
 
 
 def test_layers_are_spread_evenly_and_apart(build) -> None:
