@@ -76,8 +76,8 @@ visor-scenes: install ## train VISOR and concatenation on the scenes, and score 
 	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_router.yaml --run runs/visor-scenes-router
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
 
-dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (about ten minutes)
-	$(BIN)/python benchmarks/dataloader.py --out benchmarks/results/dataloader.jsonl
+dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (five minutes)
+	$(BIN)/python benchmarks/dataloader.py --samples 1000 --out benchmarks/results/dataloader.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)

@@ -135,8 +135,8 @@ def label(
 ) -> dict[Configuration, int]:
     """Write for each sample the cheapest configuration that is ``keep`` times as good as the full one.
 
-    ``right``, by right answers, is the paper's rule, with 99 %. It takes a lucky guess for knowledge: where there are two
-    answers, for half of the samples that needed more. ``likely``, by the probability of the right answer, does not
+    ``right``, by right answers, is the paper's rule, with 99 %. It takes a lucky guess for knowledge: where there are
+    two answers, for half of the samples that needed more. ``likely``, by the probability of the right answer, does not
     (chosen here). Samples that ``out`` holds already are left out.
 
     Args:
