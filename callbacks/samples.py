@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lavi.batch import Batch, Sample, Video
+from lavi.images import side_by_side
 from lavi.model import VisionLanguageModel
 
 
@@ -73,7 +74,7 @@ def draw(samples: list[Sample], answers: list[str]) -> object:
     for axes, sample, said in zip(grid, samples, answers, strict=False):
         truth = str(sample.messages[first_answer(sample)]["content"])
         question = _text(sample.messages[first_answer(sample) - 1]["content"])
-        axes.imshow(_side_by_side(sample))
+        axes.imshow(_seen(sample))
         colour = "tab:green" if said == truth else "tab:red"
         axes.set_title(f"{question}\ntruth: {truth}   answer: {said}", fontsize=8, color=colour, wrap=True)
     return figure
@@ -85,17 +86,9 @@ def _text(content: object) -> str:
     return " ".join(part["text"] for part in content if part.get("type") == "text")  # type: ignore[attr-defined]
 
 
-def _side_by_side(sample: Sample) -> object:
+def _seen(sample: Sample) -> object:
     from PIL import Image
 
     seen = sample.images or [Image.new("RGB", (64, 64), (255, 255, 255))]
-    images = [
-        visual.frames[0] if isinstance(visual, Video) else visual for visual in seen
-    ]  # of a video, its first frame
-    height = max(image.height for image in images)
-    sheet = Image.new("RGB", (sum(i.width for i in images) + 4 * (len(images) - 1), height), (255, 255, 255))
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width + 4
-    return sheet
+    # Of a video, its first frame.
+    return side_by_side([visual.frames[0] if isinstance(visual, Video) else visual for visual in seen])

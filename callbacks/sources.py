@@ -16,8 +16,7 @@ class Sources(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         if trainer._logger_connector.should_update_logs:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            names = sorted(
-                {*data.source_names, "skipped"}
-            )  # a rank may not have seen one of them yet: all log the same
+            # A rank may not have seen one of them yet, and all must log the same.
+            names = sorted({*data.source_names, "skipped"})
             counts = {f"samples/{name}": float(data.counts[name]) for name in names}
             module.log_dict(counts, sync_dist=True, reduce_fx="sum")

@@ -19,7 +19,7 @@ from PIL import Image
 from datamodules.shards import MEDIA, BrokenSample, Raw, damage_of
 from datamodules.video_text import clip_of, extracted
 from lavi import images
-from lavi.batch import Sample, Visual
+from lavi.batch import Sample, Visual, visual_parts
 from lavi.errors import UserError
 from lavi.video import FrameSampling, is_video, read_video
 
@@ -59,34 +59,41 @@ def decode(raw: Raw, reading: Reading | None = None) -> Sample:
         BrokenSample: JSON that is none, no messages, no answer, an image or a video that does not open or was altered.
     """
     reading = reading or Reading()
-    key = raw["__key__"]
-    if "__broken__" in raw:
-        raise BrokenSample(key, raw["__broken__"], lost=raw.get("__lost__", 1))
+    said = said_by(raw)
     try:
-        said = _json(raw)
-        if wrong := damage_of(raw, said.get("crc32")):
-            raise UserError(wrong)
         messages = _messages(raw, said, reading)
         seen = _visuals(raw, said, messages, reading.video)
     except UserError as error:
-        raise BrokenSample(key, str(error).rstrip(".")) from None
-    return Sample(key, messages, seen)
+        raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+    return Sample(raw["__key__"], messages, seen)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
+FORMS = ("messages", "conversations", "captions", "caption")
 
-def _json(raw: Raw) -> dict[str, Any]:
-    if "json" not in raw:
-        if "txt" in raw:
-            return {}
-        raise UserError("has no .json member with its messages, and no .txt member with a caption")
+
+def said_by(raw: Raw) -> dict[str, Any]:
+    """A sample's JSON, after the checks that need no decoding; a ``.txt`` member is the ``caption`` of one without.
+
+    Raises:
+        BrokenSample: it is missing, no JSON, or of no form known here; a member that is not what was packed.
+    """
+    if "__broken__" in raw:
+        raise BrokenSample(raw["__key__"], raw["__broken__"], lost=raw.get("__lost__", 1))
     try:
-        said = json.loads(raw["json"])
+        said = json.loads(raw.get("json", b"{}"))
     except (ValueError, RecursionError):  # brackets in brackets, thousands deep
-        raise UserError("its .json member is not JSON") from None
-    if not isinstance(said, dict):
-        raise UserError("its JSON has no 'messages': it is not an object")
+        raise BrokenSample(raw["__key__"], "its .json member is not JSON") from None
+    cause = None
+    if isinstance(said, dict) and "txt" in raw and not any(form in said for form in FORMS):
+        said["caption"] = raw["txt"].decode(errors="replace")
+    elif "json" not in raw:
+        cause = "has no .json member with its messages, and no .txt member with a caption"
+    elif not isinstance(said, dict) or not any(form in said for form in FORMS):
+        cause = "its JSON has no 'messages', 'conversations' or 'captions'"
+    if cause or (cause := damage_of(raw, said.get("crc32"))):
+        raise BrokenSample(raw["__key__"], cause)
     return said
 
 
@@ -157,10 +164,6 @@ def _parts(text: str) -> str | list[dict[str, str]]:
 def _captioned(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
     """A request, and a caption as its answer; of several, another one each epoch."""
     captions = said.get("captions", said.get("caption"))
-    if captions is None and "txt" in raw:
-        captions = raw["txt"].decode(errors="replace")
-    if captions is None:
-        raise UserError("its JSON has no 'messages', 'conversations' or 'captions'")
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError("its captions are not texts")
@@ -190,7 +193,8 @@ def visual_members(raw: Raw) -> list[str]:
 def _visuals(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]], sampling: FrameSampling) -> list[Visual]:
     names = visual_members(raw)
     frames = said.get("frames")
-    if frames is None and not any(map(is_video, names)) and _asks_for_one_video(messages):
+    asked = [part["type"] for part in visual_parts(messages)]
+    if frames is None and asked == ["video"] and not any(map(is_video, names)):
         frames = [len(names)]
     if frames is not None:
         return list(extracted(_Opened(raw, names), frames, said.get("fps"), sampling))
@@ -225,8 +229,3 @@ def open_image(data: bytes, name: str) -> Image.Image:
         UserError: it is not an image, is cut short, or has more than :data:`lavi.images.MAX_PIXELS`.
     """
     return images.open_image(data, name=f"its member '{name}'", formats=FORMATS)
-
-
-def _asks_for_one_video(messages: list[dict[str, Any]]) -> bool:
-    parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-    return [part["type"] for part in parts if part["type"] in ("image", "video")] == ["video"]

@@ -12,15 +12,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.conversation import Reading, decode
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards import BrokenSample, Place, Raw, ShardStream, Slot, expected_samples, find_shards
-from lavi.batch import Batch, Position, Sample, Skip
+from datamodules.shards import BrokenSample, Place, Raw, ShardStream, Slot, expected_samples
+from datamodules.sources import find_shards
+from lavi.batch import Batch, Position, Sample, Skip, visual_parts
 from lavi.errors import UserError
 from lavi.processor import Processor, Ready, TooLong
 from lavi.video import FrameSampling
@@ -67,13 +68,10 @@ class Skipped:
         """A reader may have seen little yet, and what is broken does not lie evenly: ``spare`` may be one too many."""
         expected = self.max_share * (self.seen + self.total)
         if self.total > expected + 4 * math.sqrt(expected) + spare:
-            self._stop()
-
-    def _stop(self) -> NoReturn:
-        raise UserError(
-            f"{self.total} of {self.seen + self.total} samples are broken, more than data.max_skipped="
-            f"{self.max_share:g} allows; the last is {self.last}. Mend or remove them, or raise it."
-        )
+            raise UserError(
+                f"{self.total} of {self.seen + self.total} samples are broken, more than data.max_skipped="
+                f"{self.max_share:g} allows; the last is {self.last}. Mend or remove them, or raise it."
+            )
 
     def take(self) -> list[Skip]:
         """Those added since the last call."""
@@ -126,13 +124,8 @@ def without_last_turn(sample: Sample) -> Sample | None:
     if len(answers) < 2:
         return None
     kept = sample.messages[: answers[-2] + 1]
-
-    def places(messages: Sequence[dict[str, Any]]) -> int:
-        parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-        return sum(part["type"] in ("image", "video") for part in parts)
-
     # Images that no part names stand before the first words: they stay.
-    images = sample.images[: places(kept)] if places(sample.messages) else sample.images
+    images = sample.images[: len(visual_parts(kept))] if visual_parts(sample.messages) else sample.images
     return replace(sample, messages=kept, images=images)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,10 +23,10 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from datamodules.conversation import decode, visual_members
-from datamodules.counts import Counts, captions_of, texts_of, turns_of
-from datamodules.shards import BrokenSample, Raw, damage_of, expected_samples, find_shards, read_shard
-from datamodules.sources import read_index
+from datamodules.conversation import decode, said_by, visual_members
+from datamodules.counts import Counts, texts_of
+from datamodules.shards import BrokenSample, Raw, ShardStream, index_entry, read_shard
+from datamodules.sources import find_shards
 from datamodules.write import progress
 from lavi.errors import HelpFormatter, UserError, front
 from lavi.report import console, table
@@ -66,7 +65,7 @@ class Found:
 
     def note(self, error: BrokenSample) -> None:
         """Count a broken sample."""
-        self.broken.setdefault(error.cause, []).append(error.key)
+        self.broken.setdefault(error.cause, []).append(Path(error.key).name)  # a shard's key is where it lies
         self.lost[error.cause] += error.lost
 
 
@@ -98,29 +97,6 @@ def look(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: i
     return found
 
 
-def said_by(raw: Raw) -> dict[str, Any]:
-    """A sample's JSON, after the checks that need no decoding.
-
-    Raises:
-        BrokenSample: no JSON, or none of a sample's form; a member that is not what was packed.
-    """
-    key = raw["__key__"]
-    if "__broken__" in raw:
-        name = Path(key).name if key == raw.get("__shard__") else key
-        raise BrokenSample(name, raw["__broken__"], lost=raw.get("__lost__", 1))
-    try:
-        record = json.loads(raw["json"]) if "json" in raw else {"caption": raw["txt"].decode(errors="replace")}
-    except KeyError:
-        raise BrokenSample(key, "has no .json member with its messages, and no .txt member with a caption") from None
-    except (ValueError, RecursionError):
-        raise BrokenSample(key, "its .json member is not JSON") from None
-    if not isinstance(record, dict) or not (captions_of(record) or turns_of(record)):
-        raise BrokenSample(key, "its JSON has no 'messages', 'conversations' or 'captions'")
-    if wrong := damage_of(raw, record.get("crc32")):
-        raise BrokenSample(key, wrong)
-    return record
-
-
 def _keep(kept: list[Raw], raw: Raw, size: int, seen: int, rng: random.Random) -> None:
     """Reservoir sampling: the ``seen``-th sample stays with probability ``size / seen``."""
     if len(kept) < size:
@@ -132,9 +108,7 @@ def _keep(kept: list[Raw], raw: Raw, size: int, seen: int, rng: random.Random) -
 def summed(shards: list[str]) -> Iterator[BrokenSample | None]:
     """For each shard, whether its bytes are not those that its index sums. One without an index, or afar, has none."""
     for shard in shards:
-        file = Path(shard)
-        index = (read_index(str(file.parent)) if "://" not in shard else None) or {}
-        entry = index.get("shards", {}).get(file.name)
+        file, entry = Path(shard), index_entry(shard) if "://" not in shard else None
         given = entry.get("sha256") if isinstance(entry, dict) else None
         whole = given is None or _sum(file) == given
         yield None if whole else BrokenSample(file.name, "the shard has another sha256 than its index says")
@@ -243,8 +217,10 @@ def draw_sheet(found: Found, file: Path) -> None:
 def _draw(axis: Any, raw: Raw) -> None:
     from PIL import Image, ImageOps
 
+    from lavi import images
+
     pictures = [ImageOps.contain(picture, THUMBNAIL) for picture in pictures_of(raw)]
-    strip = _side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
+    strip = images.side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
     axis.imshow(ImageOps.pad(strip, THUMBNAIL, color="white"))
     words = [_shortened(text, 44) for text in itertools.islice(texts_of(said_by(raw)), 2)]
     # What people say is no formula: a $ is a $.
@@ -267,17 +243,6 @@ def pictures_of(raw: Raw) -> list[Any]:
         except UserError:  # counted by --check; a sheet shows what there is to see
             continue
     return found[:4]
-
-
-def _side_by_side(pictures: list[Any]) -> Any:
-    from PIL import Image
-
-    strip = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        strip.paste(picture, (left, 0))
-        left += picture.width
-    return strip
 
 
 def _shortened(text: str, length: int) -> str:
@@ -320,8 +285,7 @@ def inspect(args: argparse.Namespace) -> int:
     shards = find_shards(args.shards)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     records = itertools.islice((raw for shard in shards for raw in read_shard(shard)), args.limit)
-    expected = [expected_samples(shard) for shard in shards]
-    total = None if None in expected else sum(count for count in expected if count is not None)
+    total = ShardStream(shards).samples
     with progress() as bar:
         watched = bar.track(records, min(total, args.limit or total) if total else args.limit, description="looking")
         found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)

@@ -13,7 +13,6 @@ frame to frame. Answers are balanced as those of the scenes are.
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 from collections.abc import Iterator
@@ -40,11 +39,12 @@ from datamodules.scenes import (
     ask_one,
     conversation,
     converse,
+    draw,
     write_splits,
 )
 from datamodules.write import ShardJob
 from lavi.batch import Video
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.errors import front
 from lavi.video import time_instruction
 
 FRAMES, RATE = 16, 8
@@ -203,22 +203,10 @@ def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, w
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datamodules.moving", description=__doc__, formatter_class=HelpFormatter
+    counts = {"train": 6000, "validation": 400, "test": 400}
+    draw(
+        write_dataset, module="datamodules.moving", about=__doc__, out=Path("data/moving"), counts=counts, thing="clip"
     )
-    parser.add_argument("--out", type=Path, default=Path("data/moving"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
-    parser.add_argument("--train", type=int, default=6000, help="training clips")
-    parser.add_argument("--validation", type=int, default=400, help="validation clips, one question each")
-    parser.add_argument("--test", type=int, default=400, help="test clips, one question each")
-    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation, at most")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    args = parser.parse_args()
-    counts = {"train": args.train, "validation": args.validation, "test": args.test}
-    if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
-        raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")
-    written = write_dataset(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
-    print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.counts import type_of
-from datamodules.entries import READERS, BadEntry, Cell, Entry, Folders, Source, entry_of, open_dataset, read_cell
+from datamodules.entries import BadEntry, Cell, Entry, Folders, entry_of
+from datamodules.formats import READERS, Source, open_dataset, read_cell
 from datamodules.sources import INDEX
 from datamodules.write import ShardJob, held, progress, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front

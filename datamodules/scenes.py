@@ -446,24 +446,42 @@ class TowerScenes(pl.LightningDataModule):
         return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in PATCH_CLASSES}
 
 
-@front
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datamodules.scenes", description=__doc__, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    parser.add_argument("--train", type=int, default=12000, help="training scenes")
-    parser.add_argument("--validation", type=int, default=800, help="validation scenes, one question each")
-    parser.add_argument("--test", type=int, default=800, help="test scenes, one question each")
-    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation")
+# --- the command ------------------------------------------------------------------------------------------------------
+
+WriteDataset = Callable[..., bool]
+"""``write_dataset(out, seed=, counts=, turns=, workers=)``: False if the same data are there already."""
+
+
+def draw(write: WriteDataset, *, module: str, about: str | None, out: Path, counts: dict[str, int], thing: str) -> None:
+    """The command of built-in data: ``python -m MODULE --out FOLDER``.
+
+    Args:
+        about: what ``--help`` says first.
+        out, counts: where to, and how many of each split, if the command line does not say otherwise.
+        thing: what is drawn, in the singular.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help=f"another seed, other {thing}s")
+    for split, count in counts.items():
+        what = f"training {thing}s" if split == "train" else f"{split} {thing}s, one question each"
+        parser.add_argument(f"--{split}", type=int, default=count, help=what)
+    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation, at most")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
-    counts = {"train": args.train, "validation": args.validation, "test": args.test}
+    counts = {split: getattr(args, split) for split in counts}
     if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
         raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")
-    written = write_dataset(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
+    written = write(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
     print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")
+
+
+@front
+def main() -> None:
+    counts = {"train": 12000, "validation": 800, "test": 800}
+    draw(
+        write_dataset, module="datamodules.scenes", about=__doc__, out=Path("data/scenes"), counts=counts, thing="scene"
+    )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ end with its end mark and hold what its index says, and what is missing is count
 pass its checksum. Members of other types are never read, so that none is ever unpickled.
 
 The order of the samples is a function of (seed, epoch, rank, worker) alone, and a :class:`Place` in it is a shard, a
-record and how many of a shuffled block were taken: to resume is to open one shard, whatever the length of the epoch.
+record and how many of a shuffled block were taken: to resume is to read one block, whatever the length of the epoch.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import re
 import tarfile
@@ -30,13 +29,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
-from datamodules.sources import INDEX, find_shards, open_shard, read_index, samples_of
+from datamodules.sources import INDEX, open_shard, read_index, samples_of
 from lavi.errors import UserError
 from lavi.video import VIDEO_TYPES
-
-__all__ = ["BrokenSample", "Place", "ShardStream", "Slot", "find_shards", "read_shard"]
-
-log = logging.getLogger("lavi")
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MEDIA = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_TYPES, *VIDEO_TYPES))})")
@@ -109,8 +104,8 @@ def _index_of(folder: str) -> dict[str, Any]:
     return _shards_of_index(str(file.parent), file.stat().st_mtime if file.exists() else 0.0)
 
 
-def expected_samples(shard: str) -> int | None:
-    """How many samples the index beside a shard says it holds; None without one.
+def index_entry(shard: str) -> Any:
+    """What the index beside a shard says of it; None without one.
 
     Raises:
         UserError: there is an index, and it is none.
@@ -118,7 +113,12 @@ def expected_samples(shard: str) -> int | None:
     if shard.startswith("pipe:"):
         return None
     folder, _, name = shard.rpartition("/")
-    entry = _index_of(folder or ".").get(name)
+    return _index_of(folder or ".").get(name)
+
+
+def expected_samples(shard: str) -> int | None:
+    """How many samples the index beside a shard says it holds; None without one."""
+    entry = index_entry(shard)
     return None if entry is None else samples_of(entry)
 
 

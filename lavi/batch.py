@@ -47,6 +47,12 @@ class Sample:
     images: Sequence[Visual] = ()
 
 
+def visual_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of a conversation's messages that are images and videos, in order."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [part for part in parts if part["type"] in ("image", "video")]
+
+
 class Layout(NamedTuple):
     """How the views of one image belong together."""
 

@@ -21,7 +21,8 @@ def main() -> None:
     several = "; may be given several times, in the order that the question means"
     parser.add_argument("--image", type=lambda file: ("image", file), help=f"an image{several}", **seen)
     parser.add_argument("--video", type=lambda file: ("video", file), help=f"a video{several}", **seen)
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of each video, evenly spread")
+    frames = "frames of each video, evenly spread (None: those that the run was trained on)"
+    parser.add_argument("--frames", type=int, metavar="N", help=frames)
     parser.add_argument("--question", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (not streamed)")
@@ -39,10 +40,14 @@ def main() -> None:
     from lavi.images import open_image
     from lavi.video import FrameSampling, read_video
 
-    sampling = FrameSampling(frames=args.frames)
-    visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    _, model = load_run(args.checkpoint, trust=args.trust)
+    recipe, model = load_run(args.checkpoint, trust=args.trust)
+    sampling = FrameSampling()
+    if args.frames is not None:
+        sampling = FrameSampling(frames=args.frames)
+    elif recipe.settings["data"].get("video") is not None:
+        sampling = recipe.build("data.video")
+    visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     model.to(device)
     content = [*({"type": kind} for kind, _ in args.seen), {"type": "text", "text": args.question}]
     batch = collate(model, [Sample("question", [{"role": "user", "content": content}], visuals)]).to(device)

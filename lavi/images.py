@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,17 @@ def open_image(
         raise UserError(f"{called} is not an image that opens (no format known here).") from None
     except BROKEN as error:
         raise UserError(f"{called} is not an image that opens ({error}).") from None
+
+
+def side_by_side(pictures: Sequence[Image.Image], *, gap: int = 4) -> Image.Image:
+    """Pictures in a row on white, ``gap`` pixels apart."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    strip = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width + gap
+    return strip
 
 
 def _read(file: Path) -> bytes:

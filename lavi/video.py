@@ -29,7 +29,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from lavi.batch import Video
+from lavi.batch import Video, visual_parts
 from lavi.errors import UserError
 
 VIDEO_TYPES = ("mp4", "webm", "mkv", "gif")
@@ -462,8 +462,7 @@ def told_times(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> l
     Raises:
         UserError: the parts and the videos are not equally many.
     """
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    asked = sum(part["type"] == "video" for part in parts)
+    asked = sum(part["type"] == "video" for part in visual_parts(messages))
     if asked not in (0, len(videos)):
         raise UserError(f"a conversation has {asked} video parts and {len(videos)} videos: give each its part.")
     coming = iter(videos)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 
@@ -23,32 +23,6 @@ from lavi.checkpoint import LAST, RECIPE, TRAINED
 from lavi.efficiency.record import Record, read
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Runs ``python -m MODULE ARGUMENTS`` in this process, inside a folder of the test's own: (status, out, err)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(module: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            importlib.import_module(module).main()
-        printed = capsys.readouterr()
-        return int(left.value.code or 0), printed.out, printed.err
-
-    return call
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    """A user's mistake: status 2, one line, no traceback."""
-    status, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2, err
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.fixture
@@ -244,7 +218,8 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
 def test_your_own_data(run, tmp_path: Path) -> None:
     """LLaVA-style JSON and an image folder become shards that read back as they were."""
     from datamodules.conversation import decode
-    from datamodules.shards import find_shards, read_shard
+    from datamodules.shards import read_shard
+    from datamodules.sources import find_shards
 
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)

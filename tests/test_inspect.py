@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import random
 import shutil
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,21 +18,19 @@ import pytest
 from PIL import Image
 
 from datamodules.inspect import look, pictures_of
-from datamodules.shards import find_shards, read_shard
+from datamodules.shards import read_shard
+from datamodules.sources import find_shards
 from datamodules.write import ShardJob, shard_jobs, write_shards
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def run(run):  # type: ignore[no-untyped-def]
     """Runs ``python -m datamodules.inspect ARGUMENTS``: (status, what it prints)."""
 
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            importlib.import_module("datamodules.inspect").main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return int(left.value.code or 0), printed.out + printed.err
+        status, out, err = run("datamodules.inspect", *arguments)
+        assert "Traceback" not in err
+        return status, out + err
 
     return call
 

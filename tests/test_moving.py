@@ -15,7 +15,8 @@ import pytest
 from datamodules import moving
 from datamodules.moving import FRAMES, HOW_MANY, LEVELS, RATE, Play, make_samples, mp4, questions, write_dataset
 from datamodules.scenes import COLOURS
-from datamodules.shards import find_shards, read_shard
+from datamodules.shards import read_shard
+from datamodules.sources import find_shards
 from datamodules.write import ShardJob
 from lavi.errors import UserError
 from lavi.video import FrameSampling, read_video

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import multiprocessing
@@ -11,15 +10,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refused
 from PIL import Image
 
 from datamodules import pack, write
 from datamodules.conversation import decode
-from datamodules.shards import find_shards, read_shard
+from datamodules.shards import read_shard
+from datamodules.sources import find_shards
 from datamodules.write import ShardJob, Written, held, shard_jobs, write_shards
 from lavi.errors import UserError
 
@@ -27,18 +29,9 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+def run(run):  # type: ignore[no-untyped-def]
     """Runs ``python -m datamodules.pack ARGUMENTS`` in a folder of the test's own: (status, out, err)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            importlib.import_module("datamodules.pack").main()
-        printed = capsys.readouterr()
-        return int(left.value.code or 0), printed.out, printed.err
-
-    return call
+    return partial(run, "datamodules.pack")
 
 
 @pytest.fixture
@@ -79,16 +72,6 @@ def said(raw: dict[str, Any]) -> dict[str, Any]:
 
 def members(raw: dict[str, Any]) -> set[str]:
     return {name for name in raw if not name.startswith("_")}
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    status, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2, err
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 # --- runs that are killed ---------------------------------------------------------------------------------------------

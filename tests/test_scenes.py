@@ -11,7 +11,8 @@ import pytest
 
 from datamodules.conversation import decode
 from datamodules.scenes import LEVELS, SIZES, Scene, patch_labels, questions, questions_of_two, write_dataset
-from datamodules.shards import find_shards, read_shard
+from datamodules.shards import read_shard
+from datamodules.sources import find_shards
 from lavi.errors import UserError
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 from datamodules.conversation import decode
 from datamodules.image_text import ImageTextData
-from datamodules.shards import BrokenSample, ShardStream, Slot, find_shards, read_shard
+from datamodules.shards import BrokenSample, ShardStream, Slot, read_shard
+from datamodules.sources import find_shards
 from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion

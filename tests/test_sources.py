@@ -15,8 +15,8 @@ import pytest
 from test_shards import png, sample, write_tar
 
 from datamodules import sources
-from datamodules.shards import ShardStream, Slot, find_shards, read_shard
-from datamodules.sources import open_shard, read_index
+from datamodules.shards import ShardStream, Slot, read_shard
+from datamodules.sources import find_shards, open_shard, read_index
 from lavi.errors import UserError
 
 
@@ -132,6 +132,17 @@ def test_dropped_connections_lose_nothing(serve: Any) -> None:
             whole(request, data, span)
 
     assert keys(f"{serve(drops)}shard-000000.tar") == ALL
+
+
+def test_a_part_that_comes_short_is_asked_for_again(serve: Any) -> None:
+    """The answer is whole by its own account, and is less than was asked for."""
+    rng = random.Random(1)
+
+    def shortens(request: Any, data: bytes, span: tuple[int, int] | None) -> None:
+        less = rng.choice([0, 0, 1024])
+        whole(request, data, span and (span[0], max(span[0] + 1, min(span[1], len(data)) - less)))
+
+    assert keys(f"{serve(shortens)}shard-000000.tar") == ALL
 
 
 def test_a_server_that_is_down_for_a_while_loses_nothing(serve: Any) -> None:

@@ -26,7 +26,8 @@ from datamodules import shards as shards_room
 from datamodules.conversation import Reading, decode
 from datamodules.image_text import Encoder, HeldOut, ImageTextData, Skipped, without_last_turn
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards import BrokenSample, Place, ShardStream, Slot, find_shards, read_shard
+from datamodules.shards import BrokenSample, Place, ShardStream, Slot, read_shard
+from datamodules.sources import find_shards
 from lavi.batch import IGNORE, Sample, Video
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
@@ -501,18 +502,23 @@ def test_a_key_that_comes_twice_is_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
-    """Python's tar reader, and all that is built on it, takes it for the end of the file."""
-    file = tmp_path / "a.tar"
+def damaged_in_the_middle(file: Path, at: slice, by: bytes) -> str:
+    """Ten samples, and other bytes somewhere in the header of the sixth; the file."""
     write_tar(file, [member for i in range(10) for member in sample(f"k{i}")])
     with tarfile.open(file) as tar:
         offset = tar.getmembers()[10].offset
     data = bytearray(file.read_bytes())
-    data[offset + 3] ^= 0xFF
+    data[offset + at.start : offset + at.stop] = by
     file.write_bytes(data)
+    return str(file)
+
+
+def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
+    """Python's tar reader, and all that is built on it, takes it for the end of the file."""
+    file = damaged_in_the_middle(tmp_path / "a.tar", slice(3, 4), b"\xff")
     with tarfile.open(file) as tar:
         assert len(tar.getmembers()) == 10  # half of them, and no error
-    *good, last = read_shard(str(file))
+    *good, last = read_shard(file)
     assert len(good) == 4  # the fifth has stood there, but not been read to its end
     assert "no tar header where one must stand" in last["__broken__"]
 
@@ -557,14 +563,7 @@ def test_noise_is_no_shard(tmp_path: Path, data: bytes) -> None:
 
 def test_zeros_in_the_place_of_a_header_are_no_end(tmp_path: Path) -> None:
     """What a torn write leaves, and what every tar reader takes for the end mark."""
-    file = tmp_path / "a.tar"
-    write_tar(file, [member for i in range(10) for member in sample(f"k{i}")])
-    with tarfile.open(file) as tar:
-        offset = tar.getmembers()[10].offset
-    data = bytearray(file.read_bytes())
-    data[offset : offset + 512] = bytes(512)
-    file.write_bytes(data)
-    *_, last = read_shard(str(file))
+    *_, last = read_shard(damaged_in_the_middle(tmp_path / "a.tar", slice(0, 512), bytes(512)))
     assert "zeros where a header must stand" in last["__broken__"]
 
 
@@ -581,18 +580,21 @@ def test_lost_and_found_add_up(tmp_path: Path) -> None:
 
 
 def test_headers_that_lead_back_do_not_hang(tmp_path: Path) -> None:
-    """A negative size sends a tar reader back to where it was."""
-    info = tarfile.TarInfo("a.json")
-    info.pax_headers = {"size": "-1024"}
+    """A negative size sends a tar reader back to where it was, for ever."""
+    # Not the file's first byte, where readers stop; and of no kind that is read, which would fail for another reason.
+    before, info = tarfile.TarInfo("a.json"), tarfile.TarInfo("b")
+    info.pax_headers = {"size": "-1536"}  # from behind its own headers to the first of them
     file = tmp_path / "a.tar"
-    file.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    *_, last = read_shard(str(file))
-    assert "__broken__" in last
+    file.write_bytes(before.tobuf(tarfile.PAX_FORMAT) + info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    sound, broken = read_shard(str(file))
+    assert "__broken__" not in sound
+    assert "__broken__" in broken
 
 
-def test_memory_is_not_asked_for_what_a_header_claims(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_memory_is_not_asked_for_what_a_header_claims(tmp_path: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("a.json")
-    info.size = 2**60
+    info.size, info.type = 2**60, kind
     file = tmp_path / "a.tar"
     file.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"short")
     (last,) = read_shard(str(file))

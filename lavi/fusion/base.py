@@ -173,21 +173,14 @@ def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
     return Rows(index, column, image)
 
 
-def text_alone(batch: Batch, vision: VisualContext) -> DecoderInput:
+def text_alone(batch: Batch, vision: ColumnContext) -> DecoderInput:
     """The text of a batch as the decoder's input, nothing between its tokens."""
-    conversation = None if batch.packed is None else conversation_of_text(batch).to(batch.input_ids.device)
-    return DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids, conversation=conversation)
-
-
-def starts_of(batch: Batch, device: torch.device) -> Tensor | None:
-    """(B, T): the column at which each text token's conversation begins; None where a row is one conversation."""
-    if batch.packed is None:
-        return None
-    starts = torch.zeros(batch.input_ids.shape, dtype=torch.long, device="cpu")
-    for row, conversations in enumerate(batch.packed):
-        for start, stop in conversations:
-            starts[row, start:stop] = start
-    return starts.to(device)
+    inputs = DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids)
+    if batch.packed is not None:
+        inputs.conversation = conversation_of_text(batch).to(batch.input_ids.device)
+        columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        vision.start = columns - inputs.position_ids  # (B, T)
+    return inputs
 
 
 def conversation_of_text(batch: Batch) -> Tensor:

@@ -26,7 +26,6 @@ from lavi.fusion.base import (
     chosen_layers,
     numbers_of_views,
     rows_of,
-    starts_of,
     text_alone,
 )
 from lavi.language.context import DecoderInput
@@ -99,9 +98,7 @@ class CrossAttentionFusion(Fusion):
         seen = {}
         for layer, block in self.blocks.items():
             seen[f"{layer} key"], seen[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(visual)
-        context = CrossAttentionContext(
-            fusion=self, visual=seen, column=rows.column, start=starts_of(batch, features.device)
-        )
+        context = CrossAttentionContext(fusion=self, visual=seen, column=rows.column)
         return text_alone(batch, context)
 
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:

@@ -35,7 +35,6 @@ from lavi.fusion.base import (
     modulation_flops,
     numbers_of_views,
     rows_of,
-    starts_of,
     text_alone,
 )
 from lavi.language.context import DecoderInput
@@ -149,7 +148,7 @@ class LaViFusion(Fusion):
         per_view = next(iter(slots.values())).shape[1]
         rows = rows_of(batch, [place.views * per_view for place in batch.places]).to(features.device)
         visual = {name: rows.gather(slot) for name, slot in slots.items()}
-        context = LaViContext(fusion=self, visual=visual, column=rows.column, start=starts_of(batch, features.device))
+        context = LaViContext(fusion=self, visual=visual, column=rows.column)
         return text_alone(batch, context)
 
     def deltas(self, layer: int, hidden: Tensor, visual: dict[str, Tensor], mask: Tensor) -> list[Deltas]:
