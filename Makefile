@@ -62,18 +62,24 @@ verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.
 verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
 	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
 
-visor-scenes: install ## train VISOR and concatenation on the scenes, and score them (an hour and a half on two cores)
+# A run of one of VISOR's recipes for the scenes; one that was stopped goes on.
+visor-folder = runs/visor-scenes-$(subst _,-,$(1))
+visor-run = $(BIN)/python -m lavi.fit $(if $(wildcard $(visor-folder)/last.ckpt),--resume $(visor-folder),--recipe recipes/visor/scenes_$(1).yaml --run $(visor-folder))
+
+visor-scenes: install ## train VISOR and concatenation on the scenes, and score them (two hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/scenes
 	$(BIN)/python -m datamodules.scenes --out data/scenes-single --turns 1 --test 4000
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_concat.yaml --run runs/visor-scenes-concat
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_concat_longer.yaml --run runs/visor-scenes-concat-longer
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_cross.yaml --run runs/visor-scenes-cross
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_stage1.yaml --run runs/visor-scenes-stage1
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_universal.yaml --run runs/visor-scenes-universal
+	$(call visor-run,concat)
+	$(call visor-run,concat_longer)
+	$(call visor-run,cross)
+	$(call visor-run,refining)
+	$(call visor-run,refining_both)
+	$(call visor-run,stage1)
+	$(call visor-run,universal)
 	$(BIN)/python -m lavi.visor search --checkpoint runs/visor-scenes-universal --out data/visor-scenes/viable.json --keep 0.5
 	$(BIN)/python -m lavi.visor label --checkpoint runs/visor-scenes-universal --configurations data/visor-scenes/viable.json \
 	  --by likely --keep 0.8 --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
-	$(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_router.yaml --run runs/visor-scenes-router
+	$(call visor-run,router)
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
 
 dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (five minutes)

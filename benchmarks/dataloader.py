@@ -48,6 +48,8 @@ from lavi.report import markdown
 from lavi.vision.hf import HFVision
 
 SIDE = 384
+PER_SHARD = 20
+"""Samples in each of many shards."""
 Prepare = Callable[[Image.Image], torch.Tensor]
 """An image to (3, 384, 384), with the resizing of the tower's own preprocessing."""
 TOWER = {
@@ -291,18 +293,19 @@ def video(work: Path, *, clips: int, frames: int = 8, rounds: int = 5) -> list[d
 
 
 def many_shards(work: Path, *, samples: int, counts: tuple[int, ...] = (10, 100, 1000)) -> list[dict[str, Any]]:
-    """Raw samples a second, the same samples in few shards or in many; and after resuming in the middle."""
-    made = {count: write_photographs(work / f"of-{count}", samples, per_shard=samples // count) for count in counts}
+    """Raw samples a second of few shards and of many, of the same size; and after resuming in the middle."""
+    made = {count: write_photographs(work / f"of-{count}", count * PER_SHARD, PER_SHARD) for count in counts}
     found: dict[int, list[float]] = {count: [] for count in counts}
     resumed: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(5):
+    for _ in range(7):
         for count, shards in made.items():
-            stream = ShardStream(shards, seed=0, shuffle=1000)
+            stream = ShardStream(shards, seed=0, shuffle=counts[0] * PER_SHARD)
             started = time.perf_counter()
-            read = sum(1 for _ in stream.epoch(0, Slot()))
-            found[count].append((time.perf_counter() - started) / read)
+            every = (raw for _, raw in stream.records(Slot(), Place()) if raw is not None)
+            sum(1 for _ in itertools.islice(every, samples))  # of few shards: several epochs
+            found[count].append((time.perf_counter() - started) / samples)
             places = (place for place, _ in stream.records(Slot(), Place()))
-            middle = next(itertools.islice(places, read // 2, None))
+            middle = next(itertools.islice(places, count * PER_SHARD // 2, None))
             started = time.perf_counter()
             next(stream.records(Slot(), middle))
             resumed[count].append(time.perf_counter() - started)
@@ -354,6 +357,7 @@ def packer(work: Path, *, samples: int, rounds: int = 3) -> list[dict[str, Any]]
         turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": CAPTION.format(number)}]
         entries.append({"id": number, "image": f"{number:06d}.jpg", "conversations": turns})
     (work / "entries.json").write_text(json.dumps(entries))
+    given = ("--json", work / "entries.json", "--images", images, "--per-shard", 500)
     ratios, speeds = [], []
     for number in range(rounds):
         started = time.perf_counter()
@@ -361,7 +365,7 @@ def packer(work: Path, *, samples: int, rounds: int = 3) -> list[dict[str, Any]]
         os.sync()
         copied = time.perf_counter() - started
         started = time.perf_counter()
-        run(pack, "--json", work / "entries.json", "--images", images, "--out", work / f"packed-{number}")
+        run(pack, *given, "--out", work / f"packed-{number}")
         os.sync()
         packed = time.perf_counter() - started
         ratios.append(copied / packed)
@@ -432,7 +436,7 @@ def main() -> None:
         found += video(work, clips=20)
         found += many_shards(work, samples=5000)
         found += memory(work, samples=args.memory_samples)
-        found += packer(work, samples=args.samples)
+        found += packer(work, samples=6 * args.samples)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     where = {"machine": machine, "workers": args.workers, "torch": torch.__version__}
     for record in found:

@@ -1,10 +1,11 @@
 """What VISOR reaches on the scenes: is reading enough for easy questions, and for hard ones not?
 
-    make visor-scenes      trains everything (about an hour and a half on two cores), then runs this
+    make visor-scenes      trains everything (about two hours on two cores), then runs this
     python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl      scores what was trained
 
-Held-out answers of concatenation, of cross-attention alone, of the universal model at each of its configurations, and
-of its router; beside them the FLOPs of one prompt, of the router the mean over what it chose. Stopped, it goes on.
+Held-out answers of concatenation, of cross-attention alone and with refining layers, of the universal model at each
+of its configurations, and of its router; beside them the FLOPs of one prompt, of the router the mean over what it
+chose. Stopped, it goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ UNIVERSAL = "runs/visor-scenes-universal"
 RUNS: dict[str, tuple[str, list[str]]] = {
     "concatenation": ("runs/visor-scenes-concat-longer", []),
     "cross-attention alone": ("runs/visor-scenes-cross", []),
+    "cross-attention, layer 1 refining": ("runs/visor-scenes-refining", []),
+    "cross-attention, both refining": ("runs/visor-scenes-refining-both", []),
     **{
         f"universal, refining {name}": (UNIVERSAL, [f"model.fusion.configuration={layers}"])
         for name, layers in (("none", "[]"), ("layer 1", "[1]"), ("layer 2", "[2]"), ("both", "[1, 2]"))

@@ -24,16 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datamodules.tokenizer import train_tokenizer
 from datamodules.write import ShardJob, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
-from lavi.images import open_image
 
 SIDE = 64
 CELLS = 2
@@ -381,69 +376,6 @@ def write_splits(
     train_tokenizer(spoken, out / "tokenizer")
     note.write_text(json.dumps(made_by))
     return True
-
-
-# --- labels for the built-in tower ------------------------------------------------------------------------------------
-
-PATCH_CLASSES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 1 + len(SIZES), "glyph": 1 + len(GLYPHS)}
-"""Classes of each attribute at a patch; class 0 is "nothing here"."""
-
-
-def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
-    """For each attribute, what the patches of a ``grid`` x ``grid`` raster show: (N,) each.
-
-    A patch belongs to the thing whose square around its centre covers most of it, if that is a fifth or more.
-    """
-    labels = {name: torch.zeros(grid, grid, dtype=torch.long) for name in PATCH_CLASSES}
-    covered = torch.full((grid, grid), 0.2)
-    side = SIDE / grid
-    starts = torch.arange(grid) * side
-    for thing in scene.things:
-        r = SIZES[thing.size]
-        # Overlap along one axis, as a share of the patch: (grid,) for x and for y.
-        x, y = (
-            ((starts + side).clamp(max=c + r) - starts.clamp(min=c - r)).clamp(min=0) / side for c in (thing.x, thing.y)
-        )
-        share = y[:, None] * x[None, :]
-        mine = share > covered
-        covered = torch.where(mine, share, covered)
-        values = {
-            "colour": 1 + list(COLOURS).index(thing.colour),
-            "shape": 1 + SHAPES.index(thing.shape),
-            "size": 1 + list(SIZES).index(thing.size),
-            "glyph": 1 + GLYPHS.index(thing.glyph) if thing.glyph else 0,
-        }
-        for name, value in values.items():
-            labels[name][mine] = value
-    return {name: label.flatten() for name, label in labels.items()}
-
-
-class TowerScenes(pl.LightningDataModule):
-    """Endless scenes of the ``tower`` split with their patch labels, drawn as they are needed.
-
-    Args:
-        processor: the tower's preprocessing, image to (C, H, W).
-        grid: patches along a side.
-    """
-
-    def __init__(
-        self, processor: Callable[[Image.Image], Tensor], *, grid: int, batch_size: int = 64, seed: int = 0
-    ) -> None:
-        super().__init__()
-        self.processor, self.grid, self.batch_size, self.seed = processor, grid, batch_size, seed
-
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
-        return DataLoader(self, batch_size=None, sampler=range(2**31), num_workers=1)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
-        scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
-        pixels = torch.stack([self.processor(open_image(jpeg(s.image()))) for s in scenes])
-        labels = [patch_labels(s, self.grid) for s in scenes]
-        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in PATCH_CLASSES}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -392,12 +391,14 @@ def _write_shard(slot: int, job: ShardJob) -> None:
     counts = Counts()
     with open(f"{shard}.tmp", "wb") as stream:
         summed = _Summed(stream)
-        with tarfile.open(fileobj=cast(Any, summed), mode="w|", format=tarfile.PAX_FORMAT) as tar:
-            for key, members in _samples(job, _worker.make, counts):
-                if _worker.done[-1]:
-                    raise _Stopped
-                _add(tar, key, members)
-                _worker.done[slot] = counts.samples
+        for key, members in _samples(job, _worker.make, counts):
+            if _worker.done[-1]:
+                raise _Stopped
+            for name, data in sorted(members.items()):
+                summed.write(_member(f"{key}.{name}", data))
+            _worker.done[slot] = counts.samples
+        end = 2 * tarfile.BLOCKSIZE
+        summed.write(bytes(end + -(summed.bytes + end) % tarfile.RECORDSIZE))
         _commit(stream, shard)
     record = {"samples": counts.samples, "bytes": summed.bytes, "sha256": summed.sha.hexdigest()}
     _put(_record(_worker.part, job), json.dumps(record | {"counts": counts.to_json()}).encode())
@@ -417,12 +418,11 @@ def _samples(job: ShardJob, make: Make, counts: Counts) -> Iterator[tuple[str, d
         yield key, {"json": json.dumps(record).encode()} | media
 
 
-def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    """Times and owners are fixed, so that the bytes are the same whenever and by whomever they are written."""
-    for name, data in sorted(members.items()):
-        info = tarfile.TarInfo(f"{key}.{name}")
-        info.size, info.mode = len(data), 0o644
-        tar.addfile(info, io.BytesIO(data))
+def _member(name: str, data: bytes) -> bytes:
+    """A tar's member. Times and owners are fixed, so that the bytes are the same whenever and by whomever written."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 class _Summed:
@@ -431,7 +431,7 @@ class _Summed:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.sha, self.bytes = stream, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self.sha.update(data)
         self.bytes += len(data)
-        return self.stream.write(data)
+        self.stream.write(data)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # the commands that write and look at shards start without it
+    import torch
+    from torch import Tensor
 
 IGNORE = -100
 """The label of a token that is not trained."""

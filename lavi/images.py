@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,8 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats or _formats())
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{called} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} decoded.")
-        return _rgb(_upright(image))
+        _turn_upright(image)
+        return _rgb(image)
     except Image.DecompressionBombError:
         raise UserError(f"{called} is a decompression bomb: it has more than {MAX_PIXELS} pixels.") from None
     except UnidentifiedImageError:
@@ -76,11 +78,9 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name != "EPS"]
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except BROKEN:  # of an image that opens, damaged EXIF is no reason to lose the picture
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(*BROKEN):  # of an image that opens, damaged EXIF is no reason to lose the picture
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -89,7 +89,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

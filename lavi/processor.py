@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout, Sample, Video
 from lavi.chat import Chat, Encoded
@@ -110,7 +111,7 @@ class Processor:
             ids,
             labels,
             mask,
-            torch.cat([ready.pixels for ready in each]),
+            _in_one([ready.pixels for ready in each]),
             spans=[(row[0][0], row[-1][1]) for row in conversations],
             places=places,
             answers=answers,
@@ -118,3 +119,10 @@ class Processor:
             sources=[ready.source for ready in each],
             packed=conversations if len(each) > len(packs) else None,
         )
+
+
+def _in_one(pixels: list[Tensor]) -> Tensor:
+    """(views, C, H, W) of all samples; of a reading process in the memory it shares, where it would be copied else."""
+    views = [view for of_one in pixels for view in of_one]
+    together: Tensor = default_collate(views) if views else pixels[0]
+    return together

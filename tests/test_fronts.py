@@ -309,3 +309,10 @@ def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_p
     assert mean.knobs["timed way"] in mean.knobs["ways"]
     assert mean.gflops_language < full.gflops_language or "(1, 2)" in mean.knobs["ways"]
     refused(run("lavi.visor", "search", "--checkpoint", router, "--out", tmp_path / "x.json"), "has a router already")
+
+
+@pytest.mark.parametrize("command", ["pack", "inspect", "scenes", "moving", "digits"])
+def test_commands_about_shards_start_without_torch(command: str) -> None:
+    """Loading it takes seconds, in each process that writes: longer than most of what they do."""
+    code = f"import sys, datamodules.{command}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

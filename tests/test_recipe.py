@@ -147,8 +147,8 @@ WRONG = {
     "no component": ("data: nothing\n", r"child.yaml:2: section 'data' must name a component by _target_"),
     "interpolation": ("seed: ${nothing}\n", r"nothing"),
     "missing argument": (
-        "data:\n  _target_: datamodules.scenes.TowerScenes\n",
-        r"child.yaml:2: 'data' \(datamodules.scenes.TowerScenes\) needs 'grid'",
+        "data:\n  _target_: datamodules.patches.TowerScenes\n",
+        r"child.yaml:2: 'data' \(datamodules.patches.TowerScenes\) needs 'grid'",
     ),
 }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.conversation import decode
-from datamodules.scenes import LEVELS, SIZES, Scene, patch_labels, questions, questions_of_two, write_dataset
+from datamodules.patches import patch_labels
+from datamodules.scenes import LEVELS, SIZES, Scene, questions, questions_of_two, write_dataset
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
 from lavi.errors import UserError

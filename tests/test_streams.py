@@ -196,16 +196,19 @@ lavi.fit.main()
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+LONG = [pytest.param(workers, 100, 8, marks=pytest.mark.slow) for workers in (0, 2)]
+
+
+@pytest.mark.parametrize(("workers", "steps", "kills"), [(0, 24, 1), (2, 24, 2), *LONG])
 def test_a_killed_run_sees_the_same_samples_and_losses(
-    tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int
+    tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int, steps: int, kills: int
 ) -> None:
     """SIGKILL between two checkpoints: the steps after the last of them are what one go has there, bit for bit."""
     recipe = yaml.safe_load(tiny_recipe.read_text())
     sources = {"some": str(scenes / "train"), "few": str(scenes / "validation")}
     mixture = {"_target_": "datamodules.mixture.Mixture", "sources": sources, "temperature": 2.0}
     recipe["data"] |= {"train": mixture, "workers": workers, "bucket": 2}
-    recipe["trainer"] |= {"max_steps": 24, "limit_val_batches": 0}
+    recipe["trainer"] |= {"max_steps": steps, "limit_val_batches": 0}
     tiny_recipe.write_text(yaml.safe_dump(recipe))
 
     def fit(notes: Path, kill_at: int, *arguments: object) -> int:
@@ -216,16 +219,16 @@ def test_a_killed_run_sees_the_same_samples_and_losses(
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
 
     assert fit(tmp_path / "whole.txt", -1, "--recipe", tiny_recipe, "--run", tmp_path / "whole") == 0
-    first, second = sorted(random.Random(workers).sample(range(5, 23), 2))
-    cut = tmp_path / "cut"
-    assert fit(tmp_path / "cut.txt", first, "--recipe", tiny_recipe, "--run", cut) == -signal.SIGKILL
-    if workers:
-        assert fit(tmp_path / "cut.txt", second, "--resume", cut) == -signal.SIGKILL
-    assert fit(tmp_path / "cut.txt", -1, "--resume", cut) == 0
+    run = tmp_path / "cut"
+    how: tuple[object, ...] = ("--recipe", tiny_recipe, "--run", run)
+    for kill_at in sorted(random.Random(workers).sample(range(5, steps), kills)):
+        assert fit(tmp_path / "cut.txt", kill_at, *how) == -signal.SIGKILL
+        how = ("--resume", run)
+    assert fit(tmp_path / "cut.txt", -1, *how) == 0
 
     whole = (tmp_path / "whole.txt").read_text().splitlines()
-    assert len(whole) == 24
-    assert len({line.split(" ", 1)[1] for line in whole}) == 24
+    assert len(whole) == steps
+    assert len({line.split(" ", 1)[1] for line in whole}) == steps
     # A step that was done twice, before the kill and after it, was the same step.
     assert set((tmp_path / "cut.txt").read_text().splitlines()) == set(whole)
 
