@@ -37,8 +37,9 @@ def comparison(records: list[Record]) -> str:
     baseline = next((made for made in records if made.method == "concat"), None)
     columns, rows = side_by_side(records, baseline)
     made = records[0]
+    views = f" and {made.views} views" if made.views > 1 else ""
     note = (
-        f"{made.knobs['test_samples']} test samples; one prompt of {made.text_tokens} text tokens, batch 1; "
+        f"{made.knobs['test_samples']} test samples; one prompt of {made.text_tokens} text tokens{views}, batch 1; "
         f"1 multiply-add = 2 FLOPs; {made.device}, {made.dtype}, {made.attention}, torch {made.versions['torch']}."
     )
     return f"{markdown(columns, rows)}\n{note}\n"

@@ -19,7 +19,6 @@ from tables import visor_scenes
 from lavi import evaluation
 from lavi.checkpoint import load_run
 from lavi.efficiency import measure, record
-from lavi.efficiency.point import Scenario
 from lavi.routing import fingerprint
 
 UNIVERSAL = "runs/visor-scenes-universal"
@@ -44,28 +43,26 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = {made.knobs["name"]: made for made in record.read(args.out)} if args.out and args.out.exists() else {}
-    records = []
     for name, (run, changes) in RUNS.items():
         scored = {"name": name, "run": Path(run).name, "weights": fingerprint(Path(run)), "limit": args.limit}
         made = there.get(name)
         if made is not None and scored.items() <= made.knobs.items():  # of a run that was stopped
-            records.append(made)
             continue
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         model.fusion.ways.clear()
         accuracy = evaluation.score(model, evaluation.prompts_of(samples), device=device, label=name)
-        text, visual = evaluation.typical_prompt(model, samples)
-        made = measure.count(recipe, model, Scenario(text=text, visual_tokens=visual), model.fusion.ways.copy())
+        prompt = evaluation.typical_prompt(model, samples)
+        made = measure.count(recipe, model, prompt, model.fusion.ways.copy())
         made.accuracy = accuracy
         made.knobs |= scored | {"test_samples": len(samples)}
-        records.append(made)
+        there[name] = made
         if args.out:
             args.out.unlink(missing_ok=True)
-            record.write(records, args.out)
+            record.write([there[known] for known in RUNS if known in there], args.out)
         print(f"{name}: easy {accuracy['level/easy']:.1f} %, hard {accuracy['level/hard']:.1f} %", flush=True)
-    print(visor_scenes(records))
+    print(visor_scenes([there[name] for name in RUNS]))
 
 
 if __name__ == "__main__":

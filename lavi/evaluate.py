@@ -34,7 +34,6 @@ def main() -> None:
     from lavi import evaluation
     from lavi.checkpoint import load_run
     from lavi.efficiency import measure, record
-    from lavi.efficiency.point import Scenario
     from lavi.report import console, table
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
@@ -44,8 +43,7 @@ def main() -> None:
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         scores = evaluation.evaluate(model, samples, device=device, name=run.name)
-        text, visual = evaluation.typical_prompt(model, samples)
-        scenario = Scenario(text=text, visual_tokens=visual)
+        scenario = evaluation.typical_prompt(model, samples)
         made = measure.count(recipe, model, scenario, scores["ways"])
         usual = max(scores["ways"], key=scores["ways"].get, default=None)
         measure.measure(made, model, scenario, device=device, way=usual)
@@ -60,9 +58,8 @@ def main() -> None:
     if args.out:
         record.write(records, args.out)
     columns, rows = evaluation.side_by_side(records, twins[0])
-    title = (
-        f"{len(samples)} test samples; one prompt of {text} text tokens; 1 multiply-add = 2 FLOPs; {records[0].device}"
-    )
+    prompt = f"{scenario.text} text tokens and {scenario}"
+    title = f"{len(samples)} test samples; one prompt of {prompt}; 1 multiply-add = 2 FLOPs; {records[0].device}"
     console().print(table(title, columns, rows))
 
 

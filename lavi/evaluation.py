@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from lavi.batch import Batch, Sample, Visual
+from lavi.batch import Batch, Sample, Video, Visual
+from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.metrics.answers import FamilyAccuracy
 from lavi.model import VisionLanguageModel
@@ -107,12 +108,22 @@ def evaluate(
     return scores | {"controls": dict(zip(CONTROLS, (shuffled, none), strict=True))}
 
 
-def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> tuple[int, int]:
-    """The median number of text tokens of a prompt, and of visual tokens that the tower gives with it."""
+def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> Scenario:
+    """A prompt as these are, in the median: its text, and one image of their size, or a video of their frames.
+
+    Where prompts have several images, as many visual tokens as the tower gives for those.
+    """
     prompts = prompts_of(samples)
     lengths = [len(model.chat.encode_prompt(p.sample.messages, images=len(p.sample.images)).ids) for p in prompts]
-    images = median(len(p.sample.images) for p in prompts)
-    return int(median(lengths)), int(images) * model.vision.tokens
+    text, images = int(median(lengths)), int(median(len(p.sample.images) for p in prompts))
+    if images != 1:
+        return Scenario(text, visual_tokens=images * model.vision.tokens)
+    seen = [visual for prompt in prompts for visual in prompt.sample.images]
+    frames = [len(visual.frames) for visual in seen if isinstance(visual, Video)]
+    if 2 * len(frames) > len(seen):
+        return Scenario(text, frames=int(median(frames)))
+    sizes = [visual.size for visual in seen if not isinstance(visual, Video)]
+    return Scenario(text, image=(int(median(w for w, _ in sizes)), int(median(h for _, h in sizes))))
 
 
 def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:

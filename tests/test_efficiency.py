@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, QWEN2, TOWER
+from conftest import FAMILIES, QWEN2, TOWER, ask, image
 from PIL import Image
 from sizes import QWEN2_7B, SIGLIP_SO400M
 
 from callbacks.efficiency import Efficiency
-from lavi.batch import Layout
+from lavi.batch import Layout, Sample, Video
 from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.measure import build_on, concat_twin, count, measure, saving
 from lavi.efficiency.point import Scenario
@@ -21,6 +21,7 @@ from lavi.efficiency.record import Record, read, write
 from lavi.efficiency.report import draw, sweep_table, write_csv, write_curves, write_savings
 from lavi.efficiency.sweep import Sweep, run
 from lavi.errors import UserError
+from lavi.evaluation import typical_prompt
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -67,6 +68,18 @@ def on_meta(tokenizer: str):  # type: ignore[no-untyped-def]
             ).eval()
 
     return make
+
+
+def test_the_prompt_whose_cost_is_told_shows_what_the_samples_show(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion())
+    shown = [{"type": "video"}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a"}]
+    clip = Sample("clip", turns, [Video([image(1)] * 3)])
+    one, two, none = (ask(*parts, "what?", answer="a") for parts in ((1,), (1, 2), ()))
+    assert typical_prompt(model, [one, one, two]).image == (40, 40)
+    assert typical_prompt(model, [two]).visual_tokens == 2 * model.vision.tokens
+    assert typical_prompt(model, [none]).visual_tokens == 0
+    assert typical_prompt(model, [clip, clip, one]).at(model).encoded == 3
 
 
 def difference(model: VisionLanguageModel, scenario: Scenario) -> dict[str, float]:
