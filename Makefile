@@ -82,7 +82,7 @@ visor-scenes: install ## train VISOR and concatenation on the scenes, and score 
 	$(call visor-run,router)
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
 
-dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (five minutes)
+dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (seven minutes)
 	$(BIN)/python benchmarks/dataloader.py --samples 1000 --out benchmarks/results/dataloader.jsonl
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder

@@ -427,7 +427,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="samples a round")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-samples", type=int, default=100_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
