@@ -62,9 +62,12 @@ verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.
 verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
 	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
 
-# A run of one of VISOR's recipes for the scenes; one that was stopped goes on.
+# A run of one of VISOR's recipes for the scenes. One that was stopped goes on, a finished one is kept (with the recipe it
+# had): remove runs/visor-scenes-* and data/visor-scenes to train anew. A folder without a checkpoint holds nothing yet.
 visor-folder = runs/visor-scenes-$(subst _,-,$(1))
-visor-run = $(BIN)/python -m lavi.fit $(if $(wildcard $(visor-folder)/last.ckpt),--resume $(visor-folder),--recipe recipes/visor/scenes_$(1).yaml --run $(visor-folder))
+visor-begin = rm -rf $(visor-folder) && $(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_$(1).yaml --run $(visor-folder)
+visor-resume = $(BIN)/python -m lavi.fit --resume $(visor-folder)
+visor-run = $(if $(wildcard $(visor-folder)/last.ckpt),$(visor-resume),$(visor-begin))
 
 visor-scenes: install ## train VISOR and concatenation on the scenes, and score them (two hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/scenes

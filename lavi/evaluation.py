@@ -111,19 +111,27 @@ def evaluate(
 def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> Scenario:
     """A prompt as these are, in the median: its text, and one image of their size, or a video of their frames.
 
-    Where prompts have several images, as many visual tokens as the tower gives for those.
+    Where prompts have several of them, as many visual tokens as the tower gives for all their views.
     """
     prompts = prompts_of(samples)
     lengths = [len(model.chat.encode_prompt(p.sample.messages, images=len(p.sample.images)).ids) for p in prompts]
     text, images = int(median(lengths)), int(median(len(p.sample.images) for p in prompts))
     if images != 1:
-        return Scenario(text, visual_tokens=images * model.vision.tokens)
+        views = median(sum(_views(model, visual) for visual in p.sample.images) for p in prompts)
+        return Scenario(text, visual_tokens=int(views) * model.vision.tokens)
     seen = [visual for prompt in prompts for visual in prompt.sample.images]
     frames = [len(visual.frames) for visual in seen if isinstance(visual, Video)]
     if 2 * len(frames) > len(seen):
         return Scenario(text, frames=int(median(frames)))
     sizes = [visual.size for visual in seen if not isinstance(visual, Video)]
     return Scenario(text, image=(int(median(w for w, _ in sizes)), int(median(h for _, h in sizes))))
+
+
+def _views(model: VisionLanguageModel, visual: Visual) -> int:
+    """Of one image or video among others."""
+    if isinstance(visual, Video):
+        return len(visual.frames)
+    return model.tiling.cut(visual, model.vision, alone=False)[1].views
 
 
 def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:

@@ -122,7 +122,11 @@ class Processor:
 
 
 def _in_one(pixels: list[Tensor]) -> Tensor:
-    """(views, C, H, W) of all samples; of a reading process in the memory it shares, where it would be copied else."""
+    """(views, C, H, W) of all samples.
+
+    In a loader's worker ``default_collate`` joins them in memory that the main process shares; joined elsewhere, they
+    would be copied there once more.
+    """
     views = [view for of_one in pixels for view in of_one]
     together: Tensor = default_collate(views) if views else pixels[0]
     return together

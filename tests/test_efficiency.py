@@ -74,12 +74,14 @@ def test_the_prompt_whose_cost_is_told_shows_what_the_samples_show(build) -> Non
     model = build(LaViFusion())
     shown = [{"type": "video"}, {"type": "text", "text": "what?"}]
     turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a"}]
-    clip = Sample("clip", turns, [Video([image(1)] * 3)])
+    clip = Sample("clip", list(turns), [Video([image(1)] * 3)])
     one, two, none = (ask(*parts, "what?", answer="a") for parts in ((1,), (1, 2), ()))
     assert typical_prompt(model, [one, one, two]).image == (40, 40)
     assert typical_prompt(model, [two]).visual_tokens == 2 * model.vision.tokens
     assert typical_prompt(model, [none]).visual_tokens == 0
     assert typical_prompt(model, [clip, clip, one]).at(model).encoded == 3
+    turns[0] = {"role": "user", "content": [{"type": "video"}, *shown]}
+    assert typical_prompt(model, [Sample("two", turns, [*clip.images, *clip.images])]).at(model).encoded == 6
 
 
 def difference(model: VisionLanguageModel, scenario: Scenario) -> dict[str, float]:

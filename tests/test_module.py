@@ -219,3 +219,15 @@ def test_a_token_is_judged_by_the_logits_before_it() -> None:
         foretold[0, column - 1, labels[0, column]] = 50.0
     loss, tokens = summed_loss(foretold, labels)
     assert (float(loss), int(tokens)) == (pytest.approx(0.0, abs=1e-5), 3)
+
+
+def test_a_loaders_worker_joins_pixels_in_shared_memory(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Joined elsewhere they would be copied there once more, the largest part of a batch."""
+    model = build(LaViFusion())
+    samples = [ask(1, "what?", answer="red"), ask(2, 3, "which?", answer="blue"), ask("what?", answer="two")]
+    usual = collate(model, samples).pixels
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", object)
+    shared = collate(model, samples).pixels
+    assert shared.is_shared()
+    assert torch.equal(shared, usual)
+    assert collate(model, samples[2:]).pixels.shape == (0, *model.vision.pixel_shape)
