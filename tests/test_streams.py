@@ -584,14 +584,12 @@ def test_lost_and_found_add_up(tmp_path: Path) -> None:
 
 def test_headers_that_lead_back_do_not_hang(tmp_path: Path) -> None:
     """A negative size sends a tar reader back to where it was, for ever."""
-    # Not the file's first byte, where readers stop; and of no kind that is read, which would fail for another reason.
-    before, info = tarfile.TarInfo("a.json"), tarfile.TarInfo("b")
+    before, info = tarfile.TarInfo("a.json"), tarfile.TarInfo("b.json")  # led to the file's first byte, readers stop
     info.pax_headers = {"size": "-1536"}  # from behind its own headers to the first of them
     file = tmp_path / "a.tar"
     file.write_bytes(before.tobuf(tarfile.PAX_FORMAT) + info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    sound, broken = read_shard(str(file))
-    assert "__broken__" not in sound
-    assert "__broken__" in broken
+    (broken,) = read_shard(str(file))
+    assert "leads back" in broken["__broken__"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME])
