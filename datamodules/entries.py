@@ -8,6 +8,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 from datamodules.conversation import messages_of
@@ -17,8 +18,6 @@ from lavi.video import VIDEO_TYPES
 
 Item = dict[str, Any]
 TYPES = {"image": IMAGE_TYPES, "video": VIDEO_TYPES}
-BLOCK = 512
-"""Bytes a tar's headers and members are rounded up to."""
 
 
 class BadEntry(Exception):
@@ -105,8 +104,8 @@ def entry_of(index: int, item: Any, folders: Folders) -> Entry:
     record |= more
     key = f"{index:08d}-{_safe(name)}"
     members = [len(json.dumps(record).encode()) + 32 * len(media), *(size for _, _, size in media)]
-    headers = BLOCK if key.isascii() else 3 * BLOCK  # a name in another script has a header of its own
-    size = sum(headers + -(-member // BLOCK) * BLOCK for member in members)
+    headers = BLOCKSIZE if key.isascii() else 3 * BLOCKSIZE  # a name in another script has a header of its own
+    size = sum(headers + -(-member // BLOCKSIZE) * BLOCKSIZE for member in members)
     return Entry(key, record, [(member, where) for member, where, _ in media], size)
 
 

@@ -65,7 +65,8 @@ class Found:
 
     def note(self, error: BrokenSample) -> None:
         """Count a broken sample."""
-        self.broken.setdefault(error.cause, []).append(Path(error.key).name)  # a shard's key is where it lies
+        name = Path(error.key).name if error.key.endswith(".tar") else error.key  # a shard's key is where it lies
+        self.broken.setdefault(error.cause, []).append(name)
         self.lost[error.cause] += error.lost
 
 

@@ -258,3 +258,8 @@ def test_noise_instead_of_data_is_counted_and_never_a_traceback(run, shards: Pat
         (shards / "shard-000001.tar").write_bytes(harmed)
         assert run(shards, "--check")[0] == 1
         assert run(shards, "--sheet", shards / "sheet.png")[0] in (1, 2)
+
+
+def test_a_broken_sample_is_named_with_its_folders() -> None:
+    found = look([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
+    assert found.broken == {"its .json member is not JSON": ["sub/a"]}
