@@ -35,7 +35,7 @@ test: install ## run the tests (about a quarter of an hour on two cores)
 test-all: install ## run the tests that train, too
 	$(BIN)/pytest -n 2 -m 'not gpu'
 
-quickstart: install ## draw data, train LaVi and concatenation, set them side by side (six to seven minutes on two cores)
+quickstart: install ## draw data, train LaVi and concatenation, set them side by side (six to eight minutes on two cores)
 	$(BIN)/python -m datamodules.scenes --out data/scenes
 	$(BIN)/python -m lavi.fit --recipe recipes/quickstart.yaml --run runs/quickstart/$(STAMP)/lavi
 	$(BIN)/python -m lavi.fit --recipe recipes/scenes/concat.yaml --run runs/quickstart/$(STAMP)/concat
