@@ -6,17 +6,20 @@ Synthetic photographs (640 x 480 JPEG) and captions, packed into shards; every c
 workers, decodes and resizes each image to 384 x 384. Ours also checks what it reads, renders the chat, tokenises it and
 makes labels. Contestants take turns, round after round; the figure is the median of the rounds' ratios: a ratio of two
 neighbours in time is what a noisy machine can say. Then: frames a second of videos against bare PyAV, samples a second
-of few shards and of many, resident memory over many samples, and the packer, with its start and without, against
-copying the same files.
+of few shards and of many, resident memory over many samples, and the packer, with its start and without, against a bare
+loop that reads the same files, takes the same checksums and writes them one behind the other in as many processes, and
+against copying them, which never leaves the kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -27,6 +30,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -78,11 +82,12 @@ CAPTION = "a photograph of coarse coloured noise, number {}, as nobody ever took
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def photograph(number: int) -> bytes:
-    """A smooth 640 x 480 picture as JPEG, about 80 kB."""
-    noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+def photograph(number: int, times: int = 1) -> bytes:
+    """A smooth picture as JPEG: 640 x 480 pixels and about 80 kB, or so many times as wide and high."""
+    noise = np.random.default_rng(number).integers(0, 255, (48 * times, 64 * times, 3), dtype=np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    size = (640 * times, 480 * times)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
@@ -348,49 +353,76 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def packer(work: Path, *, samples: int, workers: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """The packer against copying what it packs, file by file: the whole command, and without what it takes to start."""
-    images = work / "files"
+def packer(work: Path, *, samples: int, times: int, workers: int, rounds: int = 5) -> list[dict[str, Any]]:
+    """The packer, the whole command and without what it takes to start, on photographs ``times`` as wide and high."""
+    images = work / f"files-{times}"
     images.mkdir()
+    pictures = [photograph(number, times) for number in range(PHOTOGRAPHS)]
     entries = []
     for number in range(samples):
-        (images / f"{number:06d}.jpg").write_bytes(photograph(number % PHOTOGRAPHS))
+        (images / f"{number:06d}.jpg").write_bytes(pictures[number % PHOTOGRAPHS])
         turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": CAPTION.format(number)}]
         entries.append({"id": number, "image": f"{number:06d}.jpg", "conversations": turns})
-    few = samples // 10
+    few, per_shard = samples // 10, 500 // times
     for name, some in (("few", entries[:few]), ("all", entries)):
         (work / f"{name}.json").write_text(json.dumps(some))
 
-    def copy() -> None:
-        shutil.copytree(images, work / "copied")
-
     def pack(name: str) -> None:
         what = ["--json", work / f"{name}.json", "--images", images, "--out", work / name]
-        how = ["--per-shard", "500", "--workers", str(workers)]
+        how = ["--per-shard", str(per_shard), "--workers", str(workers)]
         command = [sys.executable, "-m", "datamodules.pack", *what, *how]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
-    times: list[tuple[float, float, float]] = []
+    def bare() -> None:
+        (work / "bare").mkdir()
+        files = sorted(images.iterdir())
+        shards = [files[start : start + per_shard] for start in range(0, samples, per_shard)]
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            pool.starmap(append_files, [(work / "bare" / f"{at}", files) for at, files in enumerate(shards)])
+
+    found: dict[str, list[float]] = {"copying": [], "bare": [], "start": [], "whole": []}
+    contestants = {
+        "copying": lambda: shutil.copytree(images, work / "copying"),
+        "bare": bare,
+        "start": lambda: pack("few"),
+        "whole": lambda: pack("all"),
+    }
     for _ in range(rounds):
-        times.append((took(copy), took(lambda: pack("few")), took(lambda: pack("all"))))
-        for made in ("copied", "few", "all"):
+        for name, contestant in contestants.items():
+            found[name].append(took(contestant))
+        for made in ("copying", "bare", "few", "all"):
             shutil.rmtree(work / made)
-    mib = sum(file.stat().st_size for file in images.iterdir()) / samples / 2**20
-    found = []
-    for name, count, seconds, copied in (
-        ("the whole command", samples, [every for _, _, every in times], [c for c, _, _ in times]),
-        (
-            "without its start",
-            samples - few,
-            [every - start for _, start, every in times],
-            [c * (samples - few) / samples for c, _, _ in times],
-        ),
+    bytes_each = sum(map(len, pictures)) / PHOTOGRAPHS
+    shutil.rmtree(images)
+    records = []
+    for name, count, seconds in (
+        ("whole command", samples, found["whole"]),
+        ("without its start", samples - few, [w - s for w, s in zip(found["whole"], found["start"], strict=True)]),
     ):
         rate = count / statistics.median(seconds)
-        ratio = statistics.median(a / b for a, b in zip(copied, seconds, strict=True))
-        record = {"samples_per_s": rate, "mib_per_s": rate * mib, "speed_over_copying": ratio}
-        found.append({"question": "packer", "name": name, **record})
-    return found
+        ratios = {
+            f"speed_over_{other}": statistics.median(
+                a * count / samples / b for a, b in zip(found[other], seconds, strict=True)
+            )
+            for other in ("bare", "copying")
+        }
+        sized = {"samples_per_s": rate, "mib_per_s": rate * bytes_each / 2**20}
+        question = {"question": "packer", "name": f"{bytes_each / 1000:.0f} kB a photograph, {name}"}
+        records.append(question | sized | ratios)
+    return records
+
+
+def append_files(out: Path, files: list[Path]) -> None:
+    """Nothing but bytes: each file read, its checksum and that of all taken, written behind the one before."""
+    every = hashlib.sha256()
+    with open(out, "wb") as stream:
+        for file in files:
+            data = file.read_bytes()
+            zlib.crc32(data)
+            every.update(data)
+            stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def took(work: Callable[[], object]) -> float:
@@ -401,13 +433,14 @@ def took(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-SAID = {
-    "images": ("samples_per_s", "samples/s", "ours_over_it", "ours : it"),
-    "video": ("frames_per_s", "frames/s", "ours_over_it", "ours : it"),
-    "shards": ("us_per_sample", "us a sample", "over_first", "times the first"),
-    "memory": ("resident_mib", "MiB resident", "", ""),
-    "packer": ("samples_per_s", "samples/s", "speed_over_copying", "speed : copying"),
+SAID: dict[str, tuple[str, str, dict[str, str]]] = {
+    "images": ("samples_per_s", "samples/s", {"ours_over_it": "ours : it"}),
+    "video": ("frames_per_s", "frames/s", {"ours_over_it": "ours : it"}),
+    "shards": ("us_per_sample", "us a sample", {"over_first": "times the first"}),
+    "memory": ("resident_mib", "MiB resident", {}),
+    "packer": ("mib_per_s", "MiB/s", {"speed_over_bare": "speed : bare loop", "speed_over_copying": "speed : copying"}),
 }
+"""What a table says of each question: the value, its unit, and the ratios."""
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -417,8 +450,8 @@ def table(records: list[dict[str, Any]]) -> str:
     for made in records:
         if made in marks[1:-1]:
             continue
-        value, unit, ratio, of = SAID[made["question"]]
-        compared = f"{made[ratio]:.2f} ({of})" if ratio else ""
+        value, unit, ratios = SAID[made["question"]]
+        compared = ", ".join(f"{made[ratio]:.2f} ({of})" for ratio, of in ratios.items())
         rows.append([f"{made['question']}: {made['name']}", f"{made[value]:,.0f} {unit}", compared])
     where = f"{records[0]['machine']}, {records[0]['workers']} workers; medians; ratios of neighbours in time."
     return f"{markdown(['', 'measured', 'ratio'], rows)}\n{where}\n"
@@ -441,7 +474,8 @@ def main() -> None:
         found += video(work, clips=20)
         found += many_shards(work, samples=5000)
         found += memory(work, samples=args.memory_samples)
-        found += packer(work, samples=6 * args.samples, workers=args.workers)
+        for times in (1, 3):
+            found += packer(work, samples=6 * args.samples // times**2, times=times, workers=args.workers)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     where = {"machine": machine, "workers": args.workers, "torch": torch.__version__}
     for record in found:

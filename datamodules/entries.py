@@ -30,8 +30,11 @@ class BadEntry(Exception):
     """
 
     def __init__(self, name: str, cause: str, what: str = "") -> None:
-        super().__init__(f"entry {name}{what or ' ' + cause}")
-        self.name, self.cause = name, cause
+        super().__init__(name, cause, what)  # what an error is made of again in another process
+        self.name, self.cause, self.what = name, cause, what
+
+    def __str__(self) -> str:
+        return f"entry {self.name}{self.what or ' ' + self.cause}"
 
 
 class Cell(NamedTuple):
@@ -60,22 +63,29 @@ class Entry:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the files that the data name start from. What leads out of them is refused; links inside are followed."""
+    """Where the files that the data name start from. What leads out of them is refused; links inside are followed.
+
+    Raises:
+        UserError: one is not there.
+    """
 
     images: Path | None = None
     videos: Path | None = None
+
+    def __post_init__(self) -> None:
+        for kind, folder in (("image", self.images), ("video", self.videos)):
+            if folder is not None and not folder.is_dir():
+                raise UserError(f"there is no folder {folder}, where --{kind}s says the {kind}s are.")
 
     def of(self, kind: str) -> Path:
         """The folder of images, or of videos.
 
         Raises:
-            UserError: none was given, or it is not there.
+            UserError: none was given.
         """
         folder = self.images if kind == "image" else self.videos
         if folder is None:
             raise UserError(f"the data name {kind}s: say with --{kind}s in which folder they are.")
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}, where --{kind}s says the {kind}s are.")
         return folder
 
 
@@ -220,7 +230,7 @@ def _is_folder(folders: Folders, file: str | Cell) -> bool:
 
 
 def _leads_inside(file: str) -> bool:
-    return not (file.startswith(("/", "\\")) or Path(file).is_absolute() or ".." in re.split(r"[/\\]", file))
+    return not (file.startswith(("/", "\\")) or os.path.isabs(file) or ".." in re.split(r"[/\\]", file))
 
 
 def _located(kind: str, file: str | Cell, folders: Folders, called: str) -> Located:
@@ -228,11 +238,15 @@ def _located(kind: str, file: str | Cell, folders: Folders, called: str) -> Loca
     if isinstance(file, Cell):
         ending, size = file.kind, file.size
     else:
-        ending, size = Path(file).suffix.lower().lstrip("."), _size(folders.of(kind), file, kind, called)
+        ending, size = _ending(file), _size(folders.of(kind), file, kind, called)
     if ending not in TYPES[kind]:
         shown = f"of type '{ending}'" if isinstance(file, Cell) else f"'{file}'"
         raise BadEntry(called, f"has {kind}s of another type", f": {kind} {shown} is none of {', '.join(TYPES[kind])}")
     return ending, file, size
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1].lower().lstrip(".")
 
 
 def _size(folder: Path, file: str, kind: str, called: str) -> int:
@@ -241,7 +255,7 @@ def _size(folder: Path, file: str, kind: str, called: str) -> int:
         what = f": {kind} '{file}' leads out of the folder of the {kind}s"
         raise BadEntry(called, f"names {kind}s that lead out of their folder", what)
     try:
-        found = os.stat(folder / file)
+        found = os.stat(os.path.join(folder, file))
     except (OSError, ValueError):
         what = f": there is no {kind} {folder / file}"
         raise BadEntry(called, f"names {kind}s that are not there", what) from None
@@ -253,11 +267,11 @@ def _size(folder: Path, file: str, kind: str, called: str) -> int:
 def _frames(folders: Folders, name: str, called: str) -> list[Located]:
     """The images of a folder in natural order: ``frame2.jpg`` before ``frame10.jpg``."""
     folder = folders.of("video")
-    images = [file for file in os.listdir(folder / name) if Path(file).suffix.lower().lstrip(".") in IMAGE_TYPES]
+    images = [file for file in os.listdir(folder / name) if _ending(file) in IMAGE_TYPES]
     if not images:
         raise BadEntry(called, "names a folder without frames", f": {folder / name} has no image in it")
     files = [f"{name.rstrip('/')}/{file}" for file in sorted(images, key=_natural)]
-    return [(Path(file).suffix.lower().lstrip("."), file, _size(folder, file, "video", called)) for file in files]
+    return [(_ending(file), file, _size(folder, file, "video", called)) for file in files]
 
 
 def _natural(name: str) -> list[tuple[str, int]]:

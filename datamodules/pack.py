@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.counts import type_of
-from datamodules.entries import BadEntry, Cell, Entry, Folders, entry_of
+from datamodules.entries import BadEntry, Cell, Folders, Item, entry_of
 from datamodules.formats import READERS, Source, open_dataset, read_cell
+from datamodules.processes import in_order
 from datamodules.sources import INDEX
 from datamodules.write import ShardJob, held, progress, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
@@ -66,29 +68,33 @@ class Checked:
             self.first.append(str(error))
 
 
-def check(source: Source, folders: Folders, file: Path) -> Checked:
+def check(source: Source, folders: Folders, file: Path, *, workers: int) -> Checked:
     """Check all entries, and write the good ones down."""
     checked = Checked(file)
     digest = hashlib.sha256()
+    found = in_order(partial(_checked, folders=folders), enumerate(source.items), workers=workers)
     with open(file, "wb") as stream, progress() as bar:
-        for index, item in enumerate(bar.track(source.items, source.total, description=f"checking {source.name}")):
+        for one in bar.track(found, source.total, description=f"checking {source.name}"):
             checked.total += 1
-            try:
-                entry = entry_of(index, item, folders)
-            except BadEntry as error:
-                checked.skip(error)
+            if isinstance(one, BadEntry):
+                checked.skip(one)
                 continue
-            line = _line_of(entry)
+            line, size = one
             digest.update(line)
             checked.offsets.append(stream.tell())
-            checked.sizes.append(entry.size)
+            checked.sizes.append(size)
             stream.write(line)
     checked.digest = digest.hexdigest()
     return checked
 
 
-def _line_of(entry: Entry) -> bytes:
-    return json.dumps([entry.key, entry.record, entry.media, entry.size]).encode() + b"\n"
+def _checked(numbered: tuple[int, Item | BadEntry], folders: Folders) -> tuple[bytes, int] | BadEntry:
+    """An entry's line in the file of all, and its bytes in a tar; or what is wrong with it."""
+    try:
+        entry = entry_of(*numbered, folders)
+    except BadEntry as error:
+        return error
+    return json.dumps([entry.key, entry.record, entry.media, entry.size]).encode() + b"\n", entry.size
 
 
 def refuse_too_many(checked: Checked, name: str, max_skipped: float) -> None:
@@ -147,13 +153,10 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
     kind, file = next((kind, file) for kind in READERS if (file := getattr(args, kind)) is not None)
     folders = Folders(args.images, args.videos)
-    for given in ("image", "video"):
-        if getattr(args, f"{given}s") is not None:
-            folders.of(given)
     with held(args.out):
         entries = args.out.absolute().with_name(f"{args.out.absolute().name}.entries")
         try:
-            checked = check(READERS[kind](file, args.columns), folders, entries)
+            checked = check(READERS[kind](file, args.columns), folders, entries, workers=args.workers)
             refuse_too_many(checked, file.name, args.max_skipped)
             jobs = shard_jobs(len(checked.offsets), args.per_shard, sizes=checked.sizes, max_bytes=args.shard_size)
             make = partial(
@@ -227,7 +230,7 @@ def main() -> None:
         "--per-shard", type=int, metavar="N", help=f"samples in a shard (None: {PER_SHARD}, any with --shard-size)"
     )
     parser.add_argument("--shard-size", metavar="SIZE", help="bytes in a shard, at most; as 500MB")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--max-skipped", type=float, default=0.0, help="share of entries that may be broken")
     args = parser.parse_args()
     if args.per_shard is None and args.shard_size is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,10 +18,13 @@ from typing import Any
 
 import pytest
 from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules import pack, write
 from datamodules.conversation import decode
+from datamodules.processes import TOGETHER, in_order
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
 from datamodules.write import ShardJob, Written, held, shard_jobs, write_shards
@@ -72,6 +77,46 @@ def said(raw: dict[str, Any]) -> dict[str, Any]:
 
 def members(raw: dict[str, Any]) -> set[str]:
     return {name for name in raw if not name.startswith("_")}
+
+
+# --- bytes and processes ----------------------------------------------------------------------------------------------
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=130)
+    | st.text("ab./", min_size=95, max_size=105),
+    st.integers(0, 8**12),
+)
+def test_headers_are_those_that_tarfile_writes(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert write.header(name, size) == info.tobuf(tarfile.PAX_FORMAT)
+
+
+def halved(number: int) -> int:
+    if number < 0:
+        raise UserError(f"{number} is below 0.")
+    if number == DEADLY:
+        os._exit(1)
+    return number // 2
+
+
+DEADLY = 1 << 40
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_work_among_processes_keeps_its_order_and_takes_little_at_a_time(workers: int) -> None:
+    taken = iter(range(10**6))
+    found = in_order(halved, taken, workers=workers)
+    assert list(itertools.islice(found, 5000)) == [number // 2 for number in range(5000)]
+    assert next(taken) <= 5000 + 2 * (workers + 1) * TOGETHER
+    found.close()
+
+
+def test_what_stops_work_among_processes_is_a_sentence() -> None:
+    for last, sentence in ((-1, "-1 is below 0"), (DEADLY, "one of 2 processes was killed")):
+        with pytest.raises(UserError, match=sentence):
+            list(in_order(halved, [*range(2000), last], workers=2))
 
 
 # --- runs that are killed ---------------------------------------------------------------------------------------------
@@ -446,8 +491,8 @@ def test_a_file_that_goes_after_the_check_is_a_sentence(run, images: Path, monke
     Path("d.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>?")}]))
     check = pack.check
 
-    def and_lose(*given: Any) -> pack.Checked:
-        found = check(*given)
+    def and_lose(*given: Any, workers: int) -> pack.Checked:
+        found = check(*given, workers=workers)
         (images / "0.png").unlink()
         return found
 
