@@ -181,16 +181,18 @@ class BatchStream(IterableDataset[Batch]):
             leave_out = 0
 
     def _batches(self, samples: list[Ready], position: Position) -> list[list[list[Ready]]]:
-        """Cut a pool into batches of rows; of several, rows of like length go together, and their order is drawn."""
+        """Cut a pool into batches of rows. Of one conversation, rows of like length go together; the order is drawn."""
         if self.bucket == 1 and self.packing is None:
             return [[[ready] for ready in samples]]
+        drawn = random.Random(f"{self.stream.seed}/{position}")
         if self.packing is not None:
             rows = packed(samples, self.packing)
+            drawn.shuffle(rows)  # they come longest conversations first: a batch of nothing else would teach badly
         else:
             rows = [[ready] for ready in sorted(samples, key=lambda ready: ready.length)]
         starts = range(0, len(rows), self.batch_size)
         batches = [rows[start : start + self.batch_size] for start in starts]
-        random.Random(f"{self.stream.seed}/{position}").shuffle(batches)
+        drawn.shuffle(batches)
         return batches
 
     def _is_full(self, pool: list[Ready]) -> bool:

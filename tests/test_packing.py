@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,16 @@ def test_packed_batches_are_full(build, scenes: Path) -> None:  # type: ignore[n
     data = ImageTextData(processor, train=str(scenes / "train"), packing=200, batch_size=4, bucket=5)
     sizes = [len(batch) for batch, _ in zip(data.train_dataloader(), range(30), strict=False)]
     assert sum(size == 4 for size in sizes) > 22
+
+
+def test_long_and_short_conversations_share_batches(build, scenes: Path) -> None:  # type: ignore[no-untyped-def]
+    """Rows are filled longest first; cut as they come, a batch would hold nothing but long ones, or short ones."""
+    processor = build(LaViFusion(every=1)).processor
+    data = ImageTextData(processor, train=str(scenes / "train"), packing=100, batch_size=4, bucket=10)
+    batches = itertools.islice(data.train_dataloader(), 40)
+    lengths = [[stop - start for row in batch.packed or [] for start, stop in row] for batch in batches]
+    means = [statistics.mean(batch) for batch in lengths]
+    assert statistics.pstdev(means) < 0.5 * statistics.pstdev(itertools.chain(*lengths))
 
 
 def test_flash_attention_would_mix_them_and_refuses(build) -> None:  # type: ignore[no-untyped-def]
