@@ -376,17 +376,18 @@ def packer(work: Path, *, samples: int, times: int, workers: int, rounds: int = 
     def bare() -> None:
         (work / "bare").mkdir()
         files = sorted(images.iterdir())
-        shards = [files[start : start + per_shard] for start in range(0, samples, per_shard)]
+        starts = range(0, samples, per_shard)
+        shards = [(work / "bare" / f"{start}", files[start : start + per_shard]) for start in starts]
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            pool.starmap(append_files, [(work / "bare" / f"{at}", files) for at, files in enumerate(shards)])
+            pool.starmap(append_files, shards)
 
-    found: dict[str, list[float]] = {"copying": [], "bare": [], "start": [], "whole": []}
     contestants = {
         "copying": lambda: shutil.copytree(images, work / "copying"),
         "bare": bare,
         "start": lambda: pack("few"),
         "whole": lambda: pack("all"),
     }
+    found: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
             found[name].append(took(contestant))

@@ -409,13 +409,18 @@ def _samples(job: ShardJob, make: Make, counts: Counts) -> Iterator[tuple[str, d
         yield key, {"json": json.dumps(record).encode()} | media
 
 
+_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
+_BLANK = bytearray(tarfile.TarInfo().tobuf(tarfile.PAX_FORMAT))
+_BLANK[_CHECKSUM] = b" " * 8  # what a checksum is taken over
+
+
 def header(name: str, size: int) -> bytes:
-    """What stands before a member's ``size`` bytes in a tar. Times and owners are fixed: the same names and bytes make
-    the same tar, whenever and by whomever it is written.
+    """What stands before a member's ``size`` bytes in a tar. Times, owners and rights are those of an empty
+    ``TarInfo``: the same names and bytes make the same tar, whenever and by whomever it is written.
     """
     if not name.isascii() or len(name) > tarfile.LENGTH_NAME or size >= 8**11:
         info = tarfile.TarInfo(name)
-        info.size, info.mode = size, 0o644
+        info.size = size
         return info.tobuf(tarfile.PAX_FORMAT)
     # The same bytes, in a quarter of the time: tarfile takes as long for a header as for a picture's checksum.
     block = bytearray(_BLANK)
@@ -423,11 +428,6 @@ def header(name: str, size: int) -> bytes:
     block[_SIZE] = b"%011o\0" % size
     block[_CHECKSUM] = b"%06o\0 " % sum(block)
     return bytes(block)
-
-
-_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
-_BLANK = bytearray(tarfile.TarInfo().tobuf(tarfile.PAX_FORMAT))
-_BLANK[_CHECKSUM] = b" " * 8  # what a checksum is taken over
 
 
 class _Summed:

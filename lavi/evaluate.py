@@ -58,7 +58,8 @@ def main() -> None:
     if args.out:
         record.write(records, args.out)
     columns, rows = evaluation.side_by_side(records, twins[0])
-    prompt = f"{scenario.text} text tokens and {'an image of ' * (scenario.image is not None)}{scenario}"
+    seen = f"an image of {scenario}" if scenario.image else str(scenario)
+    prompt = f"{scenario.text} text tokens and {seen}"
     title = f"{len(samples)} test samples; one prompt of {prompt}; 1 multiply-add = 2 FLOPs; {records[0].device}"
     console().print(table(title, columns, rows))
 

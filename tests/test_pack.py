@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -160,6 +161,23 @@ def killed(target: Callable[[], object], when: Callable[[], bool]) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def busy(number: int, *, folder: Path) -> None:
+    (folder / str(number)).touch()
+    time.sleep(0.01)
+
+
+def test_no_process_outlives_the_one_that_it_works_for(tmp_path: Path) -> None:
+    alive, held_open = os.pipe()  # at its end when the last process that has the other end is gone
+    killed(
+        lambda: list(in_order(partial(busy, folder=tmp_path), range(4 * TOGETHER), workers=2)),
+        lambda: len(list(tmp_path.iterdir())) > 9,
+    )
+    os.close(held_open)
+    gone = multiprocessing.connection.wait([alive], timeout=10)
+    os.close(alive)
+    assert gone
 
 
 def records(folder: Path) -> int:
