@@ -22,9 +22,9 @@ from verify_claims import flops_table, speed_table
 from verify_visor import flops_table as visor_flops_table
 from verify_visor import speed_table as visor_speed_table
 
+from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.record import Record, read
 from lavi.efficiency.report import sweep_rows, sweep_title
-from lavi.evaluation import side_by_side
 from lavi.report import markdown
 
 HARD = ("count", "comparison", "relation", "reading", "two_images")

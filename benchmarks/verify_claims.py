@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
 from lavi.efficiency import record
@@ -26,7 +25,7 @@ from lavi.efficiency.record import Record
 from lavi.efficiency.sweep import name_of
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
-from lavi.report import console, table
+from lavi.report import console, table, track
 
 ROOT = Path(__file__).parent.parent
 BASELINE = "baselines/llava_onevision_7b"
@@ -54,7 +53,7 @@ def recipe_at(file: str) -> Recipe:
 def counts() -> list[Record]:
     """One record for each recipe and scenario."""
     records = []
-    for file in track([BASELINE, LAVI, EFFICIENT], description="counting", transient=True):
+    for file in track([BASELINE, LAVI, EFFICIENT], description="counting"):
         recipe = recipe_at(file)
         model = build_on(recipe, "meta")
         for scenario in SCENARIOS:
@@ -100,7 +99,7 @@ def timed(device: torch.device, runs: int) -> list[Record]:
         recipe = shrunk(recipe_at(file)) if small else recipe_at(file)
         model: VisionLanguageModel = build_on(recipe, device)
         model.vision.to(model.language.hf.dtype)
-        for scenario in track([s for s in SCENARIOS if str(s) in TIMED], description="timing", transient=True):
+        for scenario in track([s for s in SCENARIOS if str(s) in TIMED], description="timing"):
             made = count(recipe, model, scenario)
             made.knobs = {"name": name_of(recipe), "scenario": str(scenario), "timed": "small" if small else "full"}
             outputs = [length for length in TIMED[str(scenario)] if not small or length <= 64]

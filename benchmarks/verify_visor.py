@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from verify_claims import TEXT, recipe_at, shrunk
 
 from lavi.efficiency import record
@@ -25,7 +24,7 @@ from lavi.efficiency.measure import build_on, count, measure
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.recipe import Recipe
-from lavi.report import console, table
+from lavi.report import console, table, track
 
 BASELINE_NAME = "LLaVA-OneVision-0.5B"
 BASE = "baselines/llava_onevision_0_5b"
@@ -68,7 +67,7 @@ def recipe_of(method: str) -> Recipe:
 def counts() -> list[Record]:
     """One record for each method and input."""
     records = []
-    for method in track([BASELINE_NAME, *METHODS], description="counting", transient=True):
+    for method in track([BASELINE_NAME, *METHODS], description="counting"):
         recipe = recipe_of(method)
         model = build_on(recipe, "meta")
         for scenario in SCENARIOS:
@@ -117,7 +116,7 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def timed(device: torch.device, runs: int) -> list[Record]:
     """Time of every method at one input: full size on a GPU, else small."""
     records, small, scenario = [], device.type != "cuda", TIMED[device.type]
-    for method in track([BASELINE_NAME, *METHODS], description="timing", transient=True):
+    for method in track([BASELINE_NAME, *METHODS], description="timing"):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
         model = build_on(recipe, device)
         model.vision.to(model.language.hf.dtype)

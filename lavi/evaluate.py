@@ -34,6 +34,7 @@ def main() -> None:
     from lavi import evaluation
     from lavi.checkpoint import load_run
     from lavi.efficiency import measure, record
+    from lavi.efficiency.comparison import side_by_side
     from lavi.report import console, table
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
@@ -57,7 +58,7 @@ def main() -> None:
         twins.append(measure.count(twin, measure.build_on(twin, "meta"), scenario))
     if args.out:
         record.write(records, args.out)
-    columns, rows = evaluation.side_by_side(records, twins[0])
+    columns, rows = side_by_side(records, twins[0])
     seen = f"an image of {scenario}" if scenario.image else str(scenario)
     prompt = f"{scenario.text} text tokens and {seen}"
     title = f"{len(samples)} test samples; one prompt of {prompt}; 1 multiply-add = 2 FLOPs; {records[0].device}"

@@ -9,16 +9,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from lavi.batch import Batch, Sample, Video, Visual
+from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
 from lavi.metrics.answers import FamilyAccuracy
 from lavi.model import VisionLanguageModel
 from lavi.processor import Ready
-
-CONTROLS = ("shuffled images", "no image")
+from lavi.report import track
 
 
 @dataclass
@@ -71,7 +69,7 @@ def score(
 ) -> dict[str, float]:
     """Percent of answers that equal the truth, by group; an empty answer is a wrong one."""
     accuracy = FamilyAccuracy()
-    for some in track(list(_batches(prompts, batch_size)), description=label, transient=True):
+    for some in track(list(_batches(prompts, batch_size)), description=label):
         batch = collate(model, [p.sample for p in some])
         batch = batch.without_images() if without_images else batch
         answers = model.answer(batch.to(device), max_new_tokens=max_new_tokens)
@@ -132,43 +130,3 @@ def _views(model: VisionLanguageModel, visual: Visual) -> int:
     if isinstance(visual, Video):
         return len(visual.frames)
     return model.tiling.cut(visual, model.vision, alone=False)[1].views
-
-
-def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the comparison: one column a method, one row a figure; savings are against ``baseline``."""
-    from lavi.efficiency.measure import saving
-
-    def row(name: str, cells: Sequence[str]) -> list[str]:
-        return [name, *cells]
-
-    rows = []
-    for group in sorted({g for r in records for g in r.accuracy}, key=_group_order):
-        rows.append(row(f"{_group_name(group)} (%)", [f"{r.accuracy.get(group, float('nan')):.1f}" for r in records]))
-    for control in CONTROLS:
-        for group in ("level/easy", "all"):
-            if all(group in r.controls.get(control, {}) for r in records):
-                cells = [f"{r.controls[control][group]:.1f}" for r in records]
-                rows.append(row(f"control, {control}: {_group_name(group)} (%)", cells))
-    rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
-    rows.append(row("GFLOPs, without vision encoder", [f"{r.gflops_language:.4f}" for r in records]))
-    rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))
-    if baseline is not None:
-        for with_vision, name in ((False, "without"), (True, "with")):
-            pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
-            rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
-            rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
-    for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
-        cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]
-        rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", cells))
-    rows.append(row("peak MiB above weights", [f"{r.mib['peak']:.2f}" for r in records]))
-    methods = [r.method for r in records]
-    names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
-    return ["", *names], rows
-
-
-def _group_order(group: str) -> tuple[int, str]:
-    return {"all": 0, "level": 1}.get(group.split("/")[0], 2), group
-
-
-def _group_name(group: str) -> str:
-    return {"all": "held-out accuracy"}.get(group, group.split("/")[-1].replace("_", " "))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from rich import progress
 from rich.console import Console
 from rich.table import Table
+
+Item = TypeVar("Item")
 
 
 def console() -> Console:
     """The terminal; wide enough for tables where there is none."""
     found = Console()
     return found if found.is_terminal else Console(width=180)
+
+
+def track(items: Iterable[Item], description: str, *, total: float | None = None) -> Iterator[Item]:
+    """The items, with a progress bar that is gone when they are through."""
+    yield from progress.track(items, description=description, total=total, transient=True, console=console())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

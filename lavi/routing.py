@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import track
 
 from lavi.batch import Batch
 from lavi.errors import UserError
@@ -24,6 +23,7 @@ from lavi.fusion.visor import VisorFusion
 from lavi.fusion.visor_files import Configuration
 from lavi.metrics.answers import right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
+from lavi.report import track
 from lavi.weights import TRAINED
 
 
@@ -109,7 +109,7 @@ def search(
     about = about | {"refining": fusion.refining, "samples": sum(map(len, batches))}
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"about": about, "scores": {}}
     _same(found.get("about"), about, out)
-    for configuration in track(configurations, description="scoring configurations", transient=True):
+    for configuration in track(configurations, description="scoring configurations"):
         name = _name(configuration)
         if name not in found["scores"]:
             with fusion.going(configuration):
@@ -155,7 +155,7 @@ def label(
     judge = right if by == "right" else likely
     done = _labelled(out, about)
     with open(out, "a") as stream:
-        for batch in track(batches, description="labelling", transient=True):
+        for batch in track(batches, description="labelling"):
             if len({answer.row for answer in batch.answers}) < len(batch.answers):
                 raise UserError(
                     "a label is for one question, and these conversations have several: give data of one each (for the "

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from lavi.efficiency import record, report
 from lavi.efficiency.point import Scenario
@@ -15,7 +14,7 @@ from lavi.efficiency.record import Record
 from lavi.efficiency.sweep import Sweep, run, with_baseline
 from lavi.errors import UserError
 from lavi.recipe import Recipe
-from lavi.report import console
+from lavi.report import console, track
 
 
 def profile(
@@ -46,7 +45,7 @@ def profile(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
     everything = []
     for sweep in parsed:
-        bar = partial(track, description=f"profiling over {sweep.knob}", transient=True)
+        bar = partial(track, description=f"profiling over {sweep.knob}")
         records = []
         for made in run(with_baseline(recipes), sweep, base, device=device, runs=runs, track=bar):
             records.append(made)

@@ -1,0 +1,50 @@
+"""The side-by-side table of runs: accuracy, controls, cost and time, one column a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lavi.efficiency.measure import saving
+from lavi.efficiency.record import Record
+
+CONTROLS = ("shuffled images", "no image")
+"""What a run is asked besides the questions about their own images."""
+
+
+def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the comparison: one column a method, one row a figure; savings are against ``baseline``."""
+
+    def row(name: str, cells: Sequence[str]) -> list[str]:
+        return [name, *cells]
+
+    rows = []
+    for group in sorted({g for r in records for g in r.accuracy}, key=_group_order):
+        rows.append(row(f"{_group_name(group)} (%)", [f"{r.accuracy.get(group, float('nan')):.1f}" for r in records]))
+    for control in CONTROLS:
+        for group in ("level/easy", "all"):
+            if all(group in r.controls.get(control, {}) for r in records):
+                cells = [f"{r.controls[control][group]:.1f}" for r in records]
+                rows.append(row(f"control, {control}: {_group_name(group)} (%)", cells))
+    rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
+    rows.append(row("GFLOPs, without vision encoder", [f"{r.gflops_language:.4f}" for r in records]))
+    rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))
+    if baseline is not None:
+        for with_vision, name in ((False, "without"), (True, "with")):
+            pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
+            rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
+            rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
+    for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
+        cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]
+        rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", cells))
+    rows.append(row("peak MiB above weights", [f"{r.mib['peak']:.2f}" for r in records]))
+    methods = [r.method for r in records]
+    names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
+    return ["", *names], rows
+
+
+def _group_order(group: str) -> tuple[int, str]:
+    return {"all": 0, "level": 1}.get(group.split("/")[0], 2), group
+
+
+def _group_name(group: str) -> str:
+    return {"all": "held-out accuracy"}.get(group, group.split("/")[-1].replace("_", " "))
