@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.model import VisionLanguageModel
-from lavi.optim import MuonAdamW, adamw, parameter_groups, part_of_each
+from lavi.optim import MuonAdamW, adamw, parameter_groups, part_of_each, rate_at_share, rate_at_step
 from lavi.weights import kept_names
 from lavi.weights import start_from as start_from_run
 
@@ -37,7 +38,8 @@ class VisionLanguageModule(pl.LightningModule):
             ``language.hf.lm_head`` or any other submodule or parameter. The most specific name wins; a part that is not
             named, or at null, is frozen. A language model with LoRA trains its adapters alone.
         weight_decay: on matrices only.
-        warmup: share of the steps over which the rate rises; then it falls along a cosine to a hundredth.
+        warmup: share of the run over which the rate rises; then it falls along a cosine to a hundredth. When the run
+            ends, the trainer says: ``max_steps``, ``max_epochs`` with a number of batches, or ``max_time``.
         muon: train the hidden matrices with Muon, at this many times their part's rate, and only the rest (embeddings,
             norms, biases) with AdamW; None: AdamW for all. For small models from scratch; finetuning uses AdamW.
         start_from: a run folder whose trained parameters the model starts from; the parts that train now may be others.
@@ -74,6 +76,8 @@ class VisionLanguageModule(pl.LightningModule):
         if checkpointing:
             checkpoint_layers(model.language.hf)
         self.accuracy = {"train": FamilyAccuracy(), "val": FamilyAccuracy()}
+        self._window: tuple[Tensor, Tensor] | None = None
+        """Trained tokens of the micro-batches since the last step of the optimizer, and the mean of their loss."""
 
     def setup(self, stage: str) -> None:
         """Load the run to start from; a run that goes on has (and has ``carried``) all of that itself."""
@@ -109,6 +113,10 @@ class VisionLanguageModule(pl.LightningModule):
         torch.manual_seed(self._seed + step * self.trainer.world_size + self.trainer.global_rank)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The loss a token of this batch, over all ranks; an accumulated micro-batch weighs as much as its tokens do.
+
+        What a fusion adds to the loss is weighed alike.
+        """
         added: dict[str, Tensor] = {}
         logits = self.model(batch, added)
         loss, tokens = summed_loss(logits, batch.labels)
@@ -125,9 +133,33 @@ class VisionLanguageModule(pl.LightningModule):
         for name, value in added.items():
             self.log(f"train/loss/{name}", value, batch_size=len(batch), sync_dist=True)
             loss = loss + value
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        weight, mean = self._weigh(total, loss.detach())
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.accuracy["train"].update(right_under_teacher_forcing(logits.detach(), batch), groups(batch.answers))
-        return loss
+        return loss * weight
+
+    def _weigh(self, tokens: Tensor, loss: Tensor) -> tuple[Tensor | float, Tensor]:
+        """The weight of a micro-batch of so many trained tokens; the gradients of those before it lose as much.
+
+        So the gradients are at any time those of the mean over all tokens since the last step of the optimizer.
+
+        Returns:
+            The weight, and that mean of the losses.
+        """
+        if self._window is None:
+            self._window = tokens, loss
+            return float(self.trainer.accumulate_grad_batches), loss  # by which the trainer divides
+        before, mean = self._window
+        after = before + tokens
+        share = tokens / after
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 - share)
+        self._window = after, mean + share * (loss - mean)
+        return share * self.trainer.accumulate_grad_batches, self._window[1]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._window = None
 
     def _touch_tower(self) -> Tensor | float:
         """0, by way of each weight of the tower that trains: ranks wait for all gradients of one another.
@@ -140,6 +172,8 @@ class VisionLanguageModule(pl.LightningModule):
         return 0.0 * torch.stack([parameter.sum() for parameter in trained]).sum()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        if self._window is not None:  # the step goes on: its answers are scored together
+            return
         if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_accuracy("train")
 
@@ -171,16 +205,43 @@ class VisionLanguageModule(pl.LightningModule):
             self.model, self.part_of, self.learning_rate, weight_decay=self.weight_decay, muon=self.muon
         )
         optimizer = adamw(groups) if self.muon is None else MuonAdamW(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _share_of_peak(self, step: int) -> float:
-        total = self.trainer.max_steps
-        rise = max(1, round(self.warmup * total))
-        if step < rise:
-            return (step + 1) / rise
-        done = (step - rise) / max(1, total - rise)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    def _share_of_peak(self) -> Callable[[int], float]:
+        """The rate of each step as a share of its peak: by the steps of the run, or by its time where that ends sooner.
+
+        Raises:
+            UserError: nothing says when the run ends.
+        """
+        estimate = self.trainer.estimated_stepping_batches
+        steps = int(estimate) if 0 < estimate < float("inf") else None
+        timer = _timer(self.trainer)
+        if steps is None and timer is None:
+            raise UserError(
+                "nothing says when this run ends, and the learning rate falls towards its end: set trainer.max_steps, "
+                "or trainer.max_epochs with trainer.limit_train_batches as a number of batches, or trainer.max_time."
+            )
+
+        def share(step: int) -> float:
+            passed = 0.0 if timer is None else self.trainer.strategy.broadcast(_share_passed(timer))
+            if steps is None or passed > (step + 1) / steps:
+                return rate_at_share(passed, warmup=self.warmup)
+            return rate_at_step(step, steps, warmup=self.warmup)
+
+        return share
+
+
+def _timer(trainer: pl.Trainer) -> Timer | None:
+    """What ends a run of ``max_time``."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    timers = (callback for callback in callbacks if isinstance(callback, Timer))
+    return next((timer for timer in timers if timer.time_remaining() is not None), None)
+
+
+def _share_passed(timer: Timer) -> float:
+    elapsed, remaining = timer.time_elapsed(), timer.time_remaining()
+    return elapsed / max(1e-9, elapsed + (remaining or 0.0))
 
 
 def _rest(module: nn.Module) -> None:

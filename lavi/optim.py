@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,31 @@ from transformers import PreTrainedModel
 
 from lavi.errors import UserError, nearest
 
+LEAST_RATE = 0.01
+"""Share of the peak rate that is left at the end."""
+
 
 def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW with the second moment that language models of every size are trained with."""
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def rate_at_step(step: int, total: int, *, warmup: float) -> float:
+    """Share of the peak rate in step ``step`` (from 0) of ``total``: it rises over a share ``warmup``, then falls."""
+    rise = max(1, round(warmup * total))
+    return (step + 1) / rise if step < rise else _falling((step - rise) / max(1, total - rise))
+
+
+def rate_at_share(passed: float, *, warmup: float) -> float:
+    """The same where a share ``passed`` of the run's time is over."""
+    if passed < warmup:
+        return max(LEAST_RATE, passed / warmup)
+    return _falling((passed - warmup) / max(1e-9, 1 - warmup))
+
+
+def _falling(done: float) -> float:
+    """Along a cosine from 1 to :data:`LEAST_RATE`, of whose length a share ``done`` is over."""
+    return LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def orthogonalised(matrix: Tensor, *, steps: int = 5) -> Tensor:

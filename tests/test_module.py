@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_most_specific_name_sets_the_rate(build) -> None:
         name: owner(name) for name, _ in model.named_parameters()
     }
     assert all(p.requires_grad == (owner(name) is not None) for name, p in model.named_parameters())
-    module.trainer = type("Trainer", (), {"max_steps": 10})()  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(estimated_stepping_batches=10, callbacks=[])  # type: ignore[assignment]
     named = {id(p): name for name, p in model.named_parameters()}
     groups_of: list[dict[str, Any]] = module.configure_optimizers()["optimizer"].param_groups
     for group in groups_of:

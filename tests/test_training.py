@@ -1,0 +1,186 @@
+"""One step of the optimizer, and its rate: whatever the run's length is given in, and however a step is cut."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import ask, awaken, collate
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lavi.errors import UserError
+from lavi.fusion.lavi import LaViFusion
+from lavi.module import VisionLanguageModule
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+SAMPLES = [
+    ask(1, "what?", answer="red"),
+    ask(2, "which image?", answer="the first of the two images"),
+    ask("is there a circle?", answer="yes"),
+    ask(3, "what colour?", answer="the small circle is red and the large square is blue"),
+    ask(4, "how many?", answer="two"),
+]
+
+
+class Gradients(pl.Callback):
+    """What the optimizer is about to step with, of each step, as any callback sees it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
+        named = module.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+class AddedLoss(LaViFusion):
+    """Adds to the loss what grows with its parameters: a fusion's own loss is accumulated, too."""
+
+    def forward(self, *args: Any) -> Any:
+        inputs = super().forward(*args)
+        added = sum(parameter.square().sum() for parameter in self.parameters())
+        inputs.vision.losses = lambda: {"size": 0.1 * added}
+        return inputs
+
+
+def gradients(build: Any, sizes: list[int], accumulate: int, **trainer: Any) -> tuple[list[dict[str, Tensor]], Any]:
+    """Of a run over the samples in micro-batches of these sizes; and what it logged last."""
+    model = build(AddedLoss(every=2, bottleneck=16))
+    awaken(model.fusion)
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
+    left = list(SAMPLES)
+    batches = [collate(model, [left.pop(0) for _ in range(size)]) for size in sizes]
+    seen = Gradients()
+    settings = {"max_epochs": 1, "gradient_clip_val": 1.0} | trainer
+    run = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=[seen],
+        **settings,
+    )
+    run.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return seen.steps, run.callback_metrics
+
+
+@pytest.mark.parametrize(("sizes", "accumulate"), [([1, 4], 2), ([2, 3], 2), ([1, 1, 1, 2], 4), ([4, 1], 3)], ids=str)
+def test_each_token_of_an_accumulated_step_weighs_the_same(build, sizes: list[int], accumulate: int) -> None:
+    """Also in a window that the end of an epoch cuts short ([4, 1] of 3); the logged loss is that of all its tokens."""
+    (whole,), logged = gradients(build, [5], 1)
+    (summed,), logged_summed = gradients(build, sizes, accumulate)
+    assert whole.keys() == summed.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logged_summed["train/loss"], logged["train/loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_every_step_has_a_window_of_its_own(build) -> None:
+    first, second = gradients(build, [1, 2, 1, 1], 2)[0]
+    (alone,) = gradients(build, [1, 2], 2)[0]
+    assert all(torch.equal(first[name], alone[name]) for name in alone)
+    assert not all(torch.equal(first[name], second[name]) for name in second)
+
+
+def rates(module: VisionLanguageModule, trainer: Any, steps: int) -> list[float]:
+    """Of each step, which takes a second."""
+    module.trainer = trainer
+    made = module.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        for timer in trainer.callbacks:
+            timer.now += 1
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.fixture
+def module(build) -> VisionLanguageModule:
+    return VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3}, warmup=0.1)
+
+
+class Seconds(Timer):
+    """A timer whose clock is set by hand."""
+
+    def __init__(self, duration: float) -> None:
+        super().__init__({"seconds": duration})
+        self.now = 0.0
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        return self.now
+
+
+ONE_RANK = SimpleNamespace(broadcast=lambda value: value)
+
+
+def test_the_rate_rises_and_falls_to_a_hundredth_of_its_peak(module: VisionLanguageModule) -> None:
+    found = rates(module, SimpleNamespace(estimated_stepping_batches=20, callbacks=[]), 21)
+    assert found[0] == pytest.approx(0.5e-3)
+    assert found[1] == max(found) == pytest.approx(1e-3)
+    assert found[1:] == sorted(found[1:], reverse=True)
+    assert found[20] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("estimate", [float("inf"), -1])
+def test_the_rate_follows_the_clock_where_time_ends_the_run(module: VisionLanguageModule, estimate: float) -> None:
+    timer = Seconds(20)
+    clocked = SimpleNamespace(estimated_stepping_batches=estimate, callbacks=[timer], strategy=ONE_RANK)
+    found = rates(module, clocked, 21)
+    assert found[2] == max(found) == pytest.approx(1e-3)
+    assert found[:3] == sorted(found[:3])
+    assert found[2:] == sorted(found[2:], reverse=True)
+    assert found[20] == pytest.approx(1e-5)
+
+
+def test_whichever_ends_the_run_first_decides_its_rate(module: VisionLanguageModule) -> None:
+    timer = Seconds(1000)
+    slow = SimpleNamespace(estimated_stepping_batches=20, callbacks=[timer], strategy=ONE_RANK)
+    by_steps = SimpleNamespace(estimated_stepping_batches=20, callbacks=[])
+    assert rates(module, slow, 21) == rates(module, by_steps, 21)
+    timer = Seconds(20)
+    quick = SimpleNamespace(estimated_stepping_batches=1000, callbacks=[timer], strategy=ONE_RANK)
+    assert rates(module, quick, 21)[20] == pytest.approx(1e-5)
+
+
+def test_a_run_whose_end_nothing_names_is_refused(module: VisionLanguageModule) -> None:
+    with pytest.raises(UserError, match=r"set trainer\.max_steps, or trainer\.max_epochs with"):
+        rates(module, SimpleNamespace(estimated_stepping_batches=float("inf"), callbacks=[Timer()]), 0)
+
+
+def test_the_trainer_counts_the_steps_of_epochs(build) -> None:
+    """Three epochs of five batches, two to a step: nine steps, and the rate has fallen at the end."""
+    model = build(LaViFusion(every=2, bottleneck=16))
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
+    batches = [collate(model, [sample]) for sample in SAMPLES]
+    seen: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        max_epochs=3,
+        callbacks=[Rates()],
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert len(seen) == 9
+    assert seen[0] == max(seen) == pytest.approx(1e-3)
+    assert seen[-1] < 0.1e-3
