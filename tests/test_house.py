@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room may import the rooms before it, and itself.
 ORDER = [
-    {"errors", "batch", "images", "video", "nn", "configurations"},
+    {"errors", "output", "batch", "images", "video", "nn", "configurations"},
     {"vision", "language", "chat"},
     {"processor", "reduction"},
     {"fusion"},
