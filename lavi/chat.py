@@ -2,14 +2,21 @@
 
 The conversation is rendered once, an image standing in it as one object-replacement character. The text between the
 images is tokenised once, and labels come from the tokens' character offsets: nothing is tokenised twice and compared
-by length, so nothing can mismatch in silence.
+by length, so nothing can mismatch in silence. What people wrote is words, also where it reads like a control token.
+
+An answer is trained as the model will have to give it: behind the prompt that :meth:`Chat.encode_prompt` makes of the
+turns before it. Some templates write the last answer otherwise than those before it (Qwen3 puts an empty thinking block
+before it): there every answer is trained as the template writes it once the conversation has gone on.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +26,9 @@ from lavi.errors import UserError, nearest
 
 IMAGE = "\ufffc"
 """Stands for an image in rendered text (Unicode's own object replacement character)."""
+
+WORDS = "\ufdd0"
+"""Stands before what reads like a control token and was written by people (a code point that Unicode gives no text)."""
 
 TEMPLATES = {
     "chatml": (
@@ -87,6 +97,11 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose one with "
                 f"model.chat_template={'|'.join(TEMPLATES)}."
             )
+        self._begin = _added_in_front(tokenizer) if template else []
+        """Ids that the tokenizer puts before each text, such as ``<s>``: its own template has them, a named one not."""
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted(map(re.escape, special), key=len, reverse=True)
+        self._control = re.compile("|".join(longest_first) or r"(?!)")
         self._frames: dict[tuple[str, ...], _Frames] = {}
 
     @property
@@ -98,10 +113,11 @@ class Chat:
         """A whole conversation, its answers and their end tokens as labels.
 
         Raises:
-            UserError: images and image places disagree, or the template does not extend turn by turn, token by token.
+            UserError: images and image places disagree, text that is none, or a template that refuses the conversation
+                or cannot be trained on.
         """
         plain = self._plain(messages, images)
-        text = self._render(plain)
+        text = self._render_whole(plain)
         ids, offsets, columns = self._tokenise(text)
         labels = [IGNORE] * len(ids)
         turns = []
@@ -110,8 +126,8 @@ class Chat:
             inside = [t for t, (a, b) in enumerate(offsets) if a >= start and b <= stop and a < b]
             if not inside or any(a < start < b for a, b in offsets):
                 raise UserError(
-                    f"the answer '{message['content']}' does not start with a token of its own: the chat template's "
-                    "prompt ends in the middle of one (often a space too many)."
+                    "an answer does not start with a token of its own: the chat template's prompt ends in the middle "
+                    "of one (often a space too many)."
                 )
             for token in inside:
                 labels[token] = ids[token]
@@ -130,7 +146,7 @@ class Chat:
 
     def _plain(self, messages: Sequence[dict[str, Any]], images: int) -> list[dict[str, str]]:
         """Messages with string contents, an :data:`IMAGE` where an image stands."""
-        plain = [{"role": m["role"], "content": _flatten(m["content"])} for m in messages]
+        plain = [{"role": m["role"], "content": self._as_words(_flatten(m["content"]))} for m in messages]
         marked = sum(m["content"].count(IMAGE) for m in plain)
         if marked == 0 and images:  # images without places stand before the first words of the user
             first = next((m for m in plain if m["role"] == "user"), None)
@@ -141,11 +157,83 @@ class Chat:
             raise UserError(f"the conversation has places for {marked} images and comes with {images}.")
         return plain
 
+    def _as_words(self, text: str) -> str:
+        """Marks what reads like a control token.
+
+        Raises:
+            UserError: half of a surrogate pair, which no tokenizer takes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the conversation has text that is not Unicode (half of a surrogate pair).") from None
+        return self._control.sub(lambda found: WORDS + found[0], text)
+
     def _render(self, plain: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            list(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
+        # A template is a program from elsewhere: what it does not foresee raises anything.
+        except Exception as error:  # noqa: BLE001
+            raise UserError(f"the chat template refuses the conversation ({_first_line(error)}).") from None
         return str(rendered)
+
+    # --- templates that write the last answer otherwise ---------------------------------------------------------------
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        """Whether the template writes an answer otherwise once the conversation goes on."""
+        turns = _turns("abcd")
+        try:
+            return not self._render(turns).startswith(self._render(turns[:2]))
+        except UserError:  # it refuses more than one question
+            return False
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes behind an answer, before the next turn begins.
+
+        Raises:
+            UserError: nothing.
+        """
+        turns = _turns("abc")
+        before, last, gone_on = self._render(turns[:1], prompt=True), self._render(turns[:2]), self._render(turns)
+        if not gone_on.startswith(f"{before}b"):
+            raise UserError(_REWRITES)
+        behind = zip(gone_on[len(before) + 1 :], last[last.rindex("b") + 1 :], strict=False)
+        closing = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], behind))
+        if not closing.strip():
+            raise UserError(_REWRITES)
+        return closing
+
+    def _render_whole(self, plain: list[dict[str, str]]) -> str:
+        """A conversation as it is trained: every answer as the template writes it when the next question is asked.
+
+        Raises:
+            UserError: the template leaves out a part of the last answer then.
+        """
+        if not self._rewrites or plain[-1]["role"] != "assistant":
+            return self._render(plain)
+        gone_on = self._render([*plain, {"role": "user", "content": "a"}])
+        _, stop = self._answer_span(plain, len(plain) - 1, gone_on)
+        return gone_on[:stop] + self._closing[len(self._closing.rstrip()) :]
+
+    def _closed_answer(self, answer: str, text: str, start: int) -> int:
+        """Where an answer that starts in ``text`` at ``start`` ends, the end token behind it included.
+
+        Raises:
+            UserError: a part of it is not there.
+        """
+        words = answer.strip()
+        first = text.find(words, start)
+        if not text[start:first].isspace() and first != start:
+            raise UserError("the chat template leaves out a part of an answer, such as what was thought before it.")
+        behind = first + len(words)
+        stop = text.find(self._closing.rstrip(), behind)
+        if stop < 0 or (stop > behind and not text[behind:stop].isspace()):
+            raise UserError(_REWRITES)
+        return stop + len(self._closing.rstrip())
 
     def _answer_spans(self, plain: list[dict[str, str]], text: str) -> list[tuple[int, int, int]]:
         """Each answer's turn, and its characters in ``text`` with those of the end token behind it.
@@ -171,33 +259,87 @@ class Chat:
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
         """The characters of an answer and of the end token behind it."""
         before = self._render(plain[:turn], prompt=True)
+        if self._rewrites:
+            if not text.startswith(before):
+                raise UserError(_REWRITES)
+            return len(before), self._closed_answer(plain[turn]["content"], text, len(before))
         after = text if turn + 1 == len(plain) else self._render(plain[: turn + 1])
         if not (text.startswith(after) and after.startswith(before)):
-            raise UserError("the chat template rewrites earlier turns: answers cannot be told from questions in it.")
+            raise UserError(_REWRITES)
         return len(before), len(after.rstrip())
 
     def _tokenise(self, text: str) -> tuple[list[int], list[tuple[int, int]], list[int]]:
         """Ids, character offsets, and the token that each image stands before."""
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
+        ids = list(self._begin)
+        offsets = [(0, 0)] * len(ids)
         columns: list[int] = []
         start = 0
         for number, piece in enumerate(text.split(IMAGE)):
             if number:
                 columns.append(len(ids))
                 start += 1
-            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-            ids += encoded["input_ids"]
-            offsets += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+            for at, part in self._parts(piece):
+                part_ids, spans = self._tokenise_part(part)
+                ids += part_ids
+                offsets += [(start + at + a, start + at + b) for a, b in spans]
             start += len(piece)
         return ids, offsets, columns
+
+    def _parts(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where each part of a text starts, and the part: control tokens are apart from words that read like them."""
+        if WORDS not in text:
+            yield 0, text
+            return
+        controls = [m.span() for m in self._control.finditer(text) if text[max(0, m.start() - 1)] != WORDS]
+        edges = [0, *itertools.chain.from_iterable(controls), len(text)]
+        for start, stop in itertools.pairwise(edges):
+            if start < stop:
+                yield start, text[start:stop]
+
+    def _tokenise_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of one of the :meth:`_parts`."""
+        words = text.replace(WORDS, "")
+        encoded = self.tokenizer(
+            words, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=words != text
+        )
+        marks = [found.start() - number for number, found in enumerate(re.finditer(WORDS, text))]
+        spans = [(a + bisect_right(marks, a), b + bisect_left(marks, b)) for a, b in encoded["offset_mapping"]]
+        return encoded["input_ids"], spans
+
+
+_REWRITES = (
+    "the chat template rewrites earlier turns: answers cannot be told from questions in it; take a named one, as with "
+    "model.chat_template=chatml."
+)
+
+
+def _turns(words: str) -> list[dict[str, str]]:
+    """User and assistant in turns, a letter each."""
+    return [{"role": role, "content": word} for role, word in zip(itertools.cycle(("user", "assistant")), words)]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before each text of its own accord."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+    return whole[: starts[-1]] if starts else []
 
 
 def _flatten(content: str | list[dict[str, Any]]) -> str:
     if isinstance(content, str):
-        return content.replace(IMAGE, "")
+        return _bare(content)
     return "".join(IMAGE if part.get("type") in ("image", "video") else _text(part) for part in content)
 
 
 def _text(part: dict[str, Any]) -> str:
-    return str(part.get("text", "")).replace(IMAGE, "")
+    return _bare(str(part.get("text", "")))
+
+
+def _bare(text: str) -> str:
+    """Without the characters that mean something here."""
+    return text.replace(IMAGE, "").replace(WORDS, "")

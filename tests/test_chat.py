@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lavi.batch import IGNORE
 from lavi.chat import IMAGE, TEMPLATES, Chat
@@ -110,3 +114,142 @@ def test_what_cannot_be_encoded_is_said(chat: Chat, tokenizer: str) -> None:
     chat.template = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="rewrites earlier turns"):
         chat.encode(TWO_TURNS, images=2)
+
+
+# As Qwen3's: the last answer gets a thinking block, earlier ones lose theirs; the prompt opens none.
+THINKS = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+    "{{ '<|assistant|>' }}{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1].lstrip('\n') + '<|end|>' }}"
+    "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking(tokenizer: str) -> Chat:
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    made.chat_template = THINKS
+    return Chat(made)
+
+
+def pieces(chat: Chat, messages: list[dict[str, Any]], images: int) -> list[tuple[str, str]]:
+    """Of each answer of a conversation: what stands before it, and what is trained."""
+    encoded = chat.encode(messages, images=images)
+    decode = chat.tokenizer.decode
+    assert [label for label in encoded.labels if label != IGNORE] == [
+        encoded.ids[column] for turn in encoded.turns for column in range(turn.start, turn.stop)
+    ]
+    return [(decode(encoded.ids[: t.start]), decode(encoded.labels[t.start : t.stop])) for t in encoded.turns]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_what_is_trained_is_what_an_answer_will_have_to_be(thinking: Chat, chat: Chat, turns: int) -> None:
+    """Behind each prompt, also where a template writes earlier answers otherwise than the last."""
+    messages = [*TWO_TURNS, {"role": "user", "content": " and now?"}, {"role": "assistant", "content": "green"}]
+    messages = messages[: 2 * turns]
+    images = min(turns, 2)
+    for one in (thinking, chat):
+        encoded = one.encode(messages, images=images)
+        assert len(encoded.turns) == turns
+        for turn, answer in zip(encoded.turns, ("red", "blue", "green"), strict=False):
+            asked = messages[: 2 * encoded.turns.index(turn) + 1]
+            prompt = one.encode_prompt(asked, images=min(images, len(asked) // 2 + 1))
+            assert encoded.ids[: turn.start] == prompt.ids
+            assert one.tokenizer.decode(encoded.ids[turn.start : turn.stop]) == f"{answer}<|end|>"
+    assert "<think>" not in thinking.tokenizer.decode(thinking.encode(messages, images=images).ids)
+
+
+def test_an_answer_in_a_longer_conversation_is_trained_as_in_a_shorter(thinking: Chat) -> None:
+    assert pieces(thinking, TWO_TURNS, 2)[:1] == pieces(thinking, TWO_TURNS[:2], 1)
+
+
+def test_what_a_template_would_leave_out_is_said(thinking: Chat) -> None:
+    reasoned = {"role": "assistant", "content": "<think>\nit is red\n</think>\n\nred"}
+    with pytest.raises(UserError, match="leaves out a part of an answer"):
+        thinking.encode([{"role": "user", "content": "what?"}, reasoned], images=0)
+    opens = AutoTokenizer.from_pretrained(thinking.tokenizer.name_or_path)
+    opens.chat_template = THINKS.replace("%}<|assistant|>{% endif %}", "%}<|assistant|><think>{% endif %}")
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
+        Chat(opens).encode(TWO_TURNS, images=2)
+
+
+def test_a_template_that_refuses_is_a_users_error(chat: Chat) -> None:
+    chat.template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"refuses the conversation .roles must alternate"):
+        chat.encode(TWO_TURNS, images=2)
+    chat.template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(UserError, match="refuses the conversation"):
+        chat.encode_prompt(TWO_TURNS[:1], images=1)
+
+
+@pytest.mark.parametrize("content", ["a \ud83d", [{"type": "text", "text": "\udc00"}]], ids=["text", "parts"])
+def test_half_a_surrogate_pair_is_a_users_error(chat: Chat, content: Any) -> None:
+    with pytest.raises(UserError, match="not Unicode"):
+        chat.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "b"}], images=0)
+
+
+@pytest.mark.parametrize("words", ["<|end|>", "a <|end|>", "<|end|><|user|> b", "is <|assistant|>red<|end|> right?"])
+def test_words_that_look_like_control_tokens_are_words(chat: Chat, thinking: Chat, words: str) -> None:
+    """In questions and answers: as many control tokens as without them, and the text is what was written."""
+    special = set(chat.tokenizer.all_special_ids)
+    for one in (chat, thinking, Chat(chat.tokenizer, "vicuna")):
+        for question, answer in ((words, "red"), ("what?", words), (words, words)):
+            asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            plain = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+            encoded, usual = one.encode(asked, images=0), one.encode(plain, images=0)
+            assert [i for i in encoded.ids if i in special] == [i for i in usual.ids if i in special]
+            (turn,) = encoded.turns
+            assert encoded.ids[turn.stop - 1] == one.tokenizer.convert_tokens_to_ids("<|end|>")
+            assert one.tokenizer.decode(encoded.ids[turn.start : turn.stop - 1]).strip() == answer
+            assert encoded.ids[: turn.start] == one.encode_prompt(asked[:1], images=0).ids
+            assert question in one.tokenizer.decode(encoded.ids[: turn.start])
+
+
+def test_images_stand_right_beside_words_that_look_like_control_tokens(chat: Chat) -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "<|end|> a"}, {"type": "image"}]}]
+    encoded = chat.encode([*asked, {"role": "assistant", "content": "red"}], images=1)
+    assert chat.tokenizer.decode(encoded.ids[: encoded.image_columns[0]]) == "<|user|><|end|> a"
+
+
+@pytest.fixture
+def beginning(tmp_path: Path) -> Any:
+    """A tokenizer that puts <s> before each text itself, as Llama's and Vicuna's do."""
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bare.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    named = ["<unk>", "<s>", "</s>"]
+    bare.train_from_iterator(
+        ["USER: ASSISTANT:"], trainers.BpeTrainer(special_tokens=named, initial_alphabet=alphabet, show_progress=False)
+    )
+    bare.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
+    made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.save_pretrained(tmp_path / "begins")
+    return AutoTokenizer.from_pretrained(tmp_path / "begins")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_named_templates_begin_as_the_tokenizer_begins_a_text(beginning: Any, template: str) -> None:
+    chat = Chat(beginning, template)
+    encoded, prompt = chat.encode(TWO_TURNS, images=2), chat.encode_prompt(TWO_TURNS[:3], images=2)
+    for one in (encoded, prompt):
+        assert one.ids[0] == 1
+        assert one.ids.count(1) == 1
+    assert encoded.labels[0] == IGNORE
+    assert encoded.ids[: len(prompt.ids)] == prompt.ids
+    assert encoded.image_columns == prompt.image_columns
+    before = beginning.decode(encoded.ids[: encoded.image_columns[0]])
+    assert before == "<s>" + {"chatml": "<|im_start|>user\n", "vicuna": "USER: "}[template]
+
+
+def test_a_tokenizers_own_template_says_itself_how_a_text_begins(beginning: Any) -> None:
+    beginning.chat_template = TRIMS
+    assert Chat(beginning).encode(TWO_TURNS, images=2).ids[0] != 1
+    beginning.chat_template = "{{ bos_token }}" + TRIMS
+    assert Chat(beginning).encode(TWO_TURNS, images=2).ids.count(1) == 1
