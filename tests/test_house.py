@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 # A room may import the rooms before it, and itself.
 ORDER = [
-    {"errors", "output", "batch", "images", "video", "nn", "configurations"},
+    {"errors", "output", "arguments", "batch", "images", "video", "nn", "configurations"},
     {"vision", "language", "chat"},
     {"processor", "reduction"},
     {"fusion"},
-    {"recipe", "report", "weights"},
+    {"recipe_text", "recipe", "report", "weights"},
     {"model", "pretrained"},
     {"metrics", "optim", "module"},
     {"checkpoint", "startup", "targets"},

@@ -1,0 +1,145 @@
+"""What an argument may be: of a component of a recipe, and of a command.
+
+A component says it in the type of an argument, and a recipe is held against that before anything is built::
+
+    def __init__(self, *, every: Count = 4, config: Annotated[dict[str, Any], Check(known_keys)] | None = None)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from lavi.errors import HelpFormatter, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+OVERRIDE = re.compile(r"[\w.-]+=")
+"""How a change to a recipe begins."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``least`` (or above it) to ``most``, and one ``besides`` that means something else."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    """``least`` itself is too small."""
+    besides: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.least < value <= self.most if self.above else self.least <= value <= self.most
+        return (inside and math.isfinite(value)) or value == self.besides
+
+    def __str__(self) -> str:
+        if self.above:
+            return f"above {self.least:g}" + (f" and at most {self.most:g}" if self.most < math.inf else "")
+        text = f"from {self.least:g}" + (f" to {self.most:g}" if self.most < math.inf else "")
+        return text if self.besides is None else f"{text}, or {self.besides:g}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whatever a function does not refuse by a :class:`UserError`."""
+
+    function: Callable[[Any], object]
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+PositiveOrZero = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, above=True)]
+ShareOrZero = Annotated[float, Range(0, 1)]
+
+
+# --- of commands ------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line: options and, if it has a positional ``overrides``, changes to a recipe between them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, **settings})
+
+    def read(self) -> argparse.Namespace:
+        """The arguments of this process.
+
+        Raises:
+            UserError: what it does not know, or a value that an option cannot have.
+        """
+        args, rest = self.parse_known_args()
+        unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if hasattr(args, "overrides"):
+            args.overrides = [*args.overrides, *rest]
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def path(text: str) -> Path:
+    """A path; ``~`` is the home folder, also where no shell has seen it (``--out=~/x``)."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path cannot be empty")
+    return Path(text).expanduser()
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least so much."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"a whole number from {least}, not '{text}'")
+        return value
+
+    return read
+
+
+def share(text: str) -> float:
+    """The type of an option that is a share above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value not in Range(0, 1, above=True):
+        raise argparse.ArgumentTypeError(f"a share above 0 and at most 1, not '{text}'")
+    return value
+
+
+def without_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The paths among the values of an option that takes several, and the changes to a recipe that came behind them."""
+    overrides = [word for word in words if OVERRIDE.match(word) and not path(word).exists()]
+    return [path(word) for word in words if word not in overrides], overrides
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto``: a GPU if there is one.
+
+    Raises:
+        UserError: no such device, or nothing can be computed on it here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used here ({reason}): take cpu, or auto.") from None
+    return device
