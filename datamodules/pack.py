@@ -33,8 +33,9 @@ from datamodules.entries import BadEntry, Cell, Folders, Item, entry_of
 from datamodules.formats import READERS, Source, open_dataset, read_cell
 from datamodules.processes import in_order
 from datamodules.sources import INDEX
-from datamodules.write import ShardJob, held, progress, shard_jobs, write_shards
+from datamodules.write import ShardJob, held, shard_jobs, write_shards
 from lavi.errors import HelpFormatter, UserError, front
+from lavi.report import track
 from lavi.video import is_video
 
 PER_SHARD = 1000
@@ -73,8 +74,8 @@ def check(source: Source, folders: Folders, file: Path, *, workers: int) -> Chec
     checked = Checked(file)
     digest = hashlib.sha256()
     found = in_order(partial(_checked, folders=folders), enumerate(source.items), workers=workers)
-    with open(file, "wb") as stream, progress() as bar:
-        for one in bar.track(found, source.total, description=f"checking {source.name}"):
+    with open(file, "wb") as stream:
+        for one in track(found, f"checking {source.name}", total=source.total):
             checked.total += 1
             if isinstance(one, BadEntry):
                 checked.skip(one)

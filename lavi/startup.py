@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
-from rich.console import Group, RenderableType
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, Timer
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -16,6 +16,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.optim import every_name, inside
+from lavi.report import Lines
 
 
 class StepBar(RichProgressBar):
@@ -24,6 +25,92 @@ class StepBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         counts_epochs = self.trainer.max_epochs not in (None, -1)
         return super()._get_train_description(current_epoch) if counts_epochs else "Training  "
+
+
+class StepLines(ProgressBar):
+    """The same for a log or a pipe: a line on the first step and then every few seconds, while validating too."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self._enabled = True
+        self._training: Lines | None = None
+        self._validation: Lines | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._enabled:
+            self._training = Lines(
+                "training",
+                total=_whole(trainer.estimated_stepping_batches),
+                done=trainer.global_step,
+                unit="step",
+                note=self._loss,
+                deadline=self._seconds_left,
+                console=self.console,
+            )
+            self._training.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if (lines := self._training) is None or trainer.global_step == lines.done:
+            return
+        if lines.done == lines.first:
+            lines.warmed_up(trainer.global_step)
+        else:
+            lines.update(trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._training is not None:
+            self._training.pace.pause()
+        if self._enabled:
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            self._validation = Lines("validation", total=_whole(sum(batches)), unit="batch", console=self.console)
+            self._validation.start()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self._validation is not None:
+            self._validation.update(self._validation.done + 1)
+
+    def on_validation_end(self, *args: Any) -> None:
+        if self._validation is not None:
+            self._validation.stop()
+            if self._validation.said:  # a short one comes too often for a line of its own
+                self._validation.say(last=True)
+            self._validation = None
+        if self._training is not None:
+            self._training.pace.resume(self._training.done)
+
+    def on_train_end(self, *args: Any) -> None:
+        if self._training is not None:
+            self._training.stop()
+            self._training.say(last=True)
+            self._training = None
+
+    def on_exception(self, *args: Any) -> None:
+        for lines in (self._training, self._validation):
+            if lines is not None:
+                lines.stop()
+        self._training = self._validation = None
+
+    def _loss(self) -> str:
+        metrics = self.trainer.progress_bar_metrics
+        losses = [value for name, value in metrics.items() if "loss" in name and not name.startswith("val")]
+        return f"loss {losses[0]:.4g}" if losses else ""
+
+    def _seconds_left(self) -> float | None:
+        """Of ``max_time``."""
+        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        return next((left for timer in timers if (left := timer.time_remaining()) is not None), None)
+
+
+def _whole(number: float) -> int | None:
+    """None for a number without end."""
+    return int(number) if 0 < number < float("inf") else None
 
 
 def what_trains(module: pl.LightningModule) -> Table:
