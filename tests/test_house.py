@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,51 @@ def test_imports_point_down(file: Path) -> None:
         if package == "lavi" and rest:
             other = rest.split(".")[0]
             assert LEVEL[other] <= LEVEL[room], f"{file} imports {name} from a room above it"
+
+
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in (ROOT / "lavi").rglob("*.py")
+}
+# A published VLM is a way to build the model, and building it takes the model: looked up when it is called.
+KNOWN_CIRCLES = {("lavi.model", "lavi.pretrained")}
+
+
+def modules_imported(file: Path) -> Iterator[str]:
+    """Modules of lavi, also those that a function imports when it is called."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & MODULES.keys() or {node.module}
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not within a room, nor among rooms of one level, nor late, inside a function."""
+    modules = {name: set(modules_imported(file)) - {name, "lavi"} for name, file in MODULES.items()}
+    for module, other in KNOWN_CIRCLES:
+        assert circle_in(modules), f"{module} and {other} are no circle any more: take them out of KNOWN_CIRCLES"
+        modules[module].discard(other)
+    rooms = defaultdict(set)
+    for module, others in modules.items():
+        room = module.split(".")[:2][-1]
+        rooms[room] |= {other.split(".")[1] for other in others} - {room}
+    assert not circle_in(modules)
+    assert not circle_in(rooms)
+
+
+def test_a_batch_knows_nothing_of_lavi() -> None:
+    """It is what every room hands on: whatever it imported, all of them would."""
+    assert not {name for name in rooms_imported(ROOT / "lavi" / "batch.py") if name.split(".")[0] == "lavi"}
 
 
 def test_importing_lavi_is_light() -> None:

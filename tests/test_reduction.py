@@ -170,6 +170,30 @@ def test_visionzip_keeps_what_the_tower_attends_to(make) -> None:
         assert ((kept[view, 3:] >= low - 1e-6) & (kept[view, 3:] <= high + 1e-6)).all()
 
 
+def test_visionzip_merges_each_token_that_is_left_with_the_likest() -> None:
+    """By the cosine of the mean keys of the last layer's heads, one token at a time."""
+    vision = HFVision(config=TOWER)
+    reducer = VisionZip(dominant=4, contextual=3)
+    reducer.bind(vision)
+    keys: list[torch.Tensor] = []
+    last = [module for name, module in vision.named_modules() if name.endswith("k_proj")][-1]
+    last.register_forward_hook(lambda *call: keys.append(call[-1].unflatten(-1, (2, 12)).mean(-2)))
+    with torch.no_grad():
+        features = vision(torch.randn(3, *vision.pixel_shape))
+        dominant, merged = reducer(features).split([4, 3], dim=1)
+    for view in range(3):
+        first = {int((features[view] == token).all(-1).nonzero()) for token in dominant[view]}
+        rest = [index for index in range(16) if index not in first]
+        centres = [rest[2], rest[6], rest[10]]  # twelve in three parts, the middle of each
+        groups: dict[int, list[int]] = {centre: [centre] for centre in centres}
+        for index in rest:
+            if index not in centres:
+                likeness = [float(torch.cosine_similarity(*keys[0][view, [index, c]], dim=0)) for c in centres]
+                groups[centres[likeness.index(max(likeness))]].append(index)
+        expected = torch.stack([features[view, group].mean(0) for group in groups.values()])
+        torch.testing.assert_close(merged[view], expected)
+
+
 def test_a_class_token_ranks_by_what_it_attends_to() -> None:
     vision = HFVision(config=TOWER | {"model_type": "clip_vision_model"})
     reducer = VisionZip(dominant=4)
