@@ -83,7 +83,8 @@ class Pace:
 
     def restart(self, done: int) -> None:
         """Count from here: what came before was slow for once."""
-        self._began, self._rested, self._paused = self.clock(), 0.0, None
+        self._began, self._rested = self.clock(), 0.0
+        self._paused: float | None = None
         self._first = (self._began, done)
         self._marks = deque([self._first], maxlen=REMEMBERED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.optim import every_name, inside
-from lavi.report import Lines
+from lavi.report import Lines, table
 
 
 class StepBar(RichProgressBar):
@@ -115,9 +116,7 @@ def _whole(number: float) -> int | None:
 
 def what_trains(module: pl.LightningModule) -> Table:
     """A table of the model's parts: parameters, how many of them train, at which rate; named parts below theirs."""
-    table = Table(title="What trains", title_justify="left")
-    for column in ("part", "parameters", "trained", "learning rate"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    rows: list[list[str]] = []
     model, rates = cast(nn.Module, module.model), getattr(module, "learning_rate", {})
     every = every_name(model)
     children = [name for name, _ in model.named_children()]
@@ -129,8 +128,8 @@ def what_trains(module: pl.LightningModule) -> Table:
             rate = rates.get(name) if isinstance(rates, dict) else rates
             shown = str(rate) if rate is not None else "as below" if trained else "frozen"
             indented = "  " * name.count(".") + name
-            table.add_row(indented, f"{sum(size for size, _ in sizes):,}", f"{trained:,}", shown)
-    return table
+            rows.append([indented, f"{sum(size for size, _ in sizes):,}", f"{trained:,}", shown])
+    return table("What trains", ["part", "parameters", "trained", "learning rate"], rows)
 
 
 def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> RenderableType:
@@ -144,10 +143,13 @@ def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> Renderab
     tokenizer = model.chat.tokenizer
     images = [place.column for place in batch.places if place.row == 0]
     text = Text()
-    for column in range(start, stop):
-        text.append("[image] " * images.count(column), style="blue")
-        trained = int(batch.labels[0, column]) != IGNORE
-        text.append(str(tokenizer.decode([int(batch.input_ids[0, column])])), style="bold green" if trained else "dim")
+    is_trained = (batch.labels[0] != IGNORE).tolist()
+    # Tokens of one kind are decoded together: a character may be in several.
+    for (_, trained), run in groupby(range(start, stop), lambda c: (sum(i <= c for i in images), is_trained[c])):
+        first, *others = run
+        text.append("[image] " * images.count(first), style="blue")
+        ids = batch.input_ids[0, first : first + 1 + len(others)].tolist()
+        text.append(str(tokenizer.decode(ids)), style="bold green" if trained else "dim")
     trained_tokens = int((batch.labels != IGNORE).sum())
     share = trained_tokens / int(batch.attention_mask.sum())
     ends = set(model.end_ids())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,6 +63,33 @@ def test_fit_shows_what_it_does_and_keeps_what_was_trained(run, tiny_recipe: Pat
     assert "torch" in json.loads(header["versions"])
     assert header["step"] == "6"
     assert any(folder.glob("events.out.tfevents*"))
+
+
+def test_a_log_shows_that_it_trains(run, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines where there is no terminal; none where the recipe wants no bar; a recipe's own bar instead of them."""
+    from lavi import report
+
+    for name in ("FIRST", "EVERY", "PATIENCE"):  # no line depends on the speed of the machine
+        monkeypatch.setattr(report, name, float("inf"))
+    fit = ("lavi.fit", "--recipe", tiny_recipe, "trainer.num_sanity_val_steps=0")
+    status, out, err = run(*fit, "trainer.enable_progress_bar=true")
+    assert status == 0, err
+    first, last = [line for line in out.splitlines() if line.startswith(("training:", "validation:"))]
+    assert re.fullmatch(r"training: step 1 of 6, loss \d+\.\d+", first)
+    assert re.fullmatch(r"training: step 6 of 6, [\d.,]+ steps/s, loss \d+\.\d+, (\d+|under 1) s in all", last)
+    assert "eval mode" not in err
+    assert "LeafSpec" not in err
+    assert "Total params" not in out
+    assert "training:" not in run(*fit)[1]
+    monkeypatch.setattr(report, "FIRST", 0.0)
+    monkeypatch.setattr(report, "EVERY", 0.0)
+    out = run(*fit, "trainer.enable_progress_bar=true", "trainer.limit_val_batches=2")[1]
+    said = [line.split(",")[0] for line in out.splitlines() if line.startswith(("training:", "validation:"))]
+    validated = [f"validation: batch {n} of 2" for n in (1, 2, 2)]
+    assert said == [*(f"training: step {n} of 6" for n in range(1, 7)), *validated, "training: step 6 of 6"]
+    own = "callbacks.bar={_target_: lightning.pytorch.callbacks.TQDMProgressBar}"
+    out = run(*fit, "trainer.enable_progress_bar=true", own)[1]
+    assert "training:" not in out
 
 
 def test_a_run_folder_is_never_written_over(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
