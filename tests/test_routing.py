@@ -1,0 +1,208 @@
+"""VISOR's offline steps on a model whose right answers are known: what is viable, and what each sample needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, collate
+from torch import Tensor
+
+from lavi import routing
+from lavi.batch import Batch
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.visor import VisorFusion
+
+CPU = torch.device("cpu")
+COSTS = [(), (1,), (3,), (1, 3)]
+"""The configurations, from the cheapest."""
+
+
+class Scripted:
+    """Stands for a trained model: under each configuration it is as sure of each sample's answer as the script says."""
+
+    def __init__(self, real: Any, sure: dict[tuple[int, ...], dict[str, float]]) -> None:
+        self.fusion, self.real, self.sure = real.fusion, real, sure
+        self.read: list[tuple[int, ...]] = []
+
+    def __call__(self, batch: Batch) -> Tensor:
+        way = self.fusion.forced
+        self.read.append(way)
+        logits = torch.full((*batch.labels.shape, 50), -50.0)
+        for answer in batch.answers:
+            share = self.sure[way][batch.keys[answer.row]]
+            for column in range(answer.start, answer.stop):
+                label = int(batch.labels[answer.row, column]) % 50
+                batch.labels[answer.row, column] = label
+                # all of the tokens together have the probability ``share``
+                each = share ** (1 / (answer.stop - answer.start))
+                logits[answer.row, column - 1, label] = torch.tensor(each).log()
+                logits[answer.row, column - 1, (label + 1) % 50] = torch.tensor(1 - each).log()
+        return logits
+
+
+@pytest.fixture
+def real(build) -> Any:  # type: ignore[no-untyped-def]
+    return build(VisorFusion(cross_attention=[0, 2], self_attention=[1, 3]))
+
+
+def batches(model: Any, *groups: str) -> list[Batch]:
+    return [collate(model, [ask("what?", answer="red", key=key) for key in keys]) for keys in groups]
+
+
+def labels(file: Path) -> dict[str, tuple[int, ...]]:
+    _, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {made["key"]: tuple(made["configuration"]) for made in lines}
+
+
+SURE = {  # of samples a to e, under each configuration
+    (): dict(zip("abcde", (0.9, 0.2, 0.2, 0.1, 0.6), strict=True)),
+    (1,): dict(zip("abcde", (0.9, 0.8, 0.2, 0.1, 0.5), strict=True)),
+    (3,): dict(zip("abcde", (0.9, 0.9, 0.7, 0.1, 0.2), strict=True)),
+    (1, 3): dict(zip("abcde", (0.9, 0.9, 0.9, 0.2, 0.8), strict=True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        # where the full configuration is wrong (d), the cheapest is as good
+        ("right", {"a": (), "b": (1,), "c": (3,), "d": (), "e": ()}),
+        # 0.75 times as sure as the full one
+        ("likely", {"a": (), "b": (1,), "c": (3,), "d": (1, 3), "e": ()}),
+    ],
+)
+def test_a_label_is_the_cheapest_configuration_that_is_good_enough(
+    real: Any, tmp_path: Path, by: Any, expected: dict[str, tuple[int, ...]]
+) -> None:
+    model, out = Scripted(real, SURE), tmp_path / "labels.jsonl"
+    groups = batches(real, "ab", "cde")
+    counts = routing.label(model, groups, COSTS[::-1], out, about={}, keep=0.75, by=by, device=CPU)  # type: ignore[arg-type]
+    assert labels(out) == expected
+    assert counts == {way: list(expected.values()).count(way) for way in COSTS}
+    assert list(counts) == COSTS
+
+
+def test_labels_are_of_viable_configurations_and_as_good_as_the_full_one_all_the_same(
+    real: Any, tmp_path: Path
+) -> None:
+    """Where the full one is not viable itself, it still says what is enough; the dearest is the last resort."""
+    out = tmp_path / "labels.jsonl"
+    routing.label(
+        Scripted(real, SURE),  # type: ignore[arg-type]
+        batches(real, "abcde"),
+        [[], [1]],
+        out,
+        about={},
+        keep=0.75,
+        by="likely",
+        device=CPU,
+    )
+    assert labels(out) == {"a": (), "b": (1,), "c": (1,), "d": (1,), "e": ()}
+
+
+@pytest.mark.parametrize(("keep", "viable"), [(0.5, COSTS), (0.75, COSTS[1:]), (0.8, COSTS[3:])])
+def test_viable_is_what_keeps_enough_of_the_full_accuracy(
+    real: Any, tmp_path: Path, keep: float, viable: list[tuple[int, ...]]
+) -> None:
+    """Right are 2, 3, 3 and 4 of five: a half and three quarters of what the full one gets right are enough, too."""
+    out = tmp_path / "viable.json"
+    routing.search(
+        Scripted(real, SURE),  # type: ignore[arg-type]
+        batches(real, "ab", "cde"),
+        out,
+        about={"run": "x"},
+        keep=keep,
+        most=256,
+        device=CPU,
+    )
+    found = json.loads(out.read_text())
+    assert [tuple(one) for one in found["viable"]] == viable
+    assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
+
+
+def test_labelling_goes_on_where_it_was_stopped(real: Any, tmp_path: Path) -> None:
+    out, model = tmp_path / "labels.jsonl", Scripted(real, SURE)
+    settings: dict[str, Any] = {"about": {"run": "x"}, "keep": 0.75, "by": "right", "device": CPU}
+    routing.label(model, batches(real, "ab"), COSTS, out, **settings)  # type: ignore[arg-type]
+    whole = out.read_text()
+    out.write_text(whole + '{"key": "c", "config')
+    model.read.clear()
+    counts = routing.label(model, batches(real, "ab", "cde"), COSTS, out, **settings)  # type: ignore[arg-type]
+    assert sorted(model.read) == sorted(COSTS)  # the second batch alone
+    assert out.read_text().startswith(whole)
+    assert set(labels(out)) == set("abcde")
+    assert sum(counts.values()) == 5
+    with pytest.raises(UserError, match="made with another run"):
+        routing.label(model, [], COSTS, out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="made with another keep"):
+        routing.label(model, [], COSTS, out, **settings | {"keep": 0.5})  # type: ignore[arg-type]
+
+
+def test_a_label_is_for_one_question(real: Any, tmp_path: Path) -> None:
+    (several,) = batches(real, "ab")
+    several.answers = [answer._replace(row=0) for answer in several.answers]
+    with pytest.raises(UserError, match="a label is for one question"):
+        routing.label(
+            Scripted(real, SURE),  # type: ignore[arg-type]
+            [several],
+            COSTS,
+            tmp_path / "labels.jsonl",
+            about={},
+            keep=1.0,
+            device=CPU,
+        )
+
+
+@pytest.mark.parametrize(("most", "count"), [(256, 16), (16, 16), (15, 15), (7, 7), (3, 3), (2, 2)])
+def test_configurations_are_all_sets_or_a_draw_with_both_ends(most: int, count: int) -> None:
+    found = routing.every_configuration([2, 5, 7, 9], most)
+    assert len(found) == len(set(found)) == count
+    assert found == sorted(found, key=len)
+    assert {(), (2, 5, 7, 9)} <= set(found)
+    assert all(one == tuple(sorted(one)) and set(one) <= {2, 5, 7, 9} for one in found)
+    singles = [(layer,) for layer in (2, 5, 7, 9)]
+    assert set(singles[: most - 2]) <= set(found)
+
+
+def test_many_optional_layers_are_drawn_from_at_all_sizes() -> None:
+    found = routing.every_configuration(list(range(40)), 200)
+    assert len(found) == 200
+    assert len({len(one) for one in found}) > 30
+
+
+def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: Any) -> None:
+    assert routing.visor_of(real) is real.fusion
+    for fusion, words in (
+        (ConcatFusion(), "ConcatFusion.* has no optional layers"),
+        (VisorFusion(cross_attention=2, self_attention=0), "has no optional layers"),
+        (
+            VisorFusion(cross_attention=[0], self_attention=[1], configurations=[[], [1]], router="token"),
+            "has a router already",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            routing.visor_of(build(fusion))
+
+
+def test_right_and_likely_are_told_sample_by_sample(real: Any) -> None:
+    model = Scripted(real, SURE)
+    with real.fusion.going((1,)):
+        found = dict(routing.right(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+        shares = dict(routing.likely(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+    assert found == {"a": [True], "b": [True], "c": [False], "d": [False], "e": [True]}
+    assert shares == {key: [pytest.approx(share, rel=1e-4)] for key, share in SURE[(1,)].items()}
+
+
+def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
+    from lavi.weights import TRAINED
+
+    (tmp_path / TRAINED).write_bytes(b"one")
+    first = routing.fingerprint(tmp_path)
+    assert len(first) == 16
+    (tmp_path / TRAINED).write_bytes(b"other")
+    assert routing.fingerprint(tmp_path) != first
