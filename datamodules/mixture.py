@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from datamodules.shards import Place, Raw, ShardStream, Slot
+from lavi.arguments import Positive
 from lavi.errors import UserError, nearest
 
 DRAWS = 1024
@@ -40,8 +41,8 @@ class Mixture:
         self,
         *,
         sources: dict[str, str | list[str]],
-        weights: dict[str, float] | None = None,
-        temperature: float = 1.0,
+        weights: dict[str, Positive] | None = None,
+        temperature: Positive = 1.0,
     ) -> None:
         if not sources:
             raise UserError("a mixture needs 'sources': a name and a shard folder for each.")

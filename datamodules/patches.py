@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.scenes import COLOURS, GLYPHS, SHAPES, SIDE, SIZES, SPLITS, Scene, jpeg
+from lavi.arguments import Count, CountOrZero
 from lavi.images import open_image
 
 PATCH_CLASSES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 1 + len(SIZES), "glyph": 1 + len(GLYPHS)}
@@ -56,7 +57,7 @@ class TowerScenes(pl.LightningDataModule):
     """
 
     def __init__(
-        self, processor: Callable[[Image.Image], Tensor], *, grid: int, batch_size: int = 64, seed: int = 0
+        self, processor: Callable[[Image.Image], Tensor], *, grid: Count, batch_size: Count = 64, seed: CountOrZero = 0
     ) -> None:
         super().__init__()
         self.processor, self.grid, self.batch_size, self.seed = processor, grid, batch_size, seed

@@ -22,13 +22,19 @@ class UserError(Exception):
         return super().__str__().rsplit("UserError: ", 1)[-1].strip()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """What an exception of another library says, on one line and without its last full stop."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())[:most].removesuffix(".") or type(error).__name__
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
     """``did you mean 'x'?`` for the known name closest to ``name``, else the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"known: {', '.join(known)}." if known else "nothing is known here."
+    return f"known: {', '.join(names)}." if names else "nothing is known here."
 
 
 def front(main: Callable[[], int | None]) -> Callable[[], NoReturn]:

@@ -6,32 +6,33 @@ python -m lavi.generate --checkpoint runs/NAME --video clip.mp4 --frames 8 --que
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, device_of, path, whole_number
+from lavi.errors import UserError, front
 
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lavi.generate", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
+    parser = Parser(prog="python -m lavi.generate", description=__doc__)
+    parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="a run folder of lavi.fit")
     seen: dict[str, Any] = {"dest": "seen", "action": "append", "default": [], "metavar": "FILE"}
     several = "; may be given several times, in the order that the question means"
-    parser.add_argument("--image", type=lambda file: ("image", file), help=f"an image{several}", **seen)
-    parser.add_argument("--video", type=lambda file: ("video", file), help=f"a video{several}", **seen)
+    parser.add_argument("--image", type=lambda file: ("image", str(path(file))), help=f"an image{several}", **seen)
+    parser.add_argument("--video", type=lambda file: ("video", str(path(file))), help=f"a video{several}", **seen)
     frames = "frames of each video, evenly spread (None: those that the run was trained on)"
-    parser.add_argument("--frames", type=int, metavar="N", help=frames)
+    parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
     parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (not streamed)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=64, help="the longest answer")
+    parser.add_argument(
+        "--beams", type=whole_number(1), default=1, help="beam search with this many beams (not streamed)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
-    args = parser.parse_args()
+    args = parser.read()
     if not args.question.strip():
         raise UserError("--question is empty.")
-    import torch
+    device = device_of(args.device)
     from transformers import TextStreamer
 
     from lavi.batch import Sample
@@ -40,7 +41,6 @@ def main() -> None:
     from lavi.images import open_image
     from lavi.video import FrameSampling, read_video
 
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     recipe, model = load_run(args.checkpoint, trust=args.trust)
     sampling = FrameSampling()
     if args.frames is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lavi.arguments import Positive, PositiveOrZero, ShareOrZero
 from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
@@ -56,10 +57,10 @@ class VisionLanguageModule(pl.LightningModule):
         self,
         model: VisionLanguageModel,
         *,
-        learning_rate: dict[str, float | None],
-        weight_decay: float = 0.0,
-        warmup: float = 0.03,
-        muon: float | None = None,
+        learning_rate: dict[str, PositiveOrZero | None],
+        weight_decay: PositiveOrZero = 0.0,
+        warmup: ShareOrZero = 0.03,
+        muon: Positive | None = None,
         start_from: str | None = None,
         checkpointing: bool = False,
     ) -> None:
@@ -82,7 +83,7 @@ class VisionLanguageModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Load the run to start from; a run that goes on has (and has ``carried``) all of that itself."""
         if stage == "fit" and self.start_from is not None and not self.carried:
-            self.carried = start_from_run(self, Path(self.start_from))
+            self.carried = start_from_run(self, Path(self.start_from).expanduser())
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy made a mesh of ranks for it."""

@@ -13,9 +13,9 @@ with random weights. --out writes records (JSON lines), a spreadsheet, pictures 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lavi.errors import HelpFormatter, front
+from lavi.arguments import Parser, path, whole_number
+from lavi.errors import front
 
 SHOW = ("targets",)
 
@@ -44,8 +44,8 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lavi.profile", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True, action="append", metavar="FILE", help="may be repeated")
+    parser = Parser(prog="python -m lavi.profile", description=__doc__)
+    parser.add_argument("--recipe", type=path, required=True, action="append", metavar="FILE", help="may be repeated")
     parser.add_argument("--show", choices=SHOW, help="targets: the norms that vision can enter, and what is added")
     parser.add_argument(
         "--sweep",
@@ -57,15 +57,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at", default="image=1024x1024", metavar="KNOB=VALUE", help="what is seen in sweeps of another knob"
     )
-    parser.add_argument("--text", type=int, default=50, metavar="TOKENS", help="text tokens of the prompt")
+    parser.add_argument("--text", type=whole_number(1), default=50, metavar="TOKENS", help="text tokens of the prompt")
     parser.add_argument("--measure", action="store_true", help="time and memory on this machine, too")
-    parser.add_argument("--runs", type=int, default=20, help="timed runs of each stage")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="must not exist")
+    parser.add_argument("--runs", type=whole_number(1), default=20, help="timed runs of each stage")
+    parser.add_argument("--out", type=path, metavar="FOLDER", help="must not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every recipe")
-    args = parser.parse_intermixed_args()
+    args = parser.read()
     args.sweep = args.sweep or ["image=384x384,640x480,1024x1024"]
-    if args.text < 1 or args.runs < 1:
-        parser.error("--text and --runs are at least 1")
     return args
 
 

@@ -10,28 +10,32 @@
     callbacks: {samples: {_target_: ...}, efficiency: null}
 
 A component is named by ``_target_`` (a dotted path) with its keyword arguments. Everything is checked against the
-signatures before anything is built. A child that names another ``_target_`` replaces the parent's component whole.
+signatures before anything is built. A child is merged over its parent; where it names another ``_target_`` it replaces
+the parent's component whole. A ``key=value`` of a command line puts its value in the place of what stood there.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavi.errors import UserError, nearest
+from lavi.arguments import Check, Count, PositiveOrZero, Range
+from lavi.errors import UserError, nearest, one_line
+from lavi.recipe_text import TARGET, Dumper, is_component, override, read
 
-TARGET = "_target_"
 SECTIONS = ("seed", "name", "model", "module", "data", "trainer", "callbacks")
 TRAINER = "lightning.pytorch.Trainer"
 PROVIDED = {
@@ -40,6 +44,31 @@ PROVIDED = {
     "trainer": ("callbacks", "logger", "default_root_dir", "enable_checkpointing"),
 }
 """What the fronts hand to a section's component themselves."""
+
+TRAINER_LIMITS = {
+    "max_steps": Annotated[int, Range(1, besides=-1)],
+    "max_epochs": Annotated[int, Range(1, besides=-1)],
+    "limit_train_batches": Annotated[float, Range(0, above=True)],
+    "val_check_interval": Annotated[float, Range(0, above=True)],
+    "check_val_every_n_epoch": Count,
+    "accumulate_grad_batches": Count,
+    "gradient_clip_val": PositiveOrZero,
+    "log_every_n_steps": Annotated[int, Range(0)],
+    "num_sanity_val_steps": Annotated[int, Range(0, besides=-1)],
+}
+"""What Lightning takes without a word, and trains nothing with, or stops at in the middle of the work."""
+
+OF_AN_EPOCH = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "overfit_batches",
+    "val_check_interval",
+)
+"""What of the trainer is a number of batches, or a share of them all."""
+
+OURS = ("lavi.", "datamodules.", "callbacks.")
+"""What their classes raise besides a UserError is a fault of theirs; of others, a refusal of what they were given."""
 
 TRUSTED = ("lavi.", "datamodules.", "callbacks.", "torch.optim.", "lightning.pytorch.", "torchmetrics.")
 """From a recipe inside a checkpoint only classes of these packages are built."""
@@ -63,30 +92,55 @@ class Recipe:
             UserError: naming the file and line, the key, and the nearest right thing.
         """
         places: dict[str, str] = {}
-        merged = _read(Path(path), places, chain=[])
-        for override in overrides:
-            merged = _merge(merged, _parse_override(override, places))
+        merged = override(read(Path(path), places), overrides, places)
         try:
             settings = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
         except OmegaConfBaseException as error:
-            raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: {one_line(error)}") from None
         assert isinstance(settings, dict)
         recipe = cls(typing.cast(dict[str, Any], settings), places, str(path), trusted)
         recipe.check()
         return recipe
 
     def check(self) -> None:
-        """Check sections, targets, keys and types. Builds nothing."""
+        """Check sections, targets, keys, types and ranges. Builds nothing."""
         for key in self.settings:
             if key not in SECTIONS:
-                raise UserError(f"{self._where(key)}: a recipe has no section '{key}': {nearest(key, SECTIONS)}")
+                raise UserError(f"{self._where(str(key))}: a recipe has no section '{key}': {nearest(key, SECTIONS)}")
+        self._check_value(self.settings.get("seed", 0), Annotated[int, Range(0, 2**32 - 1)], "seed")
+        self._check_value(self.settings.get("name", "name"), Annotated[str, Check(_check_name)], "name")
         for key in ("model", "module", "data"):
-            if not isinstance(self.settings.get(key), dict) or TARGET not in self.settings[key]:
+            if not is_component(self.settings.get(key)):
                 raise UserError(f"{self._where(key)}: section '{key}' must name a component by {TARGET}.")
-        for key in ("model", "module", "data", "callbacks"):
-            self._check_node(self.settings.get(key), key)
+            self._check_node(self.settings[key], key)
+        self._check_callbacks()
+        self._check_trainer()
+
+    def _check_callbacks(self) -> None:
+        callbacks = self.settings.get("callbacks")
+        if callbacks is not None and not isinstance(callbacks, dict):
+            raise UserError(f"{self._where('callbacks')}: 'callbacks' is a mapping of names to components or null.")
+        for name, node in (callbacks or {}).items():
+            key = f"callbacks.{name}"
+            if node is not None and not is_component(node):
+                raise UserError(f"{self._where(key)}: '{key}' must name a component by {TARGET}, or be null.")
+            self._check_node(node, key)
+
+    def _check_trainer(self) -> None:
         trainer = self.settings.setdefault("trainer", {})
+        if not isinstance(trainer, dict):
+            raise UserError(f"{self._where('trainer')}: 'trainer' is a mapping of arguments of {TRAINER}.")
         self._check_component({TARGET: TRAINER, **trainer}, "trainer")
+        for name, value in trainer.items():
+            self._check_range(value, TRAINER_LIMITS.get(name, Any), f"trainer.{name}")
+            if name in OF_AN_EPOCH and isinstance(value, float) and value not in (0, 1) and self._data_are_unsized():
+                raise UserError(
+                    f"{self._where(f'trainer.{name}')}: trainer.{name}={value} is a share of an epoch, and these data "
+                    "are a stream that is not counted beforehand: give a whole number of batches."
+                )
+
+    def _data_are_unsized(self) -> bool:
+        return bool(getattr(self._find(self.settings["data"][TARGET], "data"), "unsized", False))
 
     def build(self, section: str, **provided: Any) -> Any:
         """Build one section, or a component in it (``model.language``).
@@ -108,7 +162,7 @@ class Recipe:
 
     def yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True, width=110)
+        return yaml.dump(self.settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
     def replaced(self, key: str, node: Any) -> Recipe:
         """The same recipe with something else at ``key`` (``model.fusion``, ``model.fusion.every``).
@@ -116,7 +170,7 @@ class Recipe:
         Raises:
             UserError: there is no place for it.
         """
-        settings: dict[str, Any] = yaml.safe_load(self.yaml())
+        settings = copy.deepcopy(self.settings)
         *parents, last = key.split(".")
         inner: Any = settings
         for name in parents:
@@ -134,7 +188,7 @@ class Recipe:
         node: Any = self.settings
         for name in key.split("."):
             node = node[name]
-        return argument in _signature(self._find(node[TARGET], key))[0]
+        return argument in _signature(self._find(node[TARGET], key)).named
 
     # --- checking ---
 
@@ -156,37 +210,58 @@ class Recipe:
                 self._check_node(child, f"{key}.{index}")
 
     def _check_component(self, node: dict[str, Any], key: str) -> None:
-        target = self._find(node[TARGET], key)
-        parameters, hints = _signature(target)
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        signature = _signature(self._find(node[TARGET], key))
         given = {name: value for name, value in node.items() if name != TARGET}
         for name, value in given.items():
-            if name not in parameters and not takes_any:
-                where, near = self._where(f"{key}.{name}"), nearest(name, parameters)
+            if name not in signature.named and not signature.takes_any:
+                where, near = self._where(f"{key}.{name}"), nearest(name, signature.named)
                 raise UserError(f"{where}: '{key}.{name}' is unknown to {node[TARGET]}: {near}")
             if name in PROVIDED.get(key, ()):
                 raise UserError(
                     f"{self._where(f'{key}.{name}')}: '{key}.{name}' is set by the program, not by a recipe."
                 )
             self._check_node(value, f"{key}.{name}")
-            self._check_type(value, hints.get(name, Any), f"{key}.{name}")
-        for name, parameter in parameters.items():
-            needed = parameter.default is inspect.Parameter.empty and parameter.kind not in (
-                inspect.Parameter.VAR_KEYWORD,
-                inspect.Parameter.VAR_POSITIONAL,
-            )
-            if needed and name not in given and name not in PROVIDED.get(key, ()):
+            self._check_value(value, signature.hints.get(name, Any), f"{key}.{name}")
+        for name in signature.needed:
+            if name not in given and name not in PROVIDED.get(key, ()):
                 raise UserError(f"{self._where(key)}: '{key}' ({node[TARGET]}) needs '{name}'.")
 
-    def _check_type(self, value: Any, hint: Any, key: str) -> None:
-        component = isinstance(value, dict) and TARGET in value
+    def _check_value(self, value: Any, hint: Any, key: str) -> None:
+        """The type of a value, and then what ``Annotated`` says of it."""
+        component = is_component(value)
         kind = self._find(value[TARGET], key) if component else None
         if not _fits(value, hint, kind):
-            wanted = (
-                getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
-            )
             shown = value[TARGET] if component else repr(value)
-            raise UserError(f"{self._where(key)}: '{key}' must be {wanted}, not {shown}.")
+            quote = ": in quotes it is a text" if _fits("", hint) and isinstance(value, int | float) else ""
+            raise UserError(f"{self._where(key)}: '{key}' must be {_named(hint)}, not {shown}{quote}.")
+        self._check_range(value, hint, key)
+
+    def _check_range(self, value: Any, hint: Any, key: str) -> None:
+        """What ``Annotated`` says of a value whose type is right."""
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is Annotated:
+            for limit in arguments[1:]:
+                if isinstance(limit, Range) and isinstance(value, int | float) and value not in limit:
+                    kind = "a whole number" if arguments[0] is int else "a number"
+                    raise UserError(f"{self._where(key)}: '{key}' must be {kind} {limit}, not {value}.")
+                if isinstance(limit, Check):
+                    self._run_check(limit, value, key)
+        elif origin in (typing.Union, types.UnionType):
+            for option in arguments:
+                if _fits(value, option):
+                    self._check_range(value, option, key)
+        elif isinstance(value, dict) and not is_component(value) and len(arguments) == 2:
+            for name, item in value.items():
+                self._check_range(item, arguments[1], f"{key}.{name}")
+        elif isinstance(value, list) and len(arguments) == 1:
+            for index, item in enumerate(value):
+                self._check_range(item, arguments[0], f"{key}.{index}")
+
+    def _run_check(self, check: Check, value: Any, key: str) -> None:
+        try:
+            check.function(value)
+        except UserError as error:
+            raise UserError(f"{self._where(key)}: {key}: {error}") from None
 
     def _find(self, path: Any, key: str) -> Callable[..., Any]:
         """What a dotted path names.
@@ -195,7 +270,7 @@ class Recipe:
             UserError: nothing of that name, or not allowed from a checkpoint.
         """
         where = self._where(f"{key}.{TARGET}")
-        if not isinstance(path, str) or "." not in path:
+        if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
             raise UserError(f"{where}: '{key}.{TARGET}' must be a dotted path to a class, not {path!r}.")
         if not self.trusted and not path.startswith(TRUSTED):
             raise UserError(
@@ -207,7 +282,9 @@ class Recipe:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the module is there, what it imports is not
+                raise UserError(
+                    f"{where}: '{path}' needs the module '{error.name}', which is not there: install what brings it."
+                ) from error
             raise UserError(f"{where}: there is no module '{module_name}': {_near_module(module_name)}") from None
         found = getattr(module, name, None)
         if found is None:
@@ -215,6 +292,9 @@ class Recipe:
             raise UserError(f"{where}: module '{module_name}' has no '{name}': {nearest(name, classes)}")
         if not self.trusted and not inspect.isclass(found):
             raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
+        if not callable(found) or inspect.isabstract(found):
+            what = "is only a contract: name a class that meets it" if callable(found) else "is no class"
+            raise UserError(f"{where}: '{path}' cannot be built, it {what}.")
         return typing.cast(Callable[..., Any], found)
 
     # --- building ---
@@ -227,85 +307,58 @@ class Recipe:
         arguments = {k: self._build(v, f"{key}.{k}", {}) for k, v in node.items() if k != TARGET}
         if TARGET not in node:
             return arguments
+        target = self._find(node[TARGET], key)
         try:
-            return self._find(node[TARGET], key)(**arguments, **provided)
+            return target(**arguments, **provided)
         except UserError as error:
-            raise UserError(f"{self._where(key)}: {key}: {error}") if "yaml:" not in str(error) else error from None
+            raise UserError(f"{self._where(key)}: {key}: {error}") from None
+        except Exception as error:
+            if node[TARGET].startswith(OURS):
+                raise
+            raise UserError(
+                f"{self._where(key)}: {node[TARGET]} refuses what '{key}' gives it: {one_line(error)}."
+            ) from error
 
 
-def _read(path: Path, places: dict[str, str], chain: list[Path]) -> dict[str, Any]:
-    """One file merged over its parents; ``places`` takes the file and line of each key, children last."""
-    if not path.is_file():
-        known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        named_by = f" (extended by {chain[-1]})" if chain else ""
-        raise UserError(f"there is no recipe {path}{named_by}: {nearest(str(path), known)}")
-    if path.resolve() in [p.resolve() for p in chain]:
-        raise UserError(f"'extends' goes round in a circle: {' -> '.join(str(p) for p in [*chain, path])}.")
-    text = path.read_text()
-    try:
-        tree = yaml.compose(text)
-        settings = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not readable as YAML ({getattr(error, 'problem', error)}).") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections ({', '.join(SECTIONS)}).")
-    parent = settings.pop("extends", None)
-    inherited = _read(path.parent / str(parent), places, [*chain, path]) if parent is not None else {}
-    _note_places(tree, "", path, places)
-    return _merge(inherited, typing.cast(dict[str, Any], settings))
+@dataclass(frozen=True)
+class Signature:
+    """What a component takes: arguments by name, those without a default, and the types of all."""
+
+    named: dict[str, inspect.Parameter]
+    needed: list[str]
+    takes_any: bool
+    hints: dict[str, Any]
+    """As they are written, with what ``Annotated`` says."""
 
 
-def _note_places(node: Any, prefix: str, path: Path, places: dict[str, str]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            places[name] = f"{path}:{key.start_mark.line + 1}"
-            _note_places(value, f"{name}.", path, places)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            places[f"{prefix}{index}"] = f"{path}:{value.start_mark.line + 1}"
-            _note_places(value, f"{prefix}{index}.", path, places)
-
-
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """``child`` over ``parent``; a node that names another target replaces the parent's whole."""
-    if TARGET in child and TARGET in parent and child[TARGET] != parent[TARGET]:
-        return child
-    merged = dict(parent)
-    for key, value in child.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _parse_override(override: str, places: dict[str, str]) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{override}' is no override: write key=value, such as trainer.max_steps=100.")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-    except (yaml.YAMLError, OmegaConfBaseException):
-        raise UserError(f"the value of '{override}' is not readable as YAML.") from None
-    node: Any = typing.cast(dict[str, Any], parsed)["value"]
-    places[key] = "command line"
-    for name in reversed(key.split(".")):
-        node = {name: node}
-    return typing.cast(dict[str, Any], node)
-
-
-def _signature(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters (without self) and type hints; keyword catch-alls are followed to the class behind them."""
+def _signature(target: Callable[..., Any]) -> Signature:
     function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
     function = inspect.unwrap(function)
     parameters = dict(inspect.signature(function).parameters)
     parameters.pop("self", None)
+    catch_alls = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in catch_alls}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    needed = [name for name, parameter in named.items() if parameter.default is inspect.Parameter.empty]
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # hints that exist for type checkers only
         hints = {}
-    return parameters, hints
+    return Signature(named, needed, takes_any, hints)
+
+
+def _named(hint: Any) -> str:
+    """A type as a recipe's author reads it, without what ``Annotated`` says of it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _named(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_named(option) for option in arguments)
+    if hint in (None, type(None)):
+        return "None"
+    if inspect.isclass(origin) and arguments:
+        return f"{origin.__name__}[{', '.join(_named(argument) for argument in arguments)}]"
+    return str(getattr(hint, "__name__", hint)) if not arguments else str(hint).replace("typing.", "")
 
 
 def _fits(value: Any, hint: Any, component: Any = None) -> bool:
@@ -313,6 +366,8 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
     if hint is Any:
         return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _fits(value, arguments[0], component)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option, component) for option in arguments)
     if component is not None:
@@ -330,9 +385,11 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
     if hint in (str, Path):
         return isinstance(value, str)
     if origin in (list, Sequence, Iterable):
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if not _is_component(item))
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if not is_component(item))
     if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+        return isinstance(value, dict) and all(
+            _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
+        )
     if inspect.isclass(hint) and issubclass(hint, list | dict):
         return isinstance(value, hint)
     # Any other class wants a component; what is no class (Any, a protocol, a type variable) takes what comes.
@@ -341,8 +398,9 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
     )
 
 
-def _is_component(value: Any) -> bool:
-    return isinstance(value, dict) and TARGET in value
+def _check_name(name: str) -> None:
+    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(f"{name!r} is no name of a folder: a run lies in runs/NAME (elsewhere: --run FOLDER).")
 
 
 def _near_module(name: str) -> str:

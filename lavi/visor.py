@@ -11,22 +11,20 @@ good as the full model, to train a router on.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, device_of, path, share, whole_number
+from lavi.errors import front
 
 
 @front
 def main() -> None:
     args = arguments()
-    import torch
-
+    device = device_of(args.device)
     from lavi import routing
     from lavi.checkpoint import load_run
     from lavi.fusion.visor_files import read_viable
     from lavi.report import console, table
 
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.step == "label":
         viable = read_viable(args.configurations)
     recipe, model = load_run(args.checkpoint, overrides=args.overrides, trust=args.trust)
@@ -59,32 +57,32 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lavi.visor", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(prog="python -m lavi.visor", description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     for step, split, keep in (("search", "validation", 0.95), ("label", "train", 0.99)):
-        own = steps.add_parser(step, formatter_class=HelpFormatter)
-        own.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of lavi.fit")
-        own.add_argument("--out", type=Path, required=True, metavar="FILE")
+        own = steps.add_parser(step)
+        own.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="run folder of lavi.fit")
+        own.add_argument("--out", type=path, required=True, metavar="FILE")
         own.add_argument("--split", default=split, choices=["train", "validation", "test"])
-        own.add_argument("--samples", type=int, help="at most this many")
-        own.add_argument("--keep", type=float, default=keep, help="share of the full configuration's accuracy to keep")
+        own.add_argument("--samples", type=whole_number(1), help="at most this many")
+        own.add_argument("--keep", type=share, default=keep, help="share of the full configuration's accuracy to keep")
         own.add_argument("--device", default="auto", help="cpu, cuda, or auto")
         own.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
         own.add_argument(
             "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as data.train=FOLDER"
         )
         if step == "search":
-            own.add_argument("--most", type=int, default=256, help="score at most this many configurations")
+            own.add_argument(
+                "--most",
+                type=whole_number(2),
+                default=256,
+                help="score at most this many configurations, none and all of the layers among them",
+            )
         else:
-            own.add_argument("--configurations", type=Path, required=True, metavar="FILE", help="what search wrote")
+            own.add_argument("--configurations", type=path, required=True, metavar="FILE", help="what search wrote")
             judged = "what --keep is a share of: right answers (the paper's), or the probability of the right answer"
             own.add_argument("--by", choices=["right", "likely"], default="right", help=judged)
-    args = parser.parse_args()
-    if not 0 < args.keep <= 1:
-        raise UserError(f"--keep is above 0 and at most 1, not {args.keep}.")
-    if args.step == "search" and args.most < 2:
-        raise UserError("--most is at least 2: none of the layers, and all of them.")
-    return args
+    return parser.read()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Count
 from lavi.batch import Batch, Layout
 from lavi.fusion.base import Cost, Fusion, conversation_of_text
 from lavi.language.context import DecoderInput, VisualContext
@@ -32,7 +33,7 @@ class ConcatFusion(Fusion):
 
     packs = True
 
-    def __init__(self, *, newline: bool = False, budget: int = 9) -> None:
+    def __init__(self, *, newline: bool = False, budget: Count = 9) -> None:
         super().__init__()
         self.has_newline, self.budget = newline, budget
 

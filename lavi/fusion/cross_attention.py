@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lavi.arguments import Count, PositiveOrZero, Share
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import (
@@ -53,12 +54,12 @@ class CrossAttentionFusion(Fusion):
     def __init__(
         self,
         *,
-        every: int = 4,
+        every: Count = 4,
         layers: list[int] | None = None,
-        fraction: float | None = None,
-        heads: int | None = None,
-        ffn: float = 4.0,
-        max_images: int = 8,
+        fraction: Share | None = None,
+        heads: Count | None = None,
+        ffn: PositiveOrZero = 4.0,
+        max_images: Count = 8,
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:

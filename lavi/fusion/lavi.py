@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Count, Share
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import (
@@ -73,24 +74,22 @@ class LaViFusion(Fusion):
     def __init__(
         self,
         *,
-        every: int = 4,
+        every: Count = 4,
         layers: list[int] | None = None,
-        fraction: float | None = None,
+        fraction: Share | None = None,
         where: Literal["first", "last", "spread"] = "spread",
         targets: list[Literal["attention", "ffn", "final"]] | None = None,
         parameters: Literal["both", "scale", "shift"] = "both",
         generator: Literal["attention", "mlp", "conv", "pooled"] = "attention",
-        bottleneck: int = 64,
-        heads: int = 4,
-        depth: int = 1,
+        bottleneck: Count = 64,
+        heads: Count = 4,
+        depth: Count = 1,
         per_target: bool = False,
-        max_images: int = 8,
+        max_images: Count = 8,
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:
             raise UserError("LaVi takes either 'layers' or 'fraction', not both.")
-        if fraction is not None and not 0 < fraction <= 1:
-            raise UserError(f"LaVi's fraction of modulated layers is above 0 and at most 1, not {fraction}.")
         self.every, self.wanted_layers, self.fraction, self.where = every, layers, fraction, where
         self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")

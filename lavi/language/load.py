@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lavi.arguments import Check
 from lavi.configurations import configuration_of, weights_wanted
-from lavi.errors import UserError, nearest
+from lavi.configurations.bare import bare_configuration
+from lavi.errors import UserError, one_line
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Of a bare configuration.
+
+    Raises:
+        UserError: no such model type, or a key or a value that it cannot have.
+    """
+    _config(None, config)
 
 
 class LanguageModel(nn.Module):
@@ -32,49 +45,38 @@ class LanguageModel(nn.Module):
             ``dropout``, ``targets``); what trains of this part is then the adapters alone.
 
     Raises:
-        UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer; an unknown LoRA target.
+        UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer, or one with more tokens
+            than the model has; an unknown LoRA target.
     """
 
     def __init__(
         self,
         source: str | None = None,
         *,
-        config: dict[str, Any] | None = None,
+        config: Annotated[dict[str, Any], Check(check_config)] | None = None,
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
-        lora: dict[str, Any] | None = None,
+        lora: Annotated[dict[str, Any], Check(LoRA.of)] | None = None,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
             raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
+        adapters = None if lora is None else LoRA.of(lora)
+        source = None if source is None else os.path.expanduser(source)
         name = tokenizer or source
         if name is None:
             raise UserError("a language model from a bare configuration needs 'tokenizer' (a folder or a hub name).")
-        self._tokenizer = name
+        self._tokenizer = os.path.expanduser(name)
         if config is not None and "vocab_size" not in config:
             config = {"vocab_size": len(self.tokenizer)} | config
         settings = _config(source, config)
-        kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-        try:
-            if source is not None and weights_wanted():
-                self.hf = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
-            else:
-                self.hf = AutoModelForCausalLM.from_config(settings, **kwargs)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
-                raise UserError(
-                    f"'{settings.model_type}' has no attention kernel '{attention}': set language.attention=eager."
-                ) from None
-            if "Unrecognized configuration class" in reason:
-                raise UserError(
-                    f"'{settings.model_type}' is no decoder-only language model: choose one such as qwen2 or llama."
-                ) from None
-            raise
+        if weights_wanted() and self._tokenizer != source:
+            self._check_vocabulary(settings)
+        self.hf = _language_model(source, settings, dtype=getattr(torch, dtype), attention=attention)
         refuse_recurrent(self.hf)
         self.attention = attention
-        added = add_lora(self.hf, self.layers, LoRA.of(lora)) if lora is not None else frozenset()
+        added = add_lora(self.hf, self.layers, adapters) if adapters is not None else frozenset()
         self.adapters = frozenset(f"hf.{name}" for name in added)
         """Names of the adapters' parameters."""
 
@@ -82,6 +84,15 @@ class LanguageModel(nn.Module):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loaded on first use: a model that is only counted needs none."""
         return _load_tokenizer(self._tokenizer)
+
+    def _check_vocabulary(self, settings: PretrainedConfig) -> None:
+        """Of a tokenizer that is not the checkpoint's own."""
+        tokens, embeddings = len(self.tokenizer), getattr(settings.get_text_config(), "vocab_size", None)
+        if embeddings is not None and tokens > embeddings:
+            raise UserError(
+                f"the tokenizer at '{self._tokenizer}' has {tokens} tokens, and the language model has only vocab_size="
+                f"{embeddings} embeddings: leave language.config.vocab_size out, or take the model's own tokenizer."
+            )
 
     @property
     def width(self) -> int:
@@ -150,27 +161,54 @@ class LanguageModel(nn.Module):
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
         raise UserError(
-            f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): {reason}"
-        ) from None
+            f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): "
+            f"{one_line(error)}."
+        ) from error
 
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
     if source is not None:
         try:
             return AutoConfig.from_pretrained(configuration_of(source))
-        except (OSError, ValueError) as error:
-            raise UserError(f"no language model at '{source}': {str(error).splitlines()[0]}") from None
+        except Exception as error:
+            raise UserError(f"no language model at '{source}': {one_line(error)}.") from error
     assert config is not None
-    keys = dict(config)
-    kind = keys.pop("model_type", None)
-    if kind is None:
+    if config.get("model_type") is None:
         raise UserError("a bare language-model configuration needs 'model_type', such as qwen2 or llama.")
-    try:
-        return AutoConfig.for_model(kind, **keys)
-    except ValueError:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    return bare_configuration(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, what="language model")
 
-        raise UserError(f"transformers knows no model type '{kind}': {nearest(kind, CONFIG_MAPPING.keys())}") from None
+
+def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> Any:
+    """The model of a checkpoint, or of a configuration where there is none or its weights are not wanted.
+
+    Raises:
+        UserError: transformers cannot build it, or weights are missing.
+    """
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    missing: list[str] = []
+    try:
+        if source is None or not weights_wanted():
+            model = AutoModelForCausalLM.from_config(settings, **kwargs)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=settings, output_loading_info=True, **kwargs
+            )
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    except Exception as error:
+        kind, reason = settings.model_type, one_line(error)
+        if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
+            raise UserError(f"'{kind}' has no attention kernel '{attention}': set language.attention=eager.") from error
+        if "Unrecognized configuration class" in reason:
+            raise UserError(
+                f"'{kind}' is no decoder-only language model: choose one such as qwen2 or llama."
+            ) from error
+        place = "a bare configuration" if source is None else f"'{source}'"
+        raise UserError(f"no '{kind}' language model can be made from {place}: {reason}.") from error
+    if missing:
+        raise UserError(
+            f"the checkpoint at '{source}' lacks {len(missing)} weights of its '{settings.model_type}' language model "
+            f"({missing[0]} ...): give the folder of a whole causal language model."
+        )
+    return model

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lavi.arguments import Range
 from lavi.errors import UserError, nearest
 
 BASE = ".base_layer"
@@ -55,9 +56,9 @@ class LoRA:
         made = cls(**settings)
         if type(made.rank) is not int or made.rank < 1:
             raise UserError(f"language.lora.rank is a whole number from 1, not {made.rank!r}.")
-        if not isinstance(made.alpha, int | float) or made.alpha <= 0:
+        if type(made.alpha) not in (int, float) or made.alpha not in Range(0, above=True):
             raise UserError(f"language.lora.alpha is a number above 0, not {made.alpha!r}.")
-        if not isinstance(made.dropout, int | float) or not 0 <= made.dropout < 1:
+        if type(made.dropout) not in (int, float) or not 0 <= made.dropout < 1:
             raise UserError(f"language.lora.dropout is a share from 0 to below 1, not {made.dropout!r}.")
         if made.targets is not None and (not isinstance(made.targets, list) or not made.targets):
             raise UserError("language.lora.targets is a list of linear layers, such as [q_proj, v_proj]; null: all.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lavi.arguments import Count, CountOrZero
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone
@@ -20,7 +21,7 @@ class RandomTokens(Reducer):
     Places drawn anew would make a batch answer differently from its rows alone.
     """
 
-    def __init__(self, *, keep: int, seed: int = 0) -> None:
+    def __init__(self, *, keep: Count, seed: CountOrZero = 0) -> None:
         super().__init__()
         self.keep, self.seed = keep, seed
 
@@ -37,7 +38,7 @@ class RandomTokens(Reducer):
 class UniformTokens(Reducer):
     """``keep`` tokens spread evenly over the grid, row by row."""
 
-    def __init__(self, *, keep: int) -> None:
+    def __init__(self, *, keep: Count) -> None:
         super().__init__()
         self.keep = keep
 

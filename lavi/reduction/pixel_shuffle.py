@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lavi.arguments import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone
@@ -19,7 +20,7 @@ class PixelShuffle(Reducer):
         UserError: the grid is no multiple of ``factor``.
     """
 
-    def __init__(self, *, factor: int = 2) -> None:
+    def __init__(self, *, factor: Count = 2) -> None:
         super().__init__()
         self.factor = factor
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone
@@ -18,7 +19,7 @@ from lavi.vision.base import Seen, VisionBackbone
 class AveragePooling(Reducer):
     """The mean over each square of ``factor`` x ``factor`` tokens; at the border, of what is left of one."""
 
-    def __init__(self, *, factor: int = 2) -> None:
+    def __init__(self, *, factor: Count = 2) -> None:
         super().__init__()
         if factor < 1:
             raise UserError(f"average pooling shrinks by a factor of at least 1, not {factor}.")
@@ -48,7 +49,7 @@ class MatryoshkaPooling(Reducer):
         side: of evaluation; by default the largest.
     """
 
-    def __init__(self, *, sides: list[int], side: int | None = None) -> None:
+    def __init__(self, *, sides: list[Count], side: Count | None = None) -> None:
         super().__init__()
         if not sides or min(sides) < 1:
             raise UserError(f"matryoshka pooling needs sides of at least 1, not {sides}.")

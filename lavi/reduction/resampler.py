@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Count
 from lavi.errors import UserError
 from lavi.nn.flops import linear_flops
 from lavi.reduction.base import Reducer
@@ -24,7 +25,7 @@ class PerceiverResampler(Reducer):
         heads: of each attention; they divide Dv.
     """
 
-    def __init__(self, *, tokens: int = 64, depth: int = 2, heads: int = 8) -> None:
+    def __init__(self, *, tokens: Count = 64, depth: Count = 2, heads: Count = 8) -> None:
         super().__init__()
         if min(tokens, depth, heads) < 1:
             raise UserError("a resampler has at least one token, one layer and one head.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import CountOrZero
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone
@@ -27,7 +28,7 @@ class VisionZip(Reducer):
         UserError: more tokens than there are, or a tower whose queries and keys cannot be read.
     """
 
-    def __init__(self, *, dominant: int, contextual: int = 0) -> None:
+    def __init__(self, *, dominant: CountOrZero, contextual: CountOrZero = 0) -> None:
         super().__init__()
         self.dominant, self.contextual = dominant, contextual
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
+from lavi.arguments import Check, Count
 from lavi.configurations import configuration_of, weights_wanted
-from lavi.errors import UserError, nearest
+from lavi.configurations.bare import bare_configuration
+from lavi.errors import UserError, nearest, one_line
 from lavi.vision.tower import Tower, chosen_layers, middle
 
 TOWERS = {
@@ -55,6 +57,15 @@ REFUSED = {
 }
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Of a bare configuration.
+
+    Raises:
+        UserError: no tower that works here, or a key or a value that it cannot have.
+    """
+    _config(None, config)
+
+
 class HFVision(Tower):
     """A transformers vision tower, cut after the last layer whose features are used: later layers are never run.
 
@@ -80,14 +91,15 @@ class HFVision(Tower):
         self,
         source: str | None = None,
         *,
-        config: dict[str, Any] | None = None,
+        config: Annotated[dict[str, Any], Check(check_config)] | None = None,
         layer: int | list[int] = -1,
         class_token: bool = False,
-        image_size: int | None = None,
+        image_size: Count | None = None,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
             raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
+        source = None if source is None else os.path.expanduser(source)
         settings = _config(source, config)
         self.tower = _tower(source, settings)
         self.image_processor = _image_processor(source, settings)
@@ -132,7 +144,7 @@ class HFVision(Tower):
             if not shapes and shape == wanted:
                 kind = settings.model_type
                 raise UserError(
-                    f"the '{kind}' tower does not run on images of {_sides(shape)} pixels: {_line(error)}"
+                    f"the '{kind}' tower does not run on images of {_sides(shape)} pixels: {one_line(error)}"
                 ) from error
             raise UserError(
                 f"the image processor makes {' or '.join(_sides(s) for s in (shape, *shapes))} pixels of an image, but "
@@ -190,7 +202,10 @@ def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
     """The configuration of the vision tower alone, without a pooling head: it would run, and its output go unused."""
-    settings = _bare(dict(config)) if config is not None else _read(str(source))
+    if config is not None:
+        settings = bare_configuration({"model_type": "siglip_vision_model"} | config, TOWERS, what="vision tower")
+    else:
+        settings = _read(str(source))
     settings = getattr(settings, "vision_config", settings)
     kind = settings.model_type
     if kind not in TOWERS:
@@ -201,28 +216,13 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
     return settings
 
 
-def _bare(keys: dict[str, Any]) -> PretrainedConfig:
-    kind = keys.pop("model_type", "siglip_vision_model")
-    try:
-        known = AutoConfig.for_model(kind)
-    except ValueError:
-        raise UserError(f"transformers knows no vision tower '{kind}': {nearest(kind, TOWERS)}") from None
-    for key in keys:
-        if not hasattr(known, key):
-            raise UserError(f"the vision tower '{kind}' has no key '{key}': {nearest(key, known.to_dict())}")
-    try:
-        return AutoConfig.for_model(kind, **keys)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"the configuration of the vision tower '{kind}' is wrong: {_line(error)}") from None
-
-
 def _read(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(configuration_of(source))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
-            f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {_line(error)}"
-        ) from None
+            f"no vision tower at '{source}' (neither a local folder nor a reachable hub name): {one_line(error)}"
+        ) from error
 
 
 def _tower(source: str | None, settings: PretrainedConfig) -> Any:
@@ -239,14 +239,14 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
                 source, config=settings, dtype=torch.float32, output_loading_info=True, **keys
             )
             missing = sorted(seen["missing_keys"])
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:
         if isinstance(error, TypeError) and not isinstance(settings.image_size, int):
             raise UserError(
                 f"a '{settings.model_type}' tower is built for square images only: image_size is one number, not "
                 f"{settings.image_size}."
             ) from None
         place = "a bare configuration" if source is None else f"'{source}'"
-        raise UserError(f"no '{settings.model_type}' tower can be made from {place}: {_line(error)}") from None
+        raise UserError(f"no '{settings.model_type}' tower can be made from {place}: {one_line(error)}") from error
     if missing:
         raise UserError(
             f"the checkpoint at '{source}' lacks {len(missing)} weights of its '{settings.model_type}' tower "
@@ -314,8 +314,3 @@ def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 
 def _sides(shape: tuple[int, ...]) -> str:
     return "x".join(str(side) for side in shape[1:])
-
-
-def _line(error: Exception) -> str:
-    """What an error of transformers says, on one line."""
-    return " ".join(str(error).split())[:300]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
 import open_clip
 from open_clip.convert import convert_state_dict
@@ -18,9 +19,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lavi.arguments import Check
 from lavi.configurations import weights_wanted
-from lavi.errors import UserError, nearest
+from lavi.errors import UserError, nearest, one_line
 from lavi.vision.tower import Tower, chosen_layers, middle
+
+SETTINGS = ("embed_dim", "vision_cfg", "quick_gelu", "preprocess_cfg")
+"""What of open_clip's files a tower needs; the rest is about the text half, and the training of both."""
+
+UNUSED = ("text_cfg", "custom_text", "init_logit_scale", "init_logit_bias", "multimodal_cfg")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Of a bare configuration.
+
+    Raises:
+        UserError: a key that open_clip does not know.
+    """
+    _settings(None, config)
 
 
 class OpenCLIPVision(Tower):
@@ -49,7 +65,7 @@ class OpenCLIPVision(Tower):
         name: str | None = None,
         *,
         pretrained: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: Annotated[dict[str, Any], Check(check_config)] | None = None,
         layer: int | list[int] = -1,
         class_token: bool = False,
     ) -> None:
@@ -58,6 +74,7 @@ class OpenCLIPVision(Tower):
             raise UserError("an open_clip tower takes either 'name' (a model) or 'config' (a bare configuration).")
         tags = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
         tag = tags.get(str(pretrained), {})
+        pretrained = None if pretrained is None else os.path.expanduser(pretrained)
         self.settings = _settings(name, config)
         self.settings |= {"quick_gelu": tag.get("quick_gelu", self.settings.get("quick_gelu", False))}
         self.tower = _build(self.settings)
@@ -112,9 +129,12 @@ class OpenCLIPVision(Tower):
         """Make the preprocessing of what open_clip says about some weights, and keep it in the settings."""
         size = self.tower.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
-        chosen = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": size}))
-        self.transform = image_transform_v2(chosen, is_train=False)
-        self.mean, self.resample = tuple(chosen.mean), Image.Resampling[chosen.interpolation.upper()]
+        try:
+            chosen = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": size}))
+            self.transform = image_transform_v2(chosen, is_train=False)
+            self.mean, self.resample = tuple(chosen.mean), Image.Resampling[chosen.interpolation.upper()]
+        except Exception as error:
+            raise UserError(f"open_clip cannot prepare images by this preprocess_cfg: {one_line(error)}.") from error
         self.settings |= {"preprocess_cfg": asdict(chosen)}
 
 
@@ -125,23 +145,28 @@ def _settings(name: str | None, config: dict[str, Any] | None) -> dict[str, Any]
             raise UserError(f"open_clip knows no model '{name}': {nearest(name, open_clip.list_models())}")
         config = open_clip.get_model_config(name)
     assert config is not None
-    keys = ("embed_dim", "vision_cfg", "quick_gelu", "preprocess_cfg")
-    settings: dict[str, Any] = {key: config[key] for key in keys if key in config}
-    if not isinstance(settings.get("vision_cfg"), dict):
+    if not isinstance(config.get("vision_cfg"), dict):
         raise UserError("a bare configuration of an open_clip tower needs 'vision_cfg', as open_clip's own files do.")
-    known = {field.name for field in fields(CLIPVisionCfg)}
-    for key in settings["vision_cfg"]:
+    _check_keys("files", config, {*SETTINGS, *UNUSED})
+    _check_keys("vision_cfg", config["vision_cfg"], {field.name for field in fields(CLIPVisionCfg)})
+    _check_keys("preprocess_cfg", config.get("preprocess_cfg"), {field.name for field in fields(PreprocessCfg)})
+    return {key: config[key] for key in SETTINGS if key in config}
+
+
+def _check_keys(whole: str, keys: Any, known: set[str]) -> None:
+    if keys is not None and not isinstance(keys, dict):
+        raise UserError(f"open_clip's {whole} is a mapping of keys, not {keys!r}.")
+    for key in keys or ():
         if key not in known:
-            raise UserError(f"open_clip's vision_cfg has no key '{key}': {nearest(key, known)}")
-    return settings
+            raise UserError(f"open_clip's {whole} has no key '{key}': {nearest(key, known)}")
 
 
 def _build(settings: dict[str, Any]) -> Any:
     vision = settings["vision_cfg"] | {"timm_model_pretrained": False}
     try:
         return _build_vision_tower(settings.get("embed_dim", 512), vision, settings["quick_gelu"])
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"open_clip cannot build a tower of this vision_cfg: {error}") from None
+    except Exception as error:
+        raise UserError(f"open_clip cannot build a tower of this vision_cfg: {one_line(error)}.") from error
 
 
 def _weights(tower: nn.Module, pretrained: str, tags: dict[str, dict[str, Any]]) -> dict[str, Tensor] | None:

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Positive
 from lavi.vision.hf import HFVision
 
 
@@ -25,7 +26,7 @@ class PatchClassifier(pl.LightningModule):
         learning_rate: peak of a one-cycle schedule of AdamW.
     """
 
-    def __init__(self, model: HFVision, *, classes: dict[str, int], learning_rate: float = 1e-3) -> None:
+    def __init__(self, model: HFVision, *, classes: dict[str, int], learning_rate: Positive = 1e-3) -> None:
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict({name: nn.Linear(model.width, count) for name, count in classes.items()})
