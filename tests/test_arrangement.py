@@ -1,0 +1,213 @@
+"""Which visual token belongs where: rows, columns, conversations, tiles and layers, on small batches by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavi.batch import Answer, Batch, ImagePlace, Layout
+from lavi.errors import UserError
+from lavi.fusion.base import (
+    ColumnContext,
+    Rows,
+    asking_columns,
+    chosen_layers,
+    conversation_of_text,
+    modulation_flops,
+    numbers_of_views,
+    rows_of,
+    spread_layers,
+    text_alone,
+)
+from lavi.fusion.concat import conversations, placed, splice
+
+
+def batch_of(
+    spans: list[tuple[int, int]],
+    places: list[ImagePlace],
+    *,
+    width: int = 6,
+    packed: list[list[tuple[int, int]]] | None = None,
+    answers: list[Answer] | None = None,
+) -> Batch:
+    """A batch whose ids are their own places in it, row after row."""
+    ids = torch.arange(len(spans) * width).reshape(len(spans), width)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (start, stop) in enumerate(spans):
+        mask[row, start:stop] = True
+    return Batch(ids, ids, mask, torch.zeros(0), spans, places, answers or [], packed=packed)
+
+
+TILED = Layout(views=5, tiles=(2, 2))
+FILM = Layout(views=3, video=True)
+PLACES = [ImagePlace(0, 1), ImagePlace(2, 0), ImagePlace(0, 4), ImagePlace(2, 3)]
+RIGHT = batch_of([(0, 6), (0, 4), (0, 5)], PLACES)
+LEFT = batch_of([(0, 6), (2, 6), (1, 6)], [PLACES[0], ImagePlace(2, 1), PLACES[2], ImagePlace(2, 4)])
+PACKED = batch_of([(0, 6), (0, 4), (0, 5)], PLACES, packed=[[(0, 3), (3, 6)], [(0, 4)], [(0, 3), (3, 5)]])
+
+
+def test_each_row_has_the_tokens_of_its_own_images() -> None:
+    rows = rows_of(RIGHT, [2, 1, 3, 2])
+    assert rows.index.tolist() == [[0, 1, 3, 4, 5], [8, 8, 8, 8, 8], [2, 6, 7, 8, 8]]
+    never = Rows.NEVER
+    assert rows.column.tolist() == [[1, 1, 4, 4, 4], [never] * 5, [0, 3, 3, never, never]]
+    assert rows.image[0].tolist() == [0, 0, 1, 1, 1]
+    assert rows.image[2, :3].tolist() == [0, 1, 1]
+    tokens = torch.arange(1.0, 17).reshape(8, 1, 2)
+    gathered = rows.gather(tokens)
+    assert gathered.shape == (3, 5, 2)
+    assert gathered[0].tolist() == tokens[[0, 1, 3, 4, 5], 0].tolist()
+    assert gathered[2].tolist() == [*tokens[[2, 6, 7], 0].tolist(), [0, 0], [0, 0]]
+    moved = rows.to(torch.device("meta"))
+    assert [part.device.type for part in (moved.index, moved.column, moved.image)] == ["meta"] * 3
+    nothing = rows_of(RIGHT.without_images(), [])
+    assert nothing.index.tolist() == [[0], [0], [0]]
+    assert nothing.gather(torch.zeros(0, 4)).shape == (3, 1, 4)
+
+
+def test_a_token_sees_the_images_before_it_in_its_conversation() -> None:
+    visual = {"1": torch.arange(30.0).reshape(3, 5, 2), "3": torch.ones(3, 5, 2)}
+    rows = rows_of(RIGHT, [2, 1, 3, 2])
+    context = ColumnContext(visual=visual, column=rows.column)
+    assert [tensor is visual[key] for tensor, key in zip(context.held(), "13", strict=True)] == [True, True]
+    for past, length in ((0, 6), (4, 2), (6, 1)):
+        mask = context.at(past, length).mask
+        assert mask is not None
+        for row in range(3):
+            for token in range(length):
+                expected = [int(before) <= past + token for before in rows.column[row]]
+                assert mask[row, token].tolist() == expected
+    packed = text_alone(PACKED, ColumnContext(visual=visual, column=rows.column))
+    apart = packed.vision.at(0, 6).mask  # type: ignore[union-attr]
+    assert apart[0].tolist() == [
+        [False] * 5,
+        [True, True, False, False, False],
+        [True, True, False, False, False],
+        [False] * 5,
+        [False, False, True, True, True],
+        [False, False, True, True, True],
+    ]
+    assert apart[2, 2].tolist() == [True, False, False, False, False]
+    assert apart[2, 3].tolist() == [False, True, True, False, False]
+    copied = packed.vision.for_generation(2)
+    assert torch.equal(copied.column, rows.column[[0, 0, 1, 1, 2, 2]])  # type: ignore[attr-defined]
+    assert copied.text_columns is None
+
+
+def test_text_alone_is_the_text_as_it_is() -> None:
+    context = ColumnContext(column=rows_of(RIGHT, [2, 1, 3, 2]).column)
+    plain = text_alone(RIGHT, context)
+    assert plain.input_ids is RIGHT.input_ids
+    assert plain.attention_mask is RIGHT.attention_mask
+    assert plain.conversation is context.start is None
+    assert plain.vision is context
+    packed = text_alone(PACKED, context)
+    assert packed.conversation is not None
+    assert packed.conversation.tolist() == conversation_of_text(PACKED).tolist()
+    assert conversation_of_text(PACKED).tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1], [0, 0, 0, 1, 1, -1]]
+    assert conversation_of_text(LEFT).tolist() == [[0] * 6, [-1, -1, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]
+
+
+def test_views_are_numbered_in_their_conversation() -> None:
+    places = [ImagePlace(0, 1, TILED), ImagePlace(0, 2, FILM), ImagePlace(0, 4), ImagePlace(1, 0)]
+    batch = batch_of([(0, 6), (0, 6)], places, packed=[[(0, 3), (3, 6)], [(0, 6)]])
+    tiles = [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 2, 0], [0, 2, 1, 0], [0, 2, 2, 0]]
+    frames = [[1, 0, 0, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
+    found = numbers_of_views(batch, torch.device("cpu"))
+    assert found.tolist() == [*tiles, *frames, [0, 0, 0, 0], [0, 0, 0, 0]]
+    batch.packed = None
+    assert numbers_of_views(batch, torch.device("cpu"))[8].tolist() == [2, 0, 0, 0]
+    nothing = numbers_of_views(batch.without_images(), torch.device("cpu"))
+    assert nothing.shape == (0, 4)
+    assert nothing.dtype == torch.long
+
+
+def test_the_asking_token_stands_before_the_first_answer() -> None:
+    answers = [Answer(0, 3, 4), Answer(2, 2, 3), Answer(2, 4, 5), Answer(0, 5, 6)]
+    assert asking_columns(batch_of([(0, 6), (0, 4), (0, 5)], [], answers=answers)) == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "where", "expected"),
+    [
+        (8, 3, "first", [0, 1, 2]),
+        (8, 3, "last", [5, 6, 7]),
+        (8, 4, "spread", [1, 3, 5, 7]),
+        (8, 3, "spread", [2, 4, 7]),
+        (28, 7, "spread", [3, 7, 11, 15, 19, 23, 27]),
+        (5, 5, "spread", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_layers_are_spread(count: int, chosen: int, where: str, expected: list[int]) -> None:
+    assert spread_layers(count, chosen, where) == expected
+
+
+def test_layers_are_chosen_by_name_by_share_or_by_group() -> None:
+    def choose(every: int = 4, layers: list[int] | None = None, fraction: float | None = None) -> list[int]:
+        return chosen_layers(12, every=every, layers=layers, fraction=fraction, where="last", method="X")
+
+    assert choose() == [3, 7, 11]
+    assert choose(every=5) == [4, 9]
+    assert choose(every=1) == list(range(12))
+    assert choose(layers=[7, 2, 7, 0, 11]) == [0, 2, 7, 11]
+    assert choose(fraction=0.25) == [9, 10, 11]
+    assert choose(fraction=0.01) == [11]
+    assert choose(fraction=1.0) == list(range(12))
+    for wrong in ({"layers": [12]}, {"layers": [-1]}, {"layers": []}, {"every": 13}):
+        with pytest.raises(UserError, match=r"X cannot work in layers .* has 0 to 11"):
+            choose(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"every": 0}, {"fraction": 0.0}, {"fraction": 1.5}):
+        with pytest.raises(UserError):
+            choose(**wrong)  # type: ignore[arg-type]
+
+
+def test_modulating_costs_what_its_formula_says() -> None:
+    """Square, sum and product of xhat, product with dgamma, its sum; the sum of dbeta."""
+    assert modulation_flops(2, 3, 10) == 6 * 60
+    assert modulation_flops(2, 3, 10, shift=False) == 5 * 60
+    assert modulation_flops(2, 3, 10, scale=False) == 60
+
+
+@pytest.mark.parametrize("batch", [RIGHT, LEFT, PACKED], ids=["right", "left", "packed"])
+def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> None:
+    """Row by row, with lists; padded on the side on which the text was."""
+    counts, width = [2, 1, 3, 2], 6
+    order, columns = splice(batch, counts, text_width=width)
+    sequences: list[list[int]] = []
+    first = [18, 20, 21, 24]  # of each image's tokens, behind the text of three rows of six
+    for row, (start, stop) in enumerate(batch.spans):
+        made: list[int] = []
+        for column in range(start, stop):
+            for place, begin, count in zip(batch.places, first, counts, strict=True):
+                if (place.row, place.column) == (row, column):
+                    made += range(begin, begin + count)
+            made.append(row * width + column)
+        sequences.append(made)
+    longest = max(map(len, sequences))
+    left = batch is LEFT
+    expected = [[-1] * (longest - len(s)) + s if left else s + [-1] * (longest - len(s)) for s in sequences]
+    assert order.tolist() == expected
+    for row, (start, stop) in enumerate(batch.spans):
+        for column in range(start, stop):
+            assert expected[row][int(columns[row, column])] == row * width + column
+    text, visual = torch.arange(36.0).reshape(3, 6, 2) + 1, torch.arange(16.0).reshape(8, 2) + 100
+    embeds, mask = placed(text, visual.double(), order)
+    flat = torch.cat([text.flatten(0, 1), visual])
+    assert embeds.dtype == text.dtype
+    assert mask.tolist() == [[source >= 0 for source in row] for row in expected]
+    for row, sources in enumerate(expected):
+        for place, source in enumerate(sources):
+            assert embeds[row, place].tolist() == (flat[source].tolist() if source >= 0 else [0, 0])
+    of_each = conversations(batch, counts, order)
+    numbers = [int(n) for n in conversation_of_text(batch).flatten()]
+    for place, count in zip(batch.places, counts, strict=True):
+        numbers += [batch.conversation_of(place)[1]] * count
+    assert of_each.tolist() == [[numbers[source] if source >= 0 else -1 for source in row] for row in expected]
+
+
+def test_an_image_at_the_end_stands_behind_the_last_word() -> None:
+    batch = batch_of([(0, 3), (0, 6)], [ImagePlace(0, 3), ImagePlace(1, 0)])
+    order, columns = splice(batch, [2, 1], text_width=6)
+    assert order.tolist() == [[0, 1, 2, 12, 13, -1, -1], [14, 6, 7, 8, 9, 10, 11]]
+    assert columns[0, :3].tolist() == [0, 1, 2]
+    assert columns[1].tolist() == [1, 2, 3, 4, 5, 6]
