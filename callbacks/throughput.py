@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ThroughputMonitor
 
+from lavi.arguments import Count
 from lavi.batch import Batch, ImagePlace
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.point import Point
@@ -26,7 +27,7 @@ class Throughput(ThroughputMonitor):
         window: steps that rates are averaged over; before so many there are none.
     """
 
-    def __init__(self, *, window: int = 20) -> None:
+    def __init__(self, *, window: Count = 20) -> None:
         super().__init__(batch_size_fn=len, length_fn=text_tokens, window_size=window)
         self._known: dict[tuple[Any, ...], float] = {}
         self._ended = self._waited = self._since = 0.0
@@ -47,6 +48,10 @@ class Throughput(ThroughputMonitor):
         if trainer._logger_connector.should_update_logs:
             module.log("train/data_wait", self._waited / max(1e-9, self._ended - self._since))
             self._waited, self._since = 0.0, self._ended
+
+    def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
+        if trainer.training:  # validation would be logged over batches that it counts itself
+            super()._compute(trainer)
 
     def flops(self, module: pl.LightningModule, batch: Batch) -> float:
         """Of one training step on this batch, padding included."""

@@ -8,22 +8,22 @@ read by `lavi.model.VisionLanguageModel.from_pretrained("FOLDER")`.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from lavi.errors import HelpFormatter, front
+from lavi.arguments import Parser, path
+from lavi.errors import front
 
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lavi.export", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder of lavi.fit")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
+    parser = Parser(prog="python -m lavi.export", description=__doc__)
+    parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="a run folder of lavi.fit")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
-    args = parser.parse_args()
+    args = parser.read()
     from lavi.checkpoint import load_run
+    from lavi.pretrained import check_new_folder
     from lavi.report import console
 
+    check_new_folder(args.out)
     _, model = load_run(args.checkpoint, trust=args.trust)
     model.save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())

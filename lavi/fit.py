@@ -14,28 +14,29 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, path, whole_number
+from lavi.errors import UserError, front, one_line
 
 if TYPE_CHECKING:
     from lavi.recipe import Recipe
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lavi.fit", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(prog="python -m lavi.fit", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe to train")
-    what.add_argument("--resume", type=Path, metavar="RUN", help="a run folder to go on with")
+    what.add_argument("--recipe", type=path, metavar="FILE", help="the recipe to train")
+    what.add_argument("--resume", type=path, metavar="RUN", help="a run folder to go on with")
     parser.add_argument(
-        "--run", type=Path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)"
+        "--run", type=path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)"
     )
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="steps between two checkpoints")
+    parser.add_argument(
+        "--save-every", type=whole_number(1), default=100, metavar="STEPS", help="steps between two checkpoints"
+    )
     parser.add_argument("--trust", action="store_true", help="with --resume: build whatever the run's recipe names")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    args = parser.parse_intermixed_args()
+    args = parser.read()
     if args.resume and args.run:
         parser.error("--run names a new folder, and --resume goes on in the old one")
-    if args.save_every < 1:
-        parser.error("--save-every is at least 1")
     return args
 
 
@@ -47,32 +48,36 @@ def main() -> int:
 
     if args.resume:
         resume_from = checkpoint.resume_point(args.resume)
-        recipe, run = Recipe.load(args.resume / checkpoint.RECIPE, args.overrides, trusted=args.trust), args.resume
+        run = resume_from.parent
+        recipe = Recipe.load(run / checkpoint.RECIPE, args.overrides, trusted=args.trust)
     else:
         resume_from = None
         recipe = Recipe.load(args.recipe, args.overrides)
         run = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
         if checkpoint.is_first_rank():
             run = checkpoint.new_run_folder(run, exact=args.run is not None)
-    return train(recipe, run, resume_from, args.save_every)
+    with checkpoint.held(run):
+        return train(recipe, run, resume_from, args.save_every)
 
 
 def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) -> int:
     """Build everything, show what is about to happen, train, show what came of it."""
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ProgressBar
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from rich.syntax import Syntax
 
     from lavi import checkpoint, pretrained, report, startup
     from lavi.model import VisionLanguageModel
 
     first = checkpoint.is_first_rank()
+    logger = checkpoint.Curves(run, resumed_step=checkpoint.step_of(resume_from) if resume_from else None)
     console = report.console()
     console.quiet = not first
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
+    recipe.build("trainer", logger=False, enable_checkpointing=False)  # what it refuses is said before the work
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
     model = pretrained.build(recipe)
     if isinstance(model, VisionLanguageModel):
@@ -80,14 +85,14 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
     keep = checkpoint.KeepRun(run, recipe, every=save_every, resumes=resume_from is not None)
-    logger = TensorBoardLogger(run, name="", version="")
     callbacks = [keep, *recipe.build_callbacks()]
     wants_bar = recipe.settings["trainer"].get("enable_progress_bar", True)
     if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-        callbacks.append(startup.StepBar())
-    trainer: pl.Trainer = recipe.build(
-        "trainer", callbacks=callbacks, logger=logger, default_root_dir=str(run), enable_checkpointing=False
-    )
+        callbacks.append(startup.StepBar() if report.has_bars(console) else startup.StepLines(console))
+    # The table of what trains says what Lightning's own does; a recipe may ask for that besides.
+    summary = {} if "enable_model_summary" in recipe.settings["trainer"] else {"enable_model_summary": False}
+    own = {"logger": logger, "default_root_dir": str(run), "enable_checkpointing": True}
+    trainer: pl.Trainer = recipe.build("trainer", callbacks=callbacks, **own, **summary)
     console.print(startup.what_trains(module))
     if first and isinstance(model, VisionLanguageModel):
         console.print(startup.as_trained(model, data.stream("train")))
@@ -95,10 +100,10 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     try:
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)  # of a pickle, nothing but tensors
     except (SystemExit, KeyboardInterrupt):
-        if not keep.asked_to_stop or keep.saved_step < 0:
-            raise UserError("interrupted before the first step: nothing was saved.") from None
-        console.print(f"stopped at step {keep.saved_step}, saved. Go on with: python -m lavi.fit --resume {run}")
+        console.print(keep.farewell(trainer), highlight=False)
         return 130 if first else 0  # the first rank is killed when another one ends with an error
+    except MisconfigurationException as error:
+        raise UserError(f"the trainer refuses this run: {one_line(error)}.") from error
     console.print(report.metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
     return 0
 

@@ -14,15 +14,19 @@ when it has ``save_pretrained(folder)``, which writes it and returns the argumen
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lavi.errors import UserError
+from lavi.errors import UserError, reason
 from lavi.recipe import TARGET, Recipe
 from lavi.weights import fill, opened, write_state
 
@@ -54,7 +58,8 @@ def save_pretrained(model: VisionLanguageModel, folder: Path) -> None:
     """Write ``model`` as the folder that the head of this file shows.
 
     Raises:
-        UserError: the folder exists; the model was not built from a recipe; its backbone cannot be saved.
+        UserError: the folder exists or cannot be written; the model was not built from a recipe; its backbone cannot
+            be saved.
     """
     node: dict[str, Any] | None = getattr(model, "made_from", None)
     if node is None:
@@ -67,16 +72,57 @@ def save_pretrained(model: VisionLanguageModel, folder: Path) -> None:
             f"{type(model.vision).__name__} cannot be saved: a vision backbone needs save_pretrained(folder), as "
             "lavi.vision.hf.HFVision has it."
         )
+    folder = folder.expanduser()
+    with _new_folder(folder) as part:
+        needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+        if needed > (free := shutil.disk_usage(part).free):
+            raise UserError(
+                f"{folder} needs {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free there: make room, or "
+                "choose another folder."
+            )
+        _write(model, copy.deepcopy(node), part)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Whether :func:`save_pretrained` will be able to make a folder.
+
+    Raises:
+        UserError: it exists, or it cannot be made.
+    """
+    _make_part(folder).rmdir()
+
+
+def _make_part(folder: Path) -> Path:
+    part = folder.with_name(f"{folder.name}.part")
     if folder.exists():
         raise UserError(f"{folder} exists and is left as it is: choose another folder.")
-    part = folder.with_name(f"{folder.name}.part")
-    part.mkdir(parents=True)
     try:
-        _write(model, copy.deepcopy(node), part)
-    except BaseException:
-        shutil.rmtree(part)
+        part.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{part} is in the way: it is left of a command that was stopped, or of one that still writes. Remove it, "
+            "or choose another folder."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({reason(error)}): choose another folder.") from None
+    return part
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` in one step; removed if writing fails."""
+    part = _make_part(folder)
+    try:
+        yield part
+        part.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(
+                f"{folder} cannot be written ({reason(error)}), and nothing is left of it: make room, or choose "
+                "another folder."
+            ) from None
         raise
-    part.rename(folder)
 
 
 def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> None:
@@ -106,6 +152,7 @@ def from_pretrained(folder: Path, *, trust: bool = False) -> VisionLanguageModel
     Raises:
         UserError: no such folder, a newer lavi wrote it, or its weights do not fit what its recipe builds.
     """
+    folder = folder.expanduser()
     file = folder / RECIPE
     if not file.is_file() or not (folder / FUSION).is_file():
         missing = RECIPE if not file.is_file() else FUSION

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
-    """Write weights, and in the header the versions and ``header``; a file that is there is replaced in one step."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path to write to; what was written replaces ``file`` in one step, once it is on the disk.
+
+    If writing fails, ``file`` stays as it was, and what was written is removed.
+    """
     part = file.with_name(f"{file.name}.part")
+    try:
+        yield part
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def save_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
+    """Write weights, and in the header the versions and ``header``."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        part,
+        file,
         metadata={"versions": json.dumps(versions()), **header},
     )
-    os.replace(part, file)
+
+
+def write_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
+    """:func:`save_state`; a file that is there is replaced in one step."""
+    with replacing(file) as part:
+        save_state(state, part, **header)
 
 
 def trained_names(module: nn.Module) -> set[str]:
@@ -128,7 +150,7 @@ def start_from(module: nn.Module, run: Path) -> set[str]:
     """
     mine = {original_name(name): (name, parameter) for name, parameter in module.named_parameters()}
     found: dict[str, Tensor] = {}
-    file = run / TRAINED
+    file = run.expanduser() / TRAINED
     with opened(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
         for name in weights.keys():  # noqa: SIM118
             if original_name(name) not in mine:

@@ -36,9 +36,11 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_recipe: Path):  
     monkeypatch.chdir(tmp_path)
 
     def call(run: str, *overrides: str, front: Any = fit, options: tuple[str, ...] = ("--run",)) -> int:
-        arguments = ["--recipe", str(tiny_recipe), "trainer.max_steps=2"] if options == ("--run",) else []
-        arguments = [*options, run, *arguments, "trainer.limit_val_batches=0", *overrides]
-        monkeypatch.setattr(sys, "argv", ["front", *arguments])
+        given = {override.partition("=")[0] for override in overrides}
+        usual = {"trainer.limit_val_batches": 0} | ({"trainer.max_steps": 2} if options == ("--run",) else {})
+        short = [f"{key}={value}" for key, value in usual.items() if key not in given]
+        recipe = ["--recipe", str(tiny_recipe)] if options == ("--run",) else []
+        monkeypatch.setattr(sys, "argv", ["front", *options, run, *recipe, *short, *overrides])
         with pytest.raises(SystemExit) as left:
             front.main()
         return int(left.value.code or 0)
@@ -299,6 +301,6 @@ def test_resuming_reads_no_pickle(train, capsys: pytest.CaptureFixture[str]) -> 
     assert train("run") == 0
     checkpoint: dict[str, Any] = torch.load(Path("run", LAST), weights_only=True)
     torch.save(checkpoint | {"epoch": Evil()}, Path("run", LAST))
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        train("run", options=("--resume",))
+    assert train("run", options=("--resume",)) == 2
+    assert "last.ckpt holds more than tensors and numbers" in capsys.readouterr().err
     assert not Path("evil").exists()
