@@ -6,11 +6,13 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import ask, awaken, collate
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lavi.batch import IGNORE
 from lavi.errors import UserError
@@ -80,6 +82,38 @@ def test_the_most_specific_name_sets_the_rate(build) -> None:
         assert group["weight_decay"] == (0.1 if kind == "matrices" else 0.0)
     seen = [id(p) for group in groups_of for p in group["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters() if p.requires_grad)  # each once
+
+
+class SharesOfPeak(pl.Callback):
+    """The rates that a run's optimizer steps with, each as a share of its group's own."""
+
+    def __init__(self, peaks: dict[str, float]) -> None:
+        self.peaks, self.found = peaks, list[set[float]]()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.found.append({round(g["lr"] / self.peaks[g["name"].split("/")[0]], 6) for g in optimizer.param_groups})
+
+
+def test_the_rates_of_a_run_rise_and_then_fall_to_a_hundredth(build) -> None:
+    """Those of all parts alike, step by step."""
+    peaks = {"fusion": 1e-3, "language": 2e-4}
+    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate=peaks, warmup=0.2)
+    batch = collate(module.model, [ask(1, "what?", answer="red")])
+    shares = SharesOfPeak(peaks)
+    settings: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = pl.Trainer(accelerator="cpu", max_steps=20, max_epochs=-1, callbacks=[shares], **settings)
+    trainer.fit(module, DataLoader([batch] * 4, batch_size=None))
+    assert all(len(found) == 1 for found in shares.found)
+    steps = [found.pop() for found in shares.found]
+    assert steps[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert steps[4] == pytest.approx(1.0)
+    assert steps[4:] == sorted(set(steps[4:]), reverse=True)
+    assert steps[12] == pytest.approx(0.505)  # half of the way down
+    assert 0.01 < steps[-1] < 0.03
+    left = {g["name"].split("/")[0]: g["lr"] for g in trainer.optimizers[0].param_groups}
+    assert left == pytest.approx({part: 0.01 * peak for part, peak in peaks.items()})
 
 
 def test_tied_weights_are_one(build) -> None:

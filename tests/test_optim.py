@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavi.optim import MuonAdamW, hidden_matrices, orthogonalised
+from lavi.errors import UserError
+from lavi.optim import MuonAdamW, every_name, hidden_matrices, orthogonalised, parameter_groups, part_of_each
 
 
 def network() -> nn.Module:
@@ -110,3 +111,111 @@ def test_embeddings_and_heads_are_not_hidden(tied: bool) -> None:
     names = {name for name, p in language.named_parameters() if id(p) in hidden_matrices(language)}
     layers = {n for n, p in language.named_parameters() if n.startswith("model.layers") and p.ndim == 2}
     assert names == layers
+
+
+class Reader(nn.Module):
+    """A model of two parts, one inside the other's name, with a head tied to embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Embedding(6, 4)
+        self.body = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+        self.body_of_another = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.text.weight
+
+
+BODY = {f"body.{name}.{kind}" for name in ("first", "second") for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("rates", "adapters", "expected"),
+    [
+        ({"body": 1.0}, (), dict.fromkeys(BODY, "body")),
+        ({"body.first": 2.0, "body": 1.0}, (), {n: "body.first" if "first" in n else "body" for n in BODY}),
+        ({"body": 1.0, "body.first": None}, (), {n: "body" for n in BODY if "first" not in n}),
+        ({"body": None, "body.first.weight": 1.0}, (), {"body.first.weight": "body.first.weight"}),
+        ({"head": 1.0}, (), {"text.weight": "head"}),
+        ({"head": 1.0, "text": 1.0}, (), {"text.weight": "head"}),
+        # where a part holds adapters, it trains these alone, and other parts stay as they are
+        (
+            {"body": 1.0, "text": 1.0},
+            ("body.first.bias",),
+            {"body.first.bias": "body", "text.weight": "text"},
+        ),
+    ],
+    ids=str,
+)
+def test_a_parameter_trains_with_its_most_specific_part(
+    rates: dict[str, float | None], adapters: tuple[str, ...], expected: dict[str, str]
+) -> None:
+    assert part_of_each(Reader(), rates, adapters) == expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ({"body.frist.weight": 1.0}, "names 'body.frist.weight': did you mean 'body.first'"),
+        ({"bdoy.first": 1.0}, "did you mean 'body'"),
+        ({"body": None}, "names nothing that has parameters to train"),
+        ({"head": 1.0, "text": 2.0}, r"'text' and 'head'|'head' and 'text'"),
+    ],
+    ids=str,
+)
+def test_rates_that_cannot_be_are_refused(rates: dict[str, float | None], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        part_of_each(Reader(), rates)
+
+
+def test_a_shared_parameter_has_all_its_names() -> None:
+    model = Reader()
+    names = {tuple(names): parameter for names, parameter in every_name(model)}
+    assert set(names) >= {("text.weight", "head.weight"), ("body_of_another.weight",), ("body.first.bias",)}
+    assert names["text.weight", "head.weight"] is model.text.weight
+    assert len(names) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("muon", [None, 3.0])
+def test_groups_are_what_muon_trains_other_matrices_and_vectors_that_never_decay(muon: float | None) -> None:
+    model = Reader()
+    rates: dict[str, float | None] = {"text": 1.0, "body": 2.0, "body.second": None}
+    found = parameter_groups(model, part_of_each(model, rates), rates, weight_decay=0.1, muon=muon)
+    body, text = model.body["first"], model.text
+    matrix = ("body/muon", "muon", 6.0) if muon else ("body/matrices", "adamw", 2.0)
+    expected = [
+        ("text/matrices", "adamw", 1.0, 0.1, text.weight),
+        (*matrix, 0.1, body.weight),
+        ("body/vectors", "adamw", 2.0, 0.0, body.bias),
+    ]
+    seen = [(g["name"], g["kind"], g["lr"], g["weight_decay"], *g["params"]) for g in found]
+    assert [group[:4] for group in seen] == [group[:4] for group in expected]
+    assert all(mine[4] is other[4] for mine, other in zip(seen, expected, strict=True))
+
+
+def test_orthogonalised_is_the_nearest_and_as_wide_as_it_was() -> None:
+    """Singular vectors stay; of a matrix of any size, none at all included."""
+    for shape in ((3, 7), (7, 3)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for scale in (1.0, 1e4, 1e-4):
+            found = orthogonalised(scale * matrix)
+            assert found.shape == matrix.shape
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            core = left.T @ found @ right.T
+            torch.testing.assert_close(core, core.diag().diag(), atol=1e-4, rtol=1e-4)
+            assert core.diag().min() > 0.6
+    assert (orthogonalised(torch.zeros(2, 3)) == 0).all()
+
+
+def test_what_has_no_gradient_stays_and_a_closure_gives_the_loss() -> None:
+    matrices = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    matrices[0].grad = torch.ones(2, 3)
+    optimizer = MuonAdamW([{"params": matrices, "kind": "muon", "lr": 0.1, "weight_decay": 0.5}])
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        return 7.0
+
+    assert optimizer.step(closure) == 7.0
+    assert (matrices[1] == 1).all()
+    assert not torch.equal(matrices[0], torch.ones(2, 3))
+    assert optimizer.step() is None
