@@ -40,9 +40,9 @@ class Range:
 
     def __str__(self) -> str:
         if self.above:
-            return f"above {self.least:g}" + (f" and at most {self.most:g}" if self.most < math.inf else "")
-        text = f"from {self.least:g}" + (f" to {self.most:g}" if self.most < math.inf else "")
-        return text if self.besides is None else f"{text}, or {self.besides:g}"
+            return f"above {self.least:.12g}" + (f" and at most {self.most:.12g}" if self.most < math.inf else "")
+        text = f"from {self.least:.12g}" + (f" to {self.most:.12g}" if self.most < math.inf else "")
+        return text if self.besides is None else f"{text}, or {self.besides:.12g}"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,16 @@ TEMPLATES = {
 """Templates for tokenizers that bring none; chosen by name in a recipe."""
 
 
+def check_template(name: str) -> None:
+    """Of the templates above.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"no chat template is called '{name}': {nearest(name, TEMPLATES)}")
+
+
 @dataclass(frozen=True)
 class Turn:
     """The trained tokens of one answer: ``[start, stop)``, with its question family and level."""
@@ -88,8 +98,8 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
-        if template is not None and template not in TEMPLATES:
-            raise UserError(f"no chat template is called '{template}': {nearest(template, TEMPLATES)}")
+        if template is not None:
+            check_template(template)
         self.tokenizer = tokenizer
         self.template = TEMPLATES[template] if template else tokenizer.chat_template
         if self.template is None:
@@ -161,12 +171,14 @@ class Chat:
         """Marks what reads like a control token.
 
         Raises:
-            UserError: half of a surrogate pair, which no tokenizer takes.
+            UserError: a lone surrogate, which no tokenizer takes.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError("the conversation has text that is not Unicode (half of a surrogate pair).") from None
+            raise UserError(
+                "the conversation has half a character in its text (a lone surrogate, as of an emoji that was cut)."
+            ) from None
         return self._control.sub(lambda found: WORDS + found[0], text)
 
     def _render(self, plain: Sequence[dict[str, str]], *, prompt: bool = False) -> str:

@@ -29,16 +29,22 @@ class UserError(Exception):
 def one_line(error: BaseException, *, most: int = 300) -> str:
     """What an exception of another library says, on one line and without its last full stop."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())[:most].removesuffix(".") or type(error).__name__
+    return " ".join(text.split())[:most].rstrip(".!") or type(error).__name__
+
+
+MANY = 40
+"""Names, more than which nobody reads."""
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """``did you mean 'x'?`` for the known name closest to ``name``, else the list of known names."""
+    """``did you mean 'x'?`` for the known name closest to ``name``, else the known names, of many the closest."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"known: {', '.join(names)}." if names else "nothing is known here."
+    if len(names) > MANY:
+        names = [*difflib.get_close_matches(str(name), names, n=5, cutoff=0), "..."]
+    return f"known: {', '.join(names).removesuffix('.')}." if names else "nothing is known here."
 
 
 def reason(error: BaseException) -> str:

@@ -81,7 +81,17 @@ class VisionLanguageModule(pl.LightningModule):
         """Trained tokens of the micro-batches since the last step of the optimizer, and the mean of their loss."""
 
     def setup(self, stage: str) -> None:
-        """Load the run to start from; a run that goes on has (and has ``carried``) all of that itself."""
+        """Load the run to start from; a run that goes on has (and has ``carried``) all of that itself.
+
+        Raises:
+            UserError: a precision in which all weights are cast.
+        """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(
+                f"trainer.precision={precision} casts every weight, and what joins the halves of the model is trained "
+                "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
+            )
         if stage == "fit" and self.start_from is not None and not self.carried:
             self.carried = start_from_run(self, Path(self.start_from).expanduser())
 

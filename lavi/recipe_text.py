@@ -59,15 +59,17 @@ def read(path: Path, lines: dict[str, str], chain: Sequence[Path] = ()) -> dict[
         UserError: there is no such file, or what is in it is no recipe.
     """
     if not path.is_file():
-        known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        folder = path if path.is_dir() else path.parent
+        known = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
         named_by = f" (extended by {chain[-1]})" if chain else ""
-        raise UserError(f"there is no recipe {path}{named_by}: {nearest(str(path), known)}")
+        what = f"{path} is a folder, no recipe" if path.is_dir() else f"there is no recipe {path}"
+        raise UserError(f"{what}{named_by}{f': {nearest(path, known)}' if known else '.'}")
     if path.resolve() in [p.resolve() for p in chain]:
         raise UserError(f"'extends' goes round in a circle: {' -> '.join(str(p) for p in [*chain, path])}.")
     own: dict[str, str] = {}
     settings = _parse(path, own)
     parent = settings.pop("extends", "")
-    if not isinstance(parent, str) or (not parent and "extends" in own):
+    if not isinstance(parent, str) or ("extends" in own and not parent):
         raise UserError(f"{own['extends']}: 'extends' names one other recipe by its file, not {parent!r}.")
     inherited = read(path.parent / Path(parent).expanduser(), lines, [*chain, path]) if parent else {}
     lines |= own

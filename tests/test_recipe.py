@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import yaml
 from conftest import ask
 
+from lavi.arguments import path
 from lavi.errors import UserError
 from lavi.recipe import Recipe
+from lavi.recipe_text import Loader, override
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -104,6 +107,149 @@ def test_the_resolved_recipe_is_the_recipe(tiny_recipe: Path, tmp_path: Path) ->
     saved = tmp_path / "saved.yaml"
     saved.write_text(recipe.yaml())
     assert Recipe.load(saved).settings == recipe.settings
+
+
+VALUES = {
+    "1e-3": 0.001,
+    ".5": 0.5,
+    "1_000": 1000,
+    "0x10": 16,
+    "-1": -1,
+    "yes": True,
+    "off": False,
+    "null": None,
+    "~": None,
+    "010": "010",
+    "12:30:45": "12:30:45",
+    "2024-01-01": "2024-01-01",
+    "~/data": "~/data",
+    "What is this? #1": "What is this? #1",
+    "#1": "#1",
+    "one: two, three": "one: two, three",
+    "- one": "- one",
+    "*": "*",
+    "a=b": "a=b",
+    "Describe it. ": "Describe it. ",
+    '"What is this? #1"': "What is this? #1",
+    "'42'": "42",
+    '""': "",
+    "[1e-3, yes, '#']": [0.001, True, "#"],
+    "{a: {b: [1]}}": {"a": {"b": [1]}},
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_value_on_the_command_line_is_taken_whole(text: str) -> None:
+    value = override({"a": {"b": 0, "c": 1}}, [f"a.b={text}"], {})["a"]["b"]
+    assert value == VALUES[text]
+    assert type(value) is type(VALUES[text])
+
+
+@pytest.mark.parametrize("value", [*VALUES, *VALUES.values(), float("inf"), "=", "<<", "é", "two\nlines"])
+def test_what_a_run_keeps_of_its_recipe_reads_back_the_same(value: object) -> None:
+    settings = {"a": value}
+    text = Recipe(settings).yaml()
+    assert yaml.load(text, Loader) == settings
+
+
+def test_a_mapping_on_the_command_line_takes_the_place_of_the_old_one(tiny_recipe: Path) -> None:
+    recipe = Recipe.load(tiny_recipe, ["module.learning_rate={fusion: 1e-4}"])
+    assert recipe.settings["module"]["learning_rate"] == {"fusion": 1e-4}
+    concat = "model.fusion={_target_: lavi.fusion.concat.ConcatFusion, newline: true}"
+    recipe = Recipe.load(tiny_recipe, [concat])
+    assert recipe.settings["model"]["fusion"] == {"_target_": "lavi.fusion.concat.ConcatFusion", "newline": True}
+    again = concat.replace("concat.ConcatFusion, newline: true", "lavi.LaViFusion, bottleneck: 8")
+    assert Recipe.load(tiny_recipe, [again]).settings["model"]["fusion"] == {
+        "_target_": "lavi.fusion.lavi.LaViFusion",
+        "bottleneck": 8,
+    }
+    # In a file that extends another one it is merged.
+    merged = Recipe.load(child(tiny_recipe, "module:\n  learning_rate: {fusion: 1e-4}\n"))
+    assert merged.settings["module"]["learning_rate"] == {"fusion": 1e-4, "language": 1e-3}
+
+
+def test_changes_may_come_in_any_order(tiny_recipe: Path) -> None:
+    changes = [
+        "module.learning_rate={fusion: 1e-4}",
+        "module.learning_rate.vision=1e-5",
+        "model.fusion._target_=lavi.fusion.cross_attention.CrossAttentionFusion",
+        "model.fusion.every=1",
+    ]
+    found = [Recipe.load(tiny_recipe, order).settings for order in (changes, changes[::-1])]
+    assert found[0] == found[1]
+    assert found[0]["module"]["learning_rate"] == {"fusion": 1e-4, "vision": 1e-5}
+    assert found[0]["model"]["fusion"] == {"_target_": changes[2].partition("=")[2], "every": 1}
+
+
+def test_a_change_reaches_items_numbers_and_what_is_not_there_yet() -> None:
+    lines = {"a.0": "file:1", "a": "file:1"}
+    settings = {"a": [1, {"b": 2}], "stages": {2: 0.5}, "nothing": None}
+    changed = override(settings, ["a.1.b=3", "stages.2=0.25", "nothing.new.key=4"], lines)
+    assert changed == {"a": [1, {"b": 3}], "stages": {2: 0.25}, "nothing": {"new": {"key": 4}}}
+    assert settings == {"a": [1, {"b": 2}], "stages": {2: 0.5}, "nothing": None}
+    assert override(settings, ["a=[7]"], lines)["a"] == [7]
+    assert lines["a"] == "command line"
+    assert "a.0" not in lines  # what stood in the file there is gone
+
+
+IN_THE_HEADS = [
+    (file, *change)
+    for file in RECIPES
+    for change in re.findall(r"([\w.]+)='(\{[^']*\})'", file.read_text().replace("\n#", " "))
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), IN_THE_HEADS, ids=lambda part: getattr(part, "stem", None))
+def test_what_the_head_of_a_recipe_changes_is_then_there_alone(
+    file: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert len(IN_THE_HEADS) >= 3
+    node = Recipe.load(file, [f"{key}={value}"]).settings
+    for name in key.split("."):
+        node = node[name]
+    assert node == yaml.load(value, Loader)
+
+
+def test_a_byte_order_mark_and_the_home_folder(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_recipe.parent))
+    file = tiny_recipe.with_name("marked.yaml")
+    file.write_bytes(b"\xef\xbb\xbfextends: ~/tiny.yaml\nseed: 7\n")
+    assert Recipe.load(file).settings["seed"] == 7
+    assert path("~/x") == tiny_recipe.with_name("x")
+    for part in ("vision", "language"):
+        monkeypatch.setenv("HOME", str(ROOT / "recipes" / "scenes"))
+        change = [f"model.{part}.config=null", f"model.{part}.source=~/vision_tower"]
+        recipe = Recipe.load(tiny_recipe, change)
+        if part == "vision":
+            assert recipe.build("model.vision").width
+        else:  # the folder is found, and holds no language model
+            with pytest.raises(UserError, match=r"no 'siglip_vision_model'|no decoder-only language model"):
+                recipe.build("model.language")
+
+
+class Broken:
+    """Of another package, for the next test."""
+
+    def __init__(self, *, error: str) -> None:
+        raise {"value": ValueError, "import": ImportError}[error]("not\nso.")
+
+
+@pytest.mark.parametrize("error", ["value", "import"])
+def test_what_other_packages_refuse_is_one_sentence(tiny_recipe: Path, error: str) -> None:
+    callback = f"callbacks={{mine: {{_target_: test_recipe.Broken, error: {error}}}}}"
+    with pytest.raises(UserError, match=r"command line: test_recipe.Broken refuses .*'callbacks.mine'.*: not so\."):
+        Recipe.load(tiny_recipe, [callback]).build_callbacks()
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, **arguments: object) -> None:
+        raise ValueError("a fault")
+
+    recipe = Recipe.load(tiny_recipe)
+    monkeypatch.setattr("lavi.vision.hf.HFVision.__init__", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        recipe.build("model.vision")
 
 
 WRONG = {

@@ -8,12 +8,15 @@ without a network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from lavi.errors import UserError
 
 _without: ContextVar[bool] = ContextVar("without_weights", default=False)
 
@@ -31,6 +34,27 @@ def without_weights() -> Iterator[None]:
 def weights_wanted() -> bool:
     """Whether checkpoints are to be read: not within :func:`without_weights`, and never on the meta device."""
     return not _without.get() and torch.get_default_device().type != "meta"
+
+
+def check_loaded(seen: Mapping[str, Any], source: str, what: str) -> None:
+    """That the checkpoint ``source`` had every weight of ``what``; transformers draws at random what it does not find.
+
+    Args:
+        seen: transformers' ``output_loading_info``, with ``ignore_mismatched_sizes``.
+
+    Raises:
+        UserError: weights are missing, or have other shapes than the configuration says.
+    """
+    if missing := sorted(seen["missing_keys"]):
+        raise UserError(
+            f"the checkpoint at '{source}' lacks {len(missing)} weights of its {what} ({missing[0]} ...): give the "
+            "folder of a whole one."
+        )
+    for name, there, here in sorted(seen["mismatched_keys"]):
+        raise UserError(
+            f"the weights at '{source}' do not fit its config.json: {name} of the {what} has shape {list(there)} in "
+            f"the one, and {list(here)} by the other."
+        )
 
 
 def configuration_of(source: str) -> str:

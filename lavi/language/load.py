@@ -10,16 +10,25 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lavi.arguments import Check
-from lavi.configurations import configuration_of, weights_wanted
+from lavi.configurations import check_loaded, configuration_of, weights_wanted
 from lavi.configurations.bare import bare_configuration
 from lavi.errors import UserError, one_line
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
+
+NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -175,8 +184,11 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
         except Exception as error:
             raise UserError(f"no language model at '{source}': {one_line(error)}.") from error
     assert config is not None
-    if config.get("model_type") is None:
+    kind = config.get("model_type")
+    if kind is None:
         raise UserError("a bare language-model configuration needs 'model_type', such as qwen2 or llama.")
+    if kind in list(CONFIG_MAPPING) and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(NO_LANGUAGE_MODEL.format(kind))
     return bare_configuration(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, what="language model")
 
 
@@ -187,28 +199,22 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
         UserError: transformers cannot build it, or weights are missing.
     """
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    missing: list[str] = []
+    place = "a bare configuration" if source is None else f"'{source}'"
+    seen: dict[str, Any] | None = None
     try:
         if source is None or not weights_wanted():
             model = AutoModelForCausalLM.from_config(settings, **kwargs)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=settings, output_loading_info=True, **kwargs
-            )
-            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
+            model, seen = loaded
     except Exception as error:
         kind, reason = settings.model_type, one_line(error)
         if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
             raise UserError(f"'{kind}' has no attention kernel '{attention}': set language.attention=eager.") from error
         if "Unrecognized configuration class" in reason:
-            raise UserError(
-                f"'{kind}' is no decoder-only language model: choose one such as qwen2 or llama."
-            ) from error
-        place = "a bare configuration" if source is None else f"'{source}'"
+            raise UserError(NO_LANGUAGE_MODEL.format(kind)) from error
         raise UserError(f"no '{kind}' language model can be made from {place}: {reason}.") from error
-    if missing:
-        raise UserError(
-            f"the checkpoint at '{source}' lacks {len(missing)} weights of its '{settings.model_type}' language model "
-            f"({missing[0]} ...): give the folder of a whole causal language model."
-        )
+    if seen is not None:
+        check_loaded(seen, str(source), f"'{settings.model_type}' language model")
     return model

@@ -12,12 +12,12 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
 from lavi.arguments import Check, Count
-from lavi.configurations import configuration_of, weights_wanted
+from lavi.configurations import check_loaded, configuration_of, weights_wanted
 from lavi.configurations.bare import bare_configuration
 from lavi.errors import UserError, nearest, one_line
 from lavi.vision.tower import Tower, chosen_layers, middle
@@ -203,17 +203,24 @@ def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
     """The configuration of the vision tower alone, without a pooling head: it would run, and its output go unused."""
     if config is not None:
-        settings = bare_configuration({"model_type": "siglip_vision_model"} | config, TOWERS, what="vision tower")
+        config = {"model_type": "siglip_vision_model"} | config
+        if "vision_config" not in config and config["model_type"] in list(CONFIG_MAPPING):
+            _check_kind(config["model_type"])
+        settings = bare_configuration(config, TOWERS, what="vision tower")
     else:
         settings = _read(str(source))
     settings = getattr(settings, "vision_config", settings)
     kind = settings.model_type
-    if kind not in TOWERS:
-        reason = REFUSED.get(kind, f"no tower whose layers give one grid of features; {nearest(kind, TOWERS)}")
-        raise UserError(f"the vision tower '{kind}' does not work here: {reason}")
+    _check_kind(kind)
     if kind in HEADS:
         setattr(settings, HEADS[kind], False)
     return settings
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in TOWERS:
+        reason = REFUSED.get(kind, f"no tower whose layers give one grid of features; {nearest(kind, TOWERS)}")
+        raise UserError(f"the vision tower '{kind}' does not work here: {reason}")
 
 
 def _read(source: str) -> PretrainedConfig:
@@ -230,15 +237,14 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
     kind: Any = MODEL_MAPPING[type(settings)]
     pooling = "add_pooling_layer" in inspect.signature(kind).parameters
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
-    missing: list[str] = []
+    seen: dict[str, Any] | None = None
     try:
         if source is None or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
         else:
-            tower, seen = AutoModel.from_pretrained(
-                source, config=settings, dtype=torch.float32, output_loading_info=True, **keys
-            )
-            missing = sorted(seen["missing_keys"])
+            loading: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **loading, **keys)
+            tower, seen = loaded
     except Exception as error:
         if isinstance(error, TypeError) and not isinstance(settings.image_size, int):
             raise UserError(
@@ -247,11 +253,8 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
             ) from None
         place = "a bare configuration" if source is None else f"'{source}'"
         raise UserError(f"no '{settings.model_type}' tower can be made from {place}: {one_line(error)}") from error
-    if missing:
-        raise UserError(
-            f"the checkpoint at '{source}' lacks {len(missing)} weights of its '{settings.model_type}' tower "
-            f"({missing[0]} ...): give the folder of the tower itself, or of a two-tower model."
-        )
+    if seen is not None:
+        check_loaded(seen, str(source), f"'{settings.model_type}' tower")
     return tower
 
 
