@@ -116,6 +116,9 @@ def test_a_pause_is_in_the_time_left_and_not_in_the_rate() -> None:
         lines.look()
     lines.pace.resume(lines.done)
     assert len(written(lines)) == before  # whoever is at work speaks
+    work(lines, clock, until=105, seconds=1.0)
+    lines.say()
+    assert "step 105 of 400, 1.0 steps/s" in written(lines)[-1]
     work(lines, clock, until=200, seconds=1.0)
     lines.say()
     # One validation of 100 s for each 200 steps of 1 s: 200 more steps take 300 s.
