@@ -47,9 +47,57 @@ def open_image(
     except Image.DecompressionBombError:
         raise UserError(f"{called} is a decompression bomb: it has more than {MAX_PIXELS} pixels.") from None
     except UnidentifiedImageError:
-        raise UserError(f"{called} is not an image that opens (no format known here).") from None
+        found = what_it_is(data)
+        reason = f"it is {found}" if found else "no format known here"
+        raise UserError(f"{called} is not an image that opens ({reason}).") from None
     except BROKEN as error:
         raise UserError(f"{called} is not an image that opens ({error}).") from None
+
+
+JSON_TEXT = "a JSON text"
+_FIRST_BYTES = (
+    (0, b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"GIF8", "a GIF image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (8, b"WEBP", "a WEBP image"),
+    (8, b"AVI ", "an AVI video"),
+    (4, b"ftypheic", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIC image"),
+    (4, b"ftypavif", "an AVIF image"),
+    (4, b"ftyp", "an mp4 or mov video"),
+    (0, b"\x1a\x45\xdf\xa3", "an mkv or webm video"),
+    (0, b"\x1f\x8b", "compressed by gzip: decompress it with `gunzip`"),
+    (0, b"BZh", "compressed by bzip2: decompress it with `bunzip2`"),
+    (0, b"\xfd7zXZ\0", "compressed by xz: decompress it with `unxz`"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: decompress it with `unzstd`"),
+    (0, b"PK\3\4", "a zip archive"),
+    (0, b"PAR1", "a parquet file"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (257, b"ustar", "a tar file"),
+)
+_FIRST_WORDS = (
+    ("<!doctype html", "an HTML page: a download that failed leaves one"),
+    ("<html", "an HTML page: a download that failed leaves one"),
+    ("<?xml", "an XML text: a download that failed leaves one"),
+    ("<svg", "an SVG drawing"),
+    ("{", JSON_TEXT),
+    ("[", JSON_TEXT),
+)
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file is, whatever its name says, by its first bytes; None: nothing that people take for their data."""
+    if not head.strip(b"\0 \r\n\t"):
+        return "all zeros or blanks" if head else "empty"
+    for at, signature, name in _FIRST_BYTES:
+        if head.startswith(signature, at):
+            return name
+    text = head[:200].decode("utf-8-sig", errors="replace").lstrip().lower()
+    return next((name for beginning, name in _FIRST_WORDS if text.startswith(beginning)), None)
 
 
 def side_by_side(pictures: Sequence[Image.Image], *, gap: int = 4) -> Image.Image:

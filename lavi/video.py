@@ -31,6 +31,7 @@ from PIL import Image
 
 from lavi.batch import Video, visual_parts
 from lavi.errors import UserError
+from lavi.images import what_it_is
 
 VIDEO_TYPES = ("mp4", "webm", "mkv", "gif")
 """Endings of the files that are read as videos."""
@@ -46,6 +47,9 @@ DEMUXERS = "mov,matroska,gif"
 
 TICK = 1e-3
 """Times closer than this are one: Matroska rounds to milliseconds."""
+
+SEGMENT = b"\x18\x53\x80\x67"
+"""What stands before all that an mkv holds."""
 
 MATROSKA_SLACK = 0.05
 """Seconds by which a whole mkv's packets may end before the duration in its header."""
@@ -256,6 +260,12 @@ def _opened(file: BinaryIO, called: str) -> Iterator[tuple[InputContainer, Video
         ) as container:
             yield container, _video_stream(container, called)
     except (av.FFmpegError, OSError, ValueError) as error:
+        file.seek(0)
+        found = what_it_is(file.read(512))
+        if found and "video" not in found:
+            raise UserError(
+                f"{called} does not open as a video (it is {found}), which is {_either(VIDEO_TYPES)}."
+            ) from None
         cause = getattr(error, "strerror", None) or error
         raise UserError(
             f"{called} does not open as a video ({cause}): it is damaged, cut short, or no {_either(VIDEO_TYPES)}."
@@ -317,27 +327,60 @@ def _scanned(file: BinaryIO, called: str, *, until: float | None) -> _Table:
         gap = max((after - before for before, after in pairwise(pts)), default=0)
         shown = [float(stamp * tick - origin) for stamp in pts]
         end = float((pts[-1] + (frames[pts[-1]][1] or gap)) * tick - origin)
-        length = _length(container, stream, file, read=read, last=max(last, end)) if through else None
+        last = max(last, end)
+        length = _length(container, stream, file, read=read, last=last, origin=float(origin)) if through else None
         if length == math.inf:
             end = shown[-1]  # of the last frame only a part may be there
         return _Table(pts, [frames[stamp][0] for stamp in pts], shown, end, max(length or 0.0, end))
 
 
-def _length(container: InputContainer, stream: VideoStream, file: BinaryIO, *, read: int, last: float) -> float | None:
+def _length(
+    container: InputContainer, stream: VideoStream, file: BinaryIO, *, read: int, last: float, origin: float
+) -> float | None:
     """How long a video that is cut short was, inf if that is not known; None if it is not cut.
 
     Args:
         read: packets of the stream that are there.
         last: when the last packet of any stream is over, in seconds: sound may go on behind the last frame.
+        origin: what the file's clock shows at its start, in seconds.
     """
     promised = (container.duration or 0) / av.time_base
     if container.format.name == "gif":
         return None if _gif_is_ended(file) else math.inf
     if read < len(stream.index_entries):  # an mp4 lists all its packets
         return max(promised, last + TICK)
-    if container.format.name.startswith("matroska") and promised > last + MATROSKA_SLACK:
-        return promised
+    if container.format.name.startswith("matroska"):
+        return _matroska_length(file, promised, last=last, origin=origin)
     return None
+
+
+def _matroska_length(file: BinaryIO, promised: float, *, last: float, origin: float) -> float | None:
+    """As :func:`_length`. The header's duration is the time of the end (FFmpeg) or the length (mkvmerge): where the
+    clock does not begin at 0 these are two, and only what is shorter than both is cut for certain.
+    """
+    shorter, longer = sorted((promised, promised - origin))
+    if longer <= last + MATROSKA_SLACK or (shorter <= last + MATROSKA_SLACK and not _matroska_ends_early(file)):
+        return None
+    return promised if abs(origin) < TICK else math.inf
+
+
+def _matroska_ends_early(file: BinaryIO) -> bool:
+    """Whether the file has fewer bytes than its header announces; one written as it was filmed announces none."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(4096)
+    first, start = _ebml_size(head, 4)  # behind the four bytes that say it is EBML
+    if head[start + first : start + first + 4] != SEGMENT:
+        return False
+    announced, start = _ebml_size(head, start + first + 4)
+    return announced is not None and start + announced > size
+
+
+def _ebml_size(head: bytes, at: int) -> tuple[Any, int]:
+    """A number of bytes in EBML, whose first byte says how many the number has, and where it ends; None: unknown."""
+    width = 9 - head[at : at + 1].ljust(1, b"\1")[0].bit_length()
+    value = int.from_bytes(head[at : at + width], "big") & ~(1 << 7 * width)
+    return (None if value == (1 << 7 * width) - 1 else value), at + width
 
 
 def _packets(container: InputContainer) -> Iterator[av.Packet]:

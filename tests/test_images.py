@@ -158,6 +158,32 @@ def test_what_is_no_image_says_so_and_what_it_was(case: str, tmp_path: Path) -> 
         decode({"__key__": "k", "txt": b"a", "0.png": data})
 
 
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"<!DOCTYPE html><html>404", "an HTML page: a download that failed leaves one"),
+        (b"\xef\xbb\xbf \n<HTML>", "an HTML page: a download that failed leaves one"),
+        (b'<?xml version="1.0"?><Error>', "an XML text: a download that failed leaves one"),
+        (b'{"error": "not found"}', "a JSON text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer: fetch the file itself"),
+        (b"\0\0\0\x18ftypmp42" + bytes(20), "an mp4 or mov video"),
+        (b"\x1a\x45\xdf\xa3" + bytes(20), "an mkv or webm video"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC image"),
+        (bytes(100), "all zeros or blanks"),
+        (b"", "empty"),
+    ],
+    ids=str,
+)
+def test_what_stands_in_an_images_place_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(BrokenSample, match=f"its member 'jpg' is not an image that opens \\(it is {what}"):
+        decode({"__key__": "k", "txt": b"a", "jpg": data})
+
+
+def test_an_image_in_a_videos_place_is_named() -> None:
+    with pytest.raises(BrokenSample, match=r"'mp4' does not open as a video \(it is a PNG image\)"):
+        decode({"__key__": "k", "txt": b"a", "mp4": encoded(corners())})
+
+
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))

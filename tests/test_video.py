@@ -387,6 +387,87 @@ def test_a_video_cut_short_is_what_it_was_or_refused(videos: dict[str, bytes], n
     assert refused >= 12
 
 
+# --- clocks that do not begin at 0 ------------------------------------------------------------------------------------
+
+CLOCKS = pytest.mark.parametrize("name", ["webm", "mkv"])
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], bytes]:
+    """Two seconds of 20 frames whose clock begins at so many tenths of a second."""
+    folder, frames = tmp_path_factory.mktemp("late"), [grey(number) for number in range(20)]
+    return {
+        (name, start): encode(folder / name, frames, ticks=[start + n for n in range(20)], **KINDS[name])
+        for name in ("mp4", "fragments", "webm", "mkv")
+        for start in (1, 50)
+    }
+
+
+def with_duration(data: bytes, seconds: float) -> bytes:
+    """A Matroska file whose header gives another duration: mkvmerge writes the length where FFmpeg writes the end."""
+    at = data.index(b"\x44\x89\x88") + 3
+    return data[:at] + struct.pack(">d", 1000 * seconds) + data[at + 8 :]
+
+
+@pytest.mark.parametrize("start", [1, 50])
+@pytest.mark.parametrize("name", ["mp4", "fragments", "webm", "mkv"])
+def test_seconds_are_counted_from_the_start_whatever_the_clock_shows(
+    late: dict[tuple[str, int], bytes], name: str, start: int
+) -> None:
+    data = late[name, start]
+    seen = read_video(data, ALL)
+    assert numbers(seen) == list(range(20))
+    assert seen.seconds == pytest.approx([number / 10 for number in range(20)])
+    assert seen.duration == pytest.approx(2)
+    assert numbers(read_video(data, FrameSampling(frames=4))) == [2, 7, 12, 17]
+    assert numbers(read_video(data, ALL, clip=(0.5, 1.0))) == [5, 6, 7, 8, 9]
+    with pytest.raises(UserError, match=r"lasts 2\.00 seconds"):
+        read_video(data, ALL, clip=(0.5, 5.5))
+
+
+@CLOCKS
+@pytest.mark.parametrize("start", [1, 50])
+@pytest.mark.parametrize("by", ["FFmpeg", "mkvmerge"])
+def test_a_late_clock_hides_no_cut(late: dict[tuple[str, int], bytes], name: str, start: int, by: str) -> None:
+    data = late[name, start] if by == "FFmpeg" else with_duration(late[name, start], 2)
+    for frames in (4, 20):
+        whole = read_video(data, FrameSampling(frames=frames))
+        refused = 0
+        for percent in (30, 50, 60, 70, 80, 90, 95, 97, 99):
+            try:
+                seen = read_video(data[: int(len(data) * percent / 100)], FrameSampling(frames=frames))
+            except UserError:
+                refused += 1
+            else:
+                assert (seen.seconds, numbers(seen)) == (whole.seconds, numbers(whole)), percent
+        assert refused >= 4
+    cut = data[: int(len(data) * 0.9)]
+    with pytest.raises(UserError, match=r"it is cut short: its frames end after 1\.\d\d"):
+        read_video(cut, ALL, name="it")
+    assert numbers(read_video(cut, ALL, clip=(0.2, 0.6))) == [2, 3, 4, 5]
+
+
+@CLOCKS
+def test_a_recording_that_announces_nothing_is_whole(tmp_path: Path, name: str) -> None:
+    """What a browser records: no duration, no size, and a clock that began before."""
+    ticks = [7 + number for number in range(20)]
+    data = encode(tmp_path / "v", [grey(number) for number in range(20)], ticks=ticks, live="1", **KINDS[name])
+    seen = read_video(data, ALL)
+    assert (numbers(seen), seen.seconds[0], seen.duration) == (list(range(20)), 0.0, pytest.approx(2))
+
+
+def test_sound_may_begin_before_the_frames(tmp_path: Path) -> None:
+    data = encode(
+        tmp_path / "v", [grey(n) for n in range(10)], ticks=[5 + n for n in range(10)], sound=2, **KINDS["mkv"]
+    )
+    seen = read_video(data, ALL)
+    assert numbers(seen) == list(range(10))
+    assert seen.seconds[0] == pytest.approx(0.5, abs=0.01)
+
+
+# --- cuts -------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", ["header first", "webm", "gif"])
 def test_a_cut_says_where_and_a_clip_before_it_is_good(videos: dict[str, bytes], name: str) -> None:
     data = videos[name][: int(len(videos[name]) * 0.9)]
