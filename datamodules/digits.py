@@ -9,8 +9,8 @@ shows the larger digit.
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from datamodules.tokenizer import train_tokenizer
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, path
+from lavi.errors import UserError, front, reason
 
 SHARES = {"train": 0.8, "validation": 0.08, "test": 0.12}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -46,16 +47,28 @@ def conversations(files: list[str], digits: list[int], rng: random.Random) -> li
 
 
 def write_digits(out: Path, *, seed: int) -> dict[str, int]:
-    """Write images, JSON and tokenizer; returns how many scans each split has."""
+    """Write images, JSON and tokenizer; returns how many scans each split has.
+
+    Raises:
+        UserError: scikit-learn is not installed; ``out`` is there, or cannot be written.
+    """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
         raise UserError(
             "the scans ship inside scikit-learn: pip install scikit-learn (or install with the dev extra)."
         ) from None
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists and is left as it is: choose another --out, or remove it first.")
-    scans = load_digits()
+    try:
+        return _write(out, load_digits(), seed=seed)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({reason(error)}): remove what is there of it, and try again."
+        ) from None
+
+
+def _write(out: Path, scans: Any, *, seed: int) -> dict[str, int]:
     (out / "images").mkdir(parents=True)
     files = [f"{index:04d}.png" for index in range(len(scans.images))]
     for file, pixels in zip(files, scans.images, strict=True):
@@ -77,12 +90,10 @@ def write_digits(out: Path, *, seed: int) -> dict[str, int]:
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datamodules.digits", description=__doc__, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/digits"), help="folder to write; must not exist")
+    parser = Parser(prog="python -m datamodules.digits", description=__doc__)
+    parser.add_argument("--out", type=path, default=Path("data/digits"), help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
-    args = parser.parse_args()
+    args = parser.read()
     print(f"{args.out}: scans {write_digits(args.out, seed=args.seed)}")
 
 

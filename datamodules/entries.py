@@ -11,13 +11,20 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
-from datamodules.conversation import messages_of
+from datamodules.conversation import HALF, is_whole, messages_of, text_in, text_of
 from datamodules.shards import IMAGE_TYPES
-from lavi.errors import UserError
+from datamodules.video_text import is_number
+from lavi.errors import UserError, reason
+from lavi.images import what_it_is
 from lavi.video import VIDEO_TYPES
 
 Item = dict[str, Any]
 TYPES = {"image": IMAGE_TYPES, "video": VIDEO_TYPES}
+OPENS = {
+    "image": ("a JPEG image", "a PNG image", "a WEBP image", "a GIF image"),
+    "video": ("an mp4 or mov video", "an mkv or webm video", "a GIF image"),
+}
+"""What a file may be by its first bytes, whatever its name says; one that is nothing known is left to the decoder."""
 
 
 class BadEntry(Exception):
@@ -30,6 +37,7 @@ class BadEntry(Exception):
     """
 
     def __init__(self, name: str, cause: str, what: str = "") -> None:
+        name, cause, what = (text.encode(errors="backslashreplace").decode() for text in (name, cause, what))
         super().__init__(name, cause, what)  # what an error is made of again in another process
         self.name, self.cause, self.what = name, cause, what
 
@@ -74,7 +82,7 @@ class Folders:
 
     def __post_init__(self) -> None:
         for kind, folder in (("image", self.images), ("video", self.videos)):
-            if folder is not None and not folder.is_dir():
+            if folder is not None and not os.path.isdir(folder):
                 raise UserError(f"there is no folder {folder}, where --{kind}s says the {kind}s are.")
 
     def of(self, kind: str) -> Path:
@@ -112,6 +120,8 @@ def entry_of(index: int, item: Any, folders: Folders) -> Entry:
         record, kinds = _conversation(index, item, files, called)
     media, more = _media(files, kinds, item, folders, called)
     record |= more
+    if not is_whole(json.dumps(record, ensure_ascii=False)):
+        raise BadEntry(called, HALF)
     key = f"{index:08d}-{_safe(name)}"
     members = [len(json.dumps(record).encode()) + 32 * len(media), *(size for _, _, size in media)]
     headers = BLOCKSIZE if key.isascii() else 3 * BLOCKSIZE  # a name in another script has a header of its own
@@ -125,16 +135,21 @@ def _safe(name: str) -> str:
 
 
 def _named(item: Item, kind: str, called: str) -> list[Any]:
-    """The files or cells that an item names."""
-    found = listed(item.get(kind, item.get(f"{kind}s")))
+    """The files or cells that an item names, under either spelling of the kind."""
+    one, several = listed(item.get(kind)), listed(item.get(f"{kind}s"))
+    if one and several and one != several:
+        raise BadEntry(called, f"names other {kind}s under '{kind}' than under '{kind}s'")
+    found = one or several
     if not all(isinstance(file, str | Cell) and file for file in found):
         raise BadEntry(called, f"names {kind}s that are no file names")
     return found
 
 
 def _captions(item: Item, files: dict[str, list[Any]], called: str) -> tuple[Item, list[str]]:
-    captions = item["captions"]
-    if not all(isinstance(caption, str) for caption in captions) or not any(caption.strip() for caption in captions):
+    captions = [text_of(caption) for caption in item["captions"] if caption is not None]
+    if None in captions:
+        raise BadEntry(called, "has a caption that is no text")
+    if not any(caption and caption.strip() for caption in captions):
         raise BadEntry(called, "has no captions, nor a question with an answer")
     kinds = ["image"] * len(files["image"]) + ["video"] * len(files["video"])
     if not kinds:
@@ -148,7 +163,7 @@ def _conversation(index: int, item: Item, files: dict[str, list[Any]], called: s
     if not isinstance(turns, list):
         raise BadEntry(str(index), "has no 'conversations'")
     messages = _messages(turns, called)
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+    if not any(message["role"] == "assistant" and text_in(message).strip() for message in messages):
         raise BadEntry(called, "has no answer", " has no answer (no turn from 'gpt')")
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     shown = [part for part in parts if part["type"] in TYPES]
@@ -209,7 +224,7 @@ def _media(
 ) -> tuple[list[Located], Item]:
     """The members in the order in which they are shown, and what the JSON says of videos."""
     left = {kind: iter(named) for kind, named in files.items()}
-    given = [(kind, next(left[kind])) for kind in kinds]
+    given = [(kind, _below(folders, kind, next(left[kind]))) for kind in kinds]
     more = _clip(item, files["video"], called)
     framed = [kind == "video" and _is_folder(folders, file) for kind, file in given]
     if any(framed):
@@ -223,6 +238,16 @@ def _media(
     if len(found) == 1 and not more.get("frames"):
         return found, more
     return [(f"{number}.{kind}", file, size) for number, (kind, file, size) in enumerate(found)], more
+
+
+def _below(folders: Folders, kind: str, file: Any) -> Any:
+    """A file's name from its folder on, also of one that is named from the root."""
+    if isinstance(file, str) and os.path.isabs(file):
+        folder = folders.of(kind)
+        for root in (os.path.abspath(folder), os.path.realpath(folder)):
+            if file.startswith(f"{root}/"):
+                return os.path.relpath(file, root)
+    return file
 
 
 def _is_folder(folders: Folders, file: str | Cell) -> bool:
@@ -251,6 +276,8 @@ def _ending(file: str) -> str:
 
 def _size(folder: Path, file: str, kind: str, called: str) -> int:
     """Bytes of a file, which must be one and stay below its folder."""
+    if "://" in file:
+        raise BadEntry(called, f"names {kind}s by URL", f": {kind} '{file}' is a URL: download it, and name the file")
     if not _leads_inside(file):
         what = f": {kind} '{file}' leads out of the folder of the {kind}s"
         raise BadEntry(called, f"names {kind}s that lead out of their folder", what)
@@ -261,7 +288,20 @@ def _size(folder: Path, file: str, kind: str, called: str) -> int:
         raise BadEntry(called, f"names {kind}s that are not there", what) from None
     if not stat.S_ISREG(found.st_mode) or not found.st_size:
         raise BadEntry(called, f"names {kind}s that are empty", f": {kind} {folder / file} is empty, or no file")
+    content = "image" if _ending(file) in IMAGE_TYPES else "video"  # the frames of a video are images
+    if instead := _stands_for(folder / file, content):
+        raise BadEntry(called, f"names {kind}s that are something else", f": {kind} {folder / file} is {instead}")
     return found.st_size
+
+
+def _stands_for(file: Path, content: str) -> str | None:
+    """What a file is that stands in the place of an image or a video; None if it may be one."""
+    try:
+        with open(file, "rb") as stream:
+            found = what_it_is(stream.read(BLOCKSIZE))
+    except OSError as error:
+        return f"a file that cannot be read ({reason(error)})"
+    return found if found and found not in OPENS[content] else None
 
 
 def _frames(folders: Folders, name: str, called: str) -> list[Located]:
@@ -283,7 +323,7 @@ def _clip(item: Item, videos: list[Any], called: str) -> Item:
     clip = item.get("clip")
     if clip is None:
         return {}
-    numbers = isinstance(clip, list) and len(clip) == 2 and all(_is_number(second) for second in clip)
+    numbers = isinstance(clip, list) and len(clip) == 2 and all(map(is_number, clip))
     if not numbers or not 0 <= clip[0] < clip[1] or len(videos) != 1:
         raise BadEntry(called, "has a clip that is not [start, end] in seconds of one video")
     return {"clip": clip}
@@ -291,10 +331,6 @@ def _clip(item: Item, videos: list[Any], called: str) -> Item:
 
 def _fps(item: Item, called: str) -> Item:
     fps = item.get("fps")
-    if fps is not None and not (_is_number(fps) and fps > 0):
+    if fps is not None and not (is_number(fps) and fps > 0):
         raise BadEntry(called, "has an fps that is not above 0")
     return {} if fps is None else {"fps": fps}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

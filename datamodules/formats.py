@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import io
 import json
+import os
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from PIL import Image
 
 from datamodules.counts import UNREADABLE
 from datamodules.entries import BadEntry, Cell, Item, listed
-from lavi.errors import UserError, nearest
+from lavi.errors import UserError, nearest, reason
+from lavi.images import JSON_TEXT, what_it_is
 from lavi.video import is_video
 
 COLUMNS = {
@@ -41,6 +45,8 @@ COLUMNS = {
     "messages": ("messages", "conversations"),
 }
 """What a table's columns mean, by their names."""
+NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
+"""What the system says of a cache that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def read_json(file: Path) -> Source:
     Raises:
         UserError: not there, not JSON, an empty list.
     """
-    if _first_character(file) != "[":
+    head = _head(file)
+    if not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return Source(file.name, _lines(file))
     entries = _load(file)
     if not entries:
@@ -74,15 +81,28 @@ def read_json(file: Path) -> Source:
     return Source(file.name, entries, len(entries))
 
 
-def _first_character(file: Path) -> str:
+def _head(file: Path, *allowed: str) -> bytes:
+    """The first bytes of a file.
+
+    Args:
+        allowed: what of :func:`lavi.images.what_it_is` the file may be, besides JSON.
+
+    Raises:
+        UserError: it cannot be read, or is something else altogether.
+    """
     try:
         with open(file, "rb") as stream:
-            return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode(errors="replace")
+            head = stream.read(4096)
     except OSError as error:
         _unreadable(file, error)
+    found = what_it_is(head)
+    if found and found not in (JSON_TEXT, *allowed):
+        raise UserError(f"{file} is {found}.")
+    return head
 
 
 def _load(file: Path) -> Any:
+    _head(file)
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -105,14 +125,15 @@ def _lines(file: Path) -> Iterator[Item | BadEntry]:
                 continue
             try:
                 item = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, RecursionError):
                 if not found:
-                    raise UserError(f"{file} is not JSON, and its line {number} is not either ({error}).") from None
+                    _load(file)  # one object over many lines, or no JSON at all
+                    raise UserError(
+                        f"{file} is one JSON object: a list of conversations is needed, or one object a line."
+                    ) from None
                 item = BadEntry(f"of line {number}", "is not JSON")
             found = True
             yield item
-        if not found:
-            raise UserError(f"{file} is not JSON (it is empty).")
 
 
 def read_coco(file: Path) -> Source:
@@ -125,6 +146,8 @@ def read_coco(file: Path) -> Source:
     images, annotations = (_dicts(found, key) for key in ("images", "annotations"))
     if not images or not annotations:
         raise UserError(f"{file} is not COCO's captions: it has no lists 'images' and 'annotations'.")
+    if not all(isinstance(image.get("id"), str | int) for image in images):
+        raise UserError(f"{file} lists images whose 'id' is no number and no text.")
     if not any("caption" in annotation for annotation in annotations):
         raise UserError(f"{file} has annotations without 'caption': COCO's files of captions have it.")
     return Source(file.name, list(_coco_items(images, annotations)), len(images))
@@ -140,7 +163,7 @@ def _coco_items(images: list[Item], annotations: list[Item]) -> Iterator[Item | 
     captions: dict[Any, list[Any]] = {image.get("id"): [] for image in images}
     for annotation in annotations:
         number = annotation.get("image_id")
-        if number in captions:
+        if isinstance(number, str | int) and number in captions:
             captions[number].append(annotation.get("caption"))
         else:
             yield BadEntry(f"'{annotation.get('id')}'", "describes an image that is not listed")
@@ -181,25 +204,58 @@ def chosen_columns(found: list[str], given: Mapping[str, str], name: str) -> dic
     return chosen
 
 
-def item_of_row(row: Mapping[str, Any], *, name: str) -> Item:
-    """A table's row, by what its columns mean, in LLaVA's form or with captions."""
+def item_of_row(row: Mapping[str, Any], *, name: str) -> Item | BadEntry:
+    """A table's row, by what its columns mean, in LLaVA's form or with captions; or what is wrong with it.
+
+    Numbers, truth values and dates in the place of a text are said as Python writes them (``0``, ``False``,
+    ``2024-05-01``). No text at all, blanks and NaN are nothing. A list or a mapping is none of these: a question, an
+    answer and each of the captions is one text.
+    """
+    try:
+        return _item(row, name)
+    except BadEntry as error:
+        return error
+
+
+def _item(row: Mapping[str, Any], name: str) -> Item:
     images, videos = listed(row.get("image")), listed(row.get("video"))
     for file in listed(row.get("file")):
         (videos if is_video(str(file)) else images).append(file)
-    item: Item = {"id": row.get("id") or name, "image": images, "video": videos}
+    given = row.get("id")
+    called = name if given is None or given == "" else str(given)
+    item: Item = {"id": called, "image": images, "video": videos}
     if row.get("messages") is not None:
         return item | {"conversations": row["messages"]}
-    if row.get("question") and row.get("answer"):
-        return item | {"conversations": _asked(row["question"], row["answer"], images, videos)}
-    return item | {"captions": listed(row.get("caption"))}
+    question, answer = (_cell_text(row.get(meaning), f"'{called}'", meaning) for meaning in ("question", "answer"))
+    if question is not None and answer is not None:
+        return item | {"conversations": _asked(question, answer, images, videos)}
+    captions = [_cell_text(caption, f"'{called}'", "caption") for caption in listed(row.get("caption"))]
+    if not any(captions) and {"question", "answer"} <= row.keys():
+        raise BadEntry(f"'{called}'", f"has no {'question' if question is None else 'answer'}")
+    return item | {"captions": captions}
 
 
-def _asked(question: Any, answer: Any, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+def _cell_text(value: Any, called: str, meaning: str) -> str | None:
+    """What a cell says, as :func:`item_of_row` has it; None: nothing.
+
+    Raises:
+        BadEntry: it is no text.
+    """
+    if value is None or value != value:
+        return None
+    if isinstance(value, list | tuple | dict | bytes):
+        what = {dict: "mapping", bytes: "number of bytes"}.get(type(value), "list")
+        article = "an" if meaning == "answer" else "a"
+        raise BadEntry(called, f"has {article} {meaning} that is a {what}, and no text")
+    text = str(value)
+    return text if text.strip() else None
+
+
+def _asked(question: str, answer: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
     """One turn; what is seen stands before the question, if that does not say where."""
-    text = str(question)
-    if "<image>" not in text and "<video>" not in text:
-        text = "<image>\n" * len(images) + "<video>\n" * len(videos) + text
-    return [{"from": "human", "value": text}, {"from": "gpt", "value": str(answer)}]
+    if "<image>" not in question and "<video>" not in question:
+        question = "<image>\n" * len(images) + "<video>\n" * len(videos) + question
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def read_table(file: Path, columns: Mapping[str, str]) -> Source:
@@ -208,6 +264,7 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
     Raises:
         UserError: not there, no header, columns that say nothing.
     """
+    _head(file)
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream, delimiter=_delimiter(file)), [])
@@ -215,7 +272,10 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
         _unreadable(file, error)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a table of text ({error}).") from None
-    return Source(file.name, _rows(file, header, chosen_columns(header, columns, str(file))))
+    chosen = chosen_columns(header, columns, str(file))
+    if twice := [column for column in chosen.values() if header.count(column) > 1]:
+        raise UserError(f"{file} has two columns '{twice[0]}': give them different names.")
+    return Source(file.name, _rows(file, header, chosen))
 
 
 def _delimiter(file: Path) -> str:
@@ -246,13 +306,16 @@ def _row(number: int, cells: list[str], header: list[str], columns: dict[str, st
 # --- Hugging Face datasets --------------------------------------------------------------------------------------------
 
 
-def read_dataset(folder: Path, columns: Mapping[str, str]) -> Source:
+def read_dataset(folder: Path, columns: Mapping[str, str], split: str | None = None) -> Source:
     """A ``datasets`` folder, its images as cells.
 
+    Args:
+        split: which one, of a folder that has several.
+
     Raises:
-        UserError: ``datasets`` is not installed; no such folder; columns that say nothing.
+        UserError: ``datasets`` is not installed; no such folder; several splits; columns that say nothing.
     """
-    data = _opened(folder)
+    data = _opened(folder, split)
     images = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
     known = {name.lower() for name in COLUMNS["image"]}
     given = dict(columns)
@@ -263,12 +326,12 @@ def read_dataset(folder: Path, columns: Mapping[str, str]) -> Source:
 
 
 @lru_cache(maxsize=1)
-def open_dataset(folder: Path) -> Any:
+def open_dataset(folder: Path, split: str | None) -> Any:
     """What :func:`read_dataset` read, opened once in each process."""
-    return _opened(folder)
+    return _opened(folder, split)
 
 
-def _opened(folder: Path) -> Any:
+def _opened(folder: Path, split: str | None) -> Any:
     """A ``datasets.Dataset`` that gives its rows as Arrow stores them; nothing is decoded."""
     try:
         import datasets
@@ -276,28 +339,114 @@ def _opened(folder: Path) -> Any:
         raise UserError("--dataset needs the package `datasets`: pip install 'lavi[datasets]'.") from None
     import pyarrow as pa
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}.")
     datasets.disable_progress_bars()
-    parquet = sorted(map(str, folder.rglob("*.parquet")))
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".parquet", ".arrow"))
+    for file in files:
+        _head(file, "a parquet file")
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     try:
         if parquet:
-            found = datasets.load_dataset("parquet", data_files=parquet, split="train")
+            splits = _parquet_splits(folder, parquet)
+            found = datasets.load_dataset("parquet", data_files=splits[_chosen(splits, split, folder)], split="train")
         else:
             found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        if (why := reason(error)) in NO_ROOM:
+            raise UserError(
+                f"{folder} cannot be copied into the cache of `datasets` ({why}): set HF_HOME to a folder with room."
+            ) from None
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{folder} is neither written by save_to_disk nor a folder of parquet files ({said})."
         ) from None
     if isinstance(found, datasets.DatasetDict):
-        raise UserError(
-            f"{folder} has the splits {', '.join(found)}: give one of them, as in {folder}/{next(iter(found))}."
-        )
+        if split is None:
+            raise UserError(
+                f"{folder} has the splits {', '.join(found)}: give one of them, as in {folder}/{next(iter(found))}."
+            )
+        found = found[_chosen(dict(found), split, folder)]
+    elif split is not None and not parquet:
+        raise UserError(f"--split={split}: {folder} holds one set without splits, leave it out.")
     return found.with_format("arrow")
 
 
-def _dataset_items(data: Any, columns: dict[str, str]) -> Iterator[Item]:
+def _chosen(splits: Mapping[str, Any], split: str | None, folder: Path) -> str:
+    """The split to read: the one that is asked for, or the only one.
+
+    Raises:
+        UserError: there are several, or there is no such one.
+    """
+    named = sorted((name for name in splits if name), key=lambda name: (name != "train", name))
+    if split is None and len(splits) == 1:
+        return next(iter(splits))
+    if split is None:
+        others = " and files that name none" if "" in splits else ""
+        raise UserError(
+            f"{folder} has the splits {', '.join(named)}{others}: give one of them, as in --split={named[0]}."
+        )
+    if not named:
+        raise UserError(f"--split={split}: the files of {folder} name no splits, leave it out.")
+    if split not in named:
+        raise UserError(f"--split={split}: {folder} has no such split, {nearest(split, named)}")
+    return split
+
+
+def _parquet_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+    """Parquet files by the splits that a dataset card declares, or their names tell; "" where they tell none."""
+    declared = _declared_splits(folder)
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        split = declared.get(os.path.abspath(file), "") if declared else split_of(file.relative_to(folder))
+        splits.setdefault(split, []).append(str(file))
+    return splits
+
+
+def _declared_splits(folder: Path) -> dict[str, str]:
+    """The split of each file that the dataset card ``README.md`` declares; of several configurations CONFIG/SPLIT."""
+    import yaml
+    from datasets.data_files import DataFilesDict, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        found = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        configs = {name: given["data_files"] for name, given in found.items() if given.get("data_files")}
+        splits = {
+            name: DataFilesDict.from_patterns(sanitize_patterns(files), base_path=str(folder))
+            for name, files in configs.items()
+        }
+    except (ValueError, OSError, yaml.YAMLError):  # a card that declares nothing that could be followed
+        return {}
+    return {
+        os.path.abspath(file): f"{name}/{split}" if len(splits) > 1 else str(split)
+        for name, by_split in splits.items()
+        for split, files in by_split.items()
+        for file in files
+    }
+
+
+def split_of(file: PurePath) -> str:
+    """The split that a file's name tells, by the names that ``datasets`` knows; "" if it tells none.
+
+    Of ``data/train-00000-of-00002.parquet`` and of ``train/0000.parquet`` it is ``train``, of ``dev.parquet``
+    ``validation``.
+    """
+    from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS, SPLIT_PATTERN_SHARDED
+    from datasets.utils.py_utils import glob_pattern_to_regex, string_to_dict
+
+    named = string_to_dict(file.name, glob_pattern_to_regex(PurePath(SPLIT_PATTERN_SHARDED).name))
+    told = file.parent if named else file.with_suffix("")
+    words = re.split(f"[{NON_WORDS_CHARS}/]+", str(told).lower())
+    found = [str(split) for word in words for split, keywords in SPLIT_KEYWORDS.items() if word in keywords]
+    return "/".join(dict.fromkeys([*found, named["split"]] if named else found))
+
+
+def _dataset_items(data: Any, columns: dict[str, str]) -> Iterator[Item | BadEntry]:
     names = list(dict.fromkeys(columns.values()))
     first = 0
     for table in data.select_columns(names).iter(batch_size=64):
@@ -338,10 +487,10 @@ def read_cell(data: Any, cell: Cell) -> bytes:
     return found
 
 
-READERS: dict[str, Callable[[Path, Mapping[str, str]], Source]] = {
-    "json": lambda file, _: read_json(file),
-    "coco": lambda file, _: read_coco(file),
-    "csv": read_table,
+READERS: dict[str, Callable[[Path, Mapping[str, str], str | None], Source]] = {
+    "json": lambda file, columns, split: read_json(file),
+    "coco": lambda file, columns, split: read_coco(file),
+    "csv": lambda file, columns, split: read_table(file, columns),
     "dataset": read_dataset,
 }
 """By the option that names the source."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,13 +24,13 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from datamodules.conversation import decode, said_by, visual_members
+from datamodules.conversation import conversation_of, decode, said_by, visual_members
 from datamodules.counts import Counts, texts_of
 from datamodules.shards import BrokenSample, Raw, ShardStream, index_entry, read_shard
 from datamodules.sources import find_shards
-from datamodules.write import progress
-from lavi.errors import HelpFormatter, UserError, front
-from lavi.report import console, table
+from lavi.arguments import Parser, path
+from lavi.errors import UserError, front, one_line, reason
+from lavi.report import console, table, track
 
 SHOWN = 24
 """Samples on a contact sheet."""
@@ -82,7 +83,7 @@ def look(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: i
     rng = random.Random(0)
     for raw in records:
         try:
-            record = said_by(raw)
+            record = conversation_of(raw)
             if check:
                 decode(raw)
         except BrokenSample as error:
@@ -188,6 +189,26 @@ def _bars(title: str, counted: dict[str, int]) -> RenderableType:
 # --- the contact sheet ------------------------------------------------------------------------------------------------
 
 
+def check_sheet(file: Path) -> None:
+    """Refuse a sheet that cannot be written, before all samples are looked at.
+
+    Raises:
+        UserError: of what type it is to be is not known; nothing can be written there.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.lower().lstrip(".") not in known:
+        raise UserError(f"--sheet: {file} cannot be written as '{file.suffix}': name it .png, .pdf or .svg.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        open(file, "ab").close()
+        if not file.stat().st_size:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"--sheet: {file} cannot be written ({reason(error)}).") from None
+
+
 def draw_sheet(found: Found, file: Path) -> None:
     """Thumbnails with their keys and what is said first, and histograms below.
 
@@ -209,10 +230,9 @@ def draw_sheet(found: Found, file: Path) -> None:
             _draw(axis, raw)
     _draw_histograms(below, found.counts)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=80)
     except (OSError, ValueError) as error:
-        raise UserError(f"--sheet: {file} cannot be written ({error}).") from None
+        raise UserError(f"--sheet: {file} cannot be written ({reason(error)}).") from None
 
 
 def _draw(axis: Any, raw: Raw) -> None:
@@ -276,25 +296,24 @@ def load_tokenizer(folder: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--tokenizer: {folder} has no tokenizer ({said}).") from None
+    except Exception as error:  # noqa: BLE001 - tokenizers raises what its Rust side says as a bare Exception
+        raise UserError(f"--tokenizer: {folder} has no tokenizer ({one_line(error)}).") from None
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Look, tell, draw; 1 if something is broken."""
     shards = find_shards(args.shards)
+    if args.sheet:
+        check_sheet(args.sheet)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     records = itertools.islice((raw for shard in shards for raw in read_shard(shard)), args.limit)
     total = ShardStream(shards).samples
-    with progress() as bar:
-        watched = bar.track(records, min(total, args.limit or total) if total else args.limit, description="looking")
-        found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
+    watched = track(records, "looking", total=min(total, args.limit or total) if total else args.limit, unit="sample")
+    found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
     if args.check:
-        with progress() as bar:
-            for wrong in bar.track(summed(shards), len(shards), description="summing shards"):
-                if wrong is not None:
-                    found.note(wrong)
+        for wrong in track(summed(shards), "summing", total=len(shards), unit="shard"):
+            if wrong is not None:
+                found.note(wrong)
     for part in tell(found, shards):
         console().print(part)
     if args.sheet:
@@ -305,15 +324,13 @@ def inspect(args: argparse.Namespace) -> int:
 
 @front
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m datamodules.inspect", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="python -m datamodules.inspect", description=__doc__)
     parser.add_argument("shards", help="a folder, a file, or a pattern such as data/shard-{000000..000009}.tar")
     parser.add_argument("--limit", type=int, metavar="N", help="look at so many samples only")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help=f"draw {SHOWN} of them (png, pdf or svg)")
+    parser.add_argument("--sheet", type=path, metavar="FILE", help=f"draw {SHOWN} of them (png, pdf or svg)")
     parser.add_argument("--check", action="store_true", help="decode everything, and sum whole shards")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="count its tokens")
-    args = parser.parse_args()
+    parser.add_argument("--tokenizer", type=os.path.expanduser, metavar="FOLDER", help="count its tokens")
+    args = parser.read()
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit is at least 1.")
     return inspect(args)

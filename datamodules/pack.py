@@ -26,15 +26,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tarfile import RECORDSIZE
 from typing import Any
 
 from datamodules.counts import type_of
 from datamodules.entries import BadEntry, Cell, Folders, Item, entry_of
 from datamodules.formats import READERS, Source, open_dataset, read_cell
 from datamodules.processes import in_order
-from datamodules.sources import INDEX
+from datamodules.sources import INDEX, read_index
 from datamodules.write import ShardJob, held, shard_jobs, write_shards
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, path
+from lavi.errors import UserError, front, reason
 from lavi.report import track
 from lavi.video import is_video
 
@@ -70,7 +72,18 @@ class Checked:
 
 
 def check(source: Source, folders: Folders, file: Path, *, workers: int) -> Checked:
-    """Check all entries, and write the good ones down."""
+    """Check all entries, and write the good ones down.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        return _check(source, folders, file, workers=workers)
+    except OSError as error:
+        raise UserError(f"{file}, a list of the checked entries, cannot be written ({reason(error)}).") from None
+
+
+def _check(source: Source, folders: Folders, file: Path, *, workers: int) -> Checked:
     checked = Checked(file)
     digest = hashlib.sha256()
     found = in_order(partial(_checked, folders=folders), enumerate(source.items), workers=workers)
@@ -117,8 +130,12 @@ def refuse_too_many(checked: Checked, name: str, max_skipped: float) -> None:
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
+Dataset = tuple[Path, str | None]
+"""A ``datasets`` folder and its split."""
+
+
 def make_samples(
-    job: ShardJob, *, entries: Path, offsets: dict[int, int], folders: Folders, dataset: Path | None
+    job: ShardJob, *, entries: Path, offsets: dict[int, int], folders: Folders, dataset: Dataset
 ) -> Iterator[dict[str, Any]]:
     """The samples of one shard.
 
@@ -137,10 +154,9 @@ def make_samples(
             yield {"__key__": key, "json": record} | found
 
 
-def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders, dataset: Path | None) -> bytes:
+def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders, dataset: Dataset) -> bytes:
     if not isinstance(where, str):
-        assert dataset is not None
-        return read_cell(open_dataset(dataset), Cell(*where))
+        return read_cell(open_dataset(*dataset), Cell(*where))
     folder = folders.of("video" if "frames" in record or is_video(type_of(member)) else "image")
     try:
         return (folder / where).read_bytes()
@@ -150,14 +166,14 @@ def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders,
 
 def pack(args: argparse.Namespace) -> None:
     """Check, then write."""
-    if args.out.exists() and not (args.out / INDEX).is_file():
+    if os.path.exists(args.out) and not (args.out / INDEX).is_file():
         raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
     kind, file = next((kind, file) for kind in READERS if (file := getattr(args, kind)) is not None)
     folders = Folders(args.images, args.videos)
     with held(args.out):
         entries = args.out.absolute().with_name(f"{args.out.absolute().name}.entries")
         try:
-            checked = check(READERS[kind](file, args.columns), folders, entries, workers=args.workers)
+            checked = check(READERS[kind](file, args.columns, args.split), folders, entries, workers=args.workers)
             refuse_too_many(checked, file.name, args.max_skipped)
             jobs = shard_jobs(len(checked.offsets), args.per_shard, sizes=checked.sizes, max_bytes=args.shard_size)
             make = partial(
@@ -165,7 +181,7 @@ def pack(args: argparse.Namespace) -> None:
                 entries=entries,
                 offsets={job.index: checked.offsets[job.start] for job in jobs},
                 folders=folders,
-                dataset=file if kind == "dataset" else None,
+                dataset=(file, args.split),
             )
             written = write_shards(
                 args.out,
@@ -179,6 +195,8 @@ def pack(args: argparse.Namespace) -> None:
         finally:
             entries.unlink(missing_ok=True)
     print(f"{args.out}: {written}")
+    if unreadable := (read_index(str(args.out)) or {})["statistics"]["unreadable"]:
+        print(f"{unreadable} images do not open: `python -m datamodules.inspect {args.out} --check` names them")
     for cause, ids in sorted(checked.skipped.items()):
         print(f"skipped {len(ids)} of {checked.total}: {cause} ({', '.join(ids[:3])}{' ...' if ids[3:] else ''})")
 
@@ -194,8 +212,9 @@ def bytes_of(text: str) -> int:
     """
     found = re.fullmatch(r"([\d.]+)\s*([KMG]I?B|)", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2]]) if found and found[1].count(".") < 2 and found[1] != "." else 0
-    if size < 1:
-        raise UserError(f"--shard-size={text} is no size: say it as 500MB or 2GB.")
+    if size < RECORDSIZE:
+        what = "is no size" if size < 1 else "is smaller than any shard"
+        raise UserError(f"--shard-size={text} {what}: say it as 500MB or 2GB.")
     return size
 
 
@@ -213,31 +232,35 @@ def columns_of(text: str) -> dict[str, str]:
 
 @front
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datamodules.pack", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="python -m datamodules.pack", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--json", type=Path, metavar="FILE", help="LLaVA or ShareGPT conversations")
-    source.add_argument("--coco", type=Path, metavar="FILE", help="COCO captions")
-    source.add_argument("--csv", type=Path, metavar="FILE", help="a table with a header; .tsv: cells between tabs")
-    source.add_argument("--dataset", type=Path, metavar="FOLDER", help="of save_to_disk, or with parquet files")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the names of images start from")
-    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="where the names of videos start from")
+    source.add_argument("--json", type=path, metavar="FILE", help="LLaVA or ShareGPT conversations")
+    source.add_argument("--coco", type=path, metavar="FILE", help="COCO captions")
+    source.add_argument("--csv", type=path, metavar="FILE", help="a table with a header; .tsv: cells between tabs")
+    source.add_argument("--dataset", type=path, metavar="FOLDER", help="of save_to_disk, or with parquet files")
+    parser.add_argument("--split", metavar="NAME", help="which split of a --dataset that has several")
+    parser.add_argument("--images", type=path, metavar="FOLDER", help="where the names of images start from")
+    parser.add_argument("--videos", type=path, metavar="FOLDER", help="where the names of videos start from")
     parser.add_argument(
         "--columns", default="", metavar="KIND=NAME,...", help="of a table, if not found by their names"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the shards")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="the shards")
     parser.add_argument(
-        "--per-shard", type=int, metavar="N", help=f"samples in a shard (None: {PER_SHARD}, any with --shard-size)"
+        "--per-shard",
+        type=int,
+        metavar="N",
+        help=f"samples in a shard (None: {PER_SHARD}, any with --shard-size)",
     )
     parser.add_argument("--shard-size", metavar="SIZE", help="bytes in a shard, at most; as 500MB")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--max-skipped", type=float, default=0.0, help="share of entries that may be broken")
-    args = parser.parse_args()
+    args = parser.read()
     if args.per_shard is None and args.shard_size is None:
         args.per_shard = PER_SHARD
     if args.workers < 1 or (args.per_shard is not None and args.per_shard < 1):
         raise UserError("--per-shard and --workers are at least 1.")
+    if args.split is not None and args.dataset is None:
+        raise UserError(f"--split={args.split} is of a --dataset, and none is given.")
     if not 0 <= args.max_skipped <= 1:
         raise UserError(f"--max-skipped={args.max_skipped:g} is a share, from 0 to 1.")
     args.shard_size = bytes_of(args.shard_size) if args.shard_size is not None else None

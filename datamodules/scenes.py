@@ -13,7 +13,6 @@ without the image stays near chance.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
@@ -28,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.tokenizer import train_tokenizer
 from datamodules.write import ShardJob, shard_jobs, write_shards
-from lavi.errors import HelpFormatter, UserError, front
+from lavi.arguments import Parser, path
+from lavi.errors import UserError, front, reason
 
 SIDE = 64
 CELLS = 2
@@ -362,10 +362,27 @@ def write_splits(
     A run that was stopped goes on with what is missing.
 
     Raises:
-        UserError: ``out`` holds something else.
+        UserError: ``out`` holds something else, or cannot be written.
     """
+    try:
+        return _write_splits(out, makers, counts, spoken, made_by, workers=workers, label=label)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({reason(error)}).") from None
+
+
+def _write_splits(
+    out: Path,
+    makers: Mapping[str, Callable[[ShardJob], Iterable[dict[str, Any]]]],
+    counts: dict[str, int],
+    spoken: Iterable[str],
+    made_by: dict[str, Any],
+    *,
+    workers: int,
+    label: str,
+) -> bool:
     note = out / "made_by.json"
-    if note.is_file() and json.loads(note.read_text()) == made_by:
+    said = json.dumps(made_by)
+    if note.is_file() and note.read_bytes() == said.encode():
         return False
     ours = {"tokenizer", *(split + ending for split in counts for ending in ("", ".part", ".lock"))}
     if note.is_file() or (out.exists() and any(found.name not in ours for found in out.iterdir())):
@@ -374,7 +391,7 @@ def write_splits(
         jobs = shard_jobs(count, per_shard=max(1, min(1000, count // 8)))
         write_shards(out / split, jobs, makers[split], made_by=made_by, workers=workers, label=f"{label}: {split}")
     train_tokenizer(spoken, out / "tokenizer")
-    note.write_text(json.dumps(made_by))
+    note.write_text(said)
     return True
 
 
@@ -392,15 +409,15 @@ def draw(write: WriteDataset, *, module: str, about: str | None, out: Path, coun
         out, counts: where to, and how many of each split, if the command line does not say otherwise.
         thing: what is drawn, in the singular.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about, formatter_class=HelpFormatter)
-    parser.add_argument("--out", type=Path, default=out, help="folder to write")
+    parser = Parser(prog=f"python -m {module}", description=about)
+    parser.add_argument("--out", type=path, default=out, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help=f"another seed, other {thing}s")
     for split, count in counts.items():
         what = f"training {thing}s" if split == "train" else f"{split} {thing}s, one question each"
         parser.add_argument(f"--{split}", type=int, default=count, help=what)
     parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation, at most")
     parser.add_argument("--workers", type=int, default=2, help="processes")
-    args = parser.parse_args()
+    args = parser.read()
     counts = {split: getattr(args, split) for split in counts}
     if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
         raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")

@@ -24,13 +24,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from datamodules.sources import INDEX, open_shard, read_index, samples_of
 from lavi.errors import UserError
+from lavi.images import what_it_is
 from lavi.video import VIDEO_TYPES
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -42,7 +43,10 @@ LARGEST_BLOCK = 256 * 2**20
 """A shuffled block is closed early above this many bytes, so that videos do not fill the memory."""
 
 Raw = dict[str, Any]
-"""``{"__key__", "__shard__", "json": bytes, "jpg": bytes, ...}``; a broken one: its cause and how many are lost."""
+"""``{"__key__", "__shard__", "json": bytes, "jpg": bytes, ...}``; a broken one: its cause and how many are lost.
+
+``__others__`` are the types of its members that are not read; ``__edge__``: it is the first or the last of its shard.
+"""
 
 
 class BrokenSample(Exception):
@@ -128,33 +132,57 @@ def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
     A shard that is damaged, ends early, or holds fewer samples than its index says, ends with a broken record that
     counts what is missing; without an index it counts as one.
     """
-    number, cause, unread = 0, None, False
+    number, unread = 0, False
+    head: bytes | None = None
+    cause: str | None = None
     try:
         with open_shard(shard) as file:
             stream = _Bounded(file)
-            for key, members in _samples(stream):
-                raw = {"__key__": key, "__shard__": shard, **_read(stream, members)} if number >= first else None
+            head = stream.read(tarfile.BLOCKSIZE)
+            stream.seek(0)
+            for group in _groups(stream):
+                raw = {"__key__": group.key, "__shard__": shard, **_read(stream, group)} if number >= first else None
                 number += 1
                 if raw is not None:
                     yield raw
     except DAMAGE as error:
         unread = isinstance(error, OSError)
-        gone = isinstance(error, FileNotFoundError)
-        cause = "the shard is not there" if gone else f"cannot be read after {number} samples ({error})"
+        if isinstance(error, FileNotFoundError):
+            cause = "the shard is not there"
+        elif not number and head is not None and (found := what_it_is(head)) and found != "a tar file":
+            cause = f"is no tar file: it is {found}"
+        else:
+            cause = f"cannot be read after {number} samples ({error})"
     expected = expected_samples(shard)
     lost = 0 if expected is None else expected - number
     if cause is None and lost:
         cause = f"holds {number} samples, its index says {expected}"
     if cause is not None:
         cause += f": {lost} samples are lost" if lost > 1 else ""
-        found = {"__broken__": cause, "__lost__": max(1, lost), "__unread__": unread}
-        yield {"__key__": shard, "__shard__": shard, **found}
+        broken = {"__broken__": cause, "__lost__": max(1, lost), "__unread__": unread}
+        yield {"__key__": shard, "__shard__": shard, **broken}
 
 
-def _samples(stream: _Bounded) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Members that stand together under one key; ``{"__broken__": cause}`` for those that cannot be a sample."""
+@dataclass
+class _Group:
+    """Members that stand together under one key."""
+
+    key: str
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Where the bytes of each begin, and how many they are."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Why members that should be read cannot be."""
+    at_edge: bool = False
+    """It is the first or the last of its shard: a part may stand in another one."""
+    broken: str | None = None
+
+
+def _groups(stream: _Bounded) -> Iterator[_Group]:
+    """The members of a tar, sample by sample."""
     seen: set[str] = set()
-    key, members, last = "", dict[str, Any](), -1
+    read: dict[str, tuple[int, int]] = {}
+    """Where the bytes of each file are: a hard link has none of its own."""
+    group, last = _Group("", at_edge=True), -1
     with tarfile.open(fileobj=cast(Any, stream), mode="r:", tarinfo=_Header) as tar:
         for member in iter(tar.next, None):
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
@@ -162,17 +190,50 @@ def _samples(stream: _Bounded) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DamagedTar("a header leads back to where the file was read already")
             last = member.offset
             named = NAME.fullmatch(member.name)
-            if named is None or not member.isreg() or member.issparse():
+            if named is None:
                 continue
-            of, kind = named.groups()
-            if members and (of != key or kind in members):
-                yield _checked(key, members, seen)
-                members = {}
-            key = of
-            members[kind] = member
+            key, kind = named[1], named[2].lower()
+            place = read.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
+            problem = _problem(member, place)
+            if problem and not _is_read(kind):
+                continue
+            if key != group.key or kind in group.places or kind in group.unusable:
+                if _holds_something(group):
+                    yield _checked(group, seen)
+                group = _Group(key, at_edge=not seen)
+            if problem or place is None:
+                group.unusable[kind] = problem
+            else:
+                group.places[kind] = read[member.name] = place
         _check_end(stream, tar.offset)  # type: ignore[attr-defined]
-    if members:
-        yield _checked(key, members, seen)
+    if _holds_something(group):
+        group.at_edge = True
+        yield _checked(group, seen)
+
+
+def _is_read(kind: str) -> bool:
+    return kind in ("json", "txt") or MEDIA.fullmatch(kind) is not None
+
+
+_FOLDER = "is a folder"
+
+
+def _problem(member: tarfile.TarInfo, place: tuple[int, int] | None) -> str:
+    """Why a member has no bytes that could be read; empty if it has."""
+    if place is None:
+        return "is a hard link to a file that does not stand before it: write the shard with tar --hard-dereference"
+    if member.issym():
+        return "is a symbolic link, which a shard cannot follow: write it with tar --dereference"
+    if member.isdir():
+        return _FOLDER
+    if member.issparse():
+        return "is a sparse file: write the shard with tar without --sparse"
+    return "" if member.isreg() or member.islnk() else "is a device or a pipe, and no file"
+
+
+def _holds_something(group: _Group) -> bool:
+    """A folder that happens to be named like a member is no sample."""
+    return bool(group.places) or any(problem != _FOLDER for problem in group.unusable.values())
 
 
 def _check_end(stream: _Bounded, offset: int) -> None:
@@ -183,35 +244,44 @@ def _check_end(stream: _Bounded, offset: int) -> None:
             raise DamagedTar("zeros where a header must stand")
 
 
-def _checked(key: str, members: dict[str, Any], seen: set[str]) -> tuple[str, dict[str, Any]]:
+def _checked(group: _Group, seen: set[str]) -> _Group:
+    """The group, with what is wrong with it; its key as text that can be written."""
+    key = group.key
+    group.key = key.encode(errors="backslashreplace").decode()
     if key in seen:
-        return key, {"__broken__": "its key comes a second time in this shard"}
+        group.broken = (
+            "its key comes a second time in this shard (the members of a sample stand together: tar --sort=name)"
+        )
+    elif key.startswith(("/", "\\")) or ".." in PurePosixPath(key).parts or ".." in key.split("\\"):
+        group.broken = "the name of its members leads out of the shard"
+    elif group.unusable:
+        kind, problem = next(iter(group.unusable.items()))
+        group.broken = f"its member '{kind}' {problem}"
     seen.add(key)
-    parts = PurePosixPath(key).parts
-    if key.startswith(("/", "\\")) or ".." in parts or ".." in key.split("\\"):
-        return key, {"__broken__": "the name of its members leads out of the shard"}
-    return key, members
+    return group
 
 
-def _read(stream: _Bounded, members: dict[str, Any]) -> dict[str, Any]:
-    """The bytes of the members of known types; others are never read."""
-    if "__broken__" in members:
-        return members
-    found = {}
-    for kind, member in members.items():
-        if kind in ("json", "txt") or MEDIA.fullmatch(kind.lower()):
-            stream.seek(member.offset_data)
-            found[kind.lower()] = stream.read(member.size)
-            if len(found[kind.lower()]) != member.size:
-                raise EOFError("the file ends inside a member")
+def _read(stream: _Bounded, group: _Group) -> dict[str, Any]:
+    """The bytes of the members of known types; of others only the type: they are never read."""
+    if group.broken:
+        return {"__broken__": group.broken}
+    found: dict[str, Any] = {"__edge__": True} if group.at_edge else {}
+    for kind, (start, size) in group.places.items():
+        if not _is_read(kind):
+            found.setdefault("__others__", []).append(kind)
+            continue
+        stream.seek(start)
+        found[kind] = stream.read(size)
+        if len(found[kind]) != size:
+            raise EOFError("the file ends inside a member")
     return found
 
 
 def damage_of(raw: Raw, sums: Any) -> str | None:
     """What is wrong with the members for which a sample gives checksums; None: nothing."""
     for kind, given in sums.items() if isinstance(sums, dict) else ():
-        if kind not in raw:
-            return f"its member '{kind}' is missing"
+        if not isinstance(raw.get(kind), bytes):
+            return f"its member {kind!r} is missing"
         if zlib.crc32(raw[kind]) != given:
             return f"its member '{kind}' was altered: it has another checksum than it was packed with"
     return None

@@ -11,6 +11,8 @@ for again, later and later; what never comes is an error that names the shard, n
 
 from __future__ import annotations
 
+import errno
+import glob
 import io
 import json
 import logging
@@ -40,6 +42,18 @@ KEPT = 4
 TRIES = 6
 """How often a block is asked for; between two tries 0.5, 1, 2, 4, 8 s pass."""
 FIRST_WAIT = 0.5
+COMPRESSED = {
+    ".tar.gz": "`gunzip`",
+    ".tgz": "`gunzip`",
+    ".tar.bz2": "`bunzip2`",
+    ".tbz2": "`bunzip2`",
+    ".tar.xz": "`unxz`",
+    ".txz": "`unxz`",
+    ".tar.zst": "`unzstd`",
+    ".tar.lz4": "`unlz4`",
+    ".zip": "`unzip`, then `tar --sort=name -cf shard.tar FILES`",
+}
+"""Endings of archives that are no shards, and what makes shards of them."""
 STORES = ("abfs", "az", "gcs", "gs", "hf", "http", "https", "memory", "oci", "s3", "s3a")
 """What may be read from: fsspec knows more, and some of them run programs or reach into archives."""
 PIPES = "LAVI_ALLOW_PIPES"
@@ -48,27 +62,27 @@ PIPES = "LAVI_ALLOW_PIPES"
 Given = TypeVar("Given")
 
 
-def find_shards(source: str | Sequence[str]) -> list[str]:
+def find_shards(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     """The shards of a folder, a file, a brace pattern, or of several of these, in order.
 
     Raises:
-        UserError: nothing there, or a place that is not read from.
+        UserError: nothing there, compressed shards, or a place that is not read from.
     """
-    if not isinstance(source, str):
+    if isinstance(source, os.PathLike):
+        return find_shards(os.fspath(source))
+    if isinstance(source, Sequence) and not isinstance(source, str) and source:
         return [shard for one in source for shard in find_shards(one)]
+    if not isinstance(source, str) or not source:
+        raise UserError(f"shards are named by a folder, a file or a pattern, or a list of these, not {source!r}.")
     if "://" in source or source.startswith("pipe:"):
         return _remote_shards(source)
-    if Path(source).is_dir():
-        there = {file.name for file in Path(source).glob("*.tar")}
-        # One that the index names and that is gone is read as lost: a listing alone would not miss it.
-        found = [f"{source}/{name}" for name in sorted(there | set((read_index(source) or {}).get("shards", {})))]
-        if not found:
-            raise UserError(
-                f"the shard folder {source} has no .tar file: pack your data with `python -m datamodules.pack`."
-            )
-        return found
-    found = list(braceexpand.braceexpand(source))
-    if missing := [file for file in found if not Path(file).is_file()]:
+    source = os.path.expanduser(source)
+    if os.path.isdir(source):
+        return _shards_in(source)
+    found = _expanded(source)
+    if missing := [file for file in found if not os.path.isfile(file)]:
+        if glob.has_magic(missing[0]):
+            raise UserError(f"no shards at {missing[0]}: name their folder, or count them in braces: {{000..099}}.tar")
         raise UserError(
             f"no shards at {missing[0]}: make the built-in data with `python -m datamodules.scenes`, "
             "or pack your own with `python -m datamodules.pack`."
@@ -76,10 +90,50 @@ def find_shards(source: str | Sequence[str]) -> list[str]:
     return found
 
 
+def _shards_in(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"the shard folder {folder} cannot be read ({error.strerror}).") from None
+    there = {name for name in names if name.endswith(".tar") and not name.startswith(".")}
+    _check_plain([f"{folder}/{name}" for name in names if not (there and name.endswith(".zip"))])
+    # One that the index names and that is gone is read as lost: a listing alone would not miss it.
+    found = [f"{folder}/{name}" for name in sorted(there | set((read_index(folder) or {}).get("shards", {})))]
+    if not found:
+        raise UserError(
+            f"the shard folder {folder} has no .tar file: pack your data with `python -m datamodules.pack`."
+        )
+    return found
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The files that a brace pattern names."""
+    try:
+        found = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"the pattern {pattern} is none ({error}): a brace is not closed, or was not opened.") from None
+    _check_plain(found)
+    return found
+
+
+def _check_plain(files: Sequence[str]) -> None:
+    """Refuse archives that can be read from their beginning only: a shard is read from anywhere.
+
+    Raises:
+        UserError: with how to unpack the first.
+    """
+    for file in files:
+        for ending, how in COMPRESSED.items():
+            if file.lower().endswith(ending):
+                raise UserError(f"{file} is compressed, and shards are plain .tar files: unpack it first ({how}).")
+
+
 def _remote_shards(source: str) -> list[str]:
     _check_store(source)
-    if source.startswith("pipe:") or not source.endswith("/"):
+    if source.startswith("pipe:"):
         return list(braceexpand.braceexpand(source))
+    if not source.endswith("/"):
+        return _expanded(source)
     index = read_index(source)
     if index is None:
         raise UserError(
@@ -117,7 +171,7 @@ def read_index(folder: str) -> dict[str, Any] | None:
     """
     file = f"{folder.rstrip('/')}/{INDEX}" if folder else INDEX
     try:
-        text = _read_text(file)
+        text = _read_bytes(file)
     except FileNotFoundError:
         return None
     except OSError as error:  # a store may answer so of a file that is not there
@@ -138,11 +192,11 @@ def samples_of(entry: Any) -> int:
     return cast(int, entry["samples"] if isinstance(entry, dict) else entry)
 
 
-def _read_text(file: str) -> str:
+def _read_bytes(file: str) -> bytes:
     if "://" not in file:
-        return Path(file).read_text()
+        return Path(file).read_bytes()
     store, path = fsspec.core.url_to_fs(file)
-    return patiently(lambda: store.cat_file(path), file, may_be_missing=True).decode()
+    return cast(bytes, patiently(lambda: store.cat_file(path), file, may_be_missing=True))
 
 
 def open_shard(shard: str) -> BinaryIO:
@@ -184,7 +238,8 @@ def patiently(ask: Callable[[], Given], what: str, *, may_be_missing: bool = Fal
             return ask()
         # A store raises what its client library raises: of many kinds, not all of them OSErrors.
         except Exception as error:
-            if isinstance(error, PermissionError) or (may_be_missing and isinstance(error, FileNotFoundError)):
+            hopeless = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC
+            if hopeless or (may_be_missing and isinstance(error, FileNotFoundError)):
                 raise
             if not left:
                 raise OSError(f"{what} did not come in {TRIES} tries ({type(error).__name__}: {error})") from None

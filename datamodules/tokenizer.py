@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from lavi.errors import UserError, reason
+
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 
 CHAT_TEMPLATE = (
@@ -15,7 +17,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(sentences: Iterable[str], folder: Path, *, vocabulary: int = 512) -> None:
-    """Train on ``sentences`` and write an ordinary tokenizer folder; any text can be written with it, byte by byte."""
+    """Train on ``sentences`` and write an ordinary tokenizer folder; any text can be written with it, byte by byte.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,4 +39,8 @@ def train_tokenizer(sentences: Iterable[str], folder: Path, *, vocabulary: int =
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT]
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fast.save_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises what its Rust side says as a bare Exception
+        raise UserError(f"the tokenizer folder {folder} cannot be written ({reason(error)}).") from None

@@ -43,10 +43,10 @@ def extracted(images: Sequence[Image.Image], frames: Any, fps: Any, sampling: Fr
     Raises:
         UserError: the JSON's ``frames`` or ``fps`` are none, or speak of another number of images.
     """
-    if not isinstance(frames, list) or not all(isinstance(count, int) and count > 0 for count in frames):
+    if not isinstance(frames, list) or not all(is_number(count, int) and count > 0 for count in frames):
         raise UserError("its 'frames' are not a list with the number of each video's frames")
-    if fps is not None and not (isinstance(fps, int | float) and fps > 0):
-        raise UserError(f"its 'fps' is {fps!r}, and must be above 0")
+    if fps is not None and not (is_number(fps) and fps > 0):
+        raise UserError("its 'fps' is no number, and must be above 0")
     if sum(frames) != len(images):
         raise UserError(f"its 'frames' speak of {sum(frames)} images, and it has {len(images)}")
     starts = [sum(frames[:number]) for number in range(len(frames))]
@@ -64,6 +64,11 @@ def clip_of(said: Any) -> tuple[float, float] | None:
     """
     if said is None:
         return None
-    if not (isinstance(said, list) and len(said) == 2 and all(isinstance(second, int | float) for second in said)):
-        raise UserError(f"its 'clip' is {said!r}, and must be [start, end] in seconds")
+    if not (isinstance(said, list) and len(said) == 2 and all(map(is_number, said))):
+        raise UserError("its 'clip' is no time, and must be [start, end] in seconds")
     return float(said[0]), float(said[1])
+
+
+def is_number(value: Any, kind: Any = int | float) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e18

@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.counts import Counts
 from datamodules.processes import end_with_parent, leave_interrupts_to_parent
 from datamodules.sources import INDEX
-from lavi.errors import UserError
-from lavi.report import console
+from lavi.errors import UserError, reason
+from lavi.report import progress
 
 PLAN = "plan.json"
 KEY = re.compile(r"[^./\0]+")
@@ -107,12 +106,6 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.tar"
 
 
-def progress() -> Progress:
-    """A bar that counts samples, and is gone when it is full; only where somebody can see it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, disable=not console().is_terminal)
-
-
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -130,8 +123,8 @@ def held(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(f"another process is writing {folder} at this moment: wait for it, or stop it first.") from None
-    except OSError as error:
-        raise UserError(f"nothing can be written at {folder} ({error.strerror or error}).") from None
+    except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
+        raise UserError(f"nothing can be written at {folder} ({reason(error)}).") from None
     try:
         yield
     finally:
@@ -173,7 +166,10 @@ def write_shards(
         try:
             return _write(folder, part, jobs, make, plan, made_by, workers=workers, label=label, skipped=skipped)
         except OSError as error:
-            raise UserError(f"{part} cannot be written ({error.strerror or error}).") from None
+            raise UserError(
+                f"{part} cannot be written ({reason(error)}): the finished shards are kept, and the same command goes "
+                "on with the others."
+            ) from None
 
 
 def _there(folder: Path, plan: str) -> Written:
@@ -344,12 +340,11 @@ def _in_parallel(
     pool = ProcessPoolExecutor(min(workers, len(jobs)), initializer=_start, initargs=(_Worker(part, make, counted),))
     futures = [pool.submit(_write_shard, slot, job) for slot, job in enumerate(jobs)]
     try:
-        with progress() as bar:
-            task = bar.add_task(label, total=total)
+        with progress(label, total=total, done=done, unit="sample") as update:
             left: set[Future[None]] = set(futures)
             while left:
                 finished, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(task, completed=done + sum(counted[: len(jobs)]))
+                update(done + sum(counted[: len(jobs)]))
                 for future in finished:
                     future.result()
     except BrokenProcessPool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules import inspect
 from datamodules.inspect import look, pictures_of
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
@@ -220,6 +221,46 @@ def test_samples_kept_for_the_sheet_come_from_everywhere() -> None:
     kept = [int(raw["__key__"]) for raw in look(records, check=False, sheet=40).sheet]
     assert len(set(kept)) == 40
     assert min(kept) < 200 < 800 < max(kept)
+
+
+def test_images_that_are_missing_are_named_without_decoding(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A hard link of tar's is its image; a mark without a member is not."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, member in (("0", jpeg(40)), ("1", "0.jpg"), ("2", None)):
+            said = json.dumps({"messages": TALK}).encode()
+            if member is not None:
+                header = tarfile.TarInfo(f"{key}.jpg")
+                if isinstance(member, str):
+                    header.type, header.linkname = tarfile.LNKTYPE, member
+                header.size = len(member) if isinstance(member, bytes) else 0
+                tar.addfile(header, io.BytesIO(member) if isinstance(member, bytes) else None)
+            header = tarfile.TarInfo(f"{key}.json")
+            header.size = len(said)
+            tar.addfile(header, io.BytesIO(said))
+    for options in ((), ("--check",)):
+        status, out = run(tmp_path / "a.tar", *options)
+        assert status == 1
+        assert "good samples 2 " in flat(out)
+        assert "images 2 " in flat(out)
+        assert "its messages ask for more images and videos than it has" in flat(out)
+
+
+def test_what_cannot_be_written_or_read_is_said_before_the_work(  # type: ignore[no-untyped-def]
+    run, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "look", lambda *given, **more: pytest.fail("it looked"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arguments, words in [
+        (("--sheet", tmp_path / "sheet.txt"), "cannot be written as '.txt': name it .png, .pdf or .svg"),
+        (("--sheet", tmp_path / "sheet"), "cannot be written as ''"),
+        (("--sheet", shards / "index.json" / "sheet.png"), "cannot be written"),
+        (("--tokenizer", "~/gone"), f"{tmp_path}/gone has no tokenizer"),
+        (("--limit", -1), "--limit is at least 1"),
+        (("--limit", "nan"), "invalid int value"),
+    ]:
+        status, out = run("~/good", *arguments)
+        assert (status, words in out) == (2, True), out
+    assert not (tmp_path / "sheet").exists()
 
 
 def test_mistakes_are_sentences(run, shards: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

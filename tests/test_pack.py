@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -450,6 +451,141 @@ def test_datasets_saved_to_disk_and_parquet(run, images: Path) -> None:  # type:
     refused(run("--dataset", "parquet", "--out", "new"), "neither written by save_to_disk")
 
 
+ONE_SPLIT: dict[str, str] = {  # parquet files, and the split that they are
+    "a.parquet b.parquet": "",
+    "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet": "train",
+    "test/0000.parquet": "test",
+    "en/part.parquet fr/part.parquet": "",
+}
+SPLITS: dict[str, str] = {
+    "data/train-00000-of-00001.parquet data/test-00000-of-00001.parquet": "train, test",
+    "data/train_sft-00000-of-00001.parquet data/test_sft-00000-of-00001.parquet": "test_sft, train_sft",
+    "train/data-00000-of-00001.parquet test/data-00000-of-00001.parquet": "test/data, train/data",
+    "train/0000.parquet test/0000.parquet": "train, test",
+    "default/train/0000.parquet default/dev/0000.parquet": "train, validation",
+    "train.parquet val.parquet": "train, validation",
+    "Train.parquet TEST.PARQUET": "train, test",
+    "train2017.parquet eval2017.parquet": "train, test",
+    "data/train.parquet data/extra.parquet": "train and files that name none",
+}
+
+
+def parquet_folder(folder: str, names: str) -> None:
+    """Parquet files that each ask for their own name."""
+    datasets = pytest.importorskip("datasets")
+    for name in names.split():
+        file = Path(folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"question": ["which?"], "answer": [name]}).to_parquet(file)
+
+
+def answers(folder: str = "out") -> list[str]:
+    return [said(raw)["messages"][1]["content"] for raw in raw_of(folder)]
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_splits_are_never_packed_as_one_set(run, names: str) -> None:  # type: ignore[no-untyped-def]
+    parquet_folder("hub", names)
+    first = SPLITS[names].split(",")[0].split()[0]
+    refused(run("--dataset", "hub", "--out", "out"), f"hub has the splits {SPLITS[names]}: give", f"--split={first}")
+    assert not Path("out").exists()
+    assert run("--dataset", "hub", "--split", first, "--out", "out")[0] == 0
+    (only,) = answers()
+    assert first.split("/")[0] in only.lower()
+    refused(run("--dataset", "hub", "--split", "tran", "--out", "new"), "has no such split")
+
+
+@pytest.mark.parametrize("names", ONE_SPLIT)
+def test_a_folder_of_one_split_is_one_set(run, names: str) -> None:  # type: ignore[no-untyped-def]
+    parquet_folder("hub", names)
+    Path("hub/test-notes").mkdir()  # of no parquet file
+    Path("hub/test-notes/x.txt").touch()
+    assert run("--dataset", "hub", "--out", "out")[0] == 0
+    assert answers() == names.split()
+    if ONE_SPLIT[names]:
+        assert run("--dataset", "hub", "--split", ONE_SPLIT[names], "--out", "same")[0] == 0
+    else:
+        refused(run("--dataset", "hub", "--split", "train", "--out", "same"), "name no splits, leave it out")
+
+
+def test_splits_that_a_card_declares(run) -> None:  # type: ignore[no-untyped-def]
+    parquet_folder("hub", "a.parquet b.parquet")
+    files = "data_files: [{split: train, path: a.parquet}, {split: held_out, path: b.parquet}]"
+    Path("hub/README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}\n---\n")
+    refused(run("--dataset", "hub", "--out", "out"), "hub has the splits train, held_out")
+    assert run("--dataset", "hub", "--split", "held_out", "--out", "out")[0] == 0
+    assert answers() == ["b.parquet"]
+    both = "- {config_name: en, data_files: a.parquet}\n- {config_name: fr, data_files: b.parquet}"
+    Path("hub/README.md").write_text(f"---\nconfigs:\n{both}\n---\n")
+    refused(run("--dataset", "hub", "--out", "new"), "hub has the splits en/train, fr/train")
+
+
+def test_splits_of_save_to_disk(run) -> None:  # type: ignore[no-untyped-def]
+    datasets = pytest.importorskip("datasets")
+    sets = {name: datasets.Dataset.from_dict({"question": ["?"], "answer": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(sets).save_to_disk("disk")
+    refused(run("--dataset", "disk", "--out", "out"), "has the splits train, test", "disk/train")
+    assert run("--dataset", "disk", "--split", "test", "--out", "out")[0] == 0
+    assert answers() == ["test"]
+    refused(run("--dataset", "disk/test", "--split", "train", "--out", "new"), "one set without splits")
+    refused(run("--csv", "d.csv", "--split", "train", "--out", "new"), "--split=train is of a --dataset")
+
+
+NAN = float("nan")
+CELLS: dict[str, tuple[list[Any], list[Any]]] = {  # answers, and as what they are trained, or what is said of them
+    "numbers": ([0, 7], ["0", "7"]),
+    "fractions": ([0.0, NAN], ["0.0", "has no answer"]),
+    "truth values": ([False, True], ["False", "True"]),
+    "blanks": (["", " "], ["has no answer"] * 2),
+    "nothing": ([None, "0"], ["has no answer", "0"]),
+    "lists": ([["a", "b"], []], ["has an answer that is a list, and no text"] * 2),
+    "mappings": ([{"a": 1}, {"a": 2}], ["has an answer that is a mapping, and no text"] * 2),
+    "bytes": ([b"a", b"b"], ["has an answer that is a number of bytes, and no text"] * 2),
+}
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_an_answer_is_its_text_or_a_bad_entry(run, case: str) -> None:  # type: ignore[no-untyped-def]
+    datasets = pytest.importorskip("datasets")
+    given, wanted = CELLS[case]
+    columns = {"id": [0, 1], "question": [0, 1], "answer": given}
+    Path("pq").mkdir()
+    datasets.Dataset.from_dict(columns).to_parquet("pq/a.parquet")
+    texts = [text for text in wanted if not text.startswith("has ")]
+    status, out, err = run("--dataset", "pq", "--out", "out", "--max-skipped", 0.5)
+    if not texts:
+        assert status == 2
+        assert all(f"entry '{number}' {text}" in err for number, text in enumerate(wanted)), err
+        return
+    assert answers() == texts
+    assert all(f": {text} ({number})" in out for number, text in enumerate(wanted) if text.startswith("has ")), out
+    assert said(raw_of()[0])["messages"][0]["content"] in ("0", "1")  # the question, a number too
+
+
+def test_cells_of_a_table_are_texts_as_they_stand(run) -> None:  # type: ignore[no-untyped-def]
+    Path("d.csv").write_text("id,question,answer\n0,a,0\n,b,False\n5,c, \n6,,x\n")
+    status, out, _ = run("--csv", "d.csv", "--out", "out", "--max-skipped", 0.5)
+    assert status == 0
+    assert answers() == ["0", "False"]
+    assert [raw["__key__"][9:] for raw in raw_of()] == ["0", "2"]  # a row without an id is named by its number
+    assert "has no answer (5)" in out
+    assert "has no question (6)" in out
+    Path("d.csv").write_text("question,answer,answer\na,b,c\n")
+    refused(run("--csv", "d.csv", "--out", "new"), "d.csv has two columns 'answer'")
+
+
+def test_values_and_captions_of_json_are_texts(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    values: list[Any] = [0, False, 1.5]
+    entries: list[Any] = [{"conversations": turns("?", value)} for value in values]
+    entries += [{"image": None, "images": ["0.png"], "captions": [0, None, "b"]}]
+    Path("d.json").write_text(json.dumps(entries))
+    status, _, err = run("--json", "d.json", "--images", images, "--out", "out")
+    assert status == 0, err
+    *conversations, captioned = map(said, raw_of())
+    assert [one["messages"][1]["content"] for one in conversations] == ["0", "false", "1.5"]
+    assert captioned["captions"] == ["0", "b"]
+
+
 def test_a_missing_extra_is_a_sentence(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(run("--dataset", tmp_path, "--out", "new"), "pip install 'lavi[datasets]'")
@@ -476,17 +612,38 @@ ODD: dict[str, tuple[Any, str]] = {
     "a part": ({"messages": [{"role": "user", "content": [3]}], "conversations": None}, "has no 'conversations'"),
     "a clip": ({"image": "0.png", "clip": [2, 1]}, "is not [start, end]"),
     "no object": ("text", "has no 'conversations'"),
+    "half a character": ({"image": "0.png", "conversations": turns("<image>", "\ud83d")}, "has half a character"),
+    "a name of half a one": ({"id": "\ud83d", "image": "gone\ud83d.png"}, "there is no image"),
+    "a list for a text": ({"image": "0.png", "conversations": turns("<image>", ["a"])}, "without 'value' (a text)"),  # type: ignore[arg-type]
+    "blanks for an answer": ({"image": "0.png", "conversations": turns("<image>", " \n")}, "has no answer"),
+    "a label": (
+        {"image": "0.png", "conversations": [*turns("<image>"), {"from": "gpt", "value": "", "level": {}}]},
+        "whose 'level' is no text",
+    ),
+    "captions that are lists": ({"image": "0.png", "captions": [["a"]]}, "has a caption that is no text"),
+    "two names": ({"image": "0.png", "images": ["1.png"]}, "names other images under 'image' than under 'images'"),
+    "an address": ({"image": "https://example.org/0.png"}, "is a URL: download it"),
+    "a pointer": ({"image": "pointer.png"}, "pointer.png is a Git LFS pointer"),
+    "a page": ({"image": "page.png"}, "page.png is an HTML page"),
+    "a video": ({"image": "video.png"}, "video.png is an mp4 or mov video"),
+    "an image": ({"video": "image.mp4"}, "image.mp4 is a PNG image"),
+    "a clip without end": ({"video": "v.mp4", "clip": [0, 1e400]}, "is not [start, end]"),
 }
 
 
 @pytest.mark.parametrize("case", ODD)
 def test_an_odd_entry_is_named_and_nothing_is_written(run, images: Path, tmp_path: Path, case: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "secret.png").write_bytes(png(1))
+    (images / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (images / "page.png").write_text("<!DOCTYPE html><html>" + "x" * 5000)
+    (images / "video.png").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+    (images / "image.mp4").write_bytes(png(2))
     change, cause = ODD[case]
     good = {"id": "n", "conversations": turns("<image>\nwhat?")}
     Path("d.json").write_text(json.dumps([good | change if isinstance(change, dict) else change]))
     before = set(tmp_path.iterdir())
-    refused(run("--json", "d.json", "--images", images, "--out", "out"), "1 of 1 entries of d.json", "entry", cause)
+    command = ("--json", "d.json", "--images", images, "--videos", images, "--out", "out")
+    refused(run(*command), "1 of 1 entries of d.json", "entry", cause)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -503,6 +660,80 @@ def test_skipped_entries_are_counted_by_cause_and_the_rest_is_packed(run, images
     assert len(raw_of()) == 5
     skipped = json.loads(Path("out/index.json").read_text())["skipped"]
     assert [(entry["samples"], entry["ids"]) for entry in skipped] == [(1, ["of line 10"]), (4, ["5", "6", "7", "8"])]
+
+
+def test_absolute_names_that_lead_into_the_folder(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    Path("link").symlink_to(images)
+    entries = [
+        {"image": str(images / "0.png"), "conversations": turns("<image>?")},
+        {"image": str(Path("link/1.png").absolute()), "conversations": turns("<image>?")},
+        {"video": str(images / "clip"), "conversations": turns("<video>?")},
+    ]
+    Path("d.json").write_text(json.dumps(entries[:1] + entries[2:]))
+    status, _, err = run("--json", "d.json", "--images", images, "--videos", images, "--out", "out")
+    assert status == 0, err
+    one, clip = raw_of()
+    assert (width(one["png"]), width(clip["0.png"])) == (1, 2)
+    Path("d.json").write_text(json.dumps(entries[:2]))  # by the folder's name and by what it links to
+    status, _, err = run("--json", "d.json", "--images", "link", "--out", "linked")
+    assert status == 0, err
+    assert [width(raw["png"]) for raw in raw_of("linked")] == [1, 2]
+    entries[0]["image"] = str(images / "../secret.png")
+    Path("d.json").write_text(json.dumps(entries[:1]))
+    refused(run("--json", "d.json", "--images", images, "--out", "new"), "leads out of the folder")
+
+
+@pytest.mark.parametrize("kind", ["json", "coco", "csv"])
+def test_a_source_that_is_something_else_says_what(run, kind: str) -> None:  # type: ignore[no-untyped-def]
+    for data, what in [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (b"\x1f\x8b\x08" + bytes(20), "is compressed by gzip"),
+        (b"<!DOCTYPE html><html>", "is an HTML page"),
+        (b"", "is empty"),
+    ]:
+        Path("data").write_bytes(data)
+        refused(run(f"--{kind}", "data", "--out", "out"), f"data {what}")
+
+
+def test_one_object_over_many_lines_is_no_list_of_conversations(run) -> None:  # type: ignore[no-untyped-def]
+    Path("d.json").write_text(json.dumps({"train": []}, indent=1))
+    refused(run("--json", "d.json", "--out", "out"), "d.json is one JSON object")
+
+
+def test_a_parquet_file_that_was_not_fetched(run) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("datasets")
+    Path("pq").mkdir()
+    Path("pq/a.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(run("--dataset", "pq", "--out", "out"), "pq/a.parquet is a Git LFS pointer")
+
+
+def full(job: ShardJob) -> Iterator[dict[str, Any]]:
+    yield from numbered(job)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(run, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(
+        UserError, match=r"out\.part cannot be written \(No space left on device\): the finished shards"
+    ):
+        write_shards(tmp_path / "out", shard_jobs(4, 2), full, made_by={}, workers=1)
+    assert write_shards(tmp_path / "out", shard_jobs(4, 2), numbered, made_by={}, workers=1).samples == 4
+    Path("d.json").write_text(json.dumps([{"conversations": turns("?")}]))
+    monkeypatch.setattr(pack, "_check", lambda *given, **more: next(full(ShardJob(0, 0, 0))))
+    refused(run("--json", "d.json", "--out", "new"), "new.entries", "No space left on device")
+    assert not list(tmp_path.glob("new*"))
+
+
+def numbered(job: ShardJob) -> Iterator[dict[str, Any]]:
+    for number in range(job.start, job.stop):
+        yield {"__key__": str(number), "json": {"messages": turns("?")}}
+
+
+def test_the_home_is_found_without_a_shell(run, images: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("d.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>?")}]))
+    assert run("--json=~/d.json", "--images=~/images", "--out=~/out")[0] == 0
+    assert len(raw_of(tmp_path / "out")) == 1
 
 
 def test_a_file_that_goes_after_the_check_is_a_sentence(run, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -528,7 +759,15 @@ def test_options_that_make_no_sense_are_refused(run, images: Path) -> None:  # t
     refused(run(*command, "--images", "gone"), "there is no folder gone")
     refused(run(*command, "--shard-size", "big"), "--shard-size=big is no size")
     refused(run(*command, "--per-shard", 0), "at least 1")
+    refused(run(*command, "--per-shard", "two"), "invalid int value")
+    refused(run(*command, "--workers", -1), "at least 1")
+    refused(run(*command, "--shard-size", 500), "--shard-size=500 is smaller than any shard")
     refused(run(*command, "--max-skipped", 3), "from 0 to 1")
+    refused(run(*command, "--max-skipped", "nan"), "from 0 to 1")
+    refused(run("--json", images, "--out", "out"), "cannot be read (Is a directory)")
+    refused(run("--json", "d.json", "--images", "d.json", "--out", "out"), "there is no folder d.json")
+    refused(run("--json", "d.json", "--images", images, "--out", "d.json"), "d.json exists and is left as it is")
+    refused(run("--json", "d.json", "--images", images, "--out", "a" * 300), "nothing can be written at")
     refused(run(*command, "--columns", "image"), "is not of the form")
     assert run("--out", "out")[0] == 2
     assert run(*command, "--csv", "d.csv")[0] == 2

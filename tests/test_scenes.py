@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from datamodules.conversation import decode
 from datamodules.patches import patch_labels
 from datamodules.scenes import LEVELS, SIZES, Scene, questions, questions_of_two, write_dataset
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
+from datamodules.tokenizer import train_tokenizer
 from lavi.errors import UserError
 
 
@@ -33,6 +35,23 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(scenes: Path, t
     write_dataset(tmp_path / "other", seed=1, counts=counts, turns=3, workers=2)
     assert digests(scenes) == digests(tmp_path / "again")
     assert not set(digests(scenes).values()) & set(digests(tmp_path / "other").values())
+
+
+@pytest.mark.parametrize("module", ["scenes", "moving", "digits"])
+def test_data_that_cannot_be_drawn_is_a_sentence(run, module: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    Path("file").touch()
+    refused(run(f"datamodules.{module}", "--out", "file"), "file")
+    refused(run(f"datamodules.{module}", "--out", "file/deeper"), "be written")
+    refused(run(f"datamodules.{module}", "--seed", "x"), "invalid int value")
+    for option in ("train", "validation", "test", "turns", "workers") if module != "digits" else ():
+        refused(run(f"datamodules.{module}", "--out", "new", f"--{option}", 0), "at least 1")
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tokenizer_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the tokenizer folder .*file cannot be written"):
+        train_tokenizer(["red"], tmp_path / "file")
 
 
 def test_what_is_there_is_kept(scenes: Path, tmp_path: Path) -> None:

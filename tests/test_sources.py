@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,6 +101,59 @@ def keys(url: str) -> list[str]:
 
 
 ALL = [f"k{number:03d}" for number in range(40)]
+
+
+def test_archives_are_refused_with_how_to_unpack_them(shard: Path, tmp_path: Path) -> None:
+    for name, how in (("b.tar.gz", "gunzip"), ("c.TGZ", "gunzip"), ("d.tar.zst", "unzstd"), ("e.zip", "unzip")):
+        with pytest.raises(UserError, match=f"{name} is compressed, and shards are plain .tar files.*{how}"):
+            find_shards(str(tmp_path / name))
+    with pytest.raises(UserError, match=r"001\.tar\.gz is compressed"):
+        find_shards("memory://bucket/{001..003}.tar.gz")
+    (tmp_path / "f.zip").touch()  # beside shards it may be anything
+    assert find_shards(str(tmp_path)) == [str(shard)]
+    (tmp_path / "shard-000001.tgz").touch()  # this one is a shard that would be missing
+    with pytest.raises(UserError, match=r"shard-000001\.tgz is compressed"):
+        find_shards(str(tmp_path))
+
+
+def test_the_home_is_found_without_a_shell(shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("~", "~/shard-{000000..000000}.tar", [tmp_path]):
+        assert find_shards(source) == [str(shard)]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("a{0..3", "the pattern a{0..3 is none"),
+        ("*.tar", "name their folder, or count them in braces"),
+        ("", "shards are named by a folder"),
+        ([], "shards are named by a folder"),
+        ([3], "shards are named by a folder"),
+        ("a" * 5000, "no shards at"),
+    ],
+)
+def test_what_names_no_shards_is_a_sentence(source: Any, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        find_shards(source)
+
+
+def test_an_index_of_other_bytes_is_none(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="is not a shard index"):
+        find_shards(str(tmp_path))
+
+
+def test_a_full_disk_is_not_waited_for() -> None:
+    asked = []
+
+    def ask() -> None:
+        asked.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        sources.patiently(ask, "it")
+    assert len(asked) == 1
 
 
 def test_a_sound_server_is_read_like_a_disk(serve: Any, shard: Path) -> None:
