@@ -17,6 +17,7 @@ import json
 import logging
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,11 +178,11 @@ class KeepRun(Checkpoint):
     As a ``Checkpoint`` it is called behind all other callbacks.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, every: int, resumes: bool = False) -> None:
-        self.folder, self.recipe, self.every, self.resumes = folder, recipe, every, resumes
+    def __init__(self, folder: Path, recipe: Recipe, *, every: int, resumed_step: int | None = None) -> None:
+        self.folder, self.recipe, self.every = folder, recipe, every
         self.asked_to_stop = False
-        self.saved_step = -1
-        """The step that the checkpoint in the folder is of."""
+        self.saved_step = resumed_step
+        """The step that the checkpoint in the folder is of; None: there is none."""
         self._seen_step = 0
         self._stopping = self._ending = self._trains = False
         self._keys: list[str] = []
@@ -195,12 +196,12 @@ class KeepRun(Checkpoint):
         trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         self._io = FirstRankIO(self._write)
         trainer.strategy.checkpoint_io = self._io
-        if self.resumes:  # before a strategy that shards loads what no callback has seen
+        if self.saved_step is not None:  # before a strategy that shards loads what no callback has seen
             check_trained(module, self.folder / TRAINED, ranks=_ranks(trainer))
 
     def _write_recipe(self) -> None:
         with replacing(self.folder / RECIPE) as part:
-            part.write_text(self.recipe.yaml())
+            part.write_text(self.recipe.yaml(), encoding="utf-8")
 
     def _refuse(self, trainer: pl.Trainer, failure: str | None, what: str) -> None:
         """On all ranks, if the first could not write: the others would wait for it."""
@@ -300,7 +301,6 @@ class KeepRun(Checkpoint):
         places, data = checkpoint.get(DATA), _data_of(trainer)
         if places is not None and data is not None:
             data.load_state_dict(places[trainer.global_rank])
-        self.saved_step = checkpoint["global_step"]
         with opened(self.folder / TRAINED) as weights:
             trained = (weights.metadata() or {}).get("step")
         if trainer.is_global_zero and trained != str(self.saved_step):
@@ -323,7 +323,7 @@ class KeepRun(Checkpoint):
 
     def what_is_safe(self) -> str:
         """One sentence."""
-        if self.saved_step < 0:
+        if self.saved_step is None:
             return "No checkpoint had been written yet."
         if not (self.folder / LAST).is_file():
             return f"{self.folder / LAST} is gone."
@@ -379,6 +379,17 @@ class Curves(TensorBoardLogger):
 
     def __init__(self, run: Path, *, resumed_step: int | None = None) -> None:
         super().__init__(run, name="", version="", purge_step=resumed_step)
+        self._usual_hook, threading.excepthook = threading.excepthook, self._on_thread_exception
+
+    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        """The thread that writes hands its error to the run, which says it: not a second time."""
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self._usual_hook(args)
+
+    @property
+    def experiment(self) -> Any:
+        with self._writing():
+            return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self._writing():
@@ -389,6 +400,7 @@ class Curves(TensorBoardLogger):
             super().save()
 
     def finalize(self, status: str) -> None:
+        threading.excepthook = self._usual_hook
         if status == "success":
             super().finalize(status)
             return

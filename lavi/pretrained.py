@@ -135,7 +135,8 @@ def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> No
     node["vision"] = {TARGET: node["vision"][TARGET], **paths}
     Recipe({}, {}, RECIPE).replaced("model", node)  # refuses what could not be built again
     write_state(_rest(model), folder / FUSION)
-    (folder / RECIPE).write_text(yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110))
+    text = yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110)
+    (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
@@ -161,7 +162,7 @@ def from_pretrained(folder: Path, *, trust: bool = False) -> VisionLanguageModel
         if inside.suffix in PICKLES:
             raise UserError(f"{inside} is a pickle, which could run anything: only safetensors are read.")
     try:
-        node = yaml.safe_load(file.read_text())["model"]
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
         if TARGET not in node:
             raise KeyError(TARGET)
     except (yaml.YAMLError, KeyError, TypeError):
