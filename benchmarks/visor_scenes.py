@@ -19,6 +19,7 @@ from tables import visor_scenes
 from lavi import evaluation
 from lavi.checkpoint import load_run
 from lavi.efficiency import measure, record
+from lavi.report import track
 from lavi.routing import fingerprint
 
 UNIVERSAL = "runs/visor-scenes-universal"
@@ -51,17 +52,16 @@ def main() -> None:
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
-        model.fusion.ways.clear()
-        accuracy = evaluation.score(model, evaluation.prompts_of(samples), device=device, label=name)
-        prompt = evaluation.typical_prompt(model, samples)
-        made = measure.count(recipe, model, prompt, model.fusion.ways.copy())
-        made.accuracy = accuracy
-        made.knobs |= scored | {"test_samples": len(samples)}
+        scores = evaluation.evaluate(model, track(samples, name, total=samples.expected), device=device)
+        made = measure.count(recipe, model, scores.typical, scores.routes)
+        made.accuracy, made.controls = scores.accuracy, scores.controls
+        made.knobs |= scored | {"test_samples": scores.samples}
         there[name] = made
         if args.out:
             args.out.unlink(missing_ok=True)
             record.write([there[known] for known in RUNS if known in there], args.out)
-        print(f"{name}: easy {accuracy['level/easy']:.1f} %, hard {accuracy['level/hard']:.1f} %", flush=True)
+        easy, hard = (scores.accuracy[f"level/{level}"] for level in ("easy", "hard"))
+        print(f"{name}: easy {easy:.1f} %, hard {hard:.1f} %", flush=True)
     print(visor_scenes([there[name] for name in RUNS]))
 
 

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageOps
 
-from lavi.batch import Batch, Sample, Video
+from lavi.arguments import Count
+from lavi.batch import Sample, Video, text_of
 from lavi.images import side_by_side
+from lavi.metrics.answers import is_right
 from lavi.model import VisionLanguageModel
+from lavi.processor import Ready
+
+THUMBNAIL = (320, 320)
+"""The largest width and height of an image that is shown, in pixels."""
+
+
+@dataclass
+class Shown:
+    """The first question of a sample, ready to be asked and to be drawn."""
+
+    prompt: Ready
+    question: str
+    truth: str
+    picture: Image.Image
 
 
 class Samples(pl.Callback):
@@ -21,33 +40,46 @@ class Samples(pl.Callback):
         max_new_tokens: of an answer.
     """
 
-    def __init__(self, *, count: int = 8, max_new_tokens: int = 16) -> None:
+    def __init__(self, *, count: Count = 8, max_new_tokens: Count = 16) -> None:
         self.count, self.max_new_tokens = count, max_new_tokens
-        self.samples: list[Sample] = []
+        self.shown: list[Shown] = []
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or not loggers:
             return
-        if not self.samples:
-            self.samples = first_questions(trainer.datamodule, self.count)  # type: ignore[attr-defined]
-        answers = answer_all(module, self.samples, self.max_new_tokens)
+        model, data = cast(VisionLanguageModel, module.model), cast(Any, trainer).datamodule
+        if not self.shown:
+            self.shown = [first_question(model, sample) for sample in data.samples("validation", limit=self.count)]
+        answers = answer_all(module, self.shown, self.max_new_tokens)
         if not trainer.is_global_zero:
             return  # all ranks have answered: of a sharded model each holds a part
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where the scores of this validation stand
         for logger in loggers:
-            logger.experiment.add_figure("samples", draw(self.samples, answers), trainer.global_step)
+            logger.experiment.add_figure("samples", draw(self.shown, answers), step)
 
 
-def first_questions(data: pl.LightningDataModule, count: int) -> list[Sample]:
-    """The first samples of the validation split."""
-    return data.samples("validation", limit=count)  # type: ignore[attr-defined]
+def first_question(model: VisionLanguageModel, sample: Sample) -> Shown:
+    """What is asked first in a sample, with the images that were shown by then."""
+    answer = sample.answers[0]
+    asked = sample.until(answer)
+    question = text_of(asked.messages[-1]["content"]) if asked.messages else ""
+    truth = text_of(sample.messages[answer]["content"])
+    return Shown(model.processor.encode(asked, prompt=True), question, truth, picture_of(asked))
 
 
-def answer_all(module: pl.LightningModule, samples: list[Sample], max_new_tokens: int) -> list[str]:
-    """What the model says to the first question of each sample."""
+def picture_of(sample: Sample) -> Image.Image:
+    """The images of a sample side by side, small; of a video its first frame."""
+    seen = [visual.frames[0] if isinstance(visual, Video) else visual for visual in sample.images]
+    blank = [Image.new("RGB", (64, 64), (255, 255, 255))]
+    small = [ImageOps.contain(image, THUMBNAIL) if max(image.size) > max(THUMBNAIL) else image for image in seen]
+    return side_by_side(small or blank)
+
+
+def answer_all(module: pl.LightningModule, shown: Sequence[Shown], max_new_tokens: int) -> list[str]:
+    """What the model says to each question."""
     model = cast(VisionLanguageModel, module.model)
-    asked = [Sample(s.key, s.messages[: first_answer(s)], s.images) for s in samples]
-    batch: Batch = model.processor.collate([model.processor.encode(s, prompt=True) for s in asked], pad_left=True)
+    batch = model.processor.collate([one.prompt for one in shown], pad_left=True)
     training = module.training
     module.eval()
     with torch.no_grad():
@@ -56,39 +88,25 @@ def answer_all(module: pl.LightningModule, samples: list[Sample], max_new_tokens
     return answers
 
 
-def first_answer(sample: Sample) -> int:
-    """The place of the first answer among the messages."""
-    return next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-
-
-def draw(samples: list[Sample], answers: list[str]) -> object:
-    """A figure: the images of each sample side by side, question, truth and answer beneath."""
+def draw(shown: Sequence[Shown], answers: Sequence[str]) -> object:
+    """A figure: the images of each sample, question, truth and answer beneath."""
     from matplotlib.figure import Figure
 
     columns = 4
-    rows = -(-len(samples) // columns)
+    rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
-    for axes, sample, said in zip(grid, samples, answers, strict=False):
-        truth = str(sample.messages[first_answer(sample)]["content"])
-        question = _text(sample.messages[first_answer(sample) - 1]["content"])
-        axes.imshow(_seen(sample))
-        colour = "tab:green" if said == truth else "tab:red"
-        axes.set_title(f"{question}\ntruth: {truth}   answer: {said}", fontsize=8, color=colour, wrap=True)
+    for axes, one, said in zip(grid, shown, answers, strict=False):
+        axes.imshow(one.picture)
+        colour = "tab:green" if is_right(said, one.truth) else "tab:red"
+        words = f"{_shortened(one.question)}\ntruth: {_shortened(one.truth)}   answer: {_shortened(said)}"
+        # What people say is no formula: a $ is a $.
+        axes.set_title(words, fontsize=8, color=colour, wrap=True, parse_math=False)
     return figure
 
 
-def _text(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")  # type: ignore[attr-defined]
-
-
-def _seen(sample: Sample) -> object:
-    from PIL import Image
-
-    seen = sample.images or [Image.new("RGB", (64, 64), (255, 255, 255))]
-    # Of a video, its first frame.
-    return side_by_side([visual.frames[0] if isinstance(visual, Video) else visual for visual in seen])
+def _shortened(text: str, length: int = 120) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= length else f"{words[: length - 3]}..."

@@ -48,11 +48,32 @@ class Sample:
     messages: list[dict[str, Any]]
     images: Sequence[Visual] = ()
 
+    def until(self, stop: int) -> Sample:
+        """The conversation before message ``stop``, with the images and videos that it speaks of.
+
+        Images that no part names stand before the first words: they are part of every beginning.
+        """
+        kept = self.messages[:stop]
+        images = self.images[: len(visual_parts(kept))] if visual_parts(self.messages) else self.images
+        return Sample(self.key, kept, images)
+
+    @property
+    def answers(self) -> list[int]:
+        """Which of the messages are answers."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+
 
 def visual_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parts of a conversation's messages that are images and videos, in order."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     return [part for part in parts if part["type"] in ("image", "video")]
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """The words of a message's content."""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content if part["type"] not in ("image", "video"))
 
 
 class Layout(NamedTuple):

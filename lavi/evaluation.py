@@ -1,132 +1,247 @@
-"""Scoring a trained run: answers on held-out samples, beside the controls, and what they cost."""
+"""Scoring a model: answers to held-out questions, beside the controls.
+
+    samples, one at a time -> a few at a time -+-> their questions -> answered, and answered without images
+                                               +-> the same questions about each other's images -> answered
+
+Nothing is kept of a sample that was scored, so that memory does not grow with the data.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from lavi.batch import Batch, Sample, Video, Visual
+from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.point import Scenario
-from lavi.metrics.answers import FamilyAccuracy
+from lavi.errors import UserError
+from lavi.metrics.answers import FamilyAccuracy, is_right
 from lavi.model import VisionLanguageModel
 from lavi.processor import Ready
-from lavi.report import track
+
+SHUFFLED, NO_IMAGE = CONTROLS
+WINDOW = 64
+"""Samples that exchange their images at a time."""
+LARGEST_WINDOW = 256 * 2**20
+"""Bytes of decoded images above which fewer do; of pixels, above which fewer prompts are answered at a time."""
 
 
-@dataclass
-class Prompt:
-    """One question with everything said before it, and the true answer."""
+class Expected(NamedTuple):
+    """The true answer to a question, and the groups that it counts in."""
 
-    sample: Sample
     truth: str
     family: str
     level: str
 
 
-def prompts_of(samples: Sequence[Sample]) -> list[Prompt]:
-    """One prompt for each answer of each conversation."""
-    prompts = []
-    for sample in samples:
-        for i, message in enumerate(sample.messages):
-            if message["role"] == "assistant":
-                asked = Sample(sample.key, sample.messages[:i], sample.images)
-                prompts.append(
-                    Prompt(asked, str(message["content"]), message.get("family", "all"), message.get("level", "all"))
-                )
-    return prompts
-
-
-def with_shuffled_images(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The same questions about the images of others: of the prompt half the list away with as many images."""
-    by_count: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_count.setdefault(len(prompt.sample.images), []).append(index)
-    images: dict[int, Sequence[Visual]] = {}
-    for same in by_count.values():
-        half = len(same) // 2
-        images |= {i: prompts[j].sample.images for i, j in zip(same, same[half:] + same[:half], strict=True)}
-    return [
-        Prompt(Sample(p.sample.key, p.sample.messages, images[i]), p.truth, p.family, p.level)
-        for i, p in enumerate(prompts)
-    ]
-
-
-def score(
-    model: VisionLanguageModel,
-    prompts: Sequence[Prompt],
-    *,
-    device: torch.device,
-    without_images: bool = False,
-    batch_size: int = 128,
-    max_new_tokens: int = 16,
-    label: str = "answering",
-) -> dict[str, float]:
-    """Percent of answers that equal the truth, by group; an empty answer is a wrong one."""
-    accuracy = FamilyAccuracy()
-    for some in track(list(_batches(prompts, batch_size)), description=label):
-        batch = collate(model, [p.sample for p in some])
-        batch = batch.without_images() if without_images else batch
-        answers = model.answer(batch.to(device), max_new_tokens=max_new_tokens)
-        right = [said.strip().lower() == p.truth.strip().lower() for said, p in zip(answers, some, strict=True)]
-        accuracy.update(right, [(p.family, p.level) for p in some])
-    return accuracy.compute()
+def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
+    """For each answer of a conversation all that was said and shown before it, and the answer."""
+    for index in sample.answers:
+        answer = sample.messages[index]
+        family, level = answer.get("family", "all"), answer.get("level", "all")
+        yield sample.until(index), Expected(text_of(answer["content"]), family, level)
 
 
 def collate(model: VisionLanguageModel, samples: Sequence[Sample]) -> Batch:
     """Prompts to a left-padded batch."""
-    ready: list[Ready] = [model.processor.encode(sample, prompt=True) for sample in samples]
-    return model.processor.collate(ready, pad_left=True)
+    return model.processor.collate([model.processor.encode(sample, prompt=True) for sample in samples], pad_left=True)
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+# --- the controls -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: VisionLanguageModel, samples: Sequence[Sample], *, device: torch.device, name: str
-) -> dict[str, Any]:
-    """Accuracy on the samples, and on the controls: their images shuffled among them, and none at all.
+def with_images_of_others(samples: Iterable[Sample], *, window: int = WINDOW) -> Iterator[Sample]:
+    """The samples with the images of others that have as many, of the same kinds: of those half a window away.
 
-    Returns:
-        ``accuracy`` and ``controls`` of a record; ``ways``, how often samples went each way through the decoder.
+    A sample without images stays as it is; one whose number or kinds of images no other has is left out.
     """
-    prompts = prompts_of(samples)
-    model.fusion.ways.clear()
-    scores: dict[str, Any] = {"accuracy": score(model, prompts, device=device, label=f"{name}: answering")}
-    scores["ways"] = Counter(model.fusion.ways)
-    shuffled = score(model, with_shuffled_images(prompts), device=device, label=f"{name}: {CONTROLS[0]}")
-    none = score(model, prompts, device=device, without_images=True, label=f"{name}: {CONTROLS[1]}")
-    return scores | {"controls": dict(zip(CONTROLS, (shuffled, none), strict=True))}
+    waiting: dict[tuple[type, ...], list[Sample]] = {}
+    spare: dict[tuple[type, ...], Sequence[Visual]] = {}
+    for sample in samples:
+        kinds = tuple(type(visual) for visual in sample.images)
+        if not kinds:
+            yield sample
+            continue
+        same = waiting.setdefault(kinds, [])
+        same.append(sample)
+        full = len(same) == window or sum(map(_bytes, same)) > LARGEST_WINDOW / len(waiting)
+        if full and len(same) > 1:
+            spare[kinds] = same[0].images
+            yield from _exchanged(same)
+            same.clear()
+    for kinds, same in waiting.items():
+        if len(same) > 1:
+            yield from _exchanged(same)
+        elif same and kinds in spare:
+            yield replace(same[0], images=spare[kinds])
 
 
-def typical_prompt(model: VisionLanguageModel, samples: Sequence[Sample]) -> Scenario:
-    """A prompt as these are, in the median: its text, and one image of their size, or a video of their frames.
+def _exchanged(samples: Sequence[Sample]) -> Iterator[Sample]:
+    half = len(samples) // 2
+    for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True):
+        yield replace(sample, images=other.images)
 
-    Where prompts have several of them, as many visual tokens as the tower gives for all their views.
+
+def _bytes(sample: Sample) -> int:
+    """Of its decoded images."""
+    images = [one for seen in sample.images for one in (seen.frames if isinstance(seen, Video) else [seen])]
+    return sum(3 * image.width * image.height for image in images)
+
+
+# --- answering --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scorer:
+    """Answers prompts as they come, many at a time, and counts the answers that are right.
+
+    Args:
+        without_images: answer each prompt also without its images.
     """
-    prompts = prompts_of(samples)
-    lengths = [len(model.chat.encode_prompt(p.sample.messages, images=len(p.sample.images)).ids) for p in prompts]
-    text, images = int(median(lengths)), int(median(len(p.sample.images) for p in prompts))
-    if images != 1:
-        views = median(sum(_views(model, visual) for visual in p.sample.images) for p in prompts)
-        return Scenario(text, visual_tokens=int(views) * model.vision.tokens)
-    seen = [visual for prompt in prompts for visual in prompt.sample.images]
-    frames = [len(visual.frames) for visual in seen if isinstance(visual, Video)]
-    if 2 * len(frames) > len(seen):
-        return Scenario(text, frames=int(median(frames)))
-    sizes = [visual.size for visual in seen if not isinstance(visual, Video)]
-    return Scenario(text, image=(int(median(w for w, _ in sizes)), int(median(h for _, h in sizes))))
+
+    model: VisionLanguageModel
+    device: torch.device
+    without_images: bool = False
+    batch_size: int = 128
+    max_new_tokens: int = 16
+    right: FamilyAccuracy = field(default_factory=FamilyAccuracy)
+    right_without: FamilyAccuracy = field(default_factory=FamilyAccuracy)
+    routes: Counter[Hashable] = field(default_factory=Counter)
+    """How often samples went each way through the decoder, as they were answered with their images."""
+    prompts: int = 0
+    sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
+    _waiting: list[tuple[Ready, Expected]] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        """Answer all questions of a conversation.
+
+        Raises:
+            UserError: it does not fit the model.
+        """
+        for prompt, expected in prompts_of(sample):
+            try:
+                ready = self.model.processor.encode(prompt, prompt=True)
+            except UserError as error:
+                raise UserError(f"sample '{sample.key}': {error}") from None
+            self.sizes.add(ready)
+            self.prompts += 1
+            self._waiting.append((ready, expected))
+            size = sum(ready.pixels.nbytes for ready, _ in self._waiting)
+            if len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
+                self.finish()
+
+    def finish(self) -> None:
+        """Answer what is waiting."""
+        if not self._waiting:
+            return
+        expected = [one for _, one in self._waiting]
+        batch = self.model.processor.collate([ready for ready, _ in self._waiting], pad_left=True)
+        self._waiting = []
+        self.model.fusion.ways.clear()
+        self._count(expected, batch, self.right)
+        self.routes.update(self.model.fusion.ways)
+        if self.without_images:
+            self._count(expected, batch.without_images(), self.right_without)
+
+    def _count(self, expected: Sequence[Expected], batch: Batch, accuracy: FamilyAccuracy) -> None:
+        try:
+            answers = self.model.answer(batch.to(self.device), max_new_tokens=self.max_new_tokens)
+        except Exception as error:
+            error.add_note(f"It was in samples {', '.join(batch.keys[:8])} ...")
+            raise
+        right = [is_right(answer, one.truth) for answer, one in zip(answers, expected, strict=True)]
+        accuracy.update(right, [(one.family, one.level) for one in expected])
 
 
-def _views(model: VisionLanguageModel, visual: Visual) -> int:
-    """Of one image or video among others."""
-    if isinstance(visual, Video):
-        return len(visual.frames)
-    return model.tiling.cut(visual, model.vision, alone=False)[1].views
+@dataclass
+class PromptSizes:
+    """How large prompts are: what the typical one is found by."""
+
+    text: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
+    layouts: Counter[Layout] = field(default_factory=Counter)
+
+    def add(self, ready: Ready) -> None:
+        """Note one prompt."""
+        self.text.append(len(ready.encoded.ids))
+        self.images.append(len(ready.layouts))
+        self.views.append(sum(layout.views for layout in ready.layouts))
+        self.layouts.update(ready.layouts)
+
+    def typical(self, tokens: int) -> Scenario:
+        """A prompt as these are, in the median: its text, and one image of their size, or a video of their frames.
+
+        Where prompts have several of them, as many visual tokens as the tower gives for all their views.
+
+        Args:
+            tokens: of a view, as the tower gives them.
+        """
+        text = int(median(self.text))
+        if int(median(self.images)) != 1:
+            return Scenario(text, visual_tokens=int(median(self.views)) * tokens)
+        frames = [layout.views for layout in self.layouts.elements() if layout.video]
+        if 2 * len(frames) > self.layouts.total():
+            return Scenario(text, frames=int(median(frames)))
+        sizes = [layout.size for layout in self.layouts.elements() if not layout.video]
+        width, height = (int(median(size[side] for size in sizes)) for side in (1, 0))
+        return Scenario(text, image=(width, height))
+
+
+@dataclass
+class Scores:
+    """What came of an evaluation: percent right by group, of the samples and of the controls."""
+
+    accuracy: dict[str, float]
+    controls: dict[str, dict[str, float]]
+    routes: Counter[Hashable]
+    """How often samples went each way through the decoder; empty: there is one."""
+    samples: int
+    answers: int
+    shuffled_answers: int
+    """Answers of the control with other images; fewer where nobody has images to exchange."""
+    typical: Scenario
+
+    def __str__(self) -> str:
+        fewer = self.answers - self.shuffled_answers
+        control = f" (in the control with {SHUFFLED} {self.shuffled_answers})" if fewer else ""
+        return f"{self.accuracy['all']:.1f} % right of {self.answers} answers{control} in {self.samples} samples"
+
+
+def evaluate(model: VisionLanguageModel, samples: Iterable[Sample], *, device: torch.device) -> Scores:
+    """Score a model on samples and on the controls: their images exchanged among them, and none at all.
+
+    Raises:
+        UserError: there is not one question, or a sample does not fit the model.
+    """
+    asked = Scorer(model, device, without_images=True)
+    shuffled = Scorer(model, device)
+    count = 0
+
+    def scored() -> Iterator[Sample]:
+        nonlocal count
+        for sample in samples:
+            asked.add(sample)
+            count += 1
+            yield sample
+
+    for sample in with_images_of_others(scored()):
+        shuffled.add(sample)
+    asked.finish()
+    shuffled.finish()
+    if not asked.prompts:
+        raise UserError("there is not one question to score: the data have no usable sample.")
+    return Scores(
+        accuracy=asked.right.compute(),
+        controls={SHUFFLED: shuffled.right.compute(), NO_IMAGE: asked.right_without.compute()},
+        routes=asked.routes,
+        samples=count,
+        answers=asked.prompts,
+        shuffled_answers=shuffled.prompts,
+        typical=asked.sizes.typical(model.vision.tokens),
+    )

@@ -34,7 +34,20 @@ class Ready:
 
 
 class TooLong(UserError):
-    """A conversation that the context does not hold."""
+    """A conversation that the context does not hold.
+
+    Args:
+        text, visual: its tokens.
+        context: the most that there may be.
+    """
+
+    def __init__(self, text: int, visual: int, context: int) -> None:
+        super().__init__(
+            f"the conversation has {text} text and {visual} visual tokens, more than the context of {context}: shorten "
+            "it, or raise model.context_length."
+        )
+        self.cause = f"longer than the context of {context} tokens (data.too_long=cut keeps its first turns)"
+        """The same words for all such conversations, to count them by."""
 
 
 @dataclass
@@ -62,6 +75,20 @@ class Processor:
 
         Raises:
             TooLong: it is longer than the context.
+            UserError: as :meth:`lavi.chat.Chat.encode`.
+        """
+        encoded, length = self.measure(sample, prompt=prompt)
+        alone = len(sample.images) == 1
+        views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
+        seen = [pixels for pixels, _ in views]
+        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
+        return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
+
+    def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
+        """The words of a sample, encoded, and its text and visual tokens in all; no pixel is touched.
+
+        Raises:
+            UserError: as :meth:`encode`.
         """
         messages = sample.messages
         if self.timestamps:
@@ -69,17 +96,11 @@ class Processor:
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         alone = len(sample.images) == 1
-        views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
-        visual = sum(self.tokens_of(layout) for _, layout in views)
+        visual = sum(self.tokens_of(self.tiling.layout(image, self.vision, alone=alone)) for image in sample.images)
         length = len(encoded.ids) + visual
         if length > self.context_length:
-            raise TooLong(
-                f"the conversation has {len(encoded.ids)} text and {visual} visual tokens, more than the context of "
-                f"{self.context_length}: shorten it, or raise model.context_length."
-            )
-        seen = [pixels for pixels, _ in views]
-        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
-        return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
+            raise TooLong(len(encoded.ids), visual, self.context_length)
+        return encoded, length
 
     def collate(self, rows: Sequence[Ready | Sequence[Ready]], *, pad_left: bool = False) -> Batch:
         """Pad to one batch; on the left for decoding, so that all rows end together. A row may hold several samples."""

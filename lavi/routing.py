@@ -88,7 +88,7 @@ def likely(
 
 def search(
     model: VisionLanguageModel,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     out: Path,
     *,
     about: dict[str, Any],
@@ -98,24 +98,35 @@ def search(
 ) -> dict[str, Any]:
     """Score the configurations of a run; viable are those that keep a share ``keep`` of the full one's accuracy.
 
+    The data are read once, and ``out`` is written after each batch: a search that was stopped goes on behind it.
+
     Args:
         about: what the scores are of; a file of other scores is left as it is.
 
     Returns:
-        What ``out`` holds: ``viable``, a list of layers each, and ``scores``, percent right by configuration.
+        What ``out`` holds: ``viable``, a list of layers each, ``scores``, percent right by configuration, and the
+        number of ``samples`` and ``answers`` that they are of.
     """
     fusion = visor_of(model)
     configurations = every_configuration(fusion.refining, most)
-    about = about | {"refining": fusion.refining, "samples": sum(map(len, batches))}
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"about": about, "scores": {}}
+    names = [_name(configuration) for configuration in configurations]
+    about = about | {"refining": fusion.refining, "most": most}
+    found: dict[str, Any] = {"about": about, "batches": 0, "samples": 0, "answers": 0, "right": dict.fromkeys(names, 0)}
+    if out.exists():
+        found = json.loads(out.read_text())
     _same(found.get("about"), about, out)
-    for configuration in track(configurations, description="scoring configurations"):
-        name = _name(configuration)
-        if name not in found["scores"]:
-            with fusion.going(configuration):
-                answers = [one for _, some in right(model, batches, device) for one in some]
-            found["scores"][name] = 100 * sum(answers) / max(1, len(answers))
+    if "scores" not in found:
+        for number, batch in enumerate(track(batches, description="scoring configurations"), start=1):
+            if number <= found["batches"]:
+                continue
+            for name, configuration in zip(names, configurations, strict=True):
+                with fusion.going(configuration):
+                    found["right"][name] += sum(sum(answers) for _, answers in right(model, [batch], device))
+            found["batches"] = number
+            found["samples"] += len(batch)
+            found["answers"] += len(batch.answers)
             _write(found, out)
+        found["scores"] = {name: 100 * count / max(1, found["answers"]) for name, count in found["right"].items()}
     full = found["scores"][_name(tuple(fusion.refining))]
     found["viable"] = [list(one) for one in configurations if found["scores"][_name(one)] >= keep * full]
     _write(found, out)

@@ -35,9 +35,8 @@ def main() -> None:
     about = {"run": routing.fingerprint(args.checkpoint), "split": args.split}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.step == "search":
-        found = routing.search(
-            model, list(batches), args.out, about=about, keep=args.keep, most=args.most, device=device
-        )
+        about |= {"samples": args.samples}
+        found = routing.search(model, batches, args.out, about=about, keep=args.keep, most=args.most, device=device)
         rows = [
             [
                 name,
@@ -46,13 +45,13 @@ def main() -> None:
             ]
             for name, score in found["scores"].items()
         ]
-        console().print(
-            table(f"{found['about']['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows)
-        )
+        console().print(table(f"{found['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows))
     else:
         counts = routing.label(model, batches, viable, args.out, about=about, keep=args.keep, by=args.by, device=device)
         rows = [[",".join(map(str, one)) or "none", f"{count:,}"] for one, count in counts.items()]
         console().print(table(f"labels of {args.split}", ["refining layers", "samples"], rows))
+    for cause, count in batches.skipped.causes.items():
+        console().print(f"left out: {count} x {cause}")
     console().print(f"written: {args.out}")
 
 

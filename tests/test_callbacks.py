@@ -9,7 +9,7 @@ import yaml
 from conftest import ask, collate, image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.samples import draw
+from callbacks.samples import draw, first_question
 from callbacks.throughput import Throughput
 from lavi.batch import Sample, Video
 from lavi.efficiency.flops import closed_form
@@ -20,7 +20,7 @@ from lavi.module import VisionLanguageModule
 from lavi.recipe import Recipe
 
 
-def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
+def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None:  # type: ignore[no-untyped-def]
     video = Sample("v", ask("what moves?", answer="the circle").messages, [Video([image(3), image(4)])])
     samples = [
         ask(1, "what colour is the circle?", answer="red"),
@@ -29,7 +29,8 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer() -> None:
         video,
         ask(5, "how many?", answer="two"),
     ]
-    figure = draw(samples, ["red", "second", "yes", "the circle", "one"])
+    model = build(LaViFusion(every=2))
+    figure = draw([first_question(model, sample) for sample in samples], ["red", "second", "yes", "the circle", "one"])
     drawn = [axes for axes in figure.axes if axes.images]  # type: ignore[attr-defined]
     assert [axes.get_title().splitlines()[1] for axes in drawn] == [
         "truth: red   answer: red",

@@ -14,7 +14,8 @@ from conftest import FAMILIES, ask, awaken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.image_text import ImageTextData, packed
+from datamodules.batches import packed
+from datamodules.image_text import ImageTextData
 from lavi.batch import IGNORE, Batch
 from lavi.chat import Encoded
 from lavi.errors import UserError
@@ -152,5 +153,5 @@ def test_flash_attention_would_mix_them_and_refuses(build) -> None:  # type: ign
 def test_a_sample_longer_than_a_row_is_left_out_by_name(build, scenes: Path) -> None:  # type: ignore[no-untyped-def]
     processor = build(ConcatFusion()).processor
     data = ImageTextData(processor, train=str(scenes / "train"), packing=20)
-    with pytest.raises(UserError, match=r"more than the context of 20"):
+    with pytest.raises(UserError, match=r"longer than the context of 20 tokens"):
         next(iter(data.train_dataloader()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,27 @@ def test_viable_is_what_keeps_enough_of_the_full_accuracy(
     found = json.loads(out.read_text())
     assert [tuple(one) for one in found["viable"]] == viable
     assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
+
+
+def test_a_search_goes_on_behind_the_last_batch_it_scored(real: Any, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    settings: dict[str, Any] = {"about": {"run": "x"}, "keep": 0.75, "most": 256, "device": CPU}
+
+    def stopped() -> Iterator[Batch]:
+        yield batches(real, "ab")[0]
+        raise KeyboardInterrupt
+
+    routing.search(Scripted(real, SURE), batches(real, "ab", "cde"), whole, **settings)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        routing.search(Scripted(real, SURE), stopped(), cut, **settings)  # type: ignore[arg-type]
+    assert "viable" not in json.loads(cut.read_text())
+    model = Scripted(real, SURE)
+    found = routing.search(model, batches(real, "ab", "cde"), cut, **settings)  # type: ignore[arg-type]
+    assert model.read == COSTS  # each configuration once, on the second batch alone
+    assert found == json.loads(cut.read_text()) == json.loads(whole.read_text())
+    assert (found["samples"], found["answers"]) == (5, 5)
+    again = routing.search(model, [], cut, **settings | {"keep": 0.8})  # type: ignore[arg-type]
+    assert [tuple(one) for one in again["viable"]] == COSTS[3:]
 
 
 def test_labelling_goes_on_where_it_was_stopped(real: Any, tmp_path: Path) -> None:

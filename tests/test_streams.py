@@ -23,8 +23,9 @@ from PIL import Image
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
 from datamodules import shards as shards_room
+from datamodules.batches import Encoder, HeldOut, Skipped, without_last_turn
 from datamodules.conversation import Reading, decode
-from datamodules.image_text import Encoder, HeldOut, ImageTextData, Skipped, without_last_turn
+from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import BrokenSample, Place, ShardStream, Slot, read_shard
 from datamodules.sources import find_shards

@@ -68,6 +68,11 @@ def right_under_teacher_forcing(logits: Tensor, batch: Batch) -> list[bool]:
     return [bool(right[a.row, a.start - 1 : a.stop - 1].all()) for a in batch.answers]
 
 
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer is the true one, but for case and outer blanks; an empty one is wrong where the truth is not."""
+    return answer.strip().lower() == truth.strip().lower()
+
+
 def groups(answers: Iterable[Answer]) -> list[tuple[str, str]]:
     """(family, level) of each answer."""
     return [(answer.family, answer.level) for answer in answers]

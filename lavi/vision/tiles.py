@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lavi.arguments import Count
 from lavi.batch import Layout, Video, Visual
 from lavi.errors import UserError
 
@@ -37,10 +38,16 @@ class Tiling(ABC):
     def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
         """The views of one image, before the backbone's own preprocessing; ``alone``: it has no others beside it."""
 
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        """How the views of an image, or the frames of a video, belong together."""
+        if isinstance(visual, Video):
+            return Layout(views=len(visual.frames), video=True)
+        return self.cut(visual, vision, alone=alone)[1]
+
     def views(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> tuple[Tensor, Layout]:
         """Pixels (views, C, H, W) of an image, or of the frames of a video, and how they belong together."""
         if isinstance(visual, Video):
-            cut, layout = visual.frames, Layout(views=len(visual.frames), video=True)
+            cut, layout = visual.frames, self.layout(visual, vision)
         else:
             cut, layout = self.cut(visual, vision, alone=alone)
         pixels = [vision.preprocess(view) for view in cut]
@@ -72,20 +79,29 @@ class AnyRes(Tiling):
         max_grid: the most tiles on a side; grids run from 1 x 1 to ``max_grid`` x ``max_grid``.
     """
 
-    def __init__(self, *, max_grid: int = 6) -> None:
+    def __init__(self, *, max_grid: Count = 6) -> None:
         self.max_grid = max_grid
 
-    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
-        size = (image.height, image.width)
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        if isinstance(visual, Video):
+            return super().layout(visual, vision)
+        size = (visual.height, visual.width)
         if not alone:
-            return [square(image, vision.mean)], Layout(size=size)
+            return Layout(size=size)
+        rows, columns = self.grid(size, vision.pixel_shape[1:])
+        return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
+
+    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        layout = self.layout(image, vision, alone=alone)
+        if layout.tiles is None:
+            return [square(image, vision.mean)], layout
         _, height, width = vision.pixel_shape
-        rows, columns = self.grid(size, (height, width))
+        rows, columns = layout.tiles
         whole = image.resize((width, height), vision.resample)
         canvas = fitted(image, (rows * height, columns * width), vision.resample)
         corners = [(row * height, column * width) for row in range(rows) for column in range(columns)]
         tiles = [canvas.crop((left, top, left + width, top + height)) for top, left in corners]
-        return [whole, *tiles], Layout(views=1 + len(tiles), tiles=(rows, columns), size=size)
+        return [whole, *tiles], layout
 
     def grid(self, size: tuple[int, int], tile: tuple[int, int]) -> Grid:
         """Rows and columns of tiles for an image of ``size`` (height, width) and tiles of height and width ``tile``."""

@@ -1,0 +1,169 @@
+"""What a score is of: the right questions, images and answers, of each sample once, and nothing kept of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, image
+from PIL import Image
+
+from lavi.batch import Batch, Sample, Video
+from lavi.errors import UserError
+from lavi.evaluation import PromptSizes, evaluate, prompts_of, with_images_of_others
+from lavi.fusion.lavi import LaViFusion
+from lavi.model import VisionLanguageModel
+
+CPU = torch.device("cpu")
+IMAGE = {"type": "image"}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def two_turns(key: str, first: int, second: int) -> Sample:
+    """Two questions, each about an image of its own; the second answer is given in parts."""
+    messages = [
+        {"role": "user", "content": [IMAGE, said("what colour?")]},
+        {"role": "assistant", "content": f"c{first}", "family": "colour"},
+        {"role": "user", "content": [said("and "), IMAGE, said("this?")]},
+        {"role": "assistant", "content": [said(f"c{second}")], "family": "other", "level": "hard"},
+    ]
+    return Sample(key, messages, [image(first), image(second)])
+
+
+@pytest.fixture
+def seeing(build, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
+    """A model that answers with the number of the last image it sees, and ``nothing`` where it sees none."""
+    model = build(LaViFusion(every=2))
+    number = {float(model.vision.preprocess(image(seed)).sum()): seed for seed in range(100)}
+    asked: list[str] = []
+    model.asked = asked
+
+    def answer(batch: Batch, **_: Any) -> list[str]:
+        asked.extend(model.chat.tokenizer.decode(row) for row in batch.input_ids)
+        seen: list[str] = ["nothing"] * len(batch)
+        for place, view in zip(batch.places, batch.pixels, strict=True):
+            seen[place.row] = f"c{number[float(view.sum())]}"
+        return seen
+
+    monkeypatch.setattr(model, "answer", answer)
+    return model
+
+
+def test_a_prompt_has_what_was_said_and_shown_before_its_answer() -> None:
+    sample = two_turns("s", 1, 2)
+    (first, red), (second, blue) = prompts_of(sample)
+    assert [len(prompt.messages) for prompt in (first, second)] == [1, 3]
+    assert [list(prompt.images) for prompt in (first, second)] == [sample.images[:1], sample.images]
+    assert red == ("c1", "colour", "all")
+    assert blue == ("c2", "other", "hard")
+    unmarked = Sample("u", [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a"}], [image(1)])
+    assert [list(prompt.images) for prompt, _ in prompts_of(unmarked)] == [unmarked.images]
+
+
+def test_scores_and_controls_are_of_the_right_images(seeing: VisionLanguageModel) -> None:
+    """Who names the image it sees has all answers right, none with the images of others, none without."""
+    samples = [two_turns(f"s{n}", 2 * n, 2 * n + 1) for n in range(5)] + [ask("hello?", answer="nothing", key="text")]
+    scores = evaluate(seeing, samples, device=CPU)
+    assert scores.accuracy == pytest.approx(
+        {
+            "all": 100.0,
+            "family/all": 100,
+            "family/colour": 100,
+            "family/other": 100,
+            "level/all": 100,
+            "level/hard": 100,
+        }
+    )
+    for control in scores.controls.values():
+        assert control["family/colour"] == control["family/other"] == 0
+        assert control["family/all"] == 100  # it asked about no image
+    assert (scores.samples, scores.answers, scores.shuffled_answers) == (6, 11, 11)
+
+
+def test_a_wrong_answer_counts_as_wrong(seeing: VisionLanguageModel) -> None:
+    samples = [ask(1, "what?", answer="c1"), ask(2, "what?", answer="C2 "), ask(3, "what?", answer="c4")]
+    assert evaluate(seeing, samples, device=CPU).accuracy["all"] == pytest.approx(200 / 3)
+
+
+def test_no_prompt_holds_its_answer(seeing: VisionLanguageModel) -> None:
+    samples = [ask(n, "what?", answer=f"answer {n} is it") for n in range(3)]
+    evaluate(seeing, samples, device=CPU)
+    assert len(seeing.asked) == 9  # type: ignore[arg-type]
+    assert not any("is it" in prompt for prompt in seeing.asked)  # type: ignore[union-attr]
+
+
+def test_a_score_is_of_at_least_one_question(seeing: VisionLanguageModel) -> None:
+    with pytest.raises(UserError, match="not one question to score"):
+        evaluate(seeing, [], device=CPU)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 17])
+def test_every_sample_gets_the_images_of_another(count: int) -> None:
+    """Of one with as many, of the same kinds; also the last of a window that is left alone."""
+    samples = [ask(n, "what?", answer="a", key=f"one{n}") for n in range(count)]
+    samples += [two_turns(f"two{n}", 100 + n, 200 + n) for n in range(count)]
+    samples += [Sample(f"v{n}", samples[0].messages, [Video([image(300 + n)])]) for n in range(count)]
+    own = {sample.key: sample.images for sample in samples}
+    exchanged = list(with_images_of_others(samples, window=4))
+    assert sorted(sample.key for sample in exchanged) == sorted(own)
+    for sample in exchanged:
+        assert sample.images not in (own[sample.key], [])
+        assert [type(one) for one in sample.images] == [type(one) for one in own[sample.key]]
+        assert sample.images in own.values()
+
+
+def test_a_sample_whose_images_nobody_can_take_is_left_out() -> None:
+    text = ask("what?", answer="a", key="text")
+    samples = [text, ask(1, "what?", answer="a", key="one"), two_turns("two", 1, 2)]
+    assert list(with_images_of_others(samples)) == [text]
+
+
+class Counted:
+    """How many samples are there at most at a time, as they are made one after the other."""
+
+    def __init__(self, count: int, size: tuple[int, int] = (8, 8)) -> None:
+        self.count, self.size = count, size
+        self.alive = self.most = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number in range(self.count):
+            picture = Image.new("RGB", self.size)
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(picture, self.gone)
+            yield Sample(str(number), ask(0, "what?", answer="a").messages, [picture])
+            del picture
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize(("size", "most"), [((8, 8), 66), ((8000, 4000), 6)], ids=["small", "large"])
+def test_nothing_is_kept_of_a_sample_that_was_scored(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], most: int
+) -> None:
+    """However many there are; of large images fewer are held at a time."""
+    monkeypatch.setattr(seeing, "answer", lambda batch, **_: ["a"] * len(batch))
+    pixels = torch.zeros(seeing.vision.pixel_shape)
+    monkeypatch.setattr(seeing.vision, "preprocess", lambda image: pixels)
+    samples = Counted(200 if most > 10 else 20, size)
+    assert evaluate(seeing, samples, device=CPU).samples == samples.count
+    assert samples.most <= most
+
+
+def test_the_typical_prompt_is_the_median_one(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion(every=2))
+    samples = [ask(1, "what? " * times, answer="a") for times in (1, 1, 2, 3, 30)]
+    sizes = PromptSizes()
+    lengths = []
+    for sample in samples:
+        ready = model.processor.encode(next(prompts_of(sample))[0], prompt=True)
+        lengths.append(len(ready.encoded.ids))
+        sizes.add(ready)
+    assert sizes.typical(model.vision.tokens).text == lengths[2] < max(lengths)
