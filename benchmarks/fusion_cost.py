@@ -20,6 +20,8 @@ from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
 from lavi.efficiency import record, report
+from lavi.efficiency.latency import TURNS
+from lavi.errors import front
 from lavi.report import console
 
 FULL: dict[str, Any] = {
@@ -36,11 +38,14 @@ REDUCED: dict[str, Any] = {
 }
 
 
+@front
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, default=20, help="timed runs of each stage")
+    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     args = parser.parse_args()
+    if args.out:
+        record.check_writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = FULL if device.type == "cuda" else REDUCED
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +58,8 @@ def main() -> None:
         made.knobs |= {"size": "full" if sizes is FULL else "reduced"}
     if args.out:
         record.write(records, args.out)
-    console().print(report.sweep_table(records))
+    for shown in report.sweep_tables(records):
+        console().print(shown)
     if device.type != "cuda":
         console().print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")
 

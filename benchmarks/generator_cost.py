@@ -18,6 +18,7 @@ from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, count
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
+from lavi.errors import front
 from lavi.nn.deltas import GENERATORS
 from lavi.report import console, table
 
@@ -54,10 +55,13 @@ def generator_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+@front
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
     args = parser.parse_args()
+    if args.out:
+        record.check_writable(args.out)
     records = costs()
     if args.out:
         args.out.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from busy import busy_table
 from dataloader import table as dataloader_table
 from generator_cost import generator_table
 from verify_claims import flops_table, speed_table
@@ -23,8 +24,9 @@ from verify_visor import flops_table as visor_flops_table
 from verify_visor import speed_table as visor_speed_table
 
 from lavi.efficiency.comparison import side_by_side
+from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.record import Record, read
-from lavi.efficiency.report import sweep_rows, sweep_title
+from lavi.efficiency.report import sweep_rows, sweep_title, turns_rows, waited
 from lavi.report import markdown
 
 HARD = ("count", "comparison", "relation", "reading", "two_images")
@@ -42,7 +44,12 @@ def comparison(records: list[Record]) -> str:
         f"{made.knobs['test_samples']} test samples; one prompt of {made.text_tokens} text tokens{views}, batch 1; "
         f"1 multiply-add = 2 FLOPs; {made.device}, {made.dtype}, {made.attention}, torch {made.versions['torch']}."
     )
-    return f"{markdown(columns, rows)}\n{note}\n"
+    return f"{markdown(columns, rows)}\n{' '.join([note, *of_turns(records)])}\n"
+
+
+def of_turns(records: list[Record]) -> list[str]:
+    """What stands below times that were taken in turns."""
+    return [NOTE, *filter(None, [waited(records)])] if any(made.turns for made in records) else []
 
 
 def generators(records: list[Record]) -> str:
@@ -59,7 +66,7 @@ def speed(records: list[Record]) -> str:
     """What was measured of the two."""
     timed = [made for made in records if made.knobs.get("timed")]
     note = f"Medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}, torch {timed[0].versions['torch']}."
-    return f"{markdown(*speed_table(timed))}\n{note}\n"
+    return f"{markdown(*speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
 def visor(records: list[Record]) -> str:
@@ -74,7 +81,7 @@ def visor_speed(records: list[Record]) -> str:
     note = (
         f"{what} at {timed[0].knobs['scenario']}, medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}."
     )
-    return f"{markdown(*visor_speed_table(timed))}\n{note}\n"
+    return f"{markdown(*visor_speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
 def visor_scenes(records: list[Record]) -> str:
@@ -92,10 +99,18 @@ def visor_scenes(records: list[Record]) -> str:
 
 def sweep(records: list[Record]) -> str:
     """A sweep, as ``lavi.profile`` shows it."""
-    return f"{markdown(*sweep_rows(records))}\n{sweep_title(records)}.\n"
+    columns, rows = turns_rows(records)
+    turns = f"\n{markdown(columns, rows)}" if rows else ""
+    return f"{markdown(*sweep_rows(records))}{turns}\n{' '.join([f'{sweep_title(records)}.', *of_turns(records)])}\n"
+
+
+def busy(records: list[Record]) -> str:
+    """The same ratios on a quiet and on a busy machine."""
+    return f"{markdown(*busy_table(records))}\n{records[0].device}. {NOTE}\n"
 
 
 KINDS: dict[str, Callable[[list[Record]], str]] = {
+    "busy": busy,
     "generators": generators,
     "verify_claims": claims,
     "verify_claims.speed": speed,

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
 from lavi.efficiency import record
-from lavi.efficiency.measure import build_on, count, measure, saving
+from lavi.efficiency.comparison import ratio_cell
+from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.latency import TURNS
+from lavi.efficiency.measure import Measurement, build_on, count, measure, saving
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.efficiency.sweep import name_of
+from lavi.errors import front
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
@@ -92,24 +97,36 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def timed(device: torch.device, runs: int) -> list[Record]:
-    """Time and memory of both, one model in memory at a time: at full size on a GPU, elsewhere small."""
-    records = []
+    """Time and memory of both, in turns: at full size on a GPU, elsewhere small."""
     small = device.type != "cuda"
-    for file in (BASELINE, LAVI):
-        recipe = shrunk(recipe_at(file)) if small else recipe_at(file)
-        model: VisionLanguageModel = build_on(recipe, device)
-        model.vision.to(model.language.hf.dtype)
-        for scenario in track([s for s in SCENARIOS if str(s) in TIMED], description="timing"):
+    recipes = [shrunk(recipe_at(file)) if small else recipe_at(file) for file in (BASELINE, LAVI)]
+    models = [build_for_timing(recipe, device) for recipe in recipes]
+    records = []
+    for scenario in [s for s in SCENARIOS if str(s) in TIMED]:
+        outputs = [length for length in TIMED[str(scenario)] if not small or length <= 64]
+        measurements = []
+        for recipe, model in zip(recipes, models, strict=True):
             made = count(recipe, model, scenario)
             made.knobs = {"name": name_of(recipe), "scenario": str(scenario), "timed": "small" if small else "full"}
-            outputs = [length for length in TIMED[str(scenario)] if not small or length <= 64]
-            measure(made, model, scenario, device=device, runs=runs, outputs=outputs)
-            records.append(made)
+            measurements.append(Measurement(made, scenario, partial(itself, model)))
+        bar = partial(track, description=f"timing at {scenario}")
+        measure(measurements, device=device, runs=runs, outputs=outputs, track=bar)
+        records += [one.record for one in measurements]
+        for made in records[-2:]:
             console().print(f"{made.knobs['name']}, {scenario}: {made.error or 'measured'}")
-        del model
-        if not small:
-            torch.cuda.empty_cache()
     return records
+
+
+def build_for_timing(recipe: Recipe, device: torch.device) -> VisionLanguageModel:
+    """A model whose tower has the weights of its decoder's kind."""
+    model = build_on(recipe, device)
+    model.vision.to(model.language.hf.dtype)
+    return model
+
+
+def itself(model: VisionLanguageModel) -> VisionLanguageModel:
+    """What is measured, where it is built already."""
+    return model
 
 
 def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
@@ -127,7 +144,7 @@ def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
 
 
 def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: what was measured, as ratios of medians of one run; the claims are held against a GPU's."""
+    """Columns and rows: what was measured, and the ratios of that; the claims are held against a GPU's."""
     measured = [made for made in records if made.knobs.get("timed")]
     full = all(made.knobs["timed"] == "full" for made in measured)
     base, lavi = (of(measured, file) for file in (BASELINE, LAVI))
@@ -135,42 +152,73 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for scenario, own in lavi.items():
         other = base[scenario]
-        for stage, times in own.milliseconds.items():
-            floor = own.milliseconds.get(f"floor_{stage}")
-            if floor is None or stage not in other.milliseconds:
+        for stage in own.milliseconds:
+            if f"floor_{stage}" not in own.milliseconds or stage not in other.milliseconds:
                 continue
-            ratio = other.milliseconds[stage][0] / times[0]
-            row = [scenario, f"ms {stage.replace('_', ' ')}", f"{other.milliseconds[stage][0]:.1f}", f"{times[0]:.1f}"]
-            claim = _verdict(ratio >= SPEED, f"{SPEED}x", full) if stage.startswith("end_to_end") else ""
-            rows.append([*row, f"{floor[0]:.1f}", f"{ratio:.2f}", f"{times[0] / floor[0]:.2f}", claim])
+            times = [(other, stage), (own, stage), (own, f"floor_{stage}")]
+            faster, shown = times_as_fast(own, other, stage)
+            over_floor = ratio_cell(own, "floor", stage)
+            if stage not in own.turns:
+                over_floor = f"{own.milliseconds[stage][0] / own.milliseconds[f'floor_{stage}'][0]:.2f}"
+            row = [scenario, f"ms {stage.replace('_', ' ')}", *(milliseconds(made, name) for made, name in times)]
+            claimed = _verdict(faster, SPEED, f"{SPEED}x", full) if stage.startswith("end_to_end") else ""
+            rows.append([*row, shown, over_floor, claimed])
         for kind, label in (("peak", "MiB above weights"), ("allocated", "MiB with weights")):
             if kind in own.mib and kind in other.mib:
                 ratio = other.mib[kind] / own.mib[kind]
                 row = [scenario, label, f"{other.mib[kind]:.0f}", f"{own.mib[kind]:.0f}", "", f"{ratio:.2f}", ""]
-                rows.append([*row, _verdict(ratio >= 1 / MEMORY, "half the memory", full)])
+                rows.append([*row, _verdict(ratio, 1 / MEMORY, "half the memory", full)])
     return columns, rows
 
 
-def _verdict(holds: bool, claim: str, full: bool) -> str:
-    return f"{'PASS' if holds else 'FAIL'} ({claim})" if full else f"no GPU figure ({claim})"
+def times_as_fast(own: Record, concat: Record, stage: str) -> tuple[float | None, str]:
+    """How many times as fast as concatenation a stage is: the number (None if there is none), and how it is shown.
+
+    Of records of before timing in turns it is the ratio of the medians.
+    """
+    if own is concat or stage not in own.turns:
+        value = concat.milliseconds[stage][0] / own.milliseconds[stage][0]
+        return value, f"{value:.2f}"
+    found = own.ratio("concat", stage)
+    if found is None or found.noisy:
+        return None, ratio_cell(own, "concat", stage)
+    return 1 / found.median, f"{1 / found.median:.2f} ({1 / found.high:.2f}-{1 / found.low:.2f})"
 
 
+def milliseconds(made: Record, stage: str) -> str:
+    """The median, if it says something."""
+    return "noisy" if made.time_is_noisy(stage) else f"{made.milliseconds[stage][0]:.1f}"
+
+
+def _verdict(value: float | None, wanted: float, claim: str, full: bool) -> str:
+    if not full:
+        return f"no GPU figure ({claim})"
+    return f"noisy ({claim})" if value is None else f"{'PASS' if value >= wanted else 'FAIL'} ({claim})"
+
+
+@front
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 3)")
+    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     args = parser.parse_args()
+    if args.out:
+        record.check_writable(args.out)
     records = counts()
     title = f"FLOPs of a prompt of {TEXT} text tokens (1 multiply-add = 2 FLOPs, attention in full)"
     console().print(table(title, *flops_table(records)))
     print(EXPLANATION)
     cuda = torch.cuda.is_available()
-    records += timed(torch.device("cuda" if cuda else "cpu"), args.runs or (20 if cuda else 3))
-    where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
-    console().print(table(f"Time and memory, medians; {where}", *speed_table(records)))
-    if args.out:
+    counted = len(records)
+    if args.out:  # what is counted is not lost when the timing is stopped
         args.out.unlink(missing_ok=True)
         record.write(records, args.out)
+    records += timed(torch.device("cuda" if cuda else "cpu"), args.runs)
+    where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
+    console().print(table(f"Time and memory; {where}", *speed_table(records)))
+    print(NOTE)
+    if args.out:
+        record.write(records[counted:], args.out)
 
 
 EXPLANATION = """\

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from verify_claims import TEXT, recipe_at, shrunk
+from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
 from lavi.efficiency import record
-from lavi.efficiency.measure import build_on, count, measure
+from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.latency import TURNS
+from lavi.efficiency.measure import Measurement, build_on, count, measure
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
+from lavi.errors import front
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 
@@ -114,17 +118,17 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def timed(device: torch.device, runs: int) -> list[Record]:
-    """Time of every method at one input: full size on a GPU, else small."""
-    records, small, scenario = [], device.type != "cuda", TIMED[device.type]
-    for method in track([BASELINE_NAME, *METHODS], description="timing"):
+    """Prefill and decoding of every method at one input, in turns: full size on a GPU, else small."""
+    small, scenario, measurements = device.type != "cuda", TIMED[device.type], []
+    for method in track([BASELINE_NAME, *METHODS], description="building"):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
-        model = build_on(recipe, device)
-        model.vision.to(model.language.hf.dtype)
+        model = build_for_timing(recipe, device)
         made = count(recipe, model, scenario)
         made.knobs = {"name": method, "scenario": str(scenario), "timed": "small" if small else "full"}
-        records.append(measure(made, model, scenario, device=device, runs=runs))
-        del model
-    return records
+        measurements.append(Measurement(made, scenario, partial(itself, model)))
+    bar = partial(track, description="timing")
+    measure(measurements, device=device, runs=runs, stages=("prefill", "decode"), track=bar)
+    return [one.record for one in measurements]
 
 
 def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -136,21 +140,21 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for made in measured:
         fewer = base.gflops_language / made.gflops_language
-        faster = base.milliseconds["prefill"][0] / made.milliseconds["prefill"][0]
-        decode = base.milliseconds["decode"][0] / made.milliseconds["decode"][0]
-        verdict = "" if made is base else "yes" if faster >= 1.05 else "no"
-        row = [made.knobs["name"], f"{fewer:.1f}", f"{made.milliseconds['prefill'][0]:.1f}", f"{faster:.2f}"]
-        rows.append(
-            [*row, f"{made.milliseconds['decode'][0]:.1f}", f"{decode:.2f}", f"{made.mib['peak']:.0f}", verdict]
-        )
+        faster, shown = times_as_fast(made, base, "prefill")
+        verdict = "" if made is base else "noisy" if faster is None else "yes" if faster >= 1.05 else "no"
+        row = [made.knobs["name"], f"{fewer:.1f}", milliseconds(made, "prefill"), shown, milliseconds(made, "decode")]
+        rows.append([*row, times_as_fast(made, base, "decode")[1], f"{made.mib['peak']:.0f}", verdict])
     return columns, rows
 
 
+@front
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, help="timed runs of each stage (20 on a GPU, else 5); 0: count")
+    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage; 0: count")
     args = parser.parse_args()
+    if args.out:
+        record.check_writable(args.out)
     records = counts()
     counted = len(records)
     title = f"FLOPs of a prompt of {TEXT} text tokens against {BASELINE_NAME} (1 multiply-add = 2 FLOPs)"
@@ -162,9 +166,10 @@ def main() -> None:
         return
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    records += timed(device, args.runs or (20 if cuda else 5))
+    records += timed(device, args.runs)
     where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
-    console().print(table(f"Time at {TIMED[device.type]}, medians; {where}", *speed_table(records)))
+    console().print(table(f"Time at {TIMED[device.type]}; {where}", *speed_table(records)))
+    print(NOTE)
     if args.out:
         record.write(records[counted:], args.out)
 

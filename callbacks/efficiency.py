@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lavi.arguments import Count, CountOrZero
 from lavi.checkpoint import RECIPE
 from lavi.efficiency import record, report
+from lavi.efficiency.latency import TURNS
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.efficiency.sweep import Sweep, run, with_baseline
+from lavi.errors import UserError
 from lavi.recipe import Recipe
-from lavi.report import console
+from lavi.report import console, track
 
 log = logging.getLogger("lavi")
 
@@ -34,13 +38,15 @@ class Efficiency(pl.Callback):
     Args:
         visual_tokens: the sweep.
         text_tokens: of the prompt.
-        runs: timed runs of each stage; 0 counts FLOPs only.
+        runs: timed turns of each stage; 0 counts FLOPs only.
     """
 
-    def __init__(self, *, visual_tokens: list[int], text_tokens: int = 50, runs: int = 20) -> None:
+    def __init__(self, *, visual_tokens: list[CountOrZero], text_tokens: Count = 50, runs: CountOrZero = TURNS) -> None:
+        if not visual_tokens:
+            raise UserError("visual_tokens of Efficiency are the numbers that it measures at: name one, such as [64].")
         self.visual_tokens, self.text_tokens, self.runs = visual_tokens, text_tokens, runs
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             records = self.sweep(Recipe.load(Path(trainer.default_root_dir) / RECIPE))
             for folder in _folders(trainer):
@@ -55,7 +61,8 @@ class Efficiency(pl.Callback):
         record.write(records, root / RECORDS)
         for folder in _folders(trainer):
             report.write_curves(records, folder, report.MEASURED)
-        console().print(report.sweep_table(records))
+        for shown in report.sweep_tables(records):
+            console().print(shown)
 
     def sweep(self, recipe: Recipe, device: torch.device | None = None) -> list[Record]:
         """One record for each method and number of visual tokens; timed if there is a device to do it on."""
@@ -67,6 +74,7 @@ class Efficiency(pl.Callback):
                 Scenario(text=self.text_tokens),
                 device=device,
                 runs=self.runs,
+                track=partial(track, description="counting" if device is None else "measuring"),
                 leave_out=lambda error: log.warning("not measured: %s", error),
             )
         )

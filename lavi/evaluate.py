@@ -38,8 +38,15 @@ def main() -> None:
     from lavi.checkpoint import load_run
     from lavi.efficiency import measure, record
     from lavi.efficiency.comparison import side_by_side
+    from lavi.efficiency.estimate import NOTE
+    from lavi.efficiency.report import waited
     from lavi.report import console, table, track
 
+    if args.out:
+        record.check_writable(args.out)
+    for run in args.checkpoint:
+        if run.is_dir():
+            record.check_writable(run / "evaluation.jsonl")
     measurements, twins = [], []
     for run in args.checkpoint:
         recipe, model = load_run(run, overrides=args.overrides, trust=args.trust)
@@ -60,17 +67,20 @@ def main() -> None:
         measurements.append(measure.Measurement(made, scenario, partial(model.to, device), usual))
         twin = measure.concat_twin(recipe)
         twins.append(measure.count(twin, measure.build_on(twin, "meta"), scenario))
-    measure.measure(measurements, device=device, track=partial(track, description="timing in turns"))
     records = [measurement.record for measurement in measurements]
-    for run, made in zip(args.checkpoint, records, strict=True):
-        record.write([made], run / "evaluation.jsonl")
-    if args.out:
-        record.write(records, args.out)
+    try:
+        measure.measure(measurements, device=device, track=partial(track, description="timing in turns"))
+    finally:  # what was scored is kept, whatever the timing comes to
+        for run, made in zip(args.checkpoint, records, strict=True):
+            record.write([made], run / "evaluation.jsonl")
+        if args.out:
+            record.write(records, args.out)
     columns, rows = side_by_side(records, twins[0])
     seen = f"an image of {scenario}" if scenario.image else str(scenario)
     prompt = f"{scenario.text} text tokens and {seen}"
     title = f"{scores.samples} test samples; one prompt of {prompt}; 1 multiply-add = 2 FLOPs; {records[0].device}"
     console().print(table(title, columns, rows))
+    console().print(" ".join(filter(None, [NOTE, waited(records)])))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ import torch
 from conftest import FAMILIES, QWEN2, TOWER, ask, image
 from PIL import Image
 from sizes import QWEN2_7B, SIGLIP_SO400M
+from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.efficiency import Efficiency
 from lavi.batch import Layout, Sample, Video
 from lavi.efficiency.flops import closed_form, counted
-from lavi.efficiency.measure import build_on, concat_twin, count, measure, saving
+from lavi.efficiency.latency import Clock
+from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, saving
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record, read, write
-from lavi.efficiency.report import draw, sweep_table, write_csv, write_curves, write_savings
+from lavi.efficiency.report import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
 from lavi.efficiency.sweep import Sweep, run
 from lavi.errors import UserError
-from lavi.evaluation import typical_prompt
+from lavi.evaluation import PromptSizes, prompts_of
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -54,6 +56,20 @@ FUSIONS = {
     "pyramid-drop": lambda: PyramidDrop(stages=4, keep=0.5),
 }
 ROOT = Path(__file__).parent.parent
+
+
+class SteadyClock(Clock):
+    """Every run takes as long."""
+
+    milliseconds = 32.0
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> float:
+        return self.milliseconds
+
+
 SIZES = {"small": (TOWER, QWEN2, -1), "7B": (SIGLIP_SO400M, QWEN2_7B, -2)}
 
 
@@ -68,6 +84,15 @@ def on_meta(tokenizer: str):  # type: ignore[no-untyped-def]
             ).eval()
 
     return make
+
+
+def typical_prompt(model: VisionLanguageModel, samples: list[Sample]) -> Scenario:
+    """Of all questions in the samples."""
+    sizes = PromptSizes()
+    for sample in samples:
+        for prompt, _ in prompts_of(sample):
+            sizes.add(model.processor.encode(prompt, prompt=True))
+    return sizes.typical(model.vision.tokens)
 
 
 def test_the_prompt_whose_cost_is_told_shows_what_the_samples_show(build) -> None:  # type: ignore[no-untyped-def]
@@ -203,6 +228,21 @@ def test_modulation_is_counted_though_no_operator_shows_it(on_meta) -> None:
     assert cost.flops == cost.uncounted == (3 + 1 + 1 + 1) * 4 * 50 * QWEN2["hidden_size"]
 
 
+@pytest.mark.parametrize("name", ["concat", "lavi", "fastv"])
+def test_a_causal_kernel_leaves_out_what_the_mask_hides(on_meta, name: str) -> None:
+    """Counted by torch for one layer in full, and by the pairs of tokens above the diagonal."""
+    model, scenario = on_meta(FUSIONS[name](), "small"), Scenario(text=50, visual_tokens=64, batch=2)
+    point, hf = scenario.at(model), model.language.hf.config
+    hidden = 0.0
+    for visual in model.fusion.visual_by_layer(point.inside(model), hf.num_hidden_layers):
+        tokens = point.text + visual
+        query = torch.empty(point.batch, hf.num_attention_heads, tokens, 8, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        hidden += counter.get_total_flops() * torch.ones(tokens, tokens).triu(diagonal=1).mean().item()
+    assert closed_form(model, point).causal_discount == pytest.approx(hidden, rel=0.025)  # the diagonal: 1 in 50
+
+
 def test_savings_stay_below_their_ceiling(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
     twin = concat_twin(recipe)
@@ -212,12 +252,19 @@ def test_savings_stay_below_their_ceiling(tiny_recipe: Path) -> None:
         assert 0 < saved < ceiling < 100
 
 
+def measured(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario, **settings: Any) -> Record:
+    """One model at one prompt, alone."""
+    made = count(recipe, model, scenario)
+    measure([Measurement(made, scenario, lambda: model)], device=torch.device("cpu"), **{"runs": 2} | settings)
+    return made
+
+
 def test_measuring_changes_nothing(tiny_recipe: Path) -> None:
     recipe, scenario = Recipe.load(tiny_recipe), Scenario(text=12, image=(40, 30))
     model = build_on(recipe, "cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random, cache = torch.random.get_rng_state(), model.language.hf.config.use_cache
-    made = measure(count(recipe, model, scenario), model, scenario, device=torch.device("cpu"), runs=3, outputs=[1, 3])
+    made = measured(recipe, model, scenario, runs=3, outputs=[1, 3])
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training
@@ -225,10 +272,10 @@ def test_measuring_changes_nothing(tiny_recipe: Path) -> None:
     stages = {"preprocessing", "vision_encoder", "fusion", "prefill", "first_token", "decode"}
     floors = {"floor_prefill", "floor_decode", "floor_first_token"}
     answers = {"end_to_end_1", "end_to_end_3", "floor_end_to_end_1", "floor_end_to_end_3"}
-    assert stages | floors | answers == set(made.milliseconds)
+    assert stages | floors | answers == set(made.milliseconds) == set(made.intervals) == set(made.turns)
+    assert set(made.ratios["floor"]) == {"prefill", "decode", "first_token", "end_to_end_1", "end_to_end_3"}
     for median, p10, p90 in made.milliseconds.values():
         assert 0 < p10 <= median <= p90
-    assert made.milliseconds["end_to_end_3"][0] > made.milliseconds["end_to_end_1"][0]
 
 
 def test_building_to_measure_leaves_the_random_state(tiny_recipe: Path) -> None:
@@ -240,7 +287,7 @@ def test_building_to_measure_leaves_the_random_state(tiny_recipe: Path) -> None:
 def test_memory_by_class(tiny_recipe: Path) -> None:
     recipe, scenario = Recipe.load(tiny_recipe), Scenario(text=12, visual_tokens=16, batch=2)
     model = build_on(recipe, "cpu")
-    mib = measure(count(recipe, model, scenario), model, scenario, device=torch.device("cpu"), runs=2).mib
+    mib = measured(recipe, model, scenario).mib
     found = {name: round(size * 2**20) for name, size in mib.items()}
     layers, rows, tokens, heads, head_width = 4, 2, 12, QWEN2["num_key_value_heads"], 8
     assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
@@ -255,7 +302,7 @@ def test_memory_grows_with_the_tokens_in_the_language_model(tiny_recipe: Path) -
     twin = concat_twin(Recipe.load(tiny_recipe))
     model = build_on(twin, "cpu")
     few, many = (
-        measure(count(twin, model, scenario), model, scenario, device=torch.device("cpu"), runs=2).mib
+        measured(twin, model, scenario).mib
         for scenario in (Scenario(text=12, visual_tokens=16), Scenario(text=12, visual_tokens=128))
     )
     assert many["kv_cache"] == pytest.approx(few["kv_cache"] * 140 / 28)
@@ -302,6 +349,7 @@ def test_adapters_are_counted_as_merged(tiny_recipe: Path) -> None:
         ("frames=1..8,3", (1, 2, 4, 8, 3)),
         ("model.fusion.every=1,2", (1, 2)),
         ("model.fusion.generator=conv", ("conv",)),
+        ("model.fusion.layers=[1],[0, 2]", ([1], [0, 2])),
     ],
 )
 def test_sweeps_are_read(text: str, values: tuple[object, ...]) -> None:
@@ -318,6 +366,9 @@ def test_sweeps_are_read(text: str, values: tuple[object, ...]) -> None:
         ("image=axb", "sizes such as 640x480"),
         ("image=100000", "16384 pixels a side"),
         ("batch=two", "whole numbers"),
+        ("image=640x480..1024", "a range is one of squares"),
+        ("model.fusion.targets=[attention", "not readable as YAML"),
+        ("data.batch_size=1,2", "there is no knob 'data.batch_size'"),
     ],
 )
 def test_sweeps_that_make_no_sense_are_refused(text: str, message: str) -> None:
@@ -335,6 +386,18 @@ def test_a_sweep_of_layers_turns_the_fusion(tiny_recipe: Path) -> None:
         list(run([recipe], Sweep.parse("layers=5"), Scenario()))
 
 
+def test_a_sweep_of_a_key_leaves_concatenation_as_it_is(tiny_recipe: Path) -> None:
+    recipe = Recipe.load(tiny_recipe)
+    records = list(run([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.layers=[1],[0,2]"), Scenario()))
+    assert [made.method for made in records] == ["lavi", "concat"] * 2
+    assert records[2].flops["modulation"] == 2 * records[0].flops["modulation"]
+    assert records[1].flops == records[3].flops
+    assert where(records[0]) == where(records[1]) != where(records[2])
+    assert [x_of(made) for made in records] == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="is unknown to"):
+        list(run([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.evry=1"), Scenario()))
+
+
 def test_a_sweep_a_model_cannot_take_is_refused_before_anything_is_counted(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,14 +407,18 @@ def test_a_sweep_a_model_cannot_take_is_refused_before_anything_is_counted(
         list(run(recipes, Sweep.parse("visual_tokens=16,1024"), Scenario(text=12)))
 
 
-def test_records_round_trip_and_become_curves(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_records_round_trip_and_become_curves(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr("lavi.efficiency.measure.clock_of", lambda _: SteadyClock())
+    monkeypatch.setattr("lavi.efficiency.measure.WaitMeter.share", lambda _: 0.0)
     recipe = Recipe.load(tiny_recipe)
-    records = Efficiency(visual_tokens=[0, 16, 64], text_tokens=12, runs=2).sweep(recipe, torch.device("cpu"))
+    records = Efficiency(visual_tokens=[0, 16, 64], text_tokens=12, runs=6).sweep(recipe, torch.device("cpu"))
     write(records, tmp_path / "r.jsonl")
     assert read(tmp_path / "r.jsonl") == records
-    assert [(r.method, r.visual_tokens) for r in records] == [(m, n) for m in ("lavi", "concat") for n in (0, 16, 64)]
+    assert [(r.method, r.visual_tokens) for r in records] == [(m, n) for n in (0, 16, 64) for m in ("lavi", "concat")]
     write_curves(records, tmp_path)
     write_savings(records, tmp_path)
     for line, method in (("tiny", "lavi"), ("tiny-(concat)", "concat")):
@@ -362,9 +429,10 @@ def test_records_round_trip_and_become_curves(tiny_recipe: Path, tmp_path: Path)
         assert [point.value for point in curve] == pytest.approx(wanted, rel=1e-6)
         times = [
             events.Scalars(f"efficiency over visual_tokens{part}/ms of one more token")[0].value
-            for part in (", p10", "", ", p90")
+            for part in (", low", "", ", high")
         ]
-        assert times == sorted(times)
+        assert times == [SteadyClock.milliseconds] * 3
+        assert events.Scalars("efficiency over visual_tokens/one more token, times the floor")[0].value == 1
         saved = events.Scalars("saved %/without vision encoder")[0].value
         assert (saved > 50) == (method == "lavi")
 
@@ -372,14 +440,25 @@ def test_records_round_trip_and_become_curves(tiny_recipe: Path, tmp_path: Path)
 def test_a_report_is_a_table_a_spreadsheet_and_a_picture(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
     records = list(run([recipe, concat_twin(recipe)], Sweep.parse("image=40x30,64"), Scenario(text=12)))
-    assert sweep_table(records).row_count == 4
+    (table,) = sweep_tables(records)
+    assert table.row_count == 4
     write_csv(records, tmp_path / "r.csv")
     rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
-    assert [row["scenario"] for row in rows] == ["40x30", "64x64"] * 2
+    assert [row["scenario"] for row in rows] == ["40x30", "40x30", "64x64", "64x64"]
     assert float(rows[0]["flops"]) == pytest.approx(2 * float(rows[0]["macs"]))
     draw(records, tmp_path / "r.png")
     with Image.open(tmp_path / "r.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_nothing_that_can_be_counted_is_no_report(tiny_recipe: Path, tmp_path: Path) -> None:
+    records = Efficiency(visual_tokens=[4], text_tokens=500, runs=0).sweep(Recipe.load(tiny_recipe))
+    assert records == sweep_tables(records) == []
+    write_curves(records, tmp_path)
+    write_savings(records, tmp_path)
+    assert not list(tmp_path.glob("efficiency*"))
+    with pytest.raises(UserError, match="name one"):
+        Efficiency(visual_tokens=[])
 
 
 def test_a_sweep_beyond_the_positions_is_left_out_and_said(tiny_recipe: Path, caplog: pytest.LogCaptureFixture) -> None:

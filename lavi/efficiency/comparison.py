@@ -34,12 +34,37 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
             rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
             rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
-        cells = ["{:.2f} ({:.2f}-{:.2f})".format(*r.milliseconds[stage]) for r in records]
-        rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", cells))
-    rows.append(row("peak MiB above weights", [f"{r.mib['peak']:.2f}" for r in records]))
+        if any(stage in r.milliseconds for r in records):
+            rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", [time_cell(r, stage) for r in records]))
+    for to, what in (("floor", "the floor"), ("concat", "concatenation")):
+        for stage in ("vision_encoder", "first_token", "prefill", "decode"):
+            if any(r.ratio(to, stage) for r in records):
+                label = f"{stage.replace('_', ' ')}, times {what} (interval)"
+                rows.append(row(label, [ratio_cell(r, to, stage) for r in records]))
+    rows.append(row("peak MiB above weights", [f"{r.mib['peak']:.2f}" if "peak" in r.mib else "-" for r in records]))
+    if any(r.error for r in records):
+        rows.append(row("not measured", [r.error or "-" for r in records]))
+    alone = [str(r.knobs.get("timed alone", "-")) for r in records]
+    if any(reason != "-" for reason in alone):
+        rows.append(row("timed alone", alone))
     methods = [r.method for r in records]
     names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
     return ["", *names], rows
+
+
+def time_cell(made: Record, stage: str) -> str:
+    """Milliseconds of a stage, with their spread."""
+    if stage not in made.milliseconds:
+        return "-"
+    return "noisy" if made.time_is_noisy(stage) else "{:.2f} ({:.2f}-{:.2f})".format(*made.milliseconds[stage])
+
+
+def ratio_cell(made: Record, to: str, stage: str) -> str:
+    """How many times as long as the floor's or concatenation's a stage takes, with the interval of that."""
+    found = made.ratio(to, stage)
+    if found is None:
+        return "-"
+    return "noisy" if found.noisy else f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
 
 
 def _group_order(group: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Milliseconds by stage, on the device in use: median of several runs with the 10th and 90th percentile.
+"""Milliseconds by stage, on the device in use, of models and their floors that take turns.
 
     preprocessing       an image to views, on the host
     vision_encoder      views to features, reduced
@@ -7,49 +7,213 @@
     first_token         pixels to the first token's logits: encoder and prefill in one run
     decode              one more token, on the cache
     end_to_end_N        pixels to N tokens
-    floor_...           the same with the bare language model on the text alone
 
-All in one process, one after the other; the floor is what fusion at no cost would leave. Random weights serve: time
-does not depend on them.
+The floor of a model has the stages of its decoder with the bare language model on the text alone: what fusion at no
+cost would leave. Random weights serve: time does not depend on them.
+
+A machine is never alone: what else it does comes and goes. So all contestants run a stage one after the other, turn by
+turn (A B C, then C B A), and the runs of one turn, neighbours in time, are compared with each other. A run that is
+shorter than a scheduler's time slices is either hit by another process or not, a longer one is hit in part: runs on a
+CPU are repeated within their turn until all last about as long as some slices (:data:`SHORTEST`), so that a busy
+machine lengthens all alike. And they use half of the threads only (:func:`half_the_threads`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from statistics import quantiles
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 
+from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.point import Point
 from lavi.model import VisionLanguageModel
 
+TURNS = 15
+"""Of each stage, by default."""
+MOST = 3
+"""Times as many turns, at most, where figures are noisy."""
+LONGEST = 30_000.0
+"""Milliseconds of a stage's runs, after which it gets no more turns than asked for."""
+WARMUP = 3
+"""Runs of each stage that are not timed."""
+SHORTEST = 20.0
+"""Milliseconds that the runs of one turn on a CPU last together, at least."""
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+class Clock(ABC):
+    """Milliseconds between :meth:`start` and :meth:`stop`."""
+
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @abstractmethod
+    def stop(self) -> float: ...
+
+
+class HostClock(Clock):
+    """What a watch on the wall says."""
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        return (time.perf_counter() - self.began) * 1e3
+
+
+class DeviceClock(Clock):
+    """Events of a GPU, so that what it was given and has not done yet counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.began.record()
+
+    def stop(self) -> float:
+        self.ended.record()
+        torch.cuda.synchronize(self.device)
+        return float(self.began.elapsed_time(self.ended))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that a device is timed by."""
+    return DeviceClock(device) if device.type == "cuda" else HostClock()
+
 
 @dataclass(frozen=True)
-class Milliseconds:
-    """Median, 10th and 90th percentile of one stage."""
+class Contestant:
+    """What is timed beside others: stages by name, each run ``within`` a context that is not timed itself."""
 
-    median: float
-    p10: float
-    p90: float
+    stages: Mapping[str, Callable[[], Any]]
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def only(self, stages: Collection[str]) -> Contestant:
+        """The same with some of its stages."""
+        return Contestant({name: run for name, run in self.stages.items() if name in stages}, self.within)
 
 
-def stage_times(
+def time_in_turns(
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    *,
+    pairs: Collection[tuple[int, int]] = (),
+    turns: int = TURNS,
+    shortest: float = 0.0,
+    track: Track = iter,
+) -> list[dict[str, list[float]]]:
+    """Time all contestants, stage by stage, each stage in turns.
+
+    Args:
+        pairs: the contestants that are compared, by number. A stage has more turns, at most :data:`MOST` times as
+            many, as long as one of its times or one of these ratios is noisy.
+        shortest: milliseconds that the runs of one turn last together; their mean counts.
+        track: draws a progress bar over the stages.
+
+    Returns:
+        For each contestant the milliseconds of its stages, by turn.
+    """
+    times: list[dict[str, list[float]]] = [{} for _ in contestants]
+    for stage in track(list(dict.fromkeys(stage for one in contestants for stage in one.stages))):
+        taking_part = {number: one for number, one in enumerate(contestants) if stage in one.stages}
+        compared = [pair for pair in pairs if taking_part.keys() >= set(pair)]
+        with torch.no_grad():
+            by_turn = _time_stage(taking_part, stage, clock, compared, turns, shortest)
+        for number, milliseconds in by_turn.items():
+            times[number][stage] = milliseconds
+    return times
+
+
+def _time_stage(
+    contestants: Mapping[int, Contestant],
+    stage: str,
+    clock: Clock,
+    pairs: Collection[tuple[int, int]],
+    turns: int,
+    shortest: float,
+) -> dict[int, list[float]]:
+    for one in contestants.values():
+        with one.within():
+            for _ in range(WARMUP):
+                one.stages[stage]()
+    times: dict[int, list[float]] = {number: [] for number in contestants}
+    order, spent = list(contestants), 0.0
+    for _ in range(MOST):
+        for _ in range(turns):
+            for number in order:
+                passes = _passes(contestants[number], stage, clock, shortest)
+                times[number].append(fmean(passes))
+                spent += sum(passes)
+            order.reverse()
+        if spent > LONGEST or not _any_noisy(times, pairs):
+            break
+    return times
+
+
+def _passes(contestant: Contestant, stage: str, clock: Clock, shortest: float) -> list[float]:
+    """Milliseconds of each of the runs of one turn."""
+    run, passes = contestant.stages[stage], [0.0]
+    with contestant.within():
+        while len(passes) == 1 or sum(passes) < shortest:
+            clock.start()
+            run()
+            passes.append(clock.stop())
+    return passes[1:]
+
+
+def _any_noisy(times: Mapping[int, Sequence[float]], pairs: Collection[tuple[int, int]]) -> bool:
+    estimates = [estimate(milliseconds) for milliseconds in times.values()]
+    return any(one.noisy for one in [*estimates, *(ratio(times[own], times[other]) for own, other in pairs)])
+
+
+@contextmanager
+def half_the_threads(device: torch.device) -> Iterator[None]:
+    """On a CPU torch computes with half of its threads: where all wait for one that another process keeps from its
+    core, milliseconds become hundreds."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, before // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class WaitMeter:
+    """How long this process had no core, because other processes had them."""
+
+    def __init__(self) -> None:
+        self.wall, self.own = time.perf_counter(), time.process_time()
+
+    def share(self) -> float:
+        """Of the time since this was made, if it had something to compute all along."""
+        return max(0.0, 1 - (time.process_time() - self.own) / (time.perf_counter() - self.wall))
+
+
+def model_and_floor(
     model: VisionLanguageModel,
     point: Point,
     *,
     device: torch.device,
-    runs: int = 20,
-    warmup: int = 3,
     outputs: Sequence[int] = (),
-) -> dict[str, Milliseconds]:
-    """Time every stage.
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Contestant, Contestant]:
+    """The stages of a model at a point, and those of its floor.
 
     Args:
         outputs: lengths of answers to time from end to end.
+        within: the context that the model runs in.
     """
     batch, features = point.inputs(model, device)
     pixels = point.pixels(model, device)
@@ -58,99 +222,37 @@ def stage_times(
     def encoded() -> Any:
         return model.features(pixels) if len(pixels) else None
 
-    def bare() -> Any:
-        return hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True, logits_to_keep=1)
-
-    def decode(cache: Any, vision: Any) -> Any:
-        hf(input_ids=token, past_key_values=cache, use_cache=True, vision=vision)
-        cache.crop(-1)  # so that every run decodes at the same length
-
-    def first_token() -> Any:
-        encoded()
+    def prefill() -> tuple[Any, Any]:
         return model.prefill(batch, features)
 
-    def floor_first_token() -> Any:
-        encoded()
-        return bare(), None
+    def bare() -> tuple[Any, Any]:
+        text = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return hf(**text, use_cache=True, logits_to_keep=1), None
 
-    with torch.no_grad():
-        out, vision = model.prefill(batch, features)
-        stages: dict[str, Callable[[], Any]] = {
-            "fusion": lambda: model.fusion(batch, features, model.language),
-            "prefill": lambda: model.prefill(batch, features),
-            "first_token": first_token,
-            "decode": lambda: decode(out.past_key_values, vision),
-            "floor_prefill": bare,
-            "floor_first_token": floor_first_token,
-        }
-        alone = bare().past_key_values
-        stages["floor_decode"] = lambda: decode(alone, None)
-        if len(pixels):
-            stages["vision_encoder"] = encoded
-        if point.layout and point.layout.size != (0, 0):
-            image = Image.new("RGB", point.layout.size[::-1])
-            stages["preprocessing"] = lambda: model.tiling.views(image, model.vision)
-        times = {name: summary(_times(run, device, runs=runs, warmup=warmup)) for name, run in stages.items()}
-        if outputs:
-            for floor, start in (("", first_token), ("floor_", floor_first_token)):
-                answers = [_answer(hf, start, device, outputs) for _ in range(warmup + max(2, runs))][warmup:]
-                for length, some in zip(sorted(outputs), zip(*answers, strict=True), strict=True):
-                    times[f"{floor}end_to_end_{length}"] = summary(some)
-    return times
+    def stages(start: Callable[[], tuple[Any, Any]]) -> dict[str, Callable[[], Any]]:
+        out, vision = start()
+        cache = out.past_key_values
 
+        def decode() -> None:
+            hf(input_ids=token, past_key_values=cache, use_cache=True, vision=vision)
+            cache.crop(-1)  # so that every run decodes at the same length
 
-def summary(elapsed: Sequence[float]) -> Milliseconds:
-    """Of at least two runs."""
-    deciles = quantiles(elapsed, n=10, method="inclusive")
-    return Milliseconds(median=quantiles(elapsed, n=2)[0], p10=deciles[0], p90=deciles[8])
+        def answer(length: int) -> None:
+            encoded()
+            out, vision = start()
+            for _ in range(length - 1):
+                likeliest = out.logits[:, -1:].argmax(-1)
+                out = hf(input_ids=likeliest, past_key_values=out.past_key_values, use_cache=True, vision=vision)
 
+        answers = {f"end_to_end_{length}": partial(answer, length) for length in sorted(outputs)}
+        return {"prefill": start, "first_token": lambda: (encoded(), start()), "decode": decode, **answers}
 
-def _times(run: Callable[[], Any], device: torch.device, *, runs: int, warmup: int) -> list[float]:
-    for _ in range(warmup):
-        run()
-    elapsed = []
-    for _ in range(max(2, runs)):  # quantiles want two
-        clock = _Clock(device)
-        run()
-        clock.mark()
-        elapsed += clock.marks()
-    return elapsed
-
-
-def _answer(hf: Any, start: Callable[[], Any], device: torch.device, outputs: Sequence[int]) -> list[float]:
-    """One greedy answer of the longest length; milliseconds to each of the lengths."""
-    clock = _Clock(device)
-    out, vision = start()
-    for length in range(1, max(outputs) + 1):
-        if length > 1:
-            token = out.logits[:, -1:].argmax(-1)
-            out = hf(input_ids=token, past_key_values=out.past_key_values, use_cache=True, vision=vision)
-        if length in outputs:
-            clock.mark()
-    return clock.marks()
-
-
-class _Clock:
-    """Milliseconds from its making to each mark: by device events on a GPU, by the clock elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.times: list[Any] = []
-        self.mark()
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.times.append(event)
-        else:
-            self.times.append(time.perf_counter())
-
-    def marks(self) -> list[float]:
-        begin, *rest = self.times
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [float(begin.elapsed_time(event)) for event in rest]
-        return [(moment - begin) * 1e3 for moment in rest]
+    with torch.no_grad(), within():
+        own = {"fusion": lambda: model.fusion(batch, features, model.language), **stages(prefill)}
+        floor = stages(bare)
+    if len(pixels):
+        own["vision_encoder"] = encoded
+    if point.layout and point.layout.size != (0, 0):
+        image = Image.new("RGB", point.layout.size[::-1])
+        own["preprocessing"] = lambda: model.tiling.views(image, model.vision)
+    return Contestant(own, within), Contestant(floor, within)

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import quantiles
+from typing import Any
 
 import torch
 
 from lavi.configurations import without_weights
 from lavi.efficiency import record
+from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
-from lavi.efficiency.latency import stage_times
-from lavi.efficiency.memory import prefill_memory
+from lavi.efficiency.latency import (
+    SHORTEST,
+    TURNS,
+    Contestant,
+    Track,
+    WaitMeter,
+    clock_of,
+    half_the_threads,
+    model_and_floor,
+    time_in_turns,
+)
+from lavi.efficiency.memory import prefill_memory, weights_of
 from lavi.efficiency.point import Point, Scenario
 from lavi.efficiency.record import Record
+from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
 from lavi.weights import versions
+
+log = logging.getLogger("lavi")
 
 CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
@@ -105,38 +124,142 @@ def _mean(model: VisionLanguageModel, point: Point, ways: Mapping[Hashable, int]
     )
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A counted record, and what is measured for it.
+
+    ``model`` gives the model, on any device, when it is needed. ``way``: that samples go through the decoder while they
+    are timed; by default the one that was counted.
+    """
+
+    record: Record
+    scenario: Scenario
+    model: Callable[[], VisionLanguageModel]
+    way: Hashable | None = None
+
+
 def measure(
-    made: Record,
-    model: VisionLanguageModel,
-    scenario: Scenario,
+    measurements: Sequence[Measurement],
     *,
     device: torch.device,
-    runs: int = 20,
+    runs: int = TURNS,
     outputs: Sequence[int] = (),
-    way: Hashable | None = None,
-) -> Record:
-    """Add what the clock and the allocator say to a counted record; ``model`` is on ``device``.
+    stages: Collection[str] | None = None,
+    track: Track = iter,
+) -> None:
+    """Add what the clock and the allocator say to counted records; all models are timed in turns.
+
+    Where that fails (the memory does not hold all of them at once), each is timed alone, in turns with its floor, and
+    the record says so under the knob ``timed alone``. What cannot be measured so either has its reason as ``error``.
+    No record is lost, and whoever sweeps goes on.
 
     Args:
-        way: that samples go through the decoder while they are timed; by default the one that was counted.
-
-    Where the memory does not suffice the record says so, and whoever sweeps goes on.
+        outputs: lengths of answers to time from end to end.
+        stages: those that are timed; all by default.
+        track: draws a progress bar over the stages.
     """
-    point, dtype = scenario.at(model), model.language.hf.dtype
-    made.device = record.device_name(device)
-    computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # tower and projector as the decoder
+    attempt = partial(_attempt, device=device, runs=runs, outputs=outputs, stages=stages, track=track)
+    with half_the_threads(device):
+        for measurement in measurements:
+            measurement.record.device = record.device_name(device)
+        problem = attempt(measurements)
+        if problem and len(measurements) > 1:
+            for measurement in measurements:
+                measurement.record.error = attempt([measurement])
+                measurement.record.knobs["timed alone"] = f"all at once: {problem}"
+        elif problem:
+            measurements[0].record.error = problem
+
+
+def _attempt(measurements: Sequence[Measurement], *, device: torch.device, **settings: Any) -> str:
+    """Measure, or say what was in the way. On a GPU models stay only if all of several found room there."""
+    problem, models = "", []
     try:
-        with computes, model.fusion.going(model.fusion.counted_way if way is None else way):
-            times = stage_times(model, point, device=device, runs=runs, outputs=outputs)
-            made.mib = prefill_memory(model, point, device=device)
-        made.milliseconds = {stage: list(asdict(t).values()) for stage, t in times.items()}
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
-        made.error = "out of memory"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return made
+        for measurement in measurements:
+            models.append(measurement.model().to(device))
+        _measure(measurements, models, device=device, **settings)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, what was counted stands
+        problem = _problem(error)
+    if device.type == "cuda" and (problem or len(models) == 1):
+        for model in models:
+            model.to("cpu")
+        torch.cuda.empty_cache()
+    return problem
+
+
+def _problem(error: Exception) -> str:
+    """In one line; what nobody foresees is logged whole."""
+    full = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if full or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory"
+    log.warning("not measured, what was counted stands:", exc_info=error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _measure(
+    measurements: Sequence[Measurement],
+    models: Sequence[VisionLanguageModel],
+    *,
+    device: torch.device,
+    runs: int,
+    outputs: Sequence[int],
+    stages: Collection[str] | None,
+    track: Track,
+) -> None:
+    records = [measurement.record for measurement in measurements]
+    points = [one.scenario.at(model) for one, model in zip(measurements, models, strict=True)]
+    contexts = [partial(_computing, model, one.way, device) for one, model in zip(measurements, models, strict=True)]
+    held = [weights_of(model) for model in models]
+    contestants: list[Contestant] = []
+    # As long as an outer autocast is open, an inner one keeps the weights that it has cast: no turn casts them anew.
+    with torch.autocast(device.type, enabled=False):
+        for made, model, point, within, weights in zip(records, models, points, contexts, held, strict=True):
+            with within():
+                made.mib = prefill_memory(model, point, device=device, others=sum(held) - weights)
+        for model, point, within in zip(models, points, contexts, strict=True):
+            for one in model_and_floor(model, point, device=device, outputs=outputs, within=within):
+                contestants.append(one if stages is None else one.only(stages))
+        pairs, waiting = _pairs(records), WaitMeter()
+        shortest = SHORTEST if device.type == "cpu" else 0.0
+        turns = max(2, runs)  # percentiles want two
+        times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
+        waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
+    for made, own, floor in zip(records, times[::2], times[1::2], strict=True):
+        made.waited = waited
+        _note_times(made, own | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
+    for (first, second), name in pairs.items():
+        ours, theirs = times[first], times[second]
+        both = {stage: ratio(ours[stage], theirs[stage]) for stage in ours if stage in theirs}
+        records[first // 2].ratios[name] = {stage: [r.median, r.low, r.high] for stage, r in both.items()}
+
+
+def _pairs(records: Sequence[Record]) -> dict[tuple[int, int], str]:
+    """The contestants that are compared, and what the other one is: each model (2 i) with its floor (2 i + 1), and with
+    the first that concatenates."""
+    pairs = {(2 * i, 2 * i + 1): "floor" for i in range(len(records))}
+    concat = next((i for i, made in enumerate(records) if made.method == "concat"), None)
+    if concat is not None:
+        pairs |= {(2 * i, 2 * concat): "concat" for i in range(len(records)) if i != concat}
+    return pairs
+
+
+@contextmanager
+def _computing(model: VisionLanguageModel, way: Hashable | None, device: torch.device) -> Iterator[None]:
+    """Tower and projector compute as the decoder does, and all samples go one way."""
+    dtype = model.language.hf.dtype
+    computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with computes, model.fusion.going(model.fusion.counted_way if way is None else way):
+        yield
+
+
+def _note_times(made: Record, times: Mapping[str, Sequence[float]]) -> None:
+    for stage, milliseconds in times.items():
+        middle, deciles = estimate(milliseconds), quantiles(milliseconds, n=10, method="inclusive")
+        made.milliseconds[stage] = [middle.median, deciles[0], deciles[8]]
+        made.intervals[stage] = [middle.low, middle.high]
+        made.turns[stage] = middle.count
 
 
 def saving(made: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:

@@ -6,7 +6,7 @@ visual_cache      what the fusion keeps of the images for the tokens to come
 kv_cache          of the language model, behind the prompt
 logits            of the tokens that get any
 peak              the most that was held above the weights, all of these and every activation among them
-allocated, reserved (on a GPU)   the allocator's own peaks, weights included
+allocated, reserved (on a GPU)   the allocator's own peaks, weights included, less other models' weights
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from lavi.model import VisionLanguageModel
 MIB = 2**20
 
 
-def prefill_memory(model: VisionLanguageModel, point: Point, *, device: torch.device) -> dict[str, float]:
-    """Memory by class; the peak is the allocator's on a GPU, and summed from torch's profiler on the CPU."""
+def prefill_memory(
+    model: VisionLanguageModel, point: Point, *, device: torch.device, others: float = 0.0
+) -> dict[str, float]:
+    """Memory by class; the peak is the allocator's on a GPU, and summed from torch's profiler on the CPU.
+
+    Args:
+        others: bytes of other models on the device.
+    """
     batch, features = point.inputs(model, device)
     pixels = point.pixels(model, device)
 
@@ -38,16 +44,20 @@ def prefill_memory(model: VisionLanguageModel, point: Point, *, device: torch.de
         _, out, vision = run()
         own, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
         held = {
-            "weights": model.parameters(),
             "visual_features": [features],
             "visual_cache": [*vision.held(), *beside],  # type: ignore[attr-defined]
             "kv_cache": own,
             "logits": [out.logits],  # type: ignore[attr-defined]
         }
-        found = {name: _bytes(tensors) for name, tensors in held.items()}
+        found = {"weights": weights_of(model)} | {name: _bytes(tensors) for name, tensors in held.items()}
         del out, vision, held, own, beside
-        found |= _peak_cuda(run, device) if device.type == "cuda" else {"peak": _peak_cpu(run)}
+        found |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": _peak_cpu(run)}
     return {name: size / MIB for name, size in found.items()}
+
+
+def weights_of(model: VisionLanguageModel) -> float:
+    """Bytes of the weights of a model."""
+    return _bytes(model.parameters())
 
 
 def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -61,7 +71,7 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
-def _peak_cuda(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+def _peak_cuda(run: Callable[[], object], device: torch.device, others: float) -> dict[str, float]:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -69,7 +79,7 @@ def _peak_cuda(run: Callable[[], object], device: torch.device) -> dict[str, flo
     run()
     torch.cuda.synchronize(device)
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return {"peak": float(allocated - before), "allocated": float(allocated), "reserved": float(reserved)}
+    return {"peak": float(allocated - before), "allocated": allocated - others, "reserved": reserved - others}
 
 
 def _peak_cpu(run: Callable[[], object]) -> float:

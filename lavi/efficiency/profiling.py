@@ -36,23 +36,29 @@ def profile(
         out: a folder for ``records.jsonl``, ``records.csv``, ``KNOB.png`` and TensorBoard's files.
 
     Raises:
-        UserError: a sweep that cannot be read or that a model cannot take, or ``out`` exists.
+        UserError: a sweep that cannot be read or that a model cannot take, or an ``out`` that exists or cannot be made:
+            all before the first sweep begins.
     """
-    parsed = [Sweep.parse(sweep) for sweep in sweeps]
-    base = fixed(at, text)
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is left as it is: choose another folder for --out.")
+    parsed, base = [Sweep.parse(sweep) for sweep in sweeps], fixed(at, text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
-    everything = []
+    against = with_baseline(recipes)
+    planned = []
     for sweep in parsed:
         bar = partial(track, description=f"profiling over {sweep.knob}")
+        planned.append(run(against, sweep, base, device=device, runs=runs, track=bar))
+    if out is not None:
+        _make_folder(out)
+    everything = []
+    for sweep, upcoming in zip(parsed, planned, strict=True):
         records = []
-        for made in run(with_baseline(recipes), sweep, base, device=device, runs=runs, track=bar):
+        for made in upcoming:
             records.append(made)
             if out is not None:  # at once: nothing is lost on a kill
-                out.mkdir(parents=True, exist_ok=True)
                 record.write([made], out / "records.jsonl")
-        console().print(report.sweep_table(records))
+        for shown in report.sweep_tables(records):
+            console().print(shown)
         if out is not None:
             report.draw(records, out / f"{sweep.knob}.png")
             report.write_curves(records, out)
@@ -62,6 +68,13 @@ def profile(
         report.write_csv(everything, out / "records.csv")
         console().print(f"records, spreadsheet, pictures and curves: {out}   (tensorboard --logdir {out})")
     return everything
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder for --out.") from None
 
 
 def fixed(at: str, text: int) -> Scenario:

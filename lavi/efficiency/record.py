@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from lavi.efficiency.estimate import LARGEST_WAIT, Estimate
+from lavi.errors import UserError
+
 
 @dataclass
 class Record:
@@ -19,9 +22,12 @@ class Record:
 
     ``text_tokens``, ``visual_tokens``, ``views`` (through the tower) are of one row, everything else of all ``batch``
     rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more. ``milliseconds``:
-    stage -> [median, p10, p90]. ``mib``: memory by class. ``accuracy``: percent by group. ``knobs``: what a sweep
-    changed, and whatever else tells records apart. ``error``: why a point could not be measured. What was not
-    measured is empty.
+    stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number; ``intervals``: [low,
+    high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was timed in the same turns),
+    stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the timing in which other
+    processes had the cores. All are kept of noisy figures, too. ``mib``: memory by class. ``accuracy``: percent by
+    group. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a point could not be
+    measured. What was not measured is empty; records of before timing in turns have no turns, intervals and ratios.
     """
 
     method: str
@@ -35,6 +41,10 @@ class Record:
     flops_causal_discount: float = 0.0
     decode_flops: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    ratios: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+    waited: float = 0.0
     mib: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -57,6 +67,21 @@ class Record:
     def gflops_total(self) -> float:
         return sum(self.flops.values()) / 1e9
 
+    def ratio(self, to: str, stage: str) -> Estimate | None:
+        """How many times as long a stage takes as that of ``floor`` or ``concat``; None if they took no turns."""
+        if stage not in self.ratios.get(to, {}):
+            return None
+        median, low, high = self.ratios[to][stage]
+        return Estimate(median, low, high, self.turns[stage])
+
+    def time_is_noisy(self, stage: str) -> bool:
+        """Whether the milliseconds of a stage say nothing; of records without turns nobody knows."""
+        if stage not in self.turns:
+            return False
+        low, high = self.intervals[stage]
+        middle = Estimate(self.milliseconds[stage][0], low, high, self.turns[stage])
+        return middle.noisy or self.waited > LARGEST_WAIT
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -66,9 +91,29 @@ class Record:
 
 
 def write(records: Iterable[Record], file: Path) -> None:
-    """Append records to a file of JSON lines."""
-    with open(file, "a") as stream:
-        stream.writelines(record.to_json() + "\n" for record in records)
+    """Append records to a file of JSON lines.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    lines = [record.to_json() + "\n" for record in records]
+    try:
+        with open(file, "a") as stream:
+            stream.writelines(lines)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}): name a file in a folder that can.") from None
+
+
+def check_writable(file: Path) -> None:
+    """Before the work whose records are meant for a file: try to open it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    new = not file.exists()
+    write([], file)
+    if new:
+        file.unlink()
 
 
 def read(file: Path) -> list[Record]:
@@ -80,7 +125,8 @@ def device_name(device: torch.device) -> str:
     """What was measured on: the GPU's name, or ``CPU`` with its architecture and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def commit() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from lavi.efficiency.comparison import ratio_cell, time_cell
+from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.measure import saving
 from lavi.efficiency.record import Record
 from lavi.report import table
@@ -24,6 +27,10 @@ COUNTED = {
 MEASURED = {
     "ms to the first token": "median",
     "ms of one more token": "median",
+    "first token, times the floor": "median of the turns' ratios",
+    "one more token, times the floor": "median of the turns' ratios",
+    "first token, times concatenation": "median of the turns' ratios",
+    "one more token, times concatenation": "median of the turns' ratios",
     "peak MiB above weights": "tower and prompt",
 }
 CURVES = COUNTED | MEASURED
@@ -34,7 +41,16 @@ FLOOR = "bare language model"
 STAGES = {"ms to the first token": "first_token", "ms of one more token": "decode"}
 """The curves that are times, and the stage each is of."""
 
-SPREAD = ("p10", "p90")
+RATIOS = {
+    "first token, times the floor": ("floor", "first_token"),
+    "one more token, times the floor": ("floor", "decode"),
+    "first token, times concatenation": ("concat", "first_token"),
+    "one more token, times concatenation": ("concat", "decode"),
+}
+"""The curves that are ratios of times: to what, and of which stage."""
+
+SPREAD = ("low", "high")
+"""Ends of what is drawn around a curve: the 10th and 90th percentile of times, the interval of a ratio."""
 
 
 def name(made: Record) -> str:
@@ -44,8 +60,7 @@ def name(made: Record) -> str:
 
 def where(made: Record) -> tuple[Any, ...]:
     """What two records share that are set against each other."""
-    value = made.knobs.get("value", made.visual_tokens)
-    return made.knobs.get("knob"), tuple(value) if isinstance(value, list | tuple) else value
+    return made.knobs.get("knob"), json.dumps(made.knobs.get("value", made.visual_tokens))
 
 
 def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
@@ -58,32 +73,39 @@ def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
 
 
 def figures(made: Record) -> dict[str, float | None]:
-    """The curves a record is a point of; None where it was not measured."""
-    median = {stage: times[0] for stage, times in made.milliseconds.items()}
-    values = (
-        made.gflops_total,
-        made.gflops_language,
-        sum(made.decode_flops.values()) / 1e6 if made.decode_flops else None,
-        median.get("first_token"),
-        median.get("decode"),
-        made.mib.get("peak"),
-    )
-    return dict(zip(CURVES, values, strict=True))
+    """The curves a record is a point of; None where it was not measured, or measured as noise."""
+    return {
+        "GFLOPs with vision encoder": made.gflops_total,
+        "GFLOPs without vision encoder": made.gflops_language,
+        "MFLOPs of one more token": sum(made.decode_flops.values()) / 1e6 if made.decode_flops else None,
+        **{curve: _time(made, stage) for curve, stage in STAGES.items()},
+        **{curve: _ratio(made, *of) for curve, of in RATIOS.items()},
+        "peak MiB above weights": made.mib.get("peak"),
+    }
 
 
 def floors(made: Record) -> dict[str, float | None]:
     """The same of the bare language model on the text alone, behind the same tower."""
     language, vision = made.flops_floor / 1e9, made.flops.get("vision_encoder", 0.0) / 1e9
-    median = {stage: times[0] for stage, times in made.milliseconds.items()}
-    values = (
-        language + vision,
-        language,
-        _floor_of_decoding(made),
-        median.get("floor_first_token"),
-        median.get("floor_decode"),
-        None,
-    )
-    return dict(zip(CURVES, values, strict=True))
+    return {
+        "GFLOPs with vision encoder": language + vision,
+        "GFLOPs without vision encoder": language,
+        "MFLOPs of one more token": _floor_of_decoding(made),
+        **{curve: _time(made, f"floor_{stage}") for curve, stage in STAGES.items()},
+        **{curve: 1.0 if to == "floor" and made.ratio(to, stage) else None for curve, (to, stage) in RATIOS.items()},
+        "peak MiB above weights": None,
+    }
+
+
+def _time(made: Record, stage: str) -> float | None:
+    if stage not in made.milliseconds or made.time_is_noisy(stage):
+        return None
+    return made.milliseconds[stage][0]
+
+
+def _ratio(made: Record, to: str, stage: str) -> float | None:
+    found = made.ratio(to, stage)
+    return None if found is None or found.noisy else found.median
 
 
 def _floor_of_decoding(made: Record) -> float | None:
@@ -94,9 +116,13 @@ def _floor_of_decoding(made: Record) -> float | None:
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
 
-def sweep_table(records: Sequence[Record]) -> Table:
-    """:func:`sweep_rows` for the terminal."""
-    return table(sweep_title(records), *sweep_rows(records))
+def sweep_tables(records: Sequence[Record]) -> list[Table]:
+    """:func:`sweep_rows` and, of what was timed, :func:`turns_rows` for the terminal."""
+    if not records:
+        return []
+    tables = [table(sweep_title(records), *sweep_rows(records))]
+    columns, rows = turns_rows(records)
+    return [*tables, table(f"{NOTE} {waited(records)}".strip(), columns, rows)] if rows else tables
 
 
 def sweep_title(records: Sequence[Record]) -> str:
@@ -124,10 +150,31 @@ def sweep_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         row += [_short(made.flops["vision_encoder"] / 1e9 / scale), _short(made.gflops_language / scale), saved[0]]
         row += [_short(made.gflops_total / scale), saved[1], _short(shown["MFLOPs of one more token"])]
         if timed:
-            row += [_short(shown[curve]) for curve in ("ms to the first token", "ms of one more token")]
+            row += ["noisy" if made.time_is_noisy(stage) else _short(shown[curve]) for curve, stage in STAGES.items()]
             row += [made.error or _short(shown["peak MiB above weights"])]
         rows.append(row)
     return columns, rows
+
+
+def turns_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and one row for each stage of a record that was timed in turns: its spread, and what it is compared with
+    the floor and with concatenation."""
+    columns = ["", "method", "stage", "ms (p10-p90)", "times the floor", "times concatenation", "turns"]
+    rows = []
+    for made in records:
+        label = [str(made.knobs.get("scenario", f"{made.visual_tokens} visual tokens")), name(made)]
+        for stage in STAGES.values():
+            if stage in made.turns:
+                ratios = [ratio_cell(made, to, stage) for to in ("floor", "concat")]
+                shown = [stage.replace("_", " "), time_cell(made, stage), *ratios, str(made.turns[stage])]
+                rows.append([*label, *shown])
+    return columns, rows
+
+
+def waited(records: Sequence[Record]) -> str:
+    """What is said of a machine that had other things to do; empty if it had none."""
+    share = max((made.waited for made in records), default=0.0)
+    return f"Other processes had the cores for up to {share:.0%} of the time." if share >= 0.05 else ""
 
 
 def _saved(made: Record, base: Record | None, *, with_vision: bool) -> str:
@@ -155,9 +202,12 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
         row |= {"flops": made.gflops_total * 1e9, "macs": made.gflops_total * 1e9 / 2, "flops floor": made.flops_floor}
         row |= {f"decode flops {part}": value for part, value in made.decode_flops.items()}
         row |= {f"ms {stage}": times[0] for stage, times in made.milliseconds.items()}
+        for to, ratios in made.ratios.items():
+            for stage, ends in ratios.items():
+                row |= {f"{stage} / {to}{end}": value for end, value in zip(("", " low", " high"), ends, strict=True)}
         row |= {f"MiB {kind}": value for kind, value in made.mib.items()}
         rows.append(row | {key: getattr(made, key) for key in ("error", "device", "dtype", "attention", "recipe")})
-    with open(file, "w", newline="") as stream:
+    with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -207,16 +257,17 @@ def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, f
 
 
 def x_of(made: Record) -> float:
-    """Where on the x axis a record stands: its knob's value; of an image, the side of a square as large."""
+    """Where on the x axis a record stands: its knob's value; of an image, the side of a square as large; of what is no
+    number, its position in the sweep."""
     value = made.knobs.get("value", made.visual_tokens)
-    if isinstance(value, list | tuple):
+    if made.knobs.get("knob") == "image":
         return math.sqrt(value[0] * value[1])
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) else float(made.knobs.get("position", 0))
 
 
 def _tick(made: Record) -> str:
     value = made.knobs.get("value", made.visual_tokens)
-    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "x".join(map(str, value)) if made.knobs.get("knob") == "image" else str(value)
 
 
 # --- in TensorBoard ---------------------------------------------------------------------------------------------------
@@ -225,16 +276,18 @@ def _tick(made: Record) -> str:
 def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] = CURVES) -> None:
     """One TensorBoard run a line, so that they overlay; x is the knob. A layout shows all curves on one page.
 
-    The page draws them with their spread (10th to 90th percentile of a time): TensorBoard smooths every other chart,
-    and a smoothed curve of a few points is a wrong one.
+    The page draws them with their spread (10th to 90th percentile of a time, the interval of a ratio): TensorBoard
+    smooths every other chart, and a smoothed curve of a few points is a wrong one. What is noisy is left out.
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    if not records:
+        return
     knob = records[0].knobs.get("knob", "visual_tokens")
     title = f"efficiency over {knob}"
     layout = {
         curve: ["Margin", [f"{title}/{curve}", *(f"{title}, {end}/{curve}" for end in SPREAD)]]
-        if curve in STAGES
+        if curve in STAGES or curve in RATIOS
         else ["Margin", [f"{title}/{curve}"] * 3]
         for curve in CURVES
     }
@@ -251,13 +304,19 @@ def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] 
 
 
 def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[tuple[float, float]]:
-    """The 10th (``at`` 1) or 90th (2) percentile of a curve's times."""
-    if curve not in STAGES:
-        return []
-    stage = f"floor_{STAGES[curve]}" if line == FLOOR else STAGES[curve]
-    of = [made for made in records if stage in made.milliseconds]
-    of = [made for made in of if (made.method != "concat" if line == FLOOR else name(made) == line)]
-    return [(x_of(made), made.milliseconds[stage][at]) for made in sorted(of, key=x_of)]
+    """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
+    points = []
+    for made in sorted(records, key=x_of):
+        ours = made.method != "concat" if line == FLOOR else name(made) == line
+        if not ours or (floors if line == FLOOR else figures)(made)[curve] is None:
+            continue
+        if curve in STAGES:
+            stage = STAGES[curve]
+            points.append((x_of(made), made.milliseconds[f"floor_{stage}" if line == FLOOR else stage][at]))
+        elif curve in RATIOS:
+            to, stage = RATIOS[curve]
+            points.append((x_of(made), 1.0 if line == FLOOR else made.ratios[to][stage][at]))
+    return points
 
 
 def write_savings(records: Sequence[Record], folder: Path) -> None:

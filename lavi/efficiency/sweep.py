@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from lavi.efficiency.measure import build_on, concat_twin, count, is_concat, measure
+from lavi.efficiency.latency import TURNS, Track
+from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, is_concat, measure
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.errors import UserError, nearest
@@ -27,6 +29,9 @@ GRIDS: dict[str, tuple[int, ...]] = {
     "layers": (0, 1, 2, 4, 7, 14, 28),
 }
 """The knobs, and the values that ``A..B`` stands for (besides A and B themselves)."""
+
+OF_METHODS = ("model.fusion.", "model.reducer.")
+"""Keys that only some methods have."""
 
 LARGEST_SIDE = 16384
 """Of an image, in pixels."""
@@ -53,8 +58,10 @@ class Sweep:
         knob, equals, values = text.partition("=")
         if not equals or not values:
             raise UserError(f"a sweep is KNOB=VALUES, such as visual_tokens=0..7290, not '{text}'.")
-        if knob not in GRIDS and "." not in knob:
-            raise UserError(f"there is no knob '{knob}': {nearest(knob, GRIDS)} (or a dotted key of the recipe).")
+        if knob.startswith("model."):
+            return cls(knob, tuple(_settings(text, values)))
+        if knob not in GRIDS:
+            raise UserError(f"there is no knob '{knob}': {nearest(knob, GRIDS)} (Or a key of the recipe: model.KEY.)")
         return cls(knob, tuple(dict.fromkeys(v for part in values.split(",") for v in _values(knob, part.strip()))))
 
     def scenario(self, value: Any, base: Scenario) -> Scenario:
@@ -70,9 +77,17 @@ class Sweep:
         return str(scenario) if known else f"{scenario}, {self.knob.removeprefix('model.')}={value}"
 
     def recipe(self, value: Any, recipe: Recipe, layers: int) -> Recipe:
-        """The recipe at one value, of a language model of so many ``layers``."""
+        """The recipe at one value, of a language model of so many ``layers``.
+
+        What is concatenation has no place for the keys of other methods, and stays as it is.
+        """
         if "." in self.knob:
-            return recipe.replaced(self.knob, value)
+            try:
+                return recipe.replaced(self.knob, value)
+            except UserError:
+                if is_concat(recipe) and self.knob.startswith(OF_METHODS):
+                    return recipe
+                raise
         fusion = recipe.settings["model"]["fusion"]
         if self.knob != "layers" or not recipe.takes("model.fusion", "fraction"):
             return recipe
@@ -87,14 +102,27 @@ class Sweep:
         return self.knob == "layers" or "." in self.knob
 
 
+def _settings(sweep: str, text: str) -> list[Any]:
+    """Values of a key of the recipe, as YAML has them."""
+    try:
+        values: list[Any] = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise UserError(
+            f"the values of '{sweep}' are not readable as YAML: such as every=1,2 or layers=[0],[0,1]."
+        ) from None
+    return values
+
+
 def _values(knob: str, text: str) -> list[Any]:
-    if "." in knob:
-        return [yaml.safe_load(text)]
     least = 0 if knob == "visual_tokens" else 1
     first, dots, last = text.partition("..")
     ends = [_number(knob, part, least) for part in ((first, last) if dots else (text,))]
     if not dots:
         return ends
+    if any(isinstance(end, tuple) and end[0] != end[1] for end in ends):
+        raise UserError(
+            f"{knob}={text}: a range is one of squares, such as image=336..1024; name other sizes one by one."
+        )
     low, high = (end[0] if isinstance(end, tuple) else end for end in ends)
     if low > high:
         raise UserError(f"{knob}={text} runs backwards: write {last}..{first}.")
@@ -116,34 +144,83 @@ def _number(knob: str, text: str, least: int) -> Any:
     return (numbers[0], numbers[-1]) if knob == "image" else numbers[0]
 
 
+@dataclass(frozen=True)
+class SweepPoint:
+    """One recipe at one value of a sweep: the recipe as it is there, and its model on meta."""
+
+    name: str
+    recipe: Recipe
+    on_meta: VisionLanguageModel
+    scenario: Scenario
+
+
 def run(
     recipes: Sequence[Recipe],
     sweep: Sweep,
     base: Scenario,
     *,
     device: torch.device | None = None,
-    runs: int = 20,
+    runs: int = TURNS,
     outputs: Sequence[int] = (),
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Track = iter,
     leave_out: Callable[[UserError], None] | None = None,
 ) -> Iterator[Record]:
-    """Count every recipe at every value; with a ``device``, measure it there too.
+    """Count every recipe at every value, value by value; with a ``device``, measure all recipes of a value there, in
+    turns.
 
-    All points are held against the models before the first is counted.
+    All points are held against the models at once, before anybody asks for the first record.
 
     Args:
-        track: draws a progress bar over the points.
+        track: draws a progress bar over the values.
         leave_out: is told of a value that a model cannot take, and the sweep goes on without it.
 
     Raises:
         UserError: a value that one of the models cannot take, without ``leave_out``.
     """
-    points = []
-    for recipe in recipes:
+    columns = _points(recipes, sweep, base, leave_out)
+    return _records(columns, sweep, device=device, runs=runs, outputs=outputs, track=track)
+
+
+def _records(
+    columns: Sequence[tuple[Any, dict[int, SweepPoint]]],
+    sweep: Sweep,
+    *,
+    device: torch.device | None,
+    runs: int,
+    outputs: Sequence[int],
+    track: Track,
+) -> Iterator[Record]:
+    models: dict[int, VisionLanguageModel] = {}
+
+    def model(number: int, recipe: Recipe) -> VisionLanguageModel:
+        if number not in models:
+            models[number] = build_on(recipe, device or "cpu")
+        return models[number]
+
+    for position, (value, points) in enumerate(track(columns)):
+        if sweep.turns_recipe:
+            models.clear()
+        measurements = []
+        for number, point in points.items():
+            made = count(point.recipe, point.on_meta, point.scenario)
+            made.knobs = {"name": point.name, "knob": sweep.knob, "value": value, "position": position}
+            made.knobs["scenario"] = sweep.label(value, point.scenario)
+            measurements.append(Measurement(made, point.scenario, partial(model, number, point.recipe)))
+        if device is not None:
+            measure(measurements, device=device, runs=runs, outputs=outputs)
+        yield from (one.record for one in measurements)
+
+
+def _points(
+    recipes: Sequence[Recipe], sweep: Sweep, base: Scenario, leave_out: Callable[[UserError], None] | None
+) -> list[tuple[Any, dict[int, SweepPoint]]]:
+    """Each value, with the points of the recipes that can take it, by the recipe's number."""
+    columns: list[tuple[Any, dict[int, SweepPoint]]] = [(value, {}) for value in sweep.values]
+    for number, recipe in enumerate(recipes):
         model = build_on(recipe, "meta")
-        for value in sweep.values:
-            made_from = sweep.recipe(value, recipe, len(model.language.layers))
-            at = build_on(made_from, "meta") if sweep.turns_recipe else model
+        for value, points in columns:
+            turned = sweep.recipe(value, recipe, len(model.language.layers))
+            at = build_on(turned, "meta") if sweep.turns_recipe else model
             scenario = sweep.scenario(value, base)
             try:
                 scenario.at(at).check(at, scenario)
@@ -152,19 +229,8 @@ def run(
                     raise
                 leave_out(error)
             else:
-                points.append((recipe, made_from, at, scenario, value))
-    measured: tuple[Recipe | None, VisionLanguageModel | None] = (None, None)
-    for recipe, made_from, on_meta, scenario, value in track(points):
-        made = count(made_from, on_meta, scenario)
-        made.knobs = {"name": name_of(recipe), "knob": sweep.knob, "value": value}
-        made.knobs["scenario"] = sweep.label(value, scenario)
-        if device is not None:
-            if measured[0] is not made_from:
-                measured = (None, None)  # the last one's memory first
-                measured = (made_from, build_on(made_from, device))
-            assert measured[1] is not None
-            measure(made, measured[1], scenario, device=device, runs=runs, outputs=outputs)
-        yield made
+                points[number] = SweepPoint(name_of(recipe), turned, at, scenario)
+    return [(value, points) for value, points in columns if points]
 
 
 def with_baseline(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ask, awaken, collate
 
-from lavi.efficiency.measure import build_on, count, measure
+from lavi.efficiency.measure import Measurement, build_on, count, measure
 from lavi.efficiency.point import Scenario
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -61,7 +61,7 @@ def test_measuring_reads_the_gpu(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
     model, scenario = build_on(recipe, "cuda"), Scenario(12, visual_tokens=64)
     made = count(recipe, model, scenario)
-    measure(made, model, scenario, device=torch.device("cuda"), runs=5, outputs=[1, 4])
+    measure([Measurement(made, scenario, lambda: model)], device=torch.device("cuda"), runs=5, outputs=[1, 4])
     assert made.device == torch.cuda.get_device_name()
     assert made.mib["peak"] > 0
     assert all(median > 0 for median, _, _ in made.milliseconds.values())
