@@ -35,7 +35,6 @@ SMALL_QWEN2 = QWEN2_7B | {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
-    "head_dim": 64,
 }
 """The same shapes of input at a size that a CPU can time: tokens, crops and frames are those of the full size."""
 
