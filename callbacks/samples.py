@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +21,8 @@ from lavi.processor import Ready
 
 THUMBNAIL = (320, 320)
 """The largest width and height of an image that is shown, in pixels."""
+LINE, LONGEST = 50, 200
+"""Characters of a line beneath an image, and of what is shown of a question or an answer."""
 
 
 @dataclass
@@ -101,12 +104,12 @@ def draw(shown: Sequence[Shown], answers: Sequence[str]) -> object:
     for axes, one, said in zip(grid, shown, answers, strict=False):
         axes.imshow(one.picture)
         colour = "tab:green" if is_right(said, one.truth) else "tab:red"
-        words = f"{_shortened(one.question)}\ntruth: {_shortened(one.truth)}   answer: {_shortened(said)}"
+        words = [_shortened(one.question), f"truth: {_shortened(one.truth)}   answer: {_shortened(said)}"]
+        lines = [line for text in words for line in textwrap.wrap(text, LINE)]
         # What people say is no formula: a $ is a $.
-        axes.set_title(words, fontsize=8, color=colour, wrap=True, parse_math=False)
+        axes.set_title("\n".join(lines), fontsize=8, color=colour, parse_math=False)
     return figure
 
 
-def _shortened(text: str, length: int = 120) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= length else f"{words[: length - 3]}..."
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, LONGEST, placeholder=" ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,29 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None
     assert ["what colour" in axes.get_title() for axes in drawn] == [True, False, False, False, False]
     widths = [axes.images[0].get_array().shape[1] for axes in drawn]
     assert widths[:2] == [40, 84]  # two images side by side
+
+
+@pytest.mark.parametrize(
+    "text", [r"what is $\frac{1}{2$ of it?", "costs $5 or $6", r"\$ and _x^2", "a" * 500, "a " * 500]
+)
+def test_whatever_is_said_can_be_drawn(build, text: str) -> None:  # type: ignore[no-untyped-def]
+    """A figure is drawn when it is saved; what people say is no formula."""
+    shown = first_question(build(LaViFusion(every=2)), ask(1, text[:100], answer=text))
+    figure = draw([shown], [text])
+    figure.savefig(io.BytesIO())  # type: ignore[attr-defined]
+    (axes,) = [axes for axes in figure.axes if axes.images]  # type: ignore[attr-defined]
+    assert axes.get_title().startswith(text[:10])
+
+
+def test_the_first_question_is_asked_with_the_images_before_it(build) -> None:  # type: ignore[no-untyped-def]
+    """An image of a later turn is not among them, and large ones are kept small."""
+    model = build(LaViFusion(every=2))
+    later = ask(1, "what colour?", answer="red").messages + ask(2, "and here?", answer="blue").messages
+    large = Sample("s", later, [image(1).resize((2000, 1000)), image(2)])
+    shown = first_question(model, large)
+    assert (shown.question, shown.truth) == ("what colour?", "red")
+    assert len(shown.prompt.layouts) == 1
+    assert shown.picture.size == (320, 160)
 
 
 def test_throughput_and_memory_are_logged(tiny_recipe: Path, tmp_path: Path) -> None:
