@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 from collections import Counter
@@ -26,7 +27,7 @@ from lavi.efficiency.latency import LONGEST, MOST, WARMUP, Clock, Contestant, ha
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record, check_writable
-from lavi.efficiency.report import figures, sweep_rows, turns_rows, waited
+from lavi.efficiency.report import figures, sweep_rows, turns_rows, waited, write_csv
 from lavi.efficiency.sweep import Sweep, run
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
@@ -356,7 +357,7 @@ def timed(method: str, milliseconds: float, *, reach: float = 0.05, times: float
     ],
 )
 def test_tables_say_noisy_and_records_keep_the_numbers(
-    changes: dict[str, float], milliseconds: str, times: str
+    tmp_path: Path, changes: dict[str, float], milliseconds: str, times: str
 ) -> None:
     own, concat = timed("lavi", 4.0, **changes), timed("concat", 8.0)
     table = rows_of(side_by_side([own, concat], concat))
@@ -368,6 +369,13 @@ def test_tables_say_noisy_and_records_keep_the_numbers(
     assert (sweep_rows([own, concat])[1][0][-2] == "noisy") == (milliseconds == "noisy")
     assert (figures(own)["ms of one more token"] is None) == (milliseconds == "noisy")
     assert (figures(own)["one more token, times concatenation"] is None) == (times == "noisy")
+    write_csv([own], tmp_path / "r.csv")
+    (row,) = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    assert (row["ms decode"], row["decode / concat"]) == ("4.0", "2.0")
+    assert ("ms decode" in row["noisy"], "decode / concat" in row["noisy"]) == (
+        milliseconds == "noisy",
+        times == "noisy",
+    )
     again = Record.from_json(own.to_json())
     assert again.milliseconds["decode"][0] == 4.0
     assert again.ratios["concat"]["decode"][0] == 2.0

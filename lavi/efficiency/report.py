@@ -192,7 +192,8 @@ def _short(value: float | None) -> str:
 
 
 def write_csv(records: Sequence[Record], file: Path) -> None:
-    """One row a record, one column a figure; FLOPs by component, and MACs beside their totals."""
+    """One row a record, one column a figure; FLOPs by component, and MACs beside their totals. Figures that say nothing
+    stand there, too; their columns are named under ``noisy``."""
     rows = []
     for made in records:
         row: dict[str, Any] = {"name": name(made), "method": made.method, "scenario": made.knobs.get("scenario", "")}
@@ -205,12 +206,19 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
         for to, ratios in made.ratios.items():
             for stage, ends in ratios.items():
                 row |= {f"{stage} / {to}{end}": value for end, value in zip(("", " low", " high"), ends, strict=True)}
-        row |= {f"MiB {kind}": value for kind, value in made.mib.items()}
+        row |= {f"MiB {kind}": value for kind, value in made.mib.items()} | {"noisy": "; ".join(_noisy(made))}
         rows.append(row | {key: getattr(made, key) for key in ("error", "device", "dtype", "attention", "recipe")})
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _noisy(made: Record) -> list[str]:
+    """The figures of a spreadsheet that say nothing."""
+    ratios = [(to, stage) for to, stages in made.ratios.items() for stage in stages]
+    found = [f"ms {stage}" for stage in made.turns if made.time_is_noisy(stage)]
+    return found + [f"{stage} / {to}" for to, stage in ratios if (it := made.ratio(to, stage)) and it.noisy]
 
 
 def draw(records: Sequence[Record], file: Path) -> None:
