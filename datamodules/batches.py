@@ -303,6 +303,17 @@ class HeldOut(IterableDataset[Batch]):
         if self.rank == 0:
             skipped.check_any_used(self.streams[0].shards[0])
 
+    def __length_hint__(self) -> int:
+        """Batches of a pass, for whoever shows how far it is; 0 if nobody knows."""
+        return -(-(self.expected or 0) // (self.batch_size * self.ranks))
+
+    @property
+    def expected(self) -> int | None:
+        """Records of a pass, broken ones included; None: not known."""
+        counts = [stream.samples for stream in self.streams]
+        total = None if None in counts else sum(count or 0 for count in counts)
+        return self.limit if total is None else min(total, self.limit or total)
+
     def samples(self) -> Iterator[Sample]:
         """The usable samples of one pass, decoded one at a time and not encoded; every rank gets all.
 
@@ -354,6 +365,5 @@ class SampleStream:
     @property
     def expected(self) -> int | None:
         """How many there are, broken ones included; None: not known."""
-        counts = [stream.samples for stream in self.held_out.streams]
-        total = None if None in counts else sum(count or 0 for count in counts)
-        return self.limit if total is None else min(total, self.limit or total)
+        given = self.held_out.expected
+        return self.limit if given is None else min(given, self.limit or given)
