@@ -66,8 +66,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 0.3},
     "cohere": {},
     "stablelm": {},
-    "gpt_neox": {},
-    "gpt2": {"num_key_value_heads": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {"num_key_value_heads": None},
+    "gpt2": {
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "starcoder2": {},
     "ernie4_5": {},
     "glm": {"head_dim": 8},
@@ -107,7 +113,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build(tokenizer: str):  # type: ignore[no-untyped-def]
     """A small model: the same weights whenever the seed is the same, but for the fusion's own."""
 
