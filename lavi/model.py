@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from lavi.arguments import Check, Count
 from lavi.batch import Batch
-from lavi.chat import Chat
+from lavi.chat import Chat, check_template
 from lavi.configurations import weights_wanted
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
@@ -45,8 +46,8 @@ class VisionLanguageModel(nn.Module):
         fusion: Fusion,
         reducer: Reducer | None = None,
         tiling: Tiling | None = None,
-        chat_template: str | None = None,
-        context_length: int | None = None,
+        chat_template: Annotated[str, Check(check_template)] | None = None,
+        context_length: Count | None = None,
         timestamps: bool = False,
     ) -> None:
         super().__init__()

@@ -224,8 +224,12 @@ def chosen_layers(
     """The layers that a ``method`` works in, ascending: those named, else a share of ``count``, else one of ``every``.
 
     Raises:
-        UserError: none, or one that the language model has not.
+        UserError: none, or one that the language model has not; a share or a group that is none.
     """
+    if every < 1 or not (fraction is None or 0 < fraction <= 1):
+        raise UserError(
+            f"{method} takes every from 1 and a fraction above 0 and at most 1, not {every} and {fraction}."
+        )
     if layers is not None:
         chosen = list(layers)
     elif fraction is not None:

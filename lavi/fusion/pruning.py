@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lavi.arguments import Count, Share
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import Cost, asking_columns
@@ -45,7 +46,7 @@ class PruningFusion(ConcatFusion):
 
     packs = False
 
-    def __init__(self, *, stages: dict[int, float], newline: bool = False, budget: int = 9) -> None:
+    def __init__(self, *, stages: dict[int, Share], newline: bool = False, budget: Count = 9) -> None:
         super().__init__(newline=newline, budget=budget)
         for layer, keep in stages.items():
             if not 0 < keep <= 1:
@@ -113,7 +114,7 @@ class PruningFusion(ConcatFusion):
 class FastV(PruningFusion):
     """One stage: behind the first ``layer`` layers (the paper's K) a share ``keep`` of the visual tokens stays."""
 
-    def __init__(self, *, layer: int = 2, keep: float = 0.5, newline: bool = False, budget: int = 9) -> None:
+    def __init__(self, *, layer: Count = 2, keep: Share = 0.5, newline: bool = False, budget: Count = 9) -> None:
         super().__init__(stages={layer - 1: keep}, newline=newline, budget=budget)
 
 
@@ -125,7 +126,7 @@ class PyramidDrop(PruningFusion):
         keep: the paper's lambda.
     """
 
-    def __init__(self, *, stages: int = 4, keep: float = 0.5, newline: bool = False, budget: int = 9) -> None:
+    def __init__(self, *, stages: Count = 4, keep: Share = 0.5, newline: bool = False, budget: Count = 9) -> None:
         super().__init__(stages={}, newline=newline, budget=budget)
         if stages < 2 or not 0 < keep <= 1:
             raise UserError(

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lavi.arguments import Count
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import Cost, Rows, asking_columns, rows_of, spread_layers
@@ -89,11 +90,11 @@ class VisorFusion(ConcatFusion):
         router: Literal["token", "pooled"] | None = None,
         labels: str | None = None,
         read: Literal["attention", "modulation"] = "attention",
-        bottleneck: int = 64,
-        heads: int = 4,
-        max_images: int = 8,
+        bottleneck: Count = 64,
+        heads: Count = 4,
+        max_images: Count = 8,
         newline: bool = False,
-        budget: int = 9,
+        budget: Count = 9,
     ) -> None:
         super().__init__(newline=newline, budget=budget)
         if router is not None and configurations is None:
@@ -197,7 +198,7 @@ class VisorFusion(ConcatFusion):
         """From the cheapest to the dearest."""
         wanted = self.wanted_configurations
         if isinstance(wanted, str):
-            wanted = read_viable(Path(wanted))
+            wanted = read_viable(Path(wanted).expanduser())
         return sorted({self.configuration_of(one) for one in wanted or []}, key=lambda one: (len(one), one))
 
     def _where_ways_part(self) -> int:
@@ -320,7 +321,7 @@ class VisorFusion(ConcatFusion):
     def labels(self) -> dict[str, int]:
         """Number of the configuration that each sample needs."""
         if self._labels is None:
-            self._labels = read_labels(Path(self.labels_file), self.viable) if self.labels_file else {}
+            self._labels = read_labels(Path(self.labels_file).expanduser(), self.viable) if self.labels_file else {}
         return self._labels
 
     # --- what it costs ------------------------------------------------------------------------------------------------
