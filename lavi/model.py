@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from lavi.arguments import Check, Count
 from lavi.batch import Batch
@@ -17,6 +17,7 @@ from lavi.configurations import weights_wanted
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
+from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
 from lavi.processor import Processor
 from lavi.reduction.base import Reducer
@@ -108,38 +109,81 @@ class VisionLanguageModel(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(
-        self, batch: Batch, *, max_new_tokens: int = 32, num_beams: int = 1, **decoding: Any
-    ) -> list[list[int]]:
-        """Continue each row of a left-padded batch; the ids of each answer, without its end token and padding.
+    def generate(self, batch: Batch, **decoding: Any) -> list[list[int]] | ModelOutput:
+        """Continue each row of a left-padded batch.
 
         Args:
-            decoding: what transformers' ``generate`` takes besides: ``streamer``, ``do_sample``, ``temperature`` ...
+            decoding: what transformers' ``generate`` takes, under its names: ``max_new_tokens`` (by default 32),
+                ``num_beams``, ``num_return_sequences`` (1), ``do_sample`` (False), ``streamer``, ``generation_config``.
+
+        Returns:
+            The ids of each answer, without its end token and padding; those of one row stand side by side. With
+            ``return_dict_in_generate`` transformers' own output instead, whose ``sequences`` hold the new tokens alone.
+
+        Raises:
+            UserError: what :mod:`lavi.language.decoding` refuses, or a batch that is no left-padded prompt.
         """
+        if batch.packed is not None or any(stop != batch.input_ids.shape[1] for _, stop in batch.spans):
+            raise UserError("only prompts that end together can be continued: collate them with pad_left=True.")
+        asked = self._asked(decoding)
+        asked.check_rows(len(batch), positions_left=self.language.context_length - max(self._lengths(batch)))
         inputs = self.fusion(batch, self.features(batch.pixels), self.language)
-        settings: dict[str, Any] = {
-            "eos_token_id": self.end_ids(),
-            "pad_token_id": self.chat.pad_id,
-            "do_sample": False,
-        }
-        settings |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | decoding
-        vision = inputs.vision.for_generation(num_beams)
-        out: Any = self.language.hf.generate(**inputs.sequence(), vision=vision, **settings)  # type: ignore[misc]
-        prompt = inputs.input_ids.shape[1] if inputs.input_ids is not None else 0  # embeddings are not given back
-        return [_until(row, settings["eos_token_id"] or ()) for row in out[:, prompt:].tolist()]
+        hf, vision = self.language.hf, inputs.vision.for_generation(asked.copies)
+        cache = vision.new_cache(hf.config)
+        asked.check_fusion(
+            type(self.fusion).__name__,
+            own_cache=cache is not None,
+            ids_alone=inputs.input_ids is not None,
+            device=hf.device.type,
+        )
+        settings, sequence = asked.for_transformers, inputs.sequence()
+        if inputs.input_ids is None:  # embeddings are read once
+            settings["use_cache"] = True
+        if cache is not None and settings["use_cache"]:
+            settings |= {"past_key_values": cache, "cache_implementation": None}
+        if "stop_strings" in settings:
+            settings.setdefault("tokenizer", self.chat.tokenizer)
+        # Penalties, stop strings and streamers read the prompt's ids, also where the decoder reads embeddings. Prompt
+        # lookup would add drafts to the ids before the embeddings are read, which have no room for them.
+        if "prompt_lookup_num_tokens" not in settings:
+            sequence["input_ids"] = batch.input_ids
+        with refusals_of_transformers():
+            out: Any = hf.generate(**sequence, vision=vision, **settings)  # type: ignore[misc]
+        prompt = sequence["input_ids"].shape[1] if "input_ids" in sequence else 0
+        if isinstance(out, ModelOutput):
+            out["sequences"] = out["sequences"][:, prompt:]
+            return out
+        return asked.cut(out[:, prompt:])
+
+    def _lengths(self, batch: Batch) -> list[int]:
+        """Tokens of each row in the language model's sequence, the visual ones among them."""
+        lengths = [stop - start for start, stop in batch.spans]
+        for place in batch.places:
+            lengths[place.row] += self.processor.tokens_of(place.layout)
+        return lengths
 
     def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:
         """From features to the first token: the decoder's output (last-token logits, cache), and the context."""
         inputs = self.fusion(batch, features, self.language)
-        vision = inputs.vision.for_generation(beams=1)
+        vision = inputs.vision.for_generation(copies=1)
         out = self.language.hf(
             **inputs.sequence(), position_ids=inputs.position_ids, vision=vision, use_cache=True, logits_to_keep=1
         )
         return out, vision
 
     def answer(self, batch: Batch, **decoding: Any) -> list[str]:
-        """:meth:`generate`, as text."""
-        return [self.chat.decode(ids) for ids in self.generate(batch, **decoding)]
+        """:meth:`generate`, as text.
+
+        Raises:
+            UserError: also for ``return_dict_in_generate``, which text has no room for.
+        """
+        if self._asked(decoding).settings.get("return_dict_in_generate"):
+            raise UserError("answer gives text alone: call generate for what return_dict_in_generate gives besides.")
+        answers = cast(list[list[int]], self.generate(batch, **decoding))
+        return [self.chat.decode(ids) for ids in answers]
+
+    def _asked(self, decoding: dict[str, Any]) -> Decoding:
+        return Decoding.read(decoding, ends=self.end_ids(), pad=self.chat.pad_id)
 
     def end_ids(self) -> list[int]:
         """The ids that end an answer."""
@@ -160,11 +204,3 @@ class VisionLanguageModel(nn.Module):
         from lavi import pretrained
 
         return pretrained.from_pretrained(Path(folder), trust=trust)
-
-
-def _until(ids: Sequence[int], end: Sequence[int]) -> list[int]:
-    """The ids before the first end token."""
-    for at, token in enumerate(ids):
-        if token in end:
-            return list(ids[:at])
-    return list(ids)

@@ -122,9 +122,9 @@ class ColumnContext(VisualContext):
     def held(self) -> list[Tensor]:
         return list(self.visual.values())
 
-    def for_generation(self, beams: int) -> Self:
-        visual = {name: tokens.repeat_interleave(beams, dim=0) for name, tokens in self.visual.items()}
-        return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(beams, dim=0))
+    def for_generation(self, copies: int) -> Self:
+        visual = {name: tokens.repeat_interleave(copies, dim=0) for name, tokens in self.visual.items()}
+        return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(copies, dim=0))
 
 
 @dataclass

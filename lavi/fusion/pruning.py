@@ -189,14 +189,14 @@ class PruningContext(VisualContext):
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 
-    def for_generation(self, beams: int) -> Self:
+    def for_generation(self, copies: int) -> Self:
         def repeat(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(beams, dim=0)
+            return tensor.repeat_interleave(copies, dim=0)
 
         names = ("valid", "visual", "columns", "asking")
         tensors: dict[str, Any] = {name: repeat(getattr(self, name)) for name in names}
         lists: dict[str, Any] = {
-            name: [n for n in getattr(self, name) for _ in range(beams)] for name in ("counts", "texts")
+            name: [n for n in getattr(self, name) for _ in range(copies)] for name in ("counts", "texts")
         }
         return replace(self, text_columns=None, **tensors, **lists)
 

@@ -412,6 +412,8 @@ class VisorContext(VisualContext):
     arranged: Tensor = None  # type: ignore[assignment]
     """(B, M): where V stands in it (S: padding)."""
     keys: list[str] = field(default_factory=list)
+    copies: int = 1
+    """Of each sample among the rows, side by side."""
     routing: list[Tensor] = field(default_factory=list)
     """(B, configurations): what the router said, of each reading of the prompt."""
     past: int = 0
@@ -434,11 +436,11 @@ class VisorContext(VisualContext):
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 
-    def for_generation(self, beams: int) -> Self:
+    def for_generation(self, copies: int) -> Self:
         names = ["beside", "before", "visual_valid", "text_valid", "image", "asking", "columns", "arranged"]
         held = {name: getattr(self, name) for name in names}
-        repeated = {name: part.repeat_interleave(beams, dim=0) for name, part in held.items() if part is not None}
-        return replace(self, text_columns=None, **repeated)
+        repeated = {name: part.repeat_interleave(copies, dim=0) for name, part in held.items() if part is not None}
+        return replace(self, text_columns=None, copies=copies, **repeated)
 
     def held(self) -> list[Tensor]:
         return [] if self.beside is None else [self.beside]
@@ -530,7 +532,7 @@ class VisorContext(VisualContext):
             chosen = [fusion.viable[0]] * len(hidden)
         else:
             chosen = [fusion.viable[number] for number in logits.argmax(-1).tolist()]
-            fusion.routed.update(chosen)
+            fusion.routed.update(chosen[:: self.copies])
         made = []
         for configuration in dict.fromkeys(chosen):
             rows = torch.tensor([row for row, own in enumerate(chosen) if own == configuration], device="cpu")

@@ -38,7 +38,7 @@ class VisualContext:
         return call(hidden, vision=self, **kwargs)
 
     def new_cache(self, config: PretrainedConfig) -> Cache | None:
-        """A cache for a prompt about to be read; None: the language model's own."""
+        """The only cache that can serve a prompt about to be read; None: any that the language model takes."""
         return None
 
     def around_stack(self) -> AbstractContextManager[object]:
@@ -53,8 +53,8 @@ class VisualContext:
         """What the method adds to the loss of a batch that was read, each a mean over samples."""
         return {}
 
-    def for_generation(self, beams: int) -> Self:
-        """The context of a prompt about to be continued, each row ``beams`` times."""
+    def for_generation(self, copies: int) -> Self:
+        """The context of a prompt about to be continued, each row ``copies`` times, side by side."""
         return replace(self, text_columns=None)
 
 

@@ -43,6 +43,13 @@ class LayeredCache(DynamicCache):
     def part(self, rows: list[Tensor]) -> None:
         """From here on each group of rows has a cache of its own."""
         self.groups = [(group, LayeredCache(self.config)) for group in rows]
+        if any(self.is_recording_past(layer) for layer in range(len(self.layers))):
+            self.activate_past_recording()
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        for _, cache in self.groups:
+            cache.activate_past_recording()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.arranged
@@ -60,7 +67,10 @@ class LayeredCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.arranged -= abs(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.is_initialized:  # those behind the parting of the rows are not
+                layer.crop(tokens_to_remove)
         for _, cache in self.groups:
             cache.crop(tokens_to_remove)
 

@@ -87,9 +87,9 @@ class FusedDecoder(nn.Module):
             return super().forward(input_ids, *args, **kwargs)
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache"):
+            kwargs["past_key_values"] = cache = vision.new_cache(self.config)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if not past and (cache is not None or kwargs.get("use_cache")):
-            kwargs["past_key_values"] = cache = vision.new_cache(self.config) or cache
         placed = vision.at(past, tokens.shape[1])
         with placed.around_stack():
             out = super().forward(input_ids, *args, vision=placed, **kwargs)

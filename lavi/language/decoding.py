@@ -1,0 +1,276 @@
+"""What ``generate`` may be asked for: the one place that says yes, or no in a sentence, before the language model runs.
+
+How tokens are chosen is transformers' own, and so are the names. Refused is what would read the prompt without its
+images, what transformers itself no longer has, and what does not go with the prompt or the fusion at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, GenerationConfig, StaticCache, TextStreamer
+
+from lavi.errors import UserError, nearest
+
+DEFAULTS = {"max_new_tokens": 32, "num_beams": 1, "num_return_sequences": 1, "do_sample": False, "use_cache": True}
+"""The likeliest answer, of at most 32 tokens."""
+
+COUNTS = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prefill_chunk_size": 1,
+    "prompt_lookup_num_tokens": 1,
+}
+"""Whole numbers, and the least that each may be."""
+
+BESIDE = frozenset(
+    {
+        "logits_processor",
+        "past_key_values",
+        "prefix_allowed_tokens_fn",
+        "stopping_criteria",
+        "streamer",
+        "synced_gpus",
+        "tokenizer",
+    }
+)
+"""What transformers' ``generate`` takes that is not in a ``GenerationConfig``, and handed on to it."""
+
+NEUTRAL = {
+    "diversity_penalty": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "token_healing": False,
+}
+"""Values that ask for nothing, of arguments that may be refused."""
+
+REFUSED = {
+    **dict.fromkeys(
+        ("assistant_model", "assistant_tokenizer", "assistant_early_exit", "speculation_type", "use_mtp"),
+        "drafts answers without seeing the images: set prompt_lookup_num_tokens instead",
+    ),
+    **dict.fromkeys(
+        ("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask", "token_healing"),
+        "runs the language model a second time, without the images: leave it out",
+    ),
+    **dict.fromkeys(
+        ("constraints", "diversity_penalty", "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha"),
+        "asks for a way of decoding that transformers no longer has: set num_beams or do_sample instead",
+    ),
+    **dict.fromkeys(
+        ("custom_generate", "continuous_batching_config", "is_assistant"),
+        "asks for another loop than this one, which knows nothing of the images: leave it out",
+    ),
+    "max_length": "counts the prompt, which is as long as the fusion makes it: set max_new_tokens instead",
+    "min_length": "counts the prompt, which is as long as the fusion makes it: set min_new_tokens instead",
+}
+
+OF_THE_CACHE = ("cache_implementation", "cache_config", "max_cache_len", "past_key_values")
+
+OF_THE_IDS = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "prefill_chunk_size")
+"""What takes the ids of a prompt for all of it."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The arguments of one call, as transformers names them: those given, and the defaults for the rest."""
+
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], *, ends: Sequence[int], pad: int) -> Decoding:
+        """Check names and values.
+
+        Args:
+            given: by name; a ``generation_config`` among them says what the others leave open.
+            ends: the tokens that end an answer, if nothing is given.
+            pad: the token behind the end of an answer, likewise.
+
+        Raises:
+            UserError: an argument that there is not, that is refused, or whose value is.
+        """
+        config = given.get("generation_config")
+        if not isinstance(config, GenerationConfig | None):
+            raise UserError(f"generation_config must be a transformers.GenerationConfig, not {type(config).__name__}.")
+        named = ({} if config is None else _public(config)) | {n: v for n, v in given.items() if v is not None}
+        named = {n: v for n, v in named.items() if n != "generation_config" and not _asks_for_nothing(n, v)}
+        settings: dict[str, Any] = DEFAULTS | {"eos_token_id": ends, "pad_token_id": pad} | named
+        if "eos_token_id" in given and given["eos_token_id"] is None:
+            settings["eos_token_id"] = ()
+        settings["eos_token_id"] = _listed(settings["eos_token_id"])
+        _check_names(settings)
+        _check_values(settings)
+        return cls(settings)
+
+    @property
+    def for_transformers(self) -> dict[str, Any]:
+        """The settings as its ``generate`` takes them."""
+        ends = self.settings["eos_token_id"]
+        # With no list at all it would not pad a row that stops for another reason; beam search takes no empty one.
+        return self.settings | {"eos_token_id": ends or (None if self.settings["num_beams"] > 1 else [])}
+
+    @property
+    def copies(self) -> int:
+        """Rows of the decoder for each row of the prompt, side by side."""
+        return max(self.settings["num_beams"], self.settings["num_return_sequences"])
+
+    def check_rows(self, rows: int, *, positions_left: int) -> None:
+        """Refuse what does not go with a batch.
+
+        Args:
+            positions_left: of the language model, behind the longest prompt.
+
+        Raises:
+            UserError: more rows than a drafting or a streaming can take, or an answer that may outgrow the positions.
+        """
+        for name, value in (
+            ("prompt_lookup_num_tokens", self.settings.get("prompt_lookup_num_tokens")),
+            ("a TextStreamer", isinstance(self.settings.get("streamer"), TextStreamer)),
+        ):
+            if value and rows * self.copies > 1:
+                raise UserError(
+                    f"{name} serves one answer at a time, and {rows * self.copies} grow here: pass a batch of one row, "
+                    "with num_beams=1 and num_return_sequences=1."
+                )
+        # The last token of an answer is never read, so it needs no position.
+        longest, wanted = positions_left + 1, self.settings["max_new_tokens"]
+        if longest < 1:
+            raise UserError("the prompt alone fills the positions of the language model: ask with less text or images.")
+        if wanted > longest:
+            raise UserError(
+                f"max_new_tokens={wanted} would lead beyond the positions of the language model: behind this prompt "
+                f"there is room for {longest}; set max_new_tokens to at most that."
+            )
+
+    def check_fusion(self, fusion: str, *, own_cache: bool, ids_alone: bool, device: str) -> None:
+        """Refuse what does not go with the sequence that a fusion arranged.
+
+        Args:
+            own_cache: its layers keep what no other cache can hold.
+            ids_alone: the sequence is the text's ids and nothing between them.
+            device: that the language model is on.
+
+        Raises:
+            UserError: a cache that cannot serve, or what needs a prompt of ids.
+        """
+        cache, kind = self.settings.get("past_key_values"), self.settings.get("cache_implementation", "dynamic")
+        chosen = [name for name in OF_THE_CACHE if self.settings.get(name, "dynamic") != "dynamic"]
+        if own_cache and chosen:
+            raise UserError(f"{fusion} keeps what its layers read in a cache of its own: leave out {chosen[0]}.")
+        if kind == "paged":
+            raise UserError("cache_implementation=paged would read the prompt without its images: leave it out.")
+        if kind.startswith("offloaded") and device == "cpu":
+            raise UserError(f"cache_implementation={kind} needs a GPU, and the model is on the CPU: leave it out.")
+        if isinstance(cache, StaticCache):
+            raise UserError(
+                "past_key_values is a StaticCache, which may be too small: set cache_implementation=static instead, "
+                "which makes one that fits."
+            )
+        if isinstance(cache, Cache) and cache.get_seq_length():
+            raise UserError(
+                f"past_key_values holds {cache.get_seq_length()} tokens already, and each prompt is read from its "
+                "start: pass an empty cache, or none."
+            )
+        for name in OF_THE_IDS:
+            if name in self.settings and not ids_alone:
+                raise UserError(
+                    f"{fusion} puts visual tokens into the sequence, and {name} works on text alone: leave it out."
+                )
+
+    def cut(self, new: Tensor) -> list[list[int]]:
+        """The ids of each answer, of (answers, tokens) behind the prompt: without its end token and padding."""
+        return [self._cut(row) for row in new.tolist()]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        end = next((column for column, token in enumerate(ids) if token in self.settings["eos_token_id"]), len(ids))
+        ids = ids[:end]
+        if "stop_strings" in self.settings or "stopping_criteria" in self.settings:  # it may have stopped without one
+            while ids and ids[-1] == self.settings["pad_token_id"]:
+                ids.pop()
+        return ids
+
+
+def _public(config: GenerationConfig) -> dict[str, Any]:
+    """What a configuration says, by name."""
+    return {name: v for name, v in vars(config).items() if not name.startswith("_") and name != "transformers_version"}
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return value is None or (name in NEUTRAL and value == NEUTRAL[name])
+
+
+def _listed(ids: Any) -> list[int]:
+    """One id, or any sequence of them."""
+    return [int(ids)] if isinstance(ids, Integral) else [int(token) for token in ids]
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = BESIDE | set(_public(GenerationConfig())) - set(REFUSED)
+    for name in settings:
+        if name in REFUSED:
+            raise UserError(f"{name} {REFUSED[name]}.")
+        if name not in known:
+            raise UserError(f"generate takes no argument '{name}': {nearest(name, known)}")
+
+
+def _check_values(settings: Mapping[str, Any]) -> None:
+    for name, least in COUNTS.items():
+        value = settings.get(name, least)
+        if not isinstance(value, Integral) or value < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    if settings.get("min_new_tokens", 0) > settings["max_new_tokens"]:
+        raise UserError(
+            f"an answer of at least min_new_tokens={settings['min_new_tokens']} tokens cannot have at most "
+            f"max_new_tokens={settings['max_new_tokens']}: raise the one or lower the other."
+        )
+    config = GenerationConfig()
+    for name in settings.keys() & _public(config).keys():
+        setattr(config, name, settings[name])
+    with refusals_of_transformers():
+        config.validate(strict=True)
+
+
+@contextmanager
+def refusals_of_transformers() -> Iterator[None]:
+    """What transformers refuses of the arguments of ``generate`` becomes one sentence; all other errors go through.
+
+    Raises:
+        UserError: it refused.
+    """
+    try:
+        yield
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        if not _raised_by_generation(error):
+            raise
+        raise UserError(f"generate: {_one_sentence(str(error))}") from error
+
+
+def _raised_by_generation(error: BaseException) -> bool:
+    """Whether the line that raised is one of transformers' generation or caches, and not of a model or a callback."""
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__")).startswith(
+        ("transformers.generation", "transformers.cache_utils")
+    )
+
+
+def _one_sentence(text: str) -> str:
+    """The first paragraph of a message, or the first of its list of points, as one sentence."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    points = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    joined = re.sub(r"\.\s+(\w)", lambda found: f"; {found[1].lower()}", (points or lines)[0])
+    return joined.rstrip(".:") + "."
