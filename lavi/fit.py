@@ -71,7 +71,8 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     from lavi.model import VisionLanguageModel
 
     first = checkpoint.is_first_rank()
-    logger = checkpoint.Curves(run, resumed_step=checkpoint.step_of(resume_from) if resume_from else None)
+    resumed_step = checkpoint.step_of(resume_from) if resume_from else None
+    logger = checkpoint.Curves(run, resumed_step=resumed_step)
     console = report.console()
     console.quiet = not first
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -84,7 +85,7 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
         recipe = pretrained.settled(recipe, model)
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
-    keep = checkpoint.KeepRun(run, recipe, every=save_every, resumes=resume_from is not None)
+    keep = checkpoint.KeepRun(run, recipe, every=save_every, resumed_step=resumed_step)
     callbacks = [keep, *recipe.build_callbacks()]
     wants_bar = recipe.settings["trainer"].get("enable_progress_bar", True)
     if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):

@@ -94,6 +94,25 @@ def resume(run, tmp_path: Path):  # type: ignore[no-untyped-def]
     return call
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def in_one_go(fit, kept: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """The folder of a run that nothing stopped, trained once for all tests."""
+
+    def call(**trainer: Any) -> Path:
+        folder = kept / "-".join(map(str, trainer.values()))
+        if not folder.exists():
+            assert fit("whole", **trainer)[0] == 0
+            shutil.copytree(tmp_path / "whole", folder)
+        return folder
+
+    return call
+
+
 def equal(one: Path, two: Path) -> bool:
     first, second = load_file(one / TRAINED), load_file(two / TRAINED)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -114,28 +133,29 @@ def keep_a_copy(monkeypatch: pytest.MonkeyPatch, *, step: int, into: Path) -> No
 # --- stops, kills and the curves --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("accumulate", "at"), [(1, 2), (3, 4), (3, 5)])
-def test_a_stop_falls_between_two_steps_of_the_optimizer(fit, resume, tmp_path: Path, accumulate: int, at: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("accumulate", "at"), [(1, 1), (2, 2), (2, 3)])
+def test_a_stop_falls_between_two_steps_of_the_optimizer(
+    fit, resume, in_one_go, tmp_path: Path, accumulate: int, at: int
+) -> None:  # type: ignore[no-untyped-def]
     """At whichever micro-batch it comes: what is resumed ends with the weights and the curves of one go."""
-    settings = {"accumulate_grad_batches": accumulate, "max_steps": 4}
-    assert fit("one", **settings)[0] == 0
-    status, out, _ = fit("two", acting(at=at), **settings)
-    assert (status, step_of(tmp_path / "two" / LAST)) == (130, at // accumulate + 1)
-    assert f"stopped at step {at // accumulate + 1}, saved" in " ".join(out.split())
-    assert resume("two", "callbacks.act=null")[0] == 0
-    assert equal(tmp_path / "one", tmp_path / "two")
-    assert curves(tmp_path / "two") == curves(tmp_path / "one")
+    settings = {"accumulate_grad_batches": accumulate, "max_steps": 3}
+    status, out, _ = fit("run", acting(at=at), **settings)
+    assert (status, step_of(tmp_path / "run" / LAST)) == (130, 2)
+    assert "stopped at step 2, saved. Go on with: python -m lavi.fit --resume" in " ".join(out.split())
+    assert resume("run", "callbacks.act=null")[0] == 0
+    whole = in_one_go(**settings)
+    assert equal(tmp_path / "run", whole)
+    assert curves(tmp_path / "run") == curves(whole)
 
 
-def test_what_ends_a_run_ends_it_between_two_steps(fit, resume, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_ends_a_run_ends_it_between_two_steps(fit, resume, in_one_go, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """As ``max_time`` does: in the middle of a step it waits for the step's end, so that resuming loses nothing."""
-    settings = {"accumulate_grad_batches": 3, "max_steps": 3}
-    assert fit("one", **settings)[0] == 0
-    status, out, _ = fit("two", acting(at=3, do="end", when="end"), **settings)
+    settings = {"accumulate_grad_batches": 2, "max_steps": 3}
+    status, out, _ = fit("run", acting(at=2, do="end", when="end"), **settings)
     assert status == 0
     assert "after 2 steps" in " ".join(out.split())
-    assert resume("two", "callbacks.act=null")[0] == 0
-    assert equal(tmp_path / "one", tmp_path / "two")
+    assert resume("run", "callbacks.act=null")[0] == 0
+    assert equal(tmp_path / "run", in_one_go(**settings))
 
 
 def test_a_second_interrupt_stops_now_and_says_what_is_safe(fit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -227,36 +247,33 @@ def _as_safetensors_says_it(state: Any, file: Path, **kwargs: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize(
-    ("place", "fake"),
-    [
-        ("torch.save", _as_torch_says_it),
-        ("lavi.weights.save_file", _as_safetensors_says_it),
-        ("lavi.weights.os.fsync", _no_room),
-    ],
-)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    fit, resume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, fake: Any
+    fit, resume, in_one_go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
-    """One sentence with what is safe; nothing half-written lies about; and when there is room the run goes on."""
+    """One sentence with what is safe, nothing half-written lies about; and when there is room the run goes on."""
     write = KeepRun._write
+    full = {
+        "torch.save": _as_torch_says_it,
+        "lavi.weights.save_file": _as_safetensors_says_it,
+        "lavi.weights.os.fsync": _no_room,
+    }
+    for place, fake in full.items():
 
-    def full_at_four(self: KeepRun, checkpoint: dict[str, Any]) -> None:
+        def full_at_three(self: KeepRun, checkpoint: dict[str, Any], place: str = place, fake: Any = fake) -> None:
+            with monkeypatch.context() as patch:
+                if checkpoint["global_step"] == 3:
+                    patch.setattr(place, fake)
+                write(self, checkpoint)
+
         with monkeypatch.context() as patch:
-            if checkpoint["global_step"] == 4:
-                patch.setattr(place, fake)
-            write(self, checkpoint)
-
-    assert fit("whole")[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(KeepRun, "_write", full_at_four)
-        said = fit("run", "--save-every", 2)
-    refused(said, "the checkpoint of step 4 cannot be written into", "(No space left on device)")
-    refused(said, "last.ckpt of step 2 is intact: go on with python -m lavi.fit --resume")
-    assert not list((tmp_path / "run").glob("*.part"))
-    assert step_of(tmp_path / "run" / LAST) == 2
+            patch.setattr(KeepRun, "_write", full_at_three)
+            said = fit("run", "--save-every", 2, max_steps=3) if place == "torch.save" else resume("run")
+        refused(said, "the checkpoint of step 3 cannot be written into", "(No space left on device)", "make room")
+        refused(said, "last.ckpt of step 2 is intact: go on with python -m lavi.fit --resume")
+        assert not list((tmp_path / "run").glob("*.part"))
+        assert step_of(tmp_path / "run" / LAST) == 2
     assert resume("run")[0] == 0
-    assert equal(tmp_path / "whole", tmp_path / "run")
+    assert equal(tmp_path / "run", in_one_go(max_steps=3))
 
 
 @pytest.mark.parametrize("file", [RECIPE, "events"], ids=str)
@@ -398,14 +415,13 @@ def test_checkpoints_that_were_cut_are_refused_before_anything_is_built(fit, res
     assert fit("again", f"module.start_from={last.parent}", max_steps=1)[0] == 0
 
 
-def test_weights_of_another_step_than_the_checkpoint_are_named(fit, resume, tmp_path: Path, caplog) -> None:  # type: ignore[no-untyped-def]
+def test_weights_of_another_step_than_the_checkpoint_are_named(fit, resume, in_one_go, tmp_path: Path, caplog) -> None:  # type: ignore[no-untyped-def]
     """Killed between the two files: the run goes on from its checkpoint, and ends as in one go."""
-    assert fit("whole")[0] == 0
-    assert fit("run", acting(at=1))[0] == 130
-    shutil.copy(tmp_path / "whole" / TRAINED, tmp_path / "run")
+    assert fit("run", acting(at=1), max_steps=3)[0] == 130
+    shutil.copy(in_one_go(max_steps=3) / TRAINED, tmp_path / "run")
     assert resume("run", "callbacks.act=null")[0] == 0
-    assert "trained.safetensors is of step 6; the run goes on from step 2." in caplog.text
-    assert equal(tmp_path / "whole", tmp_path / "run")
+    assert "trained.safetensors is of step 3; the run goes on from step 2." in caplog.text
+    assert equal(tmp_path / "run", in_one_go(max_steps=3))
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
