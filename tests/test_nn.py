@@ -49,6 +49,11 @@ def attended(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    norm, up, _, down = layers
+    return down(gelu(up(layer_norm(x, x.shape[-1:], norm.weight, norm.bias))))
+
+
 def slots_of(made: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
     """What one view (N, Dv) leaves."""
     x = layer_norm(features, (VISION,), made.vision_norm.weight, made.vision_norm.bias)
@@ -62,8 +67,8 @@ def slots_of(made: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
         x = torch.stack([x[a:b, 2 * c : 2 * c + 2].mean((0, 1)) for a, b in rows for c in range(4)])
         x = made.down(x)
         for tokens, channels in zip(made.over_tokens, made.over_channels, strict=True):
-            x = x + tokens(x.T).T
-            x = x + channels(x)
+            x = x + mlp(tokens, x.T).T
+            x = x + mlp(channels, x)
         return x.mean(0, keepdim=True)
     x = made.down(x).reshape(*GRID, R)
     for depthwise, pointwise in zip(made.depthwise, made.pointwise, strict=True):

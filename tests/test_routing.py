@@ -17,6 +17,7 @@ from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.visor import VisorFusion
+from lavi.fusion.visor_files import read_viable
 
 CPU = torch.device("cpu")
 COSTS = [(), (1,), (3,), (1, 3)]
@@ -145,6 +146,30 @@ def test_a_search_goes_on_behind_the_last_batch_it_scored(real: Any, tmp_path: P
     assert (found["samples"], found["answers"]) == (5, 5)
     again = routing.search(model, [], cut, **settings | {"keep": 0.8})  # type: ignore[arg-type]
     assert [tuple(one) for one in again["viable"]] == COSTS[3:]
+
+
+def test_a_search_goes_on_behind_the_last_batch_that_it_scored(real: Any, tmp_path: Path) -> None:
+    out, model = tmp_path / "viable.json", Scripted(real, SURE)
+    settings: dict[str, Any] = {"about": {"run": "x"}, "keep": 0.75, "most": 256, "device": CPU}
+
+    def stopped() -> Iterator[Batch]:
+        yield batches(real, "ab")[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        routing.search(model, stopped(), out, **settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is not finished"):
+        read_viable(out)
+    model.read.clear()
+    found = routing.search(model, batches(real, "ab", "cde"), out, **settings)  # type: ignore[arg-type]
+    assert sorted(model.read) == sorted(COSTS)  # the second batch alone
+    assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
+    assert (found["samples"], found["answers"]) == (5, 5)
+    assert [tuple(one) for one in read_viable(out)] == COSTS[1:]
+    with pytest.raises(UserError, match="made with another run"):
+        routing.search(model, [], out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="made with another most"):
+        routing.search(model, [], out, **settings | {"most": 9})  # type: ignore[arg-type]
 
 
 def test_labelling_goes_on_where_it_was_stopped(real: Any, tmp_path: Path) -> None:
