@@ -223,12 +223,18 @@ def test_a_run_killed_when_all_is_written_needs_no_shard_again(
     assert content(out) == whole
 
 
-def test_a_dead_process_is_a_sentence_and_the_finished_shards_are_kept(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_dead_process_is_a_sentence_and_the_finished_shards_are_kept(
+    tmp_path: Path, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"was killed \(is the memory enough for 2 workers\?\)"):
         write_shards(out, JOBS, dies_once, made_by=MADE_BY)
     assert 1 <= records(out) < 6
+    assert "in all" not in capsys.readouterr().out
     assert write_shards(out, JOBS, slow, made_by=MADE_BY).found >= 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("writing shards: sample 24 of 24")
+    assert said.endswith("in all")
     assert content(out) == whole
 
 
