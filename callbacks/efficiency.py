@@ -47,7 +47,7 @@ class Efficiency(pl.Callback):
         self.visual_tokens, self.text_tokens, self.runs = visual_tokens, text_tokens, runs
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step == 0:  # a run that goes on has them
             records = self.sweep(Recipe.load(Path(trainer.default_root_dir) / RECIPE))
             for folder in _folders(trainer):
                 report.write_curves(records, folder, report.COUNTED)

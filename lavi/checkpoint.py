@@ -442,12 +442,13 @@ def resume_point(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    file = folder.expanduser() / LAST
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {LAST} to resume from: give the run folder that `python -m lavi.fit` printed."
-        )
-    return file
+    folder = folder.expanduser()
+    for name in (LAST, RECIPE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name} to resume from: give the run folder that `python -m lavi.fit` printed."
+            )
+    return folder / LAST
 
 
 def step_of(file: Path) -> int:

@@ -92,6 +92,8 @@ def mendable(error: Exception) -> str | None:
             "data.batch_size, set module.checkpointing=true, or take smaller images, a shorter context or a smaller "
             "model."
         )
+    if (full := os.strerror(errno.ENOSPC)) in said:  # as other libraries pass it on
+        return f"{full}: {REMEDIES[errno.ENOSPC]}."
     if said.startswith("DataLoader worker"):  # killed from outside
         return f"a process that reads data ended ({said}): give it more memory, or lower data.workers."
     return None

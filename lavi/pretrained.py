@@ -93,9 +93,9 @@ def check_new_folder(folder: Path) -> None:
 
 
 def _make_part(folder: Path) -> Path:
-    part = folder.with_name(f"{folder.name}.part")
     if folder.exists():
         raise UserError(f"{folder} exists and is left as it is: choose another folder.")
+    part = folder.with_name(f"{folder.name}.part")
     try:
         part.mkdir(parents=True)
     except FileExistsError:
@@ -122,6 +122,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
                 f"{folder} cannot be written ({reason(error)}), and nothing is left of it: make room, or choose "
                 "another folder."
             ) from None
+        error.add_note(f"Nothing is left of {folder}.")
         raise
 
 

@@ -412,6 +412,10 @@ def test_checkpoints_that_were_cut_are_refused_before_anything_is_built(fit, res
         status, out, err = resume("run")
         refused((status, out, err), "last.ckpt is cut or damaged", f"module.start_from={last.parent}")
         assert "What trains" not in out
+    last.write_bytes(whole)
+    (last.parent / RECIPE).rename(last.parent / "away")
+    refused(resume("run"), f"run has no {RECIPE} to resume from")
+    (last.parent / "away").rename(last.parent / RECIPE)
     assert fit("again", f"module.start_from={last.parent}", max_steps=1)[0] == 0
 
 
@@ -434,6 +438,7 @@ def test_export_refuses_before_the_model_is_loaded(fit, run, tmp_path: Path, mon
     Path("killed.part").mkdir()
     export = ("lavi.export", "--checkpoint", tmp_path / "run", "--out")
     refused(run(*export, "there"), "there exists and is left as it is")
+    refused(run(*export, "/"), "/ exists and is left as it is")
     refused(run(*export, "killed"), "killed.part is in the way")
     refused(run(*export, "/proc/x/y"), "/proc/x/y cannot be made", "No such file or directory")
     assert not Path("there.part").exists()
@@ -499,6 +504,10 @@ def test_too_little_memory_is_one_sentence(fit) -> None:  # type: ignore[no-unty
         (OSError(errno.EISDIR, "Is a directory", "/a/b"), "/a/b: Is a directory: give a file"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room there"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "given/here"), "give one that exists"),
+        (
+            RuntimeError("writing: No space left on device (os error 28)"),
+            "No space left on device: make room there",
+        ),
         (MemoryError(), "the memory is too small (of this machine)"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
