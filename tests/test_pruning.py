@@ -8,6 +8,7 @@ from conftest import FAMILIES, ask, awaken, collate
 from test_oracles import row
 from transformers import AutoModelForCausalLM
 
+from lavi.batch import Layout
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept
@@ -82,6 +83,35 @@ def test_dropped_tokens_are_in_no_later_cache(build) -> None:
     assert model.fusion.visual_by_layer(16, 4) == [16, 8, 4, 2]
 
 
+def test_tokens_leave_behind_the_layers_that_the_papers_say(build) -> None:  # type: ignore[no-untyped-def]
+    """FastV behind its K-th layer, PyramidDrop behind each of its parts but the last; of 100 tokens, with 8 layers."""
+    for fusion, left in (
+        (FastV(), [100] * 2 + [50] * 6),
+        (FastV(layer=3, keep=0.1), [100] * 3 + [10] * 5),
+        (PyramidDrop(), [100, 100, 50, 50, 25, 25, 12, 12]),
+        (PyramidDrop(stages=2, keep=0.25), [100] * 4 + [25] * 4),
+        (PyramidDrop(stages=3, keep=0.5), [100] * 3 + [50] * 2 + [25] * 3),
+        (PruningFusion(stages={4: 0.5, 0: 0.1, 2: 1.0}), [100] + [10] * 4 + [5] * 3),
+    ):
+        bound = build(fusion, num_hidden_layers=8).fusion
+        assert bound.visual_by_layer(100, 8) == left
+        assert not bound.packs
+        assert list(bound.stages) == sorted(bound.stages)
+
+
+def test_ranking_costs_one_query_s_scores_in_its_layers(build) -> None:  # type: ignore[no-untyped-def]
+    """Over the text and the visual tokens that are still there; where nothing is seen or a prompt is cached, none."""
+    fusion = build(PruningFusion(stages={0: 0.5, 2: 0.5}), num_attention_heads=2, head_dim=12).fusion
+    assert fusion.key_width == 24
+    assert fusion.costs(10, Layout(), 16)["ranking"].flops == 2 * 24 * ((10 + 16) + (10 + 8))
+    assert fusion.costs(10, Layout(views=2), 16)["ranking"].flops == 2 * 24 * ((10 + 32) + (10 + 16))
+    for seen, decoding in ((None, False), (Layout(), True)):
+        assert fusion.costs(10, seen, 16, decoding=decoding)["ranking"].flops == 0
+    assert (
+        fusion.costs(10, Layout(), 16)["projector"] == build(ConcatFusion()).fusion.costs(10, Layout(), 16)["projector"]
+    )
+
+
 def test_scores_are_computed_in_ranking_layers_alone(build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(FastV(layer=2, keep=0.5))
     shapes = []
@@ -110,12 +140,17 @@ def test_the_kernel_comes_back_after_an_error(build) -> None:
 
 def test_shares_never_drop_all() -> None:
     assert [kept(count, 0.01) for count in (0, 1, 16)] == [0, 1, 1]
+    assert [kept(count, 0.5) for count in (16, 7, 5)] == [8, 4, 2]  # to the nearest, a half to the even one
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: FastV(keep=0.0), "above 0 and at most 1"),
+        (lambda: FastV(keep=1.1), "above 0 and at most 1"),
+        (lambda: FastV(layer=4, keep=0.5), "0 to 2"),
+        (lambda: FastV(layer=0, keep=0.5), "0 to 2"),
+        (lambda: PyramidDrop(keep=0.0), "above 0 and at most 1"),
         (lambda: FastV(layer=9, keep=0.5), "0 to 2"),
         (lambda: PyramidDrop(stages=1), "at least 2 stages"),
     ],

@@ -208,6 +208,100 @@ def test_a_class_token_ranks_by_what_it_attends_to() -> None:
     assert torch.equal(kept[0], features[0, best])
 
 
+def bound(reducer: Reducer, **changes: object) -> Reducer:
+    """A reducer for a 4 x 4 grid of 24 wide tokens."""
+    reducer.bind(HFVision(config=TOWER | changes))
+    return reducer
+
+
+def test_a_resampler_s_queries_read_the_tokens_and_each_other() -> None:
+    """Layer by layer, view by view and head by head."""
+    torch.manual_seed(0)
+    reducer = bound(PerceiverResampler(tokens=3, depth=2, heads=2))
+    assert 0.01 < float(reducer.queries.std()) < 0.03
+    with torch.no_grad():
+        for parameter in reducer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    features = torch.randn(2, 16, 24)
+    found = reducer(features.double())
+    assert found.dtype == torch.float32
+    for view in range(2):
+        queries = reducer.queries
+        for layer in reducer.layers:
+            own = layer.query_norm(queries)
+            key, value = layer.key_value(torch.cat([layer.visual_norm(features[view]), own])).chunk(2, dim=-1)
+            heads = []
+            for head in (slice(0, 12), slice(12, 24)):
+                share = (layer.query(own)[:, head] @ key[:, head].T / 12**0.5).softmax(-1)
+                heads.append(share @ value[:, head])
+            queries = queries + layer.out(torch.cat(heads, dim=-1))
+            wide = nn.functional.gelu(layer.ffn[0](layer.ffn_norm(queries)))
+            queries = queries + layer.ffn[2](wide)
+        torch.testing.assert_close(found[view], reducer.norm(queries), rtol=1e-4, atol=1e-5)
+
+
+def test_reducers_say_what_they_leave() -> None:
+    """Width, tokens and grid; by default what their papers do, or what is said of them."""
+    grid = TOWER | {"image_size": 64, "hidden_size": 24}
+    for reducer, width, tokens, side in (
+        (AveragePooling(), 24, 16, 4),
+        (AveragePooling(factor=3), 24, 9, 3),
+        (PixelShuffle(), 96, 16, 4),
+        (PixelShuffle(factor=4), 384, 4, 2),
+        (MatryoshkaPooling(sides=[1, 4, 2]), 24, 16, 4),
+        (MatryoshkaPooling(sides=[1, 4], side=1), 24, 1, 1),
+        (PerceiverResampler(), 24, 64, None),
+        (VisionZip(dominant=5), 24, 5, None),
+        (VisionZip(dominant=60, contextual=4), 24, 64, 8),
+        (RandomTokens(keep=7), 24, 7, None),
+        (UniformTokens(keep=7), 24, 7, None),
+        (ZeroTokens(), 24, 0, None),
+    ):
+        seen = reducer.bind(HFVision(config=grid))
+        assert (seen.width, seen.tokens, seen.grid) == (width, tokens, side and (side, side)), reducer
+        assert seen is reducer.after
+        assert reducer.before.grid == (8, 8)
+        assert reducer(torch.zeros(0, 64, 24)).shape == (0, tokens, width)
+    resampler = PerceiverResampler()
+    assert (resampler.depth, resampler.heads) == (2, 8)
+    assert AveragePooling().flops() == RandomTokens(keep=1).flops() == 0.0
+
+
+def test_matryoshka_s_scales_are_means_of_nested_squares() -> None:
+    features = torch.randn(1, 16, 24)
+    for side in (1, 2, 4):
+        found = bound(MatryoshkaPooling(sides=[4, 1, 2], side=side)).eval()(features)
+        squares = features.reshape(1, side, 4 // side, side, 4 // side, 24)
+        torch.testing.assert_close(found, squares.mean((2, 4)).flatten(1, 2))
+    assert bound(MatryoshkaPooling(sides=[2])).side == 2
+
+
+def test_controls_take_tokens_in_the_order_of_the_grid() -> None:
+    tokens = torch.arange(16.0).reshape(1, 16, 1).repeat(2, 1, 24)
+    for keep, places in ((5, [1, 4, 8, 11, 14]), (1, [8]), (4, [2, 6, 10, 14])):
+        assert bound(UniformTokens(keep=keep))(tokens)[1, :, 0].tolist() == places
+    draws = [bound(RandomTokens(keep=5, seed=seed))(tokens)[0, :, 0].tolist() for seed in (0, 0, 1, 2, 3)]
+    assert draws[0] == draws[1]
+    assert len({tuple(draw) for draw in draws}) == 4
+    assert all(draw == sorted(set(draw)) for draw in draws)
+    assert bound(RandomTokens(keep=5)).places == bound(RandomTokens(keep=5, seed=0)).places
+
+
+def test_visionzip_reads_its_tower_anew_each_time() -> None:
+    vision = HFVision(config=TOWER)
+    reducer = VisionZip(dominant=3, contextual=2)
+    reducer.bind(vision)
+    pixels = torch.randn(2, *vision.pixel_shape)
+    features = vision(pixels)
+    assert reducer(features).requires_grad
+    with pytest.raises(RuntimeError, match="run the tower first"):
+        reducer(features)
+    vision(pixels)
+    with pytest.raises(RuntimeError, match="run the tower first"):
+        reducer(features[:1])
+    assert reducer(features[:0]).shape == (0, 5, 24)
+
+
 def test_zero_tokens_are_no_image(make) -> None:
     model = make(ConcatFusion(), ZeroTokens())
     awaken(model.fusion)
@@ -244,8 +338,15 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
     [
         (PixelShuffle(factor=3), "does not divide"),
         (VisionZip(dominant=10, contextual=10), "of 16 tokens"),
+        (VisionZip(dominant=17), "of 16 tokens"),
+        (VisionZip(dominant=-1, contextual=2), "of 16 tokens"),
+        (VisionZip(dominant=2, contextual=-1), "of 16 tokens"),
+        (VisionZip(dominant=0), "of 16 tokens"),
         (RandomTokens(keep=17), "has 16 tokens"),
+        (RandomTokens(keep=0), "has 16 tokens"),
+        (UniformTokens(keep=17), "has 16 tokens"),
         (MatryoshkaPooling(sides=[8]), "the backbone's grid"),
+        (MatryoshkaPooling(sides=[2], side=5), "the backbone's grid"),
         (PerceiverResampler(heads=7), "do not divide"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
