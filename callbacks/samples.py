@@ -83,10 +83,11 @@ def answer_all(module: pl.LightningModule, shown: Sequence[Shown], max_new_token
     """What the model says to each question."""
     model = cast(VisionLanguageModel, module.model)
     batch = model.processor.collate([one.prompt for one in shown], pad_left=True)
+    room = model.room_behind(max(one.prompt.length for one in shown))
     training = module.training
     module.eval()
     with torch.no_grad():
-        answers: list[str] = model.answer(batch.to(module.device), max_new_tokens=max_new_tokens)
+        answers: list[str] = model.answer(batch.to(module.device), max_new_tokens=min(max_new_tokens, room))
     module.train(training)
     return answers
 

@@ -130,27 +130,35 @@ class Scorer:
                 raise UserError(f"sample '{sample.key}': {error}") from None
             self.sizes.add(ready)
             self.prompts += 1
+            fills_context = self._tokens_behind(ready) < self.max_new_tokens
+            if fills_context:  # alone: it leaves the others as much room for their answers as they had
+                self.finish()
             self._waiting.append((ready, expected))
             size = sum(ready.pixels.nbytes for ready, _ in self._waiting)
-            if len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
+            if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
+
+    def _tokens_behind(self, ready: Ready) -> int:
+        """Of the longest answer to a prompt."""
+        return min(self.max_new_tokens, self.model.room_behind(ready.length))
 
     def finish(self) -> None:
         """Answer what is waiting."""
         if not self._waiting:
             return
         expected = [one for _, one in self._waiting]
+        tokens = min(self._tokens_behind(ready) for ready, _ in self._waiting)
         batch = self.model.processor.collate([ready for ready, _ in self._waiting], pad_left=True)
         self._waiting = []
         self.model.fusion.ways.clear()
-        self._count(expected, batch, self.right)
+        self._count(expected, batch, tokens, self.right)
         self.routes.update(self.model.fusion.ways)
         if self.without_images:
-            self._count(expected, batch.without_images(), self.right_without)
+            self._count(expected, batch.without_images(), tokens, self.right_without)
 
-    def _count(self, expected: Sequence[Expected], batch: Batch, accuracy: FamilyAccuracy) -> None:
+    def _count(self, expected: Sequence[Expected], batch: Batch, tokens: int, accuracy: FamilyAccuracy) -> None:
         try:
-            answers = self.model.answer(batch.to(self.device), max_new_tokens=self.max_new_tokens)
+            answers = self.model.answer(batch.to(self.device), max_new_tokens=tokens)
         except Exception as error:
             error.add_note(f"It was in samples {', '.join(batch.keys[:8])} ...")
             raise

@@ -126,7 +126,7 @@ class VisionLanguageModel(nn.Module):
         if batch.packed is not None or any(stop != batch.input_ids.shape[1] for _, stop in batch.spans):
             raise UserError("only prompts that end together can be continued: collate them with pad_left=True.")
         asked = self._asked(decoding)
-        asked.check_rows(len(batch), positions_left=self.language.context_length - max(self._lengths(batch)))
+        asked.check_rows(len(batch), room=self.room_behind(max(self._lengths(batch))))
         inputs = self.fusion(batch, self.features(batch.pixels), self.language)
         hf, vision = self.language.hf, inputs.vision.for_generation(asked.copies)
         cache = vision.new_cache(hf.config)
@@ -154,6 +154,10 @@ class VisionLanguageModel(nn.Module):
             out["sequences"] = out["sequences"][:, prompt:]
             return out
         return asked.cut(out[:, prompt:])
+
+    def room_behind(self, length: int) -> int:
+        """How many tokens an answer may have behind a prompt of so many; the last of them is never read."""
+        return self.language.context_length - length + 1
 
     def _lengths(self, batch: Batch) -> list[int]:
         """Tokens of each row in the language model's sequence, the visual ones among them."""

@@ -98,6 +98,27 @@ def test_no_prompt_holds_its_answer(seeing: VisionLanguageModel) -> None:
     assert not any("is it" in prompt for prompt in seeing.asked)  # type: ignore[union-attr]
 
 
+def test_a_prompt_that_fills_the_context_is_answered_alone(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it there is room for a short answer; the others keep theirs."""
+    asked: list[tuple[int, int, int]] = []
+
+    def answer(batch: Batch, *, max_new_tokens: int) -> list[str]:
+        asked.append((len(batch), batch.input_ids.shape[1], max_new_tokens))
+        return ["a"] * len(batch)
+
+    monkeypatch.setattr(seeing, "answer", answer)
+    context, short = seeing.language.context_length, ask("what?", answer="a")
+    long = ask("circle " * 240, answer="a")
+    length = seeing.processor.encode(next(prompts_of(long))[0], prompt=True).length
+    assert context - 16 < length < context
+    evaluate(seeing, [short, long, short], device=CPU)
+    alone = [one for one in asked if one[1] == length]
+    assert set(alone) == {(1, length, context - length + 1)}
+    assert {tokens for _, columns, tokens in asked if columns < length} == {16}
+
+
 def test_a_score_is_of_at_least_one_question(seeing: VisionLanguageModel) -> None:
     with pytest.raises(UserError, match="not one question to score"):
         evaluate(seeing, [], device=CPU)

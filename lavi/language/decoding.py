@@ -126,11 +126,11 @@ class Decoding:
         """Rows of the decoder for each row of the prompt, side by side."""
         return max(self.settings["num_beams"], self.settings["num_return_sequences"])
 
-    def check_rows(self, rows: int, *, positions_left: int) -> None:
+    def check_rows(self, rows: int, *, room: int) -> None:
         """Refuse what does not go with a batch.
 
         Args:
-            positions_left: of the language model, behind the longest prompt.
+            room: for tokens of an answer, behind the longest prompt.
 
         Raises:
             UserError: more rows than a drafting or a streaming can take, or an answer that may outgrow the positions.
@@ -144,14 +144,13 @@ class Decoding:
                     f"{name} serves one answer at a time, and {rows * self.copies} grow here: pass a batch of one row, "
                     "with num_beams=1 and num_return_sequences=1."
                 )
-        # The last token of an answer is never read, so it needs no position.
-        longest, wanted = positions_left + 1, self.settings["max_new_tokens"]
-        if longest < 1:
+        wanted = self.settings["max_new_tokens"]
+        if room < 1:
             raise UserError("the prompt alone fills the positions of the language model: ask with less text or images.")
-        if wanted > longest:
+        if wanted > room:
             raise UserError(
                 f"max_new_tokens={wanted} would lead beyond the positions of the language model: behind this prompt "
-                f"there is room for {longest}; set max_new_tokens to at most that."
+                f"there is room for {room}; set max_new_tokens to at most that."
             )
 
     def check_fusion(self, fusion: str, *, own_cache: bool, ids_alone: bool, device: str) -> None:
