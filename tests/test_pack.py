@@ -26,6 +26,7 @@ from PIL import Image
 
 from datamodules import pack, write
 from datamodules.conversation import decode
+from datamodules.formats import item_of_row
 from datamodules.processes import TOGETHER, in_order
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
@@ -566,6 +567,12 @@ def test_an_answer_is_its_text_or_a_bad_entry(run, case: str) -> None:  # type: 
     assert answers() == texts
     assert all(f": {text} ({number})" in out for number, text in enumerate(wanted) if text.startswith("has ")), out
     assert said(raw_of()[0])["messages"][0]["content"] in ("0", "1")  # the question, a number too
+
+
+def test_a_row_may_be_called_0() -> None:
+    row = item_of_row({"id": 0, "question": "?", "answer": "x"}, name="7")
+    assert isinstance(row, dict)
+    assert row["id"] == "0"
 
 
 def test_cells_of_a_table_are_texts_as_they_stand(run) -> None:  # type: ignore[no-untyped-def]

@@ -301,6 +301,35 @@ def test_odd_json_is_a_broken_sample_or_a_sound_one(said: Any, members: tuple[st
     json.dumps(found.messages, ensure_ascii=False).encode()
 
 
+def talk(*, content: Any = "red", role: str = "assistant", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "what?"}, {"role": role, "content": content, **more}]}
+
+
+CAPTION = {"captions": ["a"]}
+ODD: dict[str, tuple[Any, str]] = {
+    "half a character": (talk(content="\ud83d"), "has half a character in its text"),
+    "half of one in a caption": ({"captions": ["\ud83d"]}, "has half a character in its text"),
+    "half of one in a label": (talk(family="\ud83d"), "has half a character in its text"),
+    "a label that is none": (talk(level=["easy"]), "has a turn whose 'level' is no text"),
+    "a number for a text": (talk(content=[{"type": "text", "text": 5}]), "its 'messages' are not a list of"),
+    "a part of another type": (talk(content=[{"type": "sound"}]), "its 'messages' are not a list of"),
+    "no content": (talk(content=None), "its 'messages' are not a list of"),
+    "blanks": (talk(content=[{"type": "text", "text": " "}]), "its conversation has no answer"),
+    "a checksum of no member": (CAPTION | {"crc32": {"__key__": 1}}, "its member '__key__' is missing"),
+    "a clip beyond numbers": (CAPTION | {"clip": [0, 10**400]}, "its 'clip' is no time"),
+    "a rate beyond numbers": (CAPTION | {"frames": [1], "fps": 10**400}, "its 'fps' is no number"),
+    "a rate that is none": (CAPTION | {"frames": [1], "fps": math.nan}, "its 'fps' is no number"),
+    "truth for a number": (CAPTION | {"frames": [True]}, "its 'frames' are not a list"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_json_says_in_few_words_what_is_odd(case: str) -> None:
+    said, cause = ODD[case]
+    with pytest.raises(BrokenSample, match=f"sample 'k': {re.escape(cause)}"):
+        decode({"__key__": "k", "json": json.dumps(said).encode(), "png": png()})
+
+
 def test_a_number_is_an_answer() -> None:
     turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": 0, "family": 3}]
     raw = {"__key__": "k", "json": json.dumps({"messages": None, "conversations": turns}).encode()}
