@@ -101,15 +101,14 @@ def test_tokens_leave_behind_the_layers_that_the_papers_say(build) -> None:  # t
 
 def test_ranking_costs_one_query_s_scores_in_its_layers(build) -> None:  # type: ignore[no-untyped-def]
     """Over the text and the visual tokens that are still there; where nothing is seen or a prompt is cached, none."""
-    fusion = build(PruningFusion(stages={0: 0.5, 2: 0.5}), num_attention_heads=2, head_dim=12).fusion
+    fusion = build(PruningFusion(stages={0: 0.5, 2: 0.5}), family="qwen3", num_attention_heads=2, head_dim=12).fusion
     assert fusion.key_width == 24
     assert fusion.costs(10, Layout(), 16)["ranking"].flops == 2 * 24 * ((10 + 16) + (10 + 8))
-    assert fusion.costs(10, Layout(views=2), 16)["ranking"].flops == 2 * 24 * ((10 + 32) + (10 + 16))
+    assert fusion.costs(10, Layout(), 32)["ranking"].flops == 2 * 24 * ((10 + 32) + (10 + 16))
     for seen, decoding in ((None, False), (Layout(), True)):
         assert fusion.costs(10, seen, 16, decoding=decoding)["ranking"].flops == 0
-    assert (
-        fusion.costs(10, Layout(), 16)["projector"] == build(ConcatFusion()).fusion.costs(10, Layout(), 16)["projector"]
-    )
+    concat = build(ConcatFusion()).fusion.costs(10, Layout(), 16)
+    assert fusion.costs(10, Layout(), 16)["projector"] == concat["projector"]
 
 
 def test_scores_are_computed_in_ranking_layers_alone(build, monkeypatch: pytest.MonkeyPatch) -> None:
