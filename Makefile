@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes dataloader gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes busy dataloader gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ visor-scenes: install ## train VISOR and concatenation on the scenes, and score 
 	  --by likely --keep 0.8 --out data/visor-scenes/labels.jsonl data.train=data/scenes-single/train
 	$(call visor-run,router)
 	$(BIN)/python benchmarks/visor_scenes.py --out benchmarks/results/visor_scenes.jsonl
+
+busy: install ## do ratios of times hold beside two busy processes? (a minute or two; the machine should have nothing else to do)
+	$(BIN)/python benchmarks/busy.py --out benchmarks/results/busy.jsonl
 
 dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (seven minutes)
 	$(BIN)/python benchmarks/dataloader.py --samples 1000 --out benchmarks/results/dataloader.jsonl
