@@ -18,6 +18,12 @@ MEANINGLESS: list[tuple[type[Warning], str, str]] = [
     (FutureWarning, r"lightning\.pytorch\.utilities\._pytree", r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     # What is frozen rests on purpose: the start-up table says what trains.
     (UserWarning, r"lightning\.pytorch\.loops\.fit_loop", r"Found \d+ module\(s\) in eval mode at the start of train"),
+    # Answers are counted over all ranks before the share of right ones is logged.
+    (
+        UserWarning,
+        r"lightning\.pytorch\.trainer\.connectors\.logger_connector\.result",
+        r"It is recommended to use `self\.log\('val/(accuracy|family/|level/).*sync_dist=True",
+    ),
 ]
 """Warnings that say nothing to a user: category, the module that is warned, how the message begins."""
 BAR_DELAY = "3"

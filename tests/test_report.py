@@ -326,6 +326,10 @@ def test_what_means_nothing_is_kept_out_and_all_else_comes_through() -> None:
     assert not heard(UserWarning, loop, resting)
     assert heard(UserWarning, loop, "The number of training batches (3) is smaller than the logging interval")
     assert heard(RuntimeWarning, loop, resting)
+    result = "lightning.pytorch.trainer.connectors.logger_connector.result"
+    for name, comes_through in (("val/accuracy", False), ("val/family/colour", False), ("val/mine", True)):
+        advice = f"It is recommended to use `self.log('{name}', ..., sync_dist=True)` when logging on epoch level"
+        assert heard(UserWarning, result, advice) == comes_through
 
 
 def test_bars_of_other_libraries_show_where_they_last() -> None:
