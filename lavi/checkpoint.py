@@ -67,9 +67,12 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         while not _make(folder):  # looking first would leave a moment in which another run makes it
             if exact:
-                raise UserError(
-                    f"{folder} exists and is left as it is: choose another --run, or go on with --resume {folder}."
+                instead = (
+                    f"go on with --resume {folder}"
+                    if (folder / LAST).is_file()
+                    else "remove it (it holds no checkpoint)"
                 )
+                raise UserError(f"{folder} exists and is left as it is: choose another --run, or {instead}.")
             number += 1
             folder = wanted.expanduser().with_name(f"{wanted.name}-{number}")
     except (OSError, ValueError) as error:

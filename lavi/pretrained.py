@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lavi.errors import UserError, reason
 from lavi.recipe import TARGET, Recipe
-from lavi.weights import fill, opened, write_state
+from lavi.weights import fill, make_readable, opened, write_state
 
 if TYPE_CHECKING:
     from lavi.model import VisionLanguageModel
@@ -136,6 +136,8 @@ def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> No
     node["vision"] = {TARGET: node["vision"][TARGET], **paths}
     Recipe({}, {}, RECIPE).replaced("model", node)  # refuses what could not be built again
     write_state(_rest(model), folder / FUSION)
+    for file in folder.rglob("*.safetensors"):
+        make_readable(file)
     text = yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110)
     (folder / RECIPE).write_text(text, encoding="utf-8")
 

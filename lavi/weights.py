@@ -62,6 +62,14 @@ def save_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
         file,
         metadata={"versions": json.dumps(versions()), **header},
     )
+    make_readable(file)
+
+
+def make_readable(file: Path) -> None:
+    """Give a file the permissions of any new file; what safetensors writes only its owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def write_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:

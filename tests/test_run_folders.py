@@ -307,7 +307,7 @@ def test_what_has_the_name_of_a_run_folder_is_left_as_it_is(tmp_path: Path, take
         "file": lambda: wanted.write_text("mine"),
         "dangling link": lambda: wanted.symlink_to("nothing"),
     }[taken]()
-    with pytest.raises(UserError, match="exists and is left as it is"):
+    with pytest.raises(UserError, match="exists and is left as it is: choose another --run, or remove it"):
         new_run_folder(wanted, exact=True)
     assert new_run_folder(wanted) == tmp_path / "run-2"
 
@@ -457,6 +457,8 @@ def test_export_on_a_full_disk(fit, run, tmp_path: Path, monkeypatch: pytest.Mon
         refused(run(*export), "new/model cannot be written (No space left on device)")
     assert not list(Path("new").iterdir())
     assert run(*export)[0] == 0
+    written = [tmp_path / "run" / TRAINED, *Path("new").rglob("*.*")]
+    assert {file.stat().st_mode & 0o777 for file in written} == {Path("changed.yaml").stat().st_mode & 0o777}
 
 
 # --- what nobody foresaw ----------------------------------------------------------------------------------------------
