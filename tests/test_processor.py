@@ -1,0 +1,167 @@
+"""Samples to a batch: where each token, image and answer stands, written out; and what is too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, image
+
+from lavi.batch import IGNORE, Answer, ImagePlace, Layout, Sample, Video
+from lavi.chat import Encoded, Turn
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.model import VisionLanguageModel
+from lavi.processor import Processor, Ready, TooLong
+from lavi.video import time_instruction
+from lavi.vision.tiles import AnyRes
+
+SMALL, LARGE = Layout(size=(4, 4)), Layout(views=2, video=True)
+
+
+def ready(key: str, length: int, *, images: dict[int, Layout] | None = None, source: str = "") -> Ready:
+    """A sample of ``length`` ids from 10 times its key on; the last two are an answer."""
+    images = images or {}
+    ids = [10 * int(key) + number for number in range(length)]
+    labels = [IGNORE] * (length - 2) + ids[-2:]
+    encoded = Encoded(ids, labels, list(images), [Turn(length - 2, length, f"family {key}", "easy")])
+    views = sum(layout.views for layout in images.values())
+    pixels = torch.full((views, 3, 2, 2), float(key))
+    return Ready(key, encoded, pixels, list(images.values()), length, source)
+
+
+@pytest.fixture(scope="module")
+def processor(build: Any) -> Processor:
+    return build(ConcatFusion()).processor
+
+
+FIRST = ready("1", 5, images={1: SMALL, 5: LARGE}, source="a")
+SECOND = ready("2", 3, source="b")
+THIRD = ready("3", 4, images={0: SMALL})
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_rows_are_padded_on_one_side(processor: Processor, left: bool) -> None:
+    batch = processor.collate([FIRST, SECOND, THIRD], pad_left=left)
+    pad, moved = processor.chat.pad_id, [0, 2 * left, 1 * left]
+    rows = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
+    for row, ids in enumerate(rows):
+        start, stop = moved[row], moved[row] + len(ids)
+        assert batch.spans[row] == (start, stop)
+        assert batch.input_ids[row, start:stop].tolist() == ids
+        assert batch.labels[row, start:stop].tolist() == [IGNORE] * (len(ids) - 2) + ids[-2:]
+        assert batch.attention_mask[row].tolist() == [start <= column < stop for column in range(5)]
+        padding = ~batch.attention_mask[row]
+        assert (batch.input_ids[row][padding] == pad).all()
+        assert (batch.labels[row][padding] == IGNORE).all()
+    assert batch.places == [
+        ImagePlace(0, moved[0] + 1, SMALL),
+        ImagePlace(0, moved[0] + 5, LARGE),
+        ImagePlace(2, moved[2], SMALL),
+    ]
+    assert batch.answers == [
+        Answer(row, moved[row] + len(ids) - 2, moved[row] + len(ids), f"family {row + 1}", "easy")
+        for row, ids in enumerate(rows)
+    ]
+    assert batch.pixels[:, 0, 0, 0].tolist() == [1, 1, 1, 3]
+    assert (batch.keys, batch.sources, batch.packed) == (["1", "2", "3"], ["a", "b", ""], None)
+
+
+def test_a_row_may_hold_several_samples(processor: Processor) -> None:
+    batch = processor.collate([[SECOND, FIRST], THIRD])
+    assert batch.input_ids[0].tolist() == [20, 21, 22, 10, 11, 12, 13, 14]
+    assert batch.spans == [(0, 8), (0, 4)]
+    assert batch.packed == [[(0, 3), (3, 8)], [(0, 4)]]
+    assert [place.column for place in batch.places] == [3 + 1, 3 + 5, 0]
+    assert [(a.row, a.start, a.stop) for a in batch.answers] == [(0, 1, 3), (0, 6, 8), (1, 2, 4)]
+    assert batch.keys == ["2", "1", "3"]
+    assert batch.pixels[:, 0, 0, 0].tolist() == [1, 1, 1, 3]
+    assert processor.collate([[FIRST], [SECOND]]).packed is None
+
+
+def test_a_sample_that_stands_in_keeps_its_place_and_counts_for_nothing(processor: Processor) -> None:
+    filler = ready("4", 4, images={2: SMALL})
+    filler.stands_in = True
+    batch = processor.collate([SECOND, filler])
+    assert batch.input_ids[1].tolist() == [40, 41, 42, 43]
+    assert (batch.labels[1] == IGNORE).all()
+    assert [answer.row for answer in batch.answers] == [0]
+    assert len(batch.places) == len(batch.pixels) == 1
+
+
+def test_a_sample_is_its_words_and_the_views_of_its_images(build: Any) -> None:
+    """An image alone is tiled, several are not; what stands in the sequence is counted by the fusion."""
+    for fusion, inside in ((ConcatFusion(), True), (LaViFusion(), False)):
+        model = VisionLanguageModel(
+            vision=build(ConcatFusion()).vision,
+            language=build(ConcatFusion()).language,
+            fusion=fusion,
+            tiling=AnyRes(max_grid=2),
+        )
+        processor = model.processor
+        alone, both = ask(1, "what?", answer="red", key="x"), ask(1, 2, "which?", answer="first")
+        one, two = processor.encode(alone), processor.encode(both)
+        assert one.key == "x"
+        assert [layout.views for layout in two.layouts] == [1, 1]
+        assert one.layouts[0].views > 1
+        for sample, found in ((alone, one), (both, two)):
+            assert len(found.pixels) == sum(layout.views for layout in found.layouts)
+            visual = sum(model.fusion.tokens_in_language(layout, 16) for layout in found.layouts)
+            assert found.length == len(found.encoded.ids) + visual
+            assert (visual > 0) == inside
+            assert processor.measure(sample) == (found.encoded, found.length)
+        assert torch.equal(two.pixels[1], model.vision.preprocess(image(2)))
+        words = processor.encode(ask("what?", answer="red"))
+        assert words.pixels.shape == (0, *model.vision.pixel_shape)
+        assert not words.encoded.image_columns
+
+
+def test_a_prompt_ends_where_its_answer_begins(processor: Processor) -> None:
+    sample = ask(1, "what?", answer="red")
+    whole, prompt = (
+        processor.encode(sample),
+        processor.encode(Sample("s", sample.messages[:1], sample.images), prompt=True),
+    )
+    (turn,) = whole.encoded.turns
+    assert prompt.encoded.ids == whole.encoded.ids[: turn.start]
+    assert not prompt.encoded.turns
+
+
+def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> None:
+    sample = ask(1, "what?", answer="red")
+    found = processor.encode(sample)
+    text = len(found.encoded.ids)
+    exact = Processor(processor.chat, processor.vision, processor.tiling, processor.tokens_of, found.length)
+    assert exact.encode(sample).length == found.length == text + 16
+    exact.context_length -= 1
+    with pytest.raises(
+        TooLong, match=rf"{text} text and 16 visual tokens, more than the context of {text + 15}"
+    ) as said:
+        exact.encode(sample)
+    assert said.value.cause.startswith(f"longer than the context of {text + 15} tokens")
+    with pytest.raises(TooLong):
+        exact.measure(sample)
+
+
+def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor) -> None:
+    film = Video([image(1), image(2)], seconds=[0.0, 1.5], duration=3.0)
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    sample = Sample("s", messages, [film, image(3)])
+    plain = processor.encode(sample)
+    timed = Processor(
+        processor.chat,
+        processor.vision,
+        processor.tiling,
+        processor.tokens_of,
+        processor.context_length,
+        timestamps=True,
+    ).encode(sample)
+    assert len(timed.encoded.ids) > len(plain.encoded.ids)
+    said = processor.chat.tokenizer.decode(timed.encoded.ids)
+    assert said.index(time_instruction(film).strip()) < said.index("what?")
+    assert [layout.views for layout in timed.layouts] == [2, 1]
+    assert messages[0]["content"][1] == {"type": "image"}  # the sample stays as it is
