@@ -67,11 +67,8 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         while not _make(folder):  # looking first would leave a moment in which another run makes it
             if exact:
-                instead = (
-                    f"go on with --resume {folder}"
-                    if (folder / LAST).is_file()
-                    else "remove it (it holds no checkpoint)"
-                )
+                goes_on = (folder / LAST).is_file()
+                instead = f"go on with --resume {folder}" if goes_on else "remove it (it holds no checkpoint)"
                 raise UserError(f"{folder} exists and is left as it is: choose another --run, or {instead}.")
             number += 1
             folder = wanted.expanduser().with_name(f"{wanted.name}-{number}")
@@ -404,10 +401,8 @@ class Curves(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         threading.excepthook = self._usual_hook
-        if status == "success":
-            super().finalize(status)
-            return
-        with suppress(OSError):  # it would hide why the run failed
+        # After a failure another one would hide it.
+        with self._writing() if status == "success" else suppress(OSError):
             super().finalize(status)
 
     @contextmanager
