@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import one_hot
+from torchmetrics.utilities.data import dim_zero_cat
 
 from lavi.batch import IGNORE, Answer, Batch
-from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
+from lavi.metrics.answers import FamilyAccuracy, groups, is_right, right_under_teacher_forcing
 
 
 def batch_of(labels: torch.Tensor, answers: list[Answer]) -> Batch:
@@ -68,3 +69,23 @@ def test_ranks_that_saw_different_families_count_together(monkeypatch: pytest.Mo
             "level/hard": 100.0,
         }
     )
+
+
+def test_what_ranks_saw_is_laid_end_to_end() -> None:
+    metric = FamilyAccuracy()
+    metric.update([True, False], [("colour", "easy"), ("count", "easy")])
+    other = FamilyAccuracy()
+    other.update([True], [("colour", "easy")])
+    metric.merge_state(other)
+    assert metric.compute()["family/colour"] == 100.0
+    assert metric.compute()["all"] == pytest.approx(200 / 3)
+    assert metric._reductions["seen"] is dim_zero_cat
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("Red", True), (" red\n", True), ("RED", True), ("red.", False), ("re d", False), ("", False), ("blue", False)],
+)
+def test_an_answer_is_right_but_for_case_and_outer_blanks(answer: str, right: bool) -> None:
+    assert is_right(answer, "red") == is_right(answer, " ReD ") == right
+    assert is_right("", "")
