@@ -51,6 +51,8 @@ NEUTRAL = {
     "guidance_scale": 1,
     "min_length": 0,
     "num_beam_groups": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
     "penalty_alpha": 0,
     "token_healing": False,
 }
@@ -72,6 +74,10 @@ REFUSED = {
     **dict.fromkeys(
         ("custom_generate", "continuous_batching_config", "is_assistant"),
         "asks for another loop than this one, which knows nothing of the images: leave it out",
+    ),
+    **dict.fromkeys(
+        ("output_attentions", "output_hidden_states"),
+        "asks for what the layers do, which is not recorded of a decoder that images enter: set output_logits instead",
     ),
     "max_length": "counts the prompt, which is as long as the fusion makes it: set max_new_tokens instead",
     "min_length": "counts the prompt, which is as long as the fusion makes it: set min_new_tokens instead",
@@ -196,7 +202,8 @@ class Decoding:
         end = next((column for column, token in enumerate(ids) if token in self.settings["eos_token_id"]), len(ids))
         ids = ids[:end]
         if "stop_strings" in self.settings or "stopping_criteria" in self.settings:  # it may have stopped without one
-            while ids and ids[-1] == self.settings["pad_token_id"]:
+            padding = (self.settings["pad_token_id"], -1)  # beams that no token ends are padded with -1
+            while ids and ids[-1] in padding:
                 ids.pop()
         return ids
 
