@@ -251,7 +251,7 @@ def _below(folders: Folders, kind: str, file: Any) -> Any:
 
 
 def _is_folder(folders: Folders, file: str | Cell) -> bool:
-    return isinstance(file, str) and _leads_inside(file) and (folders.of("video") / file).is_dir()
+    return isinstance(file, str) and _leads_inside(file) and os.path.isdir(folders.of("video") / file)
 
 
 def _leads_inside(file: str) -> bool:
@@ -307,7 +307,11 @@ def _stands_for(file: Path, content: str) -> str | None:
 def _frames(folders: Folders, name: str, called: str) -> list[Located]:
     """The images of a folder in natural order: ``frame2.jpg`` before ``frame10.jpg``."""
     folder = folders.of("video")
-    images = [file for file in os.listdir(folder / name) if _ending(file) in IMAGE_TYPES]
+    try:
+        images = [file for file in os.listdir(folder / name) if _ending(file) in IMAGE_TYPES]
+    except OSError as error:
+        what = f": {folder / name} cannot be read ({reason(error)})"
+        raise BadEntry(called, "names a folder that cannot be read", what) from None
     if not images:
         raise BadEntry(called, "names a folder without frames", f": {folder / name} has no image in it")
     files = [f"{name.rstrip('/')}/{file}" for file in sorted(images, key=_natural)]

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from datamodules.sources import INDEX, open_shard, read_index, samples_of
-from lavi.errors import UserError
+from lavi.errors import UserError, reason
 from lavi.images import what_it_is
 from lavi.video import VIDEO_TYPES
 
@@ -152,7 +152,7 @@ def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
         elif not number and head is not None and (found := what_it_is(head)) and found != "a tar file":
             cause = f"is no tar file: it is {found}"
         else:
-            cause = f"cannot be read after {number} samples ({error})"
+            cause = f"cannot be read after {number} samples ({reason(error)})"
     expected = expected_samples(shard)
     lost = 0 if expected is None else expected - number
     if cause is None and lost:

@@ -638,6 +638,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "an address": ({"image": "https://example.org/0.png"}, "is a URL: download it"),
     "a pointer": ({"image": "pointer.png"}, "pointer.png is a Git LFS pointer"),
     "a page": ({"image": "page.png"}, "page.png is an HTML page"),
+    "too long a name of a video": ({"video": "a" * 5000 + ".mp4"}, "there is no video"),
     "a video": ({"image": "video.png"}, "video.png is an mp4 or mov video"),
     "an image": ({"video": "image.mp4"}, "image.mp4 is a PNG image"),
     "a clip without end": ({"video": "v.mp4", "clip": [0, 1e400]}, "is not [start, end]"),
