@@ -145,3 +145,11 @@ def test_torch_compile_breaks_no_graph(build, family: str, kind: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(run, backend="eager", fullgraph=True)  # fullgraph: a graph break is an error
         torch.testing.assert_close(compiled(inputs), run(inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_a_key_that_the_familys_code_looks_for_is_one(tokenizer: str) -> None:
+    """Qwen2's configuration does not list ``head_dim``, and its attention has heads of that width where it is given."""
+    wide = LanguageModel(config=FAMILIES["qwen2"] | {"head_dim": 16}, tokenizer=tokenizer)
+    assert wide.hf.model.layers[0].self_attn.q_proj.weight.shape[0] == 4 * 16
+    with pytest.raises(UserError, match="no key 'head_dims': did you mean 'head_dim'"):
+        LanguageModel(config=FAMILIES["qwen2"] | {"head_dims": 16}, tokenizer=tokenizer)

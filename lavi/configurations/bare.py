@@ -5,10 +5,14 @@ Transformers takes any key, and builds without it; a checkpoint's own ``config.j
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from lavi.errors import UserError, nearest, one_line
@@ -64,7 +68,16 @@ def bare_configuration(keys: Mapping[str, Any], kinds: Iterable[str], *, what: s
 
 def _known(default: PretrainedConfig) -> set[str]:
     names = {name.removeprefix("_") for name in default.to_dict()} | set(default.attribute_map)
-    return names - set(OF_THE_COMPONENT)
+    return (names | _looked_for(type(default))) - set(OF_THE_COMPONENT)
+
+
+@cache
+def _looked_for(kind: type[PretrainedConfig]) -> set[str]:
+    """Keys that the family's code uses where its configuration has them, such as ``head_dim`` of Qwen2."""
+    if kind not in MODEL_MAPPING:
+        return set()
+    source = inspect.getsource(sys.modules[MODEL_MAPPING[kind].__module__])
+    return set(re.findall(r"getattr\(\s*(?:self\.)?config,\s*['\"](\w+)['\"]", source))
 
 
 def _check_keys(keys: Mapping[str, Any], default: PretrainedConfig, whole: str) -> None:
