@@ -13,8 +13,8 @@ mutmut says how code can be changed (its operators for single expressions and st
 too, but not in functions with decorators and not outside of functions, and with all tests that reach a function: hours,
 where importing torch, transformers and Lightning alone takes seconds. Here they are imported once, and a process is
 forked for each mutant. Not changed: annotations, decorators, imports and asserts, which are for the reader and the type
-checker; the words of error messages; ``strict`` of zip, which guards against a mistake that is not there; ``device``,
-which means nothing on a machine that has one.
+checker; the words of error messages and of progress; ``strict`` of zip, which guards against a mistake that is not
+there; ``device``, which means nothing on a machine that has one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from mutmut.mutation.mutators import mutation_operators
 ROOT = Path.cwd()
 MEMORY = 24 << 30
 """Bytes of addresses that one process may have: a mutant that allocates without end must not take the machine along."""
-KEPT = {"strict", "device"}
+KEPT = {"strict", "device", "description"}
 """Arguments that are not changed."""
 fork = multiprocessing.get_context("fork")
 

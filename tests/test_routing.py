@@ -166,6 +166,9 @@ def test_a_search_goes_on_behind_the_last_batch_that_it_scored(real: Any, tmp_pa
     assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
     assert (found["samples"], found["answers"]) == (5, 5)
     assert [tuple(one) for one in read_viable(out)] == COSTS[1:]
+    model.read.clear()
+    assert routing.search(model, batches(real, "abcde"), out, **settings) == found  # type: ignore[arg-type]
+    assert not model.read
     with pytest.raises(UserError, match="made with another run"):
         routing.search(model, [], out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="made with another most"):
@@ -188,6 +191,15 @@ def test_labelling_goes_on_where_it_was_stopped(real: Any, tmp_path: Path) -> No
         routing.label(model, [], COSTS, out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="made with another keep"):
         routing.label(model, [], COSTS, out, **settings | {"keep": 0.5})  # type: ignore[arg-type]
+
+
+def test_labels_are_by_right_answers_unless_something_else_is_asked_for(real: Any, tmp_path: Path) -> None:
+    out = tmp_path / "labels.jsonl"
+    model: Any = Scripted(real, SURE)
+    routing.label(model, batches(real, "abcde"), COSTS, out, about={"run": "x"}, keep=0.75, device=CPU)
+    assert labels(out)["d"] == ()
+    about = json.loads(out.read_text().splitlines()[0])["about"]
+    assert about == {"run": "x", "by": "right", "keep": 0.75, "configurations": [list(way) for way in COSTS]}
 
 
 def test_a_label_is_for_one_question(real: Any, tmp_path: Path) -> None:
