@@ -9,7 +9,6 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 from transformers import MODEL_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
@@ -71,7 +70,6 @@ def _known(default: PretrainedConfig) -> set[str]:
     return (names | _looked_for(type(default))) - set(OF_THE_COMPONENT)
 
 
-@cache
 def _looked_for(kind: type[PretrainedConfig]) -> set[str]:
     """Keys that the family's code uses where its configuration has them, such as ``head_dim`` of Qwen2."""
     if kind not in MODEL_MAPPING:
