@@ -78,7 +78,7 @@ def read(path: Path, lines: dict[str, str], chain: Sequence[Path] = ()) -> dict[
 
 def _parse(path: Path, lines: dict[str, str]) -> dict[str, Any]:
     try:
-        loader = Loader(path.read_text(encoding="utf-8-sig"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         tree = loader.get_single_node()
         _note_lines(tree, "", path, lines)
         settings = loader.construct_document(tree) if tree is not None else None
