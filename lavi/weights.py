@@ -158,7 +158,7 @@ def start_from(module: nn.Module, run: Path) -> set[str]:
     """
     mine = {original_name(name): (name, parameter) for name, parameter in module.named_parameters()}
     found: dict[str, Tensor] = {}
-    file = run.expanduser() / TRAINED
+    file = run / TRAINED
     with opened(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
         for name in weights.keys():  # noqa: SIM118
             if original_name(name) not in mine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -202,6 +201,7 @@ def test_after_a_kill_no_step_stands_twice_in_the_curves_and_none_is_missing(
     whole = curves(tmp_path / "whole")
     assert whole["train/loss"] == [0, 1, 2, 3, 4, 5]
     assert whole["val/loss"] == whole["samples"] == [2, 5]
+    assert not [tag for tag in whole if tag.startswith("validate")]  # of speeds over batches, which no purge would meet
     assert len(curves(tmp_path / "killed")["train/loss"]) == 5
     assert resume("killed")[0] == 0
     assert curves(tmp_path / "killed") == whole
@@ -328,21 +328,23 @@ def test_the_home_folder_is_found_in_any_path(run, tiny_recipe: Path, tmp_path: 
 # --- two at once ------------------------------------------------------------------------------------------------------
 
 
-def _make(folder: Path, begin: Any, found: Any) -> None:
-    begin.wait()
-    found.put([str(new_run_folder(folder / str(number))) for number in range(200)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_folder_that_another_run_makes_at_the_same_moment_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    wanted, make = tmp_path / "run", Path.mkdir
 
+    def another_first(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self == wanted and not wanted.exists():
+            make(wanted)
+        make(self, *args, **kwargs)
 
-def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    begin, found = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_make, args=(tmp_path, begin, found)) for _ in range(2)]
-    for process in both:
-        process.start()
-    folders = [folder for _ in both for folder in found.get(timeout=60)]
-    for process in both:
-        process.join()
-    assert len(set(folders)) == 400
+    monkeypatch.setattr(Path, "mkdir", another_first)
+    if exact:
+        with pytest.raises(UserError, match="exists and is left as it is"):
+            new_run_folder(wanted, exact=True)
+    else:
+        assert new_run_folder(wanted) == tmp_path / "run-2"
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(
