@@ -139,6 +139,18 @@ class Recipe:
                     "are a stream that is not counted beforehand: give a whole number of batches."
                 )
 
+        if self._never_validates(trainer):
+            raise UserError(
+                f"{self._where('data.validation')}: data.validation would never be used, since a stream has no end to "
+                "validate at: set trainer.val_check_interval to a number of batches, or data.validation=null."
+            )
+
+    def _never_validates(self, trainer: Mapping[str, Any]) -> bool:
+        """Whether there are data to validate on and, by the trainer's own rule (behind an epoch), no time for it."""
+        ends = "val_check_interval" in trainer or isinstance(trainer.get("limit_train_batches"), int)
+        wanted = self.settings["data"].get("validation") is not None and trainer.get("limit_val_batches", 1)
+        return bool(wanted) and not ends and self._data_are_unsized()
+
     def _data_are_unsized(self) -> bool:
         return bool(getattr(self._find(self.settings["data"][TARGET], "data"), "unsized", False))
 
