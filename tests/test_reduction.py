@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from lavi.reduction.pixel_shuffle import PixelShuffle
 from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
 from lavi.reduction.resampler import PerceiverResampler
 from lavi.reduction.visionzip import VisionZip
+from lavi.vision.base import Seen
 from lavi.vision.hf import HFVision
 from lavi.vision.tiles import AnyRes
 
@@ -267,6 +270,43 @@ def test_reducers_say_what_they_leave() -> None:
     assert AveragePooling().flops() == RandomTokens(keep=1).flops() == 0.0
 
 
+def test_grids_need_not_be_square() -> None:
+    tokens = torch.randn(2, 32, 24)
+    wide: Any = SimpleNamespace(prefix=0, width=24, tokens=32, grid=(4, 8), seen=Seen(24, 32, (4, 8)))
+    squares = tokens.reshape(2, 2, 2, 4, 2, 24)
+    shuffle, average = PixelShuffle(), AveragePooling()
+    for reducer, expected in (
+        (shuffle, squares.permute(0, 1, 3, 2, 4, 5).reshape(2, 8, 96)),
+        (average, squares.mean((2, 4)).reshape(2, 8, 24)),
+    ):
+        seen = reducer.bind(wide)
+        assert (seen.tokens, seen.grid) == (8, (2, 4))
+        torch.testing.assert_close(reducer(tokens), expected)
+    for factor, grid in ((3, (2, 3)), (5, (1, 2))):
+        assert AveragePooling(factor=factor).bind(wide).grid == grid
+    largest = MatryoshkaPooling(sides=[4])
+    assert largest.bind(wide).tokens == 16
+    torch.testing.assert_close(largest.eval()(tokens), tokens.reshape(2, 4, 4, 2, 24).mean(3).reshape(2, 16, 24))
+    with pytest.raises(UserError, match=r"\(4, 8\)"):
+        MatryoshkaPooling(sides=[5]).bind(wide)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "words"),
+    [
+        (lambda: AveragePooling(factor=0), "a factor of at least 1, not 0"),
+        (lambda: MatryoshkaPooling(sides=[]), r"sides of at least 1, not \[\]"),
+        (lambda: MatryoshkaPooling(sides=[2, 0]), r"sides of at least 1, not \[2, 0\]"),
+        (lambda: PerceiverResampler(tokens=0), "at least one token"),
+        (lambda: PerceiverResampler(depth=0), "at least one token"),
+        (lambda: PerceiverResampler(heads=0), "at least one token"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(make_one: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_one()
+
+
 def test_matryoshka_s_scales_are_means_of_nested_squares() -> None:
     features = torch.randn(1, 16, 24)
     for side in (1, 2, 4):
@@ -337,6 +377,7 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
     ("reducer", "message"),
     [
         (PixelShuffle(factor=3), "does not divide"),
+        (PixelShuffle(factor=0), "does not divide"),
         (VisionZip(dominant=10, contextual=10), "of 16 tokens"),
         (VisionZip(dominant=17), "of 16 tokens"),
         (VisionZip(dominant=-1, contextual=2), "of 16 tokens"),
