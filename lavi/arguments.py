@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("a path cannot be empty")
     return Path(text).expanduser()
+
+
+def text(words: str) -> str:
+    """Words, as UTF-8 also where the locale is not; bytes that are none are replaced."""
+    return os.fsencode(words).decode(errors="replace")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -16,6 +16,7 @@ import errno
 import json
 import logging
 import pickle
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,12 @@ def _make(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def remove_unused(run: Path) -> None:
+    """Take a run folder away in which no training has begun: its name is free again when a mistake is mended."""
+    if run.is_dir() and all(file.name.startswith((LOCK, "events.")) for file in run.iterdir()):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 @contextmanager

@@ -47,11 +47,6 @@ def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
         yield sample.until(index), Expected(text_of(answer["content"]), family, level)
 
 
-def collate(model: VisionLanguageModel, samples: Sequence[Sample]) -> Batch:
-    """Prompts to a left-padded batch."""
-    return model.processor.collate([model.processor.encode(sample, prompt=True) for sample in samples], pad_left=True)
-
-
 # --- the controls -----------------------------------------------------------------------------------------------------
 
 

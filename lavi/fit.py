@@ -57,7 +57,11 @@ def main() -> int:
         if checkpoint.is_first_rank():
             run = checkpoint.new_run_folder(run, exact=args.run is not None)
     with checkpoint.held(run):
-        return train(recipe, run, resume_from, args.save_every)
+        try:
+            return train(recipe, run, resume_from, args.save_every)
+        finally:
+            if checkpoint.is_first_rank():
+                checkpoint.remove_unused(run)
 
 
 def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) -> int:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lavi.arguments import Parser, device_of, path, whole_number
+from lavi.arguments import Parser, device_of, path, text, whole_number
 from lavi.errors import UserError, front
+
+LONGEST = 64
+"""Tokens of an answer, unless a command says more."""
 
 
 @front
@@ -22,8 +25,9 @@ def main() -> None:
     parser.add_argument("--video", type=lambda file: ("video", str(path(file))), help=f"a video{several}", **seen)
     frames = "frames of each video, evenly spread (None: those that the run was trained on)"
     parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
-    parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=whole_number(1), default=64, help="the longest answer")
+    parser.add_argument("--question", type=text, required=True, metavar="TEXT")
+    longest = f"the longest answer (None: {LONGEST}, or less where the context has no room for more)"
+    parser.add_argument("--max-new-tokens", type=whole_number(1), metavar="N", help=longest)
     parser.add_argument(
         "--beams", type=whole_number(1), default=1, help="beam search with this many beams (not streamed)"
     )
@@ -37,7 +41,6 @@ def main() -> None:
 
     from lavi.batch import Sample
     from lavi.checkpoint import load_run
-    from lavi.evaluation import collate
     from lavi.images import open_image
     from lavi.video import FrameSampling, read_video
 
@@ -50,12 +53,14 @@ def main() -> None:
     visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     model.to(device)
     content = [*({"type": kind} for kind, _ in args.seen), {"type": "text", "text": args.question}]
-    batch = collate(model, [Sample("question", [{"role": "user", "content": content}], visuals)]).to(device)
+    prompt = model.processor.encode(Sample("question", [{"role": "user", "content": content}], visuals), prompt=True)
+    batch = model.processor.collate([prompt], pad_left=True).to(device)
+    tokens = args.max_new_tokens or min(LONGEST, model.room_behind(prompt.length))
     if args.beams > 1:
-        print(model.answer(batch, max_new_tokens=args.max_new_tokens, num_beams=args.beams)[0])
+        print(model.answer(batch, max_new_tokens=tokens, num_beams=args.beams)[0])
         return
     streamer = TextStreamer(model.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(batch, max_new_tokens=args.max_new_tokens, streamer=streamer)
+    model.generate(batch, max_new_tokens=tokens, streamer=streamer)
 
 
 if __name__ == "__main__":

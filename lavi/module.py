@@ -201,10 +201,18 @@ class VisionLanguageModule(pl.LightningModule):
         """``val/accuracy`` over all, ``val/level/easy``, ``val/family/colour`` and so on, in percent."""
         scores = self.accuracy[split].to(self.device).compute()  # ranks exchange what is on their device
         self.accuracy[split].reset()
-        for group, value in scores.items():
-            name = "accuracy" if group == "all" else group
-            if not group.endswith("/all"):  # data without families or levels have one group
-                self.log(f"{split}/{name}", value, prog_bar=group == "all")
+        if "all" in scores:
+            self.log(f"{split}/accuracy", scores["all"], prog_bar=True)
+        # Data without families or levels have one group.
+        groups = {
+            f"{split}/{group}": value for group, value in scores.items() if group.partition("/")[2] not in ("", "all")
+        }
+        if split == "val" or not groups:
+            self.log_dict(groups)
+            return
+        # Steps have other groups each: what is logged once the trainer would log again in steps that have none.
+        for logger in self.loggers:
+            logger.log_metrics(groups, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

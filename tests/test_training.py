@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ask, awaken, collate
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -188,3 +189,42 @@ def test_the_trainer_counts_the_steps_of_epochs(build) -> None:
     assert len(seen) == 9
     assert seen[0] == max(seen) == pytest.approx(1e-3)
     assert seen[-1] < 0.1e-3
+
+
+class Logged(Logger):
+    """What a logger is given, by step."""
+
+    name, version = "logged", "0"
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_a_step_logs_the_groups_that_it_has(build) -> None:
+    """What an earlier step had is not said again."""
+    model = build(LaViFusion(every=2, bottleneck=16))
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
+    colours, counts = ask(1, "what?", answer="red"), ask(2, "how many?", answer="two")
+    colours.messages[1]["family"], counts.messages[1]["family"] = "colour", "count"
+    batches = [collate(model, [one]) for one in (colours, counts, counts, colours)]
+    logged = Logged()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=logged,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    families = [name.rpartition("/")[2] for step in range(4) for name in logged.steps[step] if "family" in name]
+    assert families == ["colour", "count", "count", "colour"]
+    assert all({"train/accuracy", "train/loss"} <= set(logged.steps[step]) for step in range(4))

@@ -69,7 +69,7 @@ def right_under_teacher_forcing(logits: Tensor, batch: Batch) -> list[bool]:
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """Whether an answer is the true one, but for case and outer blanks; an empty one is wrong where the truth is not."""
+    """Whether an answer is the true one, but for case and outer blanks."""
     return answer.strip().lower() == truth.strip().lower()
 
 
