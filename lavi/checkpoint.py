@@ -89,7 +89,7 @@ def _make(folder: Path) -> bool:
 
 def remove_unused(run: Path) -> None:
     """Take a run folder away in which no training has begun: its name is free again when a mistake is mended."""
-    if run.is_dir() and all(file.name.startswith((LOCK, "events.")) for file in run.iterdir()):
+    if run.is_dir() and all(file.name.startswith((LOCK, "events.", "hparams.")) for file in run.iterdir()):
         shutil.rmtree(run, ignore_errors=True)
 
 
