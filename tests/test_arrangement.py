@@ -19,7 +19,7 @@ from lavi.fusion.base import (
     spread_layers,
     text_alone,
 )
-from lavi.fusion.concat import conversations, placed, splice
+from lavi.fusion.concat import ConcatFusion, conversations, placed, splice
 
 
 def batch_of(
@@ -91,6 +91,7 @@ def test_a_token_sees_the_images_before_it_in_its_conversation() -> None:
     assert apart[2, 3].tolist() == [False, True, True, False, False]
     copied = packed.vision.for_generation(2)
     assert torch.equal(copied.column, rows.column[[0, 0, 1, 1, 2, 2]])  # type: ignore[attr-defined]
+    assert torch.equal(copied.visual["1"], visual["1"][[0, 0, 1, 1, 2, 2]])  # type: ignore[attr-defined]
     assert copied.text_columns is None
 
 
@@ -211,3 +212,14 @@ def test_an_image_at_the_end_stands_behind_the_last_word() -> None:
     assert order.tolist() == [[0, 1, 2, 12, 13, -1, -1], [14, 6, 7, 8, 9, 10, 11]]
     assert columns[0, :3].tolist() == [0, 1, 2]
     assert columns[1].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(ConcatFusion(newline=True))
+    assert float(model.fusion.newline.std()) == pytest.approx(model.language.width**-0.5, rel=0.4)
+    projected = torch.zeros(0, 16, model.language.width, requires_grad=True)
+    tokens, counts = model.fusion.visual_tokens(RIGHT.without_images(), projected)
+    assert (tokens.shape, counts) == ((0, model.language.width), [])
+    tokens.sum().backward()
+    assert model.fusion.newline.grad is not None
+    assert build(ConcatFusion()).fusion.newline is None

@@ -233,6 +233,50 @@ def test_checkpointed_gradients_are_the_gradients(model: VisionLanguageModel, fo
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lavi-all-norms", "cross-attention", "visor-modulation", "visor", "concat"])
+def test_the_gradient_is_the_slope_of_the_loss(build, name: str) -> None:
+    """Along a direction in all parameters: nothing that the loss depends on is cut off from it."""
+    model = build(FUSIONS[name]()).train()
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    parameters = [p for part in (model.language, model.fusion) for p in part.parameters()]
+
+    def loss() -> Tensor:
+        return summed_loss(model(batch), batch.labels)[0]
+
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        step = [1e-4 * torch.randn(p.shape, generator=draw) for p in parameters]
+        slope = sum(float((g * d).sum()) for g, d in zip(gradients, step, strict=True) if g is not None)
+        with torch.no_grad():
+            sides = []
+            for sign in (1, -2):
+                torch._foreach_add_(parameters, step, alpha=sign)
+                sides.append(float(loss()))
+            torch._foreach_add_(parameters, step)
+        assert sides[0] - sides[1] == pytest.approx(2 * slope, rel=0.03, abs=1e-3)
+
+
+def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
+    """As one generator gives them, and as each norm's own does."""
+    hidden, mask = torch.randn(1, 2, 32), torch.ones(1, 2, 1, dtype=torch.bool)
+    for parameters, each in (("both", 2), ("scale", 1), ("shift", 1)):
+        for per_target in (False, True):
+            fusion = build(LaViFusion(every=4, parameters=parameters, per_target=per_target, generator="pooled")).fusion
+            for number, generator in enumerate(fusion.generators.values()):
+                values = torch.arange(generator.outputs) + number * generator.outputs
+                with torch.no_grad():
+                    generator.deltas.bias.copy_(values.repeat_interleave(32))
+            visual = {key: torch.zeros(1, 1, 64) for key in fusion.generators}
+            found = fusion.deltas(3, hidden, visual, mask)
+            assert len(found) == len(fusion.targets[3]) == 2
+            numbers = [None if part is None else float(part.unique()) for pair in found for part in pair]
+            expected = {"both": [0, 1, 2, 3], "scale": [0, None, 1, None], "shift": [None, 0, None, 1]}[parameters]
+            assert numbers == expected
+            assert sum(generator.outputs for generator in fusion.generators.values()) == 2 * each
+
+
 def test_one_step_makes_a_wrong_image_matter(model: VisionLanguageModel) -> None:
     model.train()
     batch = collate(model, SAMPLES[:1])

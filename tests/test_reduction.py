@@ -173,21 +173,24 @@ def test_visionzip_keeps_what_the_tower_attends_to(make) -> None:
         assert ((kept[view, 3:] >= low - 1e-6) & (kept[view, 3:] <= high + 1e-6)).all()
 
 
-def test_visionzip_merges_each_token_that_is_left_with_the_likest() -> None:
+@pytest.mark.parametrize("contextual", [3, 8])
+def test_visionzip_merges_each_token_that_is_left_with_the_likest(contextual: int) -> None:
     """By the cosine of the mean keys of the last layer's heads, one token at a time."""
+    torch.manual_seed(0)
     vision = HFVision(config=TOWER)
-    reducer = VisionZip(dominant=4, contextual=3)
+    reducer = VisionZip(dominant=4, contextual=contextual)
     reducer.bind(vision)
     keys: list[torch.Tensor] = []
     last = [module for name, module in vision.named_modules() if name.endswith("k_proj")][-1]
     last.register_forward_hook(lambda *call: keys.append(call[-1].unflatten(-1, (2, 12)).mean(-2)))
     with torch.no_grad():
         features = vision(torch.randn(3, *vision.pixel_shape))
-        dominant, merged = reducer(features).split([4, 3], dim=1)
+        dominant, merged = reducer(features).split([4, contextual], dim=1)
     for view in range(3):
         first = {int((features[view] == token).all(-1).nonzero()) for token in dominant[view]}
         rest = [index for index in range(16) if index not in first]
-        centres = [rest[2], rest[6], rest[10]]  # twelve in three parts, the middle of each
+        middle = {3: (2, 6, 10), 8: (0, 2, 3, 5, 6, 8, 9, 11)}[contextual]  # of twelve in equal parts
+        centres = [rest[place] for place in middle]
         groups: dict[int, list[int]] = {centre: [centre] for centre in centres}
         for index in rest:
             if index not in centres:
@@ -197,8 +200,11 @@ def test_visionzip_merges_each_token_that_is_left_with_the_likest() -> None:
         torch.testing.assert_close(merged[view], expected)
 
 
-def test_a_class_token_ranks_by_what_it_attends_to() -> None:
-    vision = HFVision(config=TOWER | {"model_type": "clip_vision_model"})
+@pytest.mark.parametrize("family", ["clip_vision_model", "dinov2"])
+def test_a_class_token_ranks_by_what_it_attends_to(family: str) -> None:
+    own = {"intermediate_size": None, "mlp_ratio": 2} if family == "dinov2" else {}
+    config = {key: value for key, value in (TOWER | own).items() if value is not None}
+    vision = HFVision(config=config | {"model_type": family})
     reducer = VisionZip(dominant=4)
     reducer.bind(vision)
     pixels = torch.randn(1, *vision.pixel_shape)
@@ -241,6 +247,9 @@ def test_a_resampler_s_queries_read_the_tokens_and_each_other() -> None:
             wide = nn.functional.gelu(layer.ffn[0](layer.ffn_norm(queries)))
             queries = queries + layer.ffn[2](wide)
         torch.testing.assert_close(found[view], reducer.norm(queries), rtol=1e-4, atol=1e-5)
+    biases = {name.split(".", 2)[-1] for name in reducer.state_dict() if "layers" in name and name.endswith("bias")}
+    assert biases == {f"{part}.bias" for part in ("query_norm", "visual_norm", "ffn_norm", "ffn.0", "ffn.2")}
+    assert bound(PerceiverResampler(tokens=1, depth=1, heads=1))(features).shape == (2, 1, 24)
 
 
 def test_reducers_say_what_they_leave() -> None:
@@ -333,6 +342,7 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
     reducer.bind(vision)
     pixels = torch.randn(2, *vision.pixel_shape)
     features = vision(pixels)
+    assert not any(kept.requires_grad for kept in reducer.read.values())  # no graph is held by what is read
     assert reducer(features).requires_grad
     with pytest.raises(RuntimeError, match="run the tower first"):
         reducer(features)
@@ -340,6 +350,33 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
     with pytest.raises(RuntimeError, match="run the tower first"):
         reducer(features[:1])
     assert reducer(features[:0]).shape == (0, 5, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SimpleNamespace(model_type="dinov3_vit", num_attention_heads=2), "before DINOv3 turns them"),
+        (SimpleNamespace(model_type="other"), "attention of a transformers vision transformer, not Tower"),
+        (SimpleNamespace(model_type="other", num_attention_heads=2), "no query and key projections"),
+    ],
+    ids=["dinov3", "no heads", "no projections"],
+)
+def test_towers_whose_attention_cannot_be_read_are_refused(config: Any, words: str) -> None:
+    class Tower(nn.Module):
+        prefix, width, tokens, grid, seen = 0, 24, 16, (4, 4), Seen(24, 16, (4, 4))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = nn.Linear(2, 2)
+            self.tower = SimpleNamespace(config=config)
+
+    with pytest.raises(UserError, match=words):
+        VisionZip(dominant=3).bind(Tower())  # type: ignore[arg-type]
+
+
+def test_visionzip_without_a_rest_costs_nothing() -> None:
+    assert bound(VisionZip(dominant=16)).flops() == 0.0
+    assert bound(VisionZip(dominant=15)).flops() > 0
 
 
 def test_zero_tokens_are_no_image(make) -> None:

@@ -14,7 +14,7 @@ from test_oracles import bare_logits, row
 
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.visor import VisorFusion
+from lavi.fusion.visor import VisorContext, VisorFusion
 from lavi.module import summed_loss
 from lavi.routing import likely
 
@@ -147,6 +147,29 @@ def test_more_images_than_embeddings_stay_apart(build) -> None:
         torch.testing.assert_close(model(one)[:, :place], model(other)[:, :place], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("refining", [0, 2])
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_token_reads_the_images_before_it(build, refining: int, pad_left: bool) -> None:
+    """Counted in columns of the text, with V in the sequence or beside it; also what is said behind the prompt."""
+    model = build(VisorFusion(cross_attention=1, self_attention=refining))
+    batch = collate(model, SAMPLES, pad_left=pad_left)
+    rows, text = batch.input_ids.shape
+    with torch.no_grad():
+        context = model.fusion(batch, model.features(batch.pixels), model.language).vision
+    length = text if context.length is None else context.length
+    assert (context.length is None) == (not refining)
+    stands = [[place.column for place in batch.places if place.row == r for _ in range(16)] for r in range(rows)]
+    for past, now, columns in (
+        (0, length, range(text)),
+        (0, length + 2, range(text + 2)),
+        (length + 3, 2, range(text + 3, text + 5)),
+    ):
+        mask = context.at(past, now).mask
+        for mine, own in zip(mask, stands, strict=True):
+            assert mine[:, : len(own)].tolist() == [[before <= column for before in own] for column in columns]
+            assert not mine[:, len(own) :].any()
+
+
 def test_caches_hold_what_each_layer_worked_on(build) -> None:
     model = build(VisorFusion(cross_attention=[0], self_attention=[1, 2], configuration=[2]))
     awaken(model.fusion)
@@ -192,6 +215,20 @@ def test_the_router_learns_its_labels(build, tmp_path: Path) -> None:
             model.fusion.routed.clear()
             model(collate(model, [sample]))
             assert list(model.fusion.routed) == [tuple(way)]
+
+
+def test_while_a_router_learns_the_cheapest_way_serves(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps({"key": key, "configuration": [1, 3]}) + "\n" for key in "abc"))
+    refined: list[int] = []
+    monkeypatch.setattr(VisorContext, "_refined", lambda self, layer, call, text, *_: refined.append(layer) or text)
+    model = build(routed(labels=str(file)))
+    with torch.no_grad():
+        model.train()(collate(model, SAMPLES), {})
+        assert refined == []
+        with model.fusion.going((1, 3)):
+            model(collate(model, SAMPLES), {})
+    assert refined == [1, 3]
 
 
 def test_likely_is_the_probability_of_the_whole_answer(build) -> None:  # type: ignore[no-untyped-def]
