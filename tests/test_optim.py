@@ -125,7 +125,7 @@ class Reader(nn.Module):
         self.head.weight = self.text.weight
 
 
-BODY = {f"body.{name}.{kind}" for name in ("first", "second") for kind in ("weight", "bias")}
+BODY = sorted(f"body.{name}.{kind}" for name in ("first", "second") for kind in ("weight", "bias"))
 
 
 @pytest.mark.parametrize(
