@@ -12,8 +12,8 @@ it was. What was killed is not tried again until the module changes, and what su
 mutmut says how code can be changed (its operators for single expressions and statements). It tries mutants by itself,
 too, but not in functions with decorators and not outside of functions, and with all tests that reach a function: hours,
 where importing torch, transformers and Lightning alone takes seconds. Here they are imported once, and a process is
-forked for each mutant. Not changed: annotations, decorators, imports and asserts, which are for the reader and the type
-checker; the words of error messages and of progress; ``strict`` of zip, which guards against a mistake that is not
+forked for each mutant. Not changed: annotations, decorators, imports, asserts and casts, which are for the reader and
+the type checker; the words of error messages and of progress; ``strict`` of zip, which guards against a mistake that is not
 there; ``device``, which means nothing on a machine that has one.
 """
 
@@ -96,6 +96,8 @@ class Sites(cst.CSTVisitor):
             return False
         if isinstance(node, cst.Arg) and node in kept_arguments(node):
             return False
+        if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "cast":
+            return True  # for the type checker, too; not so what is inside
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 others = [other for other in operator(node) if kept_arguments(node) == kept_arguments(other)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import awaken
 
 from lavi.batch import Answer, Batch, ImagePlace, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import (
     ColumnContext,
+    Fusion,
     Rows,
     asking_columns,
     chosen_layers,
@@ -20,6 +22,10 @@ from lavi.fusion.base import (
     text_alone,
 )
 from lavi.fusion.concat import ConcatFusion, conversations, placed, splice
+from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import PruningFusion
+from lavi.fusion.visor import VisorFusion
 
 
 def batch_of(
@@ -223,3 +229,37 @@ def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # 
     tokens.sum().backward()
     assert model.fusion.newline.grad is not None
     assert build(ConcatFusion()).fusion.newline is None
+
+
+def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[no-untyped-def]
+    """What the images leave for each block or generator: of the features and the views' embeddings together."""
+    places = [ImagePlace(0, 1, FILM), ImagePlace(1, 2)]
+    batch = batch_of([(0, 6), (0, 5)], places)
+    features = torch.randn(4, 16, 24)
+    cross = build(CrossAttentionFusion(fraction=0.5, ffn=0))
+    lavi = build(LaViFusion(every=2, bottleneck=16))
+    assert sorted(cross.fusion.blocks) == sorted(lavi.fusion.generators) == ["1", "3"]
+    for model in (cross, lavi):
+        awaken(model.fusion)
+        fusion = model.fusion
+        context = fusion(batch, features, model.language).vision
+        seen = features + fusion.views(numbers_of_views(batch, torch.device("cpu")))
+        assert context.column.tolist() == [[1] * 48, [2] * 16 + [Rows.NEVER] * 32]
+        for layer in ("1", "3"):
+            if model is cross:
+                key, value = fusion.blocks[layer].keys_values(fusion.norm(seen).flatten(0, 1)[None])
+                found = [context.visual[f"{layer} {part}"] for part in ("key", "value")]
+                for whole, of_rows in ((key, found[0]), (value, found[1])):
+                    torch.testing.assert_close(of_rows[0], whole[0, :, :48])
+                    torch.testing.assert_close(of_rows[1, :, :16], whole[0, :, 48:])
+            else:
+                slots = fusion.generators[layer].visual(seen, (4, 4)).flatten(0, 1)
+                torch.testing.assert_close(context.visual[layer][0], slots[:48])
+                torch.testing.assert_close(context.visual[layer][1, :16], slots[48:])
+
+
+def test_fusions_say_whether_rows_may_hold_several_conversations() -> None:
+    assert LaViFusion.packs
+    assert CrossAttentionFusion.packs
+    assert ConcatFusion.packs
+    assert not any(fusion.packs for fusion in (Fusion, PruningFusion, VisorFusion))

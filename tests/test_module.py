@@ -20,6 +20,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
 from lavi.module import VisionLanguageModule, summed_loss
+from lavi.optim import MuonAdamW
 from lavi.startup import what_trains
 
 
@@ -114,6 +115,43 @@ def test_the_rates_of_a_run_rise_and_then_fall_to_a_hundredth(build) -> None:
     assert 0.01 < steps[-1] < 0.03
     left = {g["name"].split("/")[0]: g["lr"] for g in trainer.optimizers[0].param_groups}
     assert left == pytest.approx({part: 0.01 * peak for part, peak in peaks.items()})
+
+
+def test_by_default_nothing_decays_and_adamw_trains_all(build) -> None:
+    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3})
+    module.trainer = SimpleNamespace(estimated_stepping_batches=200, callbacks=[])  # type: ignore[assignment]
+    made = module.configure_optimizers()
+    assert type(made["optimizer"]) is torch.optim.AdamW
+    assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0.0}
+    share = made["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert [share(step) for step in (0, 5)] == pytest.approx([1 / 6, 1.0])  # 3 % of the steps
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in module.model.language.layers)
+    muon = VisionLanguageModule(module.model, learning_rate={"fusion": 1e-3}, muon=2.0)
+    muon.trainer = module.trainer
+    assert type(muon.configure_optimizers()["optimizer"]) is MuonAdamW
+
+
+def test_validation_is_of_all_tokens_and_all_answers(build) -> None:
+    """However they are batched: each token weighs the same."""
+    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3})
+    one, long = ask(1, "what?", answer="red"), ask("which?", answer="the first of the two images")
+    batches = [collate(module.model, samples) for samples in ([one], [long, one])]
+    settings: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **settings)
+    (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    with torch.no_grad():
+        sums = [summed_loss(module.model(batch), batch.labels) for batch in batches]
+        right = [r for batch in batches for r in right_under_teacher_forcing(module.model(batch), batch)]
+    assert found["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
+    assert found["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
+
+
+def test_ranks_add_up_what_they_counted(build) -> None:
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: {"sum": 2 * value}[reduce_op])
+    for ranks, expected in ((1, 3), (2, 6)):
+        module.trainer = SimpleNamespace(world_size=ranks, strategy=strategy)  # type: ignore[assignment]
+        assert int(module._sum_over_ranks(torch.tensor(3))) == expected
 
 
 def test_tied_weights_are_one(build) -> None:

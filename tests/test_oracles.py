@@ -21,7 +21,7 @@ from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
 from lavi.fusion.visor import VisorFusion
-from lavi.language.surgery import close
+from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
 from lavi.module import VisionLanguageModule, summed_loss
 from lavi.weights import kept_names, write_state
@@ -264,6 +264,7 @@ def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
     for parameters, each in (("both", 2), ("scale", 1), ("shift", 1)):
         for per_target in (False, True):
             fusion = build(LaViFusion(every=4, parameters=parameters, per_target=per_target, generator="pooled")).fusion
+            assert list(fusion.generators) == (["3-0", "3-1"] if per_target else ["3"])
             for number, generator in enumerate(fusion.generators.values()):
                 values = torch.arange(generator.outputs) + number * generator.outputs
                 with torch.no_grad():
@@ -275,6 +276,28 @@ def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
             expected = {"both": [0, 1, 2, 3], "scale": [0, None, 1, None], "shift": [None, 0, None, 1]}[parameters]
             assert numbers == expected
             assert sum(generator.outputs for generator in fusion.generators.values()) == 2 * each
+
+
+def test_the_final_norm_s_deltas_depend_on_what_it_gets(build) -> None:
+    """And their gradients with them."""
+    model = build(LaViFusion(targets=["final"]))
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad():
+        context = model.fusion(batch, model.features(batch.pixels), model.language).vision.at(
+            0, batch.input_ids.shape[1]
+        )
+    norm = model.language.hf.model.norm
+    hidden = torch.randn(*batch.input_ids.shape, model.language.width, requires_grad=True)
+    with context.around_stack():
+        found = norm(hidden)
+    (deltas,) = model.fusion.deltas(4, hidden, context.visual, context.mask)
+    with modulated([norm], [deltas]):
+        expected = norm(hidden)
+    assert not torch.equal(expected, norm(hidden))
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), hidden, retain_graph=True)[0] for out in (found, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_one_step_makes_a_wrong_image_matter(model: VisionLanguageModel) -> None:

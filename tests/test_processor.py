@@ -126,6 +126,7 @@ def test_a_prompt_ends_where_its_answer_begins(processor: Processor) -> None:
     (turn,) = whole.encoded.turns
     assert prompt.encoded.ids == whole.encoded.ids[: turn.start]
     assert not prompt.encoded.turns
+    assert (turn.family, turn.level) == ("all", "all")
 
 
 def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> None:
