@@ -13,8 +13,8 @@ mutmut says how code can be changed (its operators for single expressions and st
 too, but not in functions with decorators and not outside of functions, and with all tests that reach a function: hours,
 where importing torch, transformers and Lightning alone takes seconds. Here they are imported once, and a process is
 forked for each mutant. Not changed: annotations, decorators, imports, asserts and casts, which are for the reader and
-the type checker; the words of error messages and of progress; ``strict`` of zip, which guards against a mistake that is not
-there; ``device``, which means nothing on a machine that has one.
+the type checker; the words of error messages and of progress; ``strict`` of zip, which guards against a mistake that is
+not there; ``device``, which means nothing on a machine that has one.
 """
 
 from __future__ import annotations
