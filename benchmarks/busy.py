@@ -11,6 +11,7 @@ nothing else to do.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from lavi.recipe import Recipe
 from lavi.report import console, table, track
 
 ROOT = Path(__file__).parent.parent
-OTHERS = 2
+OTHERS = max(2, os.cpu_count() or 2)
 """Processes that keep the machine busy."""
 STAGES = ("vision_encoder", "first_token", "prefill", "decode")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,10 +15,13 @@ from PIL import Image, ImageOps
 
 from lavi.arguments import Count
 from lavi.batch import Sample, Video, text_of
+from lavi.errors import one_line
 from lavi.images import side_by_side
 from lavi.metrics.answers import is_right
 from lavi.model import VisionLanguageModel
 from lavi.processor import Ready
+
+log = logging.getLogger("lavi")
 
 THUMBNAIL = (320, 320)
 """The largest width and height of an image that is shown, in pixels."""
@@ -53,13 +57,28 @@ class Samples(pl.Callback):
             return
         model, data = cast(VisionLanguageModel, module.model), cast(Any, trainer).datamodule
         if not self.shown:
-            self.shown = [first_question(model, sample) for sample in data.samples("validation", limit=self.count)]
+            self.shown = first_questions(model, data.samples("validation", limit=self.count))
+        if not self.shown:
+            return
         answers = answer_all(module, self.shown, self.max_new_tokens)
         if not trainer.is_global_zero:
             return  # all ranks have answered: of a sharded model each holds a part
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where the scores of this validation stand
         for logger in loggers:
             logger.experiment.add_figure("samples", draw(self.shown, answers), step)
+
+
+def first_questions(model: VisionLanguageModel, samples: Iterable[Sample]) -> list[Shown]:
+    """Of each sample what is asked first; one whose images cannot be encoded is left out, as it is in training."""
+    shown = []
+    for sample in samples:
+        try:
+            shown.append(first_question(model, sample))
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a sample comes from elsewhere
+            log.warning("not shown: sample '%s' (%s)", sample.key, one_line(error))
+    return shown
 
 
 def first_question(model: VisionLanguageModel, sample: Sample) -> Shown:

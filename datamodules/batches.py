@@ -36,8 +36,6 @@ Result = TypeVar("Result")
 class Skipped:
     """Samples that are not used, counted by cause; above a share of broken ones, reading stops and says why."""
 
-    last = ""
-
     max_share: float
     seen: int = 0
     """Samples that were used."""
@@ -46,6 +44,8 @@ class Skipped:
     causes: Counter[str] = field(default_factory=Counter)
     """Of all that are not used."""
     fresh: list[Skip] = field(default_factory=list)
+    last: str = ""
+    """What is said of the last broken one."""
 
     def add(self, key: str, cause: str, *, lost: int = 1) -> None:
         """Count one broken sample more, or as many as were ``lost``.
@@ -289,6 +289,7 @@ class HeldOut(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         skipped = self.skipped = Skipped(self.max_skipped)
+        any_given = False
         records = iter(self.records())
         while window := list(itertools.islice(records, self.batch_size * self.ranks)):
             first = self.rank * self.batch_size
@@ -298,9 +299,10 @@ class HeldOut(IterableDataset[Batch]):
                 others = (ready for raw in window if (ready := self.encoder(raw, Skipped(1.0))) is not None)
                 usable = [replace(ready, stands_in=True) for ready in itertools.islice(others, 1)]
             if usable:
+                any_given = True
                 yield replace(self.encoder.processor.collate(usable), skipped=skipped.take())
         skipped.check()
-        if self.rank == 0:
+        if self.rank == 0 and not any_given:
             skipped.check_any_used(self.streams[0].shards[0])
 
     def __length_hint__(self) -> int:
@@ -322,9 +324,10 @@ class HeldOut(IterableDataset[Batch]):
         """
         skipped = self.skipped = Skipped(self.max_skipped)
         for raw in self.records():
-            if (sample := self.encoder.sample(raw, skipped)) is not None:
+            sample = self.encoder.sample(raw, skipped)
+            skipped.take()  # their causes are counted; none is kept
+            if sample is not None:
                 yield sample
-            del raw  # of a large image the bytes are not kept while it is used
         skipped.check()
         skipped.check_any_used(self.streams[0].shards[0])
 

@@ -92,7 +92,12 @@ def path(text: str) -> Path:
     """A path; ``~`` is the home folder, also where no shell has seen it (``--out=~/x``)."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a path cannot be empty")
-    return Path(text).expanduser()
+    return home_path(text)
+
+
+def home_path(text: str | Path) -> Path:
+    """A path with ``~`` as the home folder, where there is one of that name."""
+    return Path(os.path.expanduser(text))
 
 
 def text(words: str) -> str:

@@ -35,6 +35,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lavi.arguments import home_path
 from lavi.errors import UserError, reason
 from lavi.model import VisionLanguageModel
 from lavi.pretrained import RECIPE, build
@@ -63,7 +64,7 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
     Raises:
         UserError: ``exact`` and it exists; no folder can be made there.
     """
-    folder, number = wanted.expanduser(), 1
+    folder, number = home_path(wanted), 1
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         while not _make(folder):  # looking first would leave a moment in which another run makes it
@@ -72,7 +73,7 @@ def new_run_folder(wanted: Path, *, exact: bool = False) -> Path:
                 instead = f"go on with --resume {folder}" if goes_on else "remove it (it holds no checkpoint)"
                 raise UserError(f"{folder} exists and is left as it is: choose another --run, or {instead}.")
             number += 1
-            folder = wanted.expanduser().with_name(f"{wanted.name}-{number}")
+            folder = home_path(wanted).with_name(f"{wanted.name}-{number}")
     except (OSError, ValueError) as error:
         raise UserError(f"no run folder can be made at {folder} ({reason(error)}): choose another --run.") from None
     return folder
@@ -164,7 +165,7 @@ def load_run(
     Raises:
         UserError: not a run folder, or its weights and its recipe do not belong together.
     """
-    folder = folder.expanduser()
+    folder = home_path(folder)
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} is not a run folder: it has no {RECIPE}.")
     if not (folder / TRAINED).is_file():
@@ -295,7 +296,7 @@ class KeepRun(Checkpoint):
             checkpoint[DATA] = _of_every_rank(data.state_dict())
 
     def _write(self, checkpoint: dict[str, Any]) -> None:
-        """Both files of a checkpoint, or neither: :data:`TRAINED` takes its place first, since all runs have it."""
+        """Both files of a checkpoint, each put in its place when it is whole; :data:`TRAINED` first: all runs have it."""
         header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
         header[CARRIED] = json.dumps(checkpoint[CARRIED])
         with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
@@ -447,7 +448,7 @@ def resume_point(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    folder = folder.expanduser()
+    folder = home_path(folder)
     for name in (LAST, RECIPE):
         if not (folder / name).is_file():
             raise UserError(

@@ -58,11 +58,12 @@ def main() -> None:
         made = measure.count(recipe, model, scenario, scores.routes)
         made.accuracy, made.controls = scores.accuracy, scores.controls
         made.knobs |= {"run": run.name, "test_samples": scores.samples, "answers": scores.answers}
-        made.knobs |= {"left_out": dict(samples.left_out)} if samples.left_out else {}
+        left_out = samples.left_out + scores.left_out
+        made.knobs |= {"left_out": dict(left_out)} if left_out else {}
         usual = max(scores.routes, key=scores.routes.__getitem__, default=None)
         made.knobs |= {} if usual is None else {"timed way": str(usual)}
         console().print(f"{run}: {scores}")
-        for cause, count in samples.left_out.items():
+        for cause, count in left_out.items():
             console().print(f"  left out: {count} x {cause}")
         measurements.append(measure.Measurement(made, scenario, partial(model.to, device), usual))
         twin = measure.concat_twin(recipe)

@@ -19,7 +19,7 @@ import torch
 from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.point import Scenario
-from lavi.errors import UserError
+from lavi.errors import UserError, one_line
 from lavi.metrics.answers import FamilyAccuracy, is_right
 from lavi.model import VisionLanguageModel
 from lavi.processor import Ready
@@ -109,20 +109,21 @@ class Scorer:
     routes: Counter[Hashable] = field(default_factory=Counter)
     """How often samples went each way through the decoder, as they were answered with their images."""
     prompts: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Samples that could not be asked, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
     _waiting: list[tuple[Ready, Expected]] = field(default_factory=list)
 
-    def add(self, sample: Sample) -> None:
-        """Answer all questions of a conversation.
-
-        Raises:
-            UserError: it does not fit the model.
-        """
-        for prompt, expected in prompts_of(sample):
-            try:
-                ready = self.model.processor.encode(prompt, prompt=True)
-            except UserError as error:
-                raise UserError(f"sample '{sample.key}': {error}") from None
+    def add(self, sample: Sample) -> bool:
+        """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
+        try:
+            asked = [(self.model.processor.encode(prompt, prompt=True), one) for prompt, one in prompts_of(sample)]
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a sample comes from elsewhere: whatever it does, it is one sample
+            self.left_out[getattr(error, "cause", one_line(error))] += 1
+            return False
+        for ready, expected in asked:
             self.sizes.add(ready)
             self.prompts += 1
             fills_context = self._tokens_behind(ready) < self.max_new_tokens
@@ -132,6 +133,7 @@ class Scorer:
             size = sum(ready.pixels.nbytes for ready, _ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
+        return True
 
     def _tokens_behind(self, ready: Ready) -> int:
         """Of the longest answer to a prompt."""
@@ -207,7 +209,9 @@ class Scores:
     samples: int
     answers: int
     shuffled_answers: int
-    """Answers of the control with other images; fewer where nobody has images to exchange."""
+    """Answers of the control with other images; fewer where nobody has images to exchange, or theirs do not fit."""
+    left_out: Counter[str]
+    """Samples that could not be asked, by cause."""
     typical: Scenario
 
     def __str__(self) -> str:
@@ -220,7 +224,7 @@ def evaluate(model: VisionLanguageModel, samples: Iterable[Sample], *, device: t
     """Score a model on samples and on the controls: their images exchanged among them, and none at all.
 
     Raises:
-        UserError: there is not one question, or a sample does not fit the model.
+        UserError: there is not one question.
     """
     asked = Scorer(model, device, without_images=True)
     shuffled = Scorer(model, device)
@@ -229,9 +233,9 @@ def evaluate(model: VisionLanguageModel, samples: Iterable[Sample], *, device: t
     def scored() -> Iterator[Sample]:
         nonlocal count
         for sample in samples:
-            asked.add(sample)
-            count += 1
-            yield sample
+            if asked.add(sample):
+                count += 1
+                yield sample
 
     for sample in with_images_of_others(scored()):
         shuffled.add(sample)
@@ -246,5 +250,6 @@ def evaluate(model: VisionLanguageModel, samples: Iterable[Sample], *, device: t
         samples=count,
         answers=asked.prompts,
         shuffled_answers=shuffled.prompts,
+        left_out=asked.left_out,
         typical=asked.sizes.typical(model.vision.tokens),
     )

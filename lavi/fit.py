@@ -108,7 +108,10 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
         console.print(keep.farewell(trainer), highlight=False)
         return 130 if first else 0  # the first rank is killed when another one ends with an error
     except MisconfigurationException as error:
-        raise UserError(f"the trainer refuses this run: {one_line(error)}.") from error
+        refused = UserError(f"the trainer refuses this run: {one_line(error)}.")
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from error
     console.print(report.metrics_table(trainer.callback_metrics, title=f"{run} after {trainer.global_step} steps"))
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lavi.arguments import Positive, PositiveOrZero, ShareOrZero
+from lavi.arguments import Positive, PositiveOrZero, ShareOrZero, home_path
 from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
@@ -93,7 +92,7 @@ class VisionLanguageModule(pl.LightningModule):
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
         if stage == "fit" and self.start_from is not None and not self.carried:
-            self.carried = start_from_run(self, Path(self.start_from).expanduser())
+            self.carried = start_from_run(self, home_path(self.start_from))
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy made a mesh of ranks for it."""
@@ -185,7 +184,10 @@ class VisionLanguageModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         if self._window is not None:  # the step goes on: its answers are scored together
             return
-        if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every:
+            self.accuracy["train"].reset()
+        elif self.global_step % every == 0:
             self._log_accuracy("train")
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -233,8 +235,7 @@ class VisionLanguageModule(pl.LightningModule):
         Raises:
             UserError: nothing says when the run ends.
         """
-        estimate = self.trainer.estimated_stepping_batches
-        steps = int(estimate) if 0 < estimate < float("inf") else None
+        steps = _known_steps(self.trainer)
         timer = _timer(self.trainer)
         if steps is None and timer is None:
             raise UserError(
@@ -249,6 +250,22 @@ class VisionLanguageModule(pl.LightningModule):
             return rate_at_step(step, steps, warmup=self.warmup)
 
         return share
+
+
+def _known_steps(trainer: pl.Trainer) -> int | None:
+    """The steps of a whole run; None where its length is not given in steps.
+
+    The trainer's own estimate makes the loader. A stream would then begin to read before a strategy that restores its
+    checkpoint late has said where it stands.
+    """
+    batches = getattr(trainer, "limit_train_batches", None)
+    epochs = getattr(trainer, "max_epochs", None) or -1
+    if getattr(getattr(trainer, "datamodule", None), "unsized", False) and epochs > 0:
+        of_epochs = -(-batches // trainer.accumulate_grad_batches) * epochs if isinstance(batches, int) else -1
+        given = [steps for steps in (of_epochs, trainer.max_steps) if steps > 0]
+        return min(given, default=None)
+    estimate = trainer.estimated_stepping_batches
+    return int(estimate) if 0 < estimate < float("inf") else None
 
 
 def _timer(trainer: pl.Trainer) -> Timer | None:

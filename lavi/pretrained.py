@@ -26,6 +26,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lavi.arguments import home_path
 from lavi.errors import UserError, reason
 from lavi.recipe import TARGET, Recipe
 from lavi.weights import fill, make_readable, opened, write_state
@@ -72,7 +73,7 @@ def save_pretrained(model: VisionLanguageModel, folder: Path) -> None:
             f"{type(model.vision).__name__} cannot be saved: a vision backbone needs save_pretrained(folder), as "
             "lavi.vision.hf.HFVision has it."
         )
-    folder = folder.expanduser()
+    folder = home_path(folder)
     with _new_folder(folder) as part:
         needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
         if needed > (free := shutil.disk_usage(part).free):
@@ -156,7 +157,7 @@ def from_pretrained(folder: Path, *, trust: bool = False) -> VisionLanguageModel
     Raises:
         UserError: no such folder, a newer lavi wrote it, or its weights do not fit what its recipe builds.
     """
-    folder = folder.expanduser()
+    folder = home_path(folder)
     file = folder / RECIPE
     if not file.is_file() or not (folder / FUSION).is_file():
         missing = RECIPE if not file.is_file() else FUSION

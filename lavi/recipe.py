@@ -147,7 +147,8 @@ class Recipe:
 
     def _never_validates(self, trainer: Mapping[str, Any]) -> bool:
         """Whether there are data to validate on and, by the trainer's own rule (behind an epoch), no time for it."""
-        ends = "val_check_interval" in trainer or isinstance(trainer.get("limit_train_batches"), int)
+        interval = trainer.get("val_check_interval")  # 1.0, the default, is the end of an epoch
+        ends = isinstance(interval, int | str | dict) or isinstance(trainer.get("limit_train_batches"), int)
         wanted = self.settings["data"].get("validation") is not None and trainer.get("limit_val_batches", 1)
         return bool(wanted) and not ends and self._data_are_unsized()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lavi.arguments import home_path
 from lavi.errors import UserError, nearest, one_line
 
 TARGET = "_target_"
@@ -71,7 +72,7 @@ def read(path: Path, lines: dict[str, str], chain: Sequence[Path] = ()) -> dict[
     parent = settings.pop("extends", "")
     if not isinstance(parent, str) or ("extends" in own and not parent):
         raise UserError(f"{own['extends']}: 'extends' names one other recipe by its file, not {parent!r}.")
-    inherited = read(path.parent / Path(parent).expanduser(), lines, [*chain, path]) if parent else {}
+    inherited = read(path.parent / home_path(parent), lines, [*chain, path]) if parent else {}
     lines |= own
     return merge(inherited, settings)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_shards import GOOD, png, sample, write_tar
 from transformers import AutoTokenizer
 
@@ -16,6 +19,7 @@ from lavi.chat import Chat
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 from lavi.processor import Processor
+from lavi.vision.tiles import OneView
 
 LONG = {"messages": [{"role": "user", "content": "circle " * 400}, GOOD["messages"][1]]}
 LATER = {
@@ -148,3 +152,23 @@ def test_want_of_memory_is_no_fault_of_a_sample(
     write_tar(tmp_path / "a.tar", sample("1"))
     with pytest.raises(MemoryError):
         list(ImageTextData(small, train=str(tmp_path), max_skipped=1.0).stream("train"))
+
+
+def test_a_rank_whose_own_part_is_too_long_goes_on_with_the_others(small: Processor, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [m for n in range(4) for m in sample(f"{n}", GOOD if n % 2 else LONG)])
+    data = ImageTextData(small, train=str(tmp_path), batch_size=1, shuffle=0)
+    first = data.stream("train")
+    first.ranks = 2
+    assert [batch.keys for batch in first] == [["1"], ["3"]]
+    assert all(batch.answers == [] for batch in first)  # they stand in for what this rank lacks
+
+
+def test_an_image_that_no_square_holds_is_one_broken_sample(small: Processor, tmp_path: Path) -> None:
+    tall = Image.new("L", (4, 20000))
+    stream = io.BytesIO()
+    tall.save(stream, "PNG")
+    write_tar(tmp_path / "a.tar", sample("tall", image=stream.getvalue()) + sample("good"))
+    squares = dataclasses.replace(small, tiling=OneView(pad_to_square=True))
+    (batch,) = ImageTextData(squares, train=str(tmp_path), max_skipped=1.0).stream("train")
+    assert batch.keys == ["good"]
+    assert "cannot be padded to a square" in batch.skipped[0].cause

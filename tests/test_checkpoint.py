@@ -132,8 +132,7 @@ def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixtu
     def refused(*overrides: str, words: str) -> None:
         assert train("two", *overrides) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
-        assert not Path("two", RECIPE).exists()
-        shutil.rmtree("two")
+        assert not Path("two").exists()
 
     assert train("one", LORA) == 0
     refused("module.start_from=gone", words="there is no gone/trained.safetensors: give module.start_from a run folder")

@@ -119,6 +119,34 @@ def test_a_prompt_that_fills_the_context_is_answered_alone(
     assert {tokens for _, columns, tokens in asked if columns < length} == {16}
 
 
+def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the images of another do not fit: then of the control alone."""
+    usual = seeing.vision.preprocess
+
+    def preprocess(picture: Image.Image) -> torch.Tensor:
+        if picture.width == 7:
+            raise ZeroDivisionError("of width 7")
+        return usual(picture)
+
+    monkeypatch.setattr(seeing.vision, "preprocess", preprocess)
+    broken = Sample("broken", ask(0, "what?", answer="c0").messages, [Image.new("RGB", (7, 7))])
+    scores = evaluate(seeing, [ask(1, "what?", answer="c1"), broken, ask(2, "what?", answer="c2")], device=CPU)
+    assert (scores.samples, scores.answers, scores.shuffled_answers) == (2, 2, 2)
+    assert scores.left_out == {"of width 7": 1}
+    assert scores.accuracy["all"] == 100
+    tokens_of = seeing.processor.tokens_of
+    monkeypatch.setattr(
+        seeing.processor, "tokens_of", lambda layout: 240 * (layout.size == (90, 90)) or tokens_of(layout)
+    )
+    large = Sample("large", ask(0, "what?", answer="c0").messages, [image(1).resize((90, 90))])
+    wordy = ask(2, "circle " * 100, answer="c2", key="wordy")
+    monkeypatch.setattr(seeing, "answer", lambda batch, **_: ["c0"] * len(batch))
+    scores = evaluate(seeing, [large, wordy], device=CPU)
+    assert (scores.answers, scores.shuffled_answers) == (2, 1)
+
+
 def test_a_score_is_of_at_least_one_question(seeing: VisionLanguageModel) -> None:
     with pytest.raises(UserError, match="not one question to score"):
         evaluate(seeing, [], device=CPU)

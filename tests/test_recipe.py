@@ -337,7 +337,8 @@ def test_validation_data_that_would_never_be_used_are_said(tiny_recipe: Path) ->
     """A stream has no end of an epoch; an epoch of a number of batches has one."""
     unset = tiny_recipe.read_text().replace("val_check_interval: 6", "num_sanity_val_steps: 0")
     tiny_recipe.write_text(unset)
-    with pytest.raises(UserError, match=r"data\.validation would never be used.*trainer\.val_check_interval"):
-        Recipe.load(tiny_recipe)
+    for change in ([], ["trainer.val_check_interval=1.0"], ["trainer.val_check_interval=null"]):
+        with pytest.raises(UserError, match=r"data\.validation would never be used.*trainer\.val_check_interval"):
+            Recipe.load(tiny_recipe, change)
     for change in ("data.validation=null", "trainer.limit_train_batches=5", "trainer.limit_val_batches=0"):
         Recipe.load(tiny_recipe, [change])

@@ -470,3 +470,15 @@ def test_evaluate_tries_where_its_records_go_before_it_scores(run, tmp_path: Pat
     refused(run(*evaluate, "--out", "missing/x.jsonl"), "missing/x.jsonl cannot be written")
     (tmp_path / "evaluation.jsonl").mkdir()
     refused(run(*evaluate), "evaluation.jsonl cannot be written (Is a directory)")
+
+
+def test_the_share_of_waiting_is_of_the_thread_that_times() -> None:
+    wall, own = iter([0.0, 10.0]), iter([1.0, 5.0])
+    assert latency.WaitMeter(wall=wall.__next__, own=own.__next__).share() == pytest.approx(0.6)
+    wall, own = iter([0.0, 10.0]), iter([0.0, 12.0])
+    assert latency.WaitMeter(wall=wall.__next__, own=own.__next__).share() == 0
+
+
+def test_the_interval_of_thousands_of_turns_is_known() -> None:
+    """About a standard deviation of the binomial times two on either side of the middle."""
+    assert values_outside(10_000) == pytest.approx(5000 - 1.96 * 50, abs=2)

@@ -159,6 +159,19 @@ def test_whichever_ends_the_run_first_decides_its_rate(module: VisionLanguageMod
     assert rates(module, quick, 21)[20] == pytest.approx(1e-5)
 
 
+@pytest.mark.parametrize(
+    ("limit", "epochs", "most", "steps"), [(10, 2, -1, 10), (9, 2, -1, 10), (10, 2, 7, 7), (1.0, 2, 7, 7)]
+)
+def test_a_streams_steps_are_counted_without_making_its_loader(
+    module: VisionLanguageModule, limit: float, epochs: int, most: int, steps: int
+) -> None:
+    """A loader that is made before a checkpoint is restored would begin to read from the start."""
+    stream = SimpleNamespace(unsized=True)
+    settings = {"limit_train_batches": limit, "max_epochs": epochs, "max_steps": most, "accumulate_grad_batches": 2}
+    found = rates(module, SimpleNamespace(datamodule=stream, callbacks=[], **settings), steps + 1)
+    assert found == rates(module, SimpleNamespace(estimated_stepping_batches=steps, callbacks=[]), steps + 1)
+
+
 def test_a_run_whose_end_nothing_names_is_refused(module: VisionLanguageModule) -> None:
     with pytest.raises(UserError, match=r"set trainer\.max_steps, or trainer\.max_epochs with"):
         rates(module, SimpleNamespace(estimated_stepping_batches=float("inf"), callbacks=[Timer()]), 0)

@@ -25,6 +25,8 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
             if all(group in r.controls.get(control, {}) for r in records):
                 cells = [f"{r.controls[control][group]:.1f}" for r in records]
                 rows.append(row(f"control, {control}: {_group_name(group)} (%)", cells))
+    if len({r.knobs.get("answers") for r in records}) > 1:
+        rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
     rows.append(row("GFLOPs, without vision encoder", [f"{r.gflops_language:.4f}" for r in records]))
     rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import comb
 from statistics import median
 
@@ -59,8 +60,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def values_outside(count: int) -> int:
     """How many of so many values lie outside the interval of their median at each end."""
-    skipped, tail = 0, 0.0
-    while (tail := tail + 0.5**count * comb(count, skipped)) <= (1 - CONFIDENCE) / 2:
+    skipped, tail = 0, 0  # in whole numbers: a float holds neither the terms nor their share of many
+    while 2 * (tail := tail + comb(count, skipped)) <= 2**count * (1 - Fraction(CONFIDENCE)):
         skipped += 1
     return max(0, skipped - 1)
 

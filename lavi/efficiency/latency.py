@@ -191,14 +191,21 @@ def half_the_threads(device: torch.device) -> Iterator[None]:
 
 
 class WaitMeter:
-    """How long this process had no core, because other processes had them."""
+    """How long the thread that times had no core, because other processes had them.
 
-    def __init__(self) -> None:
-        self.wall, self.own = time.perf_counter(), time.process_time()
+    Args:
+        wall, own: clocks in seconds, of the world and of what this thread computes.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.perf_counter, own: Callable[[], float] = time.thread_time
+    ) -> None:
+        self.wall, self.own = wall, own
+        self.began, self.had = wall(), own()
 
     def share(self) -> float:
-        """Of the time since this was made, if it had something to compute all along."""
-        return max(0.0, 1 - (time.process_time() - self.own) / (time.perf_counter() - self.wall))
+        """Of the time since this was made, if the thread had something to compute all along."""
+        return max(0.0, 1 - (self.own() - self.had) / (self.wall() - self.began))
 
 
 def model_and_floor(

@@ -219,10 +219,10 @@ def _points(
     for number, recipe in enumerate(recipes):
         model = build_on(recipe, "meta")
         for value, points in columns:
-            turned = sweep.recipe(value, recipe, len(model.language.layers))
-            at = build_on(turned, "meta") if sweep.turns_recipe else model
             scenario = sweep.scenario(value, base)
             try:
+                turned = sweep.recipe(value, recipe, len(model.language.layers))
+                at = build_on(turned, "meta") if sweep.turns_recipe else model
                 scenario.at(at).check(at, scenario)
             except UserError as error:
                 if leave_out is None:

@@ -30,14 +30,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lavi.arguments import Count
+from lavi.arguments import Count, home_path
 from lavi.batch import Batch, Layout
 from lavi.errors import UserError
 from lavi.fusion.base import Cost, Rows, asking_columns, rows_of, spread_layers
@@ -198,7 +197,7 @@ class VisorFusion(ConcatFusion):
         """From the cheapest to the dearest."""
         wanted = self.wanted_configurations
         if isinstance(wanted, str):
-            wanted = read_viable(Path(wanted).expanduser())
+            wanted = read_viable(home_path(wanted))
         return sorted({self.configuration_of(one) for one in wanted or []}, key=lambda one: (len(one), one))
 
     def _where_ways_part(self) -> int:
@@ -321,7 +320,7 @@ class VisorFusion(ConcatFusion):
     def labels(self) -> dict[str, int]:
         """Number of the configuration that each sample needs."""
         if self._labels is None:
-            self._labels = read_labels(Path(self.labels_file).expanduser(), self.viable) if self.labels_file else {}
+            self._labels = read_labels(home_path(self.labels_file), self.viable) if self.labels_file else {}
         return self._labels
 
     # --- what it costs ------------------------------------------------------------------------------------------------

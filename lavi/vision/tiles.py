@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lavi.arguments import Count
 from lavi.batch import Layout, Video, Visual
 from lavi.errors import UserError
+from lavi.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from lavi.vision.base import VisionBackbone
@@ -65,9 +66,14 @@ class OneView(Tiling):
     def __init__(self, *, pad_to_square: bool = False) -> None:
         self.pad_to_square = pad_to_square
 
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        if isinstance(visual, Video):
+            return super().layout(visual, vision)
+        return Layout(size=(visual.height, visual.width))
+
     def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
         view = square(image, vision.mean) if self.pad_to_square else image
-        return [view], Layout(size=(image.height, image.width))
+        return [view], self.layout(image, vision)
 
 
 class AnyRes(Tiling):
@@ -134,10 +140,19 @@ def fitted(image: Image.Image, canvas: tuple[int, int], resample: Image.Resampli
 
 
 def square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """The image in the middle of a square of the colour ``mean`` (0 to 1), which the backbone sees as 0."""
+    """The image in the middle of a square of the colour ``mean`` (0 to 1), which the backbone sees as 0.
+
+    Raises:
+        UserError: the square would have more than :data:`lavi.images.MAX_PIXELS`.
+    """
     side = max(image.size)
     if image.width == image.height:
         return image
+    if side * side > MAX_PIXELS:
+        raise UserError(
+            f"an image of {image.width}x{image.height} pixels cannot be padded to a square: that would have more than "
+            f"{MAX_PIXELS} pixels."
+        )
     red, green, blue = (int(255 * value) for value in mean)
     out = Image.new("RGB", (side, side), (red, green, blue))
     out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
