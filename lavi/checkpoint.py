@@ -296,7 +296,7 @@ class KeepRun(Checkpoint):
             checkpoint[DATA] = _of_every_rank(data.state_dict())
 
     def _write(self, checkpoint: dict[str, Any]) -> None:
-        """Both files of a checkpoint, each put in its place when it is whole; :data:`TRAINED` first: all runs have it."""
+        """Both files of a checkpoint, each in its place when it is whole; :data:`TRAINED` first: all runs have it."""
         header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
         header[CARRIED] = json.dumps(checkpoint[CARRIED])
         with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
