@@ -282,20 +282,24 @@ def tried_mutants(
     limit = 15 + 5 * sum(usual.values())
     kills: Counter[str] = Counter()
     waiting, running = list(reversed(mutants)), dict[int, tuple[Mutant, Attempt]]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            first = {test: seconds - 1000.0 * kills[test] for test, seconds in usual.items()}
-            attempt = Attempt(Planted(mutant.module, path, mutant.source), tests, first, limit=limit)
-            running[attempt.process.sentinel] = mutant, attempt
-        wait(running, timeout=1.0)
-        for sentinel, (mutant, attempt) in list(running.items()):
-            if attempt.over:
-                del running[sentinel]
-                happened, tried, seconds = attempt.close()
-                outcome = {"passed": "survived", "failed": "killed", "timeout": "timeout"}[happened]
-                kills[tried.failed or ""] += 1
-                yield mutant, {"outcome": outcome, "by": tried.failed, "seconds": round(seconds, 1)}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutant = waiting.pop()
+                first = {test: seconds - 1000.0 * kills[test] for test, seconds in usual.items()}
+                attempt = Attempt(Planted(mutant.module, path, mutant.source), tests, first, limit=limit)
+                running[attempt.process.sentinel] = mutant, attempt
+            wait(running, timeout=1.0)
+            for sentinel, (mutant, attempt) in list(running.items()):
+                if attempt.over:
+                    del running[sentinel]
+                    happened, tried, seconds = attempt.close()
+                    outcome = {"passed": "survived", "failed": "killed", "timeout": "timeout"}[happened]
+                    kills[tried.failed or ""] += 1
+                    yield mutant, {"outcome": outcome, "by": tried.failed, "seconds": round(seconds, 1)}
+    finally:
+        for _, attempt in running.values():  # somebody stopped the run
+            attempt.close()
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

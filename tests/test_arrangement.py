@@ -26,6 +26,7 @@ from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import PruningFusion
 from lavi.fusion.visor import VisorFusion
+from lavi.nn.deltas import AttentionDeltas
 
 
 def batch_of(
@@ -256,6 +257,17 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
                 slots = fusion.generators[layer].visual(seen, (4, 4)).flatten(0, 1)
                 torch.testing.assert_close(context.visual[layer][0], slots[:48])
                 torch.testing.assert_close(context.visual[layer][1, :16], slots[48:])
+
+
+def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:  # type: ignore[no-untyped-def]
+    lavi, cross = build(LaViFusion(generator="mlp")).fusion, build(CrossAttentionFusion()).fusion
+    assert list(lavi.generators) == list(cross.blocks) == ["3"]
+    made = lavi.generators["3"]
+    assert (made.bottleneck, made.heads, made.depth, made.outputs) == (64, 4, 1, 4)
+    assert type(build(LaViFusion()).fusion.generators["3"]) is AttentionDeltas
+    block = cross.blocks["3"]
+    assert (block.heads, block.ffn_width, block.width) == (4, 128, 32)
+    assert lavi.views.image.num_embeddings == cross.views.image.num_embeddings == 8
 
 
 def test_fusions_say_whether_rows_may_hold_several_conversations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lavi.batch import IGNORE
+from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -152,6 +153,49 @@ def test_ranks_add_up_what_they_counted(build) -> None:
     for ranks, expected in ((1, 3), (2, 6)):
         module.trainer = SimpleNamespace(world_size=ranks, strategy=strategy)  # type: ignore[assignment]
         assert int(module._sum_over_ranks(torch.tensor(3))) == expected
+
+
+def test_on_two_ranks_each_token_of_both_weighs_the_same(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are averaged over ranks; what is logged is of all of them."""
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
+    batch = collate(module.model, [ask(1, "what?", answer="red"), ask("which?", answer="blue")])
+    other = torch.tensor([5, 0])  # trained tokens of the other rank, and none broken
+    strategy = SimpleNamespace(reduce=lambda mine, reduce_op: mine + other)
+    module.trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy=strategy)  # type: ignore[assignment]
+    logged: dict[str, tuple[float, dict[str, Any]]] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **how: logged.update({name: (float(value), how)}))
+    forward = module.model.forward
+
+    def adding(batch: Batch, added: dict[str, Tensor]) -> Tensor:
+        added["size"] = torch.tensor(0.25)
+        return forward(batch, added)
+
+    monkeypatch.setattr(module.model, "forward", adding)
+    loss = module.training_step(batch, 0)
+    summed, tokens = summed_loss(forward(batch), batch.labels)
+    mean = float(2 * summed / (tokens + 5))
+    assert float(loss) == pytest.approx(mean + 0.25)
+    assert {name: value for name, (value, _) in logged.items()} == pytest.approx(
+        {"train/loss": mean + 0.25, "train/loss/size": 0.25}
+    )
+    assert all(how["sync_dist"] and how["batch_size"] == 2 for _, how in logged.values())
+
+
+def test_a_fit_starts_from_another_run_once(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3}, start_from="~/runs/first")
+    module.trainer = SimpleNamespace(precision="32-true")  # type: ignore[assignment]
+    starts: list[Any] = []
+    monkeypatch.setattr("lavi.module.start_from_run", lambda of, run: starts.append((of, run)) or {"fusion.x"})
+    module.setup("validate")
+    assert not starts
+    module.setup("fit")
+    assert starts == [(module, Path("~/runs/first").expanduser())]
+    assert module.carried == {"fusion.x"}
+    module.setup("fit")
+    assert len(starts) == 1
+    module.trainer = SimpleNamespace(precision="bf16-true")  # type: ignore[assignment]
+    with pytest.raises(UserError, match="precision=bf16-true casts every weight"):
+        module.setup("fit")
 
 
 def test_tied_weights_are_one(build) -> None:
