@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes busy dataloader gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ lint: install ## check format and style
 typecheck: install ## check types
 	$(BIN)/mypy
 
-test: install ## run the tests (about a quarter of an hour on two cores)
+test: install ## run the tests (seven to fifteen minutes on two cores)
 	$(BIN)/pytest -n 2
 
 test-all: install ## run the tests that train, too
@@ -90,6 +90,9 @@ busy: install ## do ratios of times hold beside two busy processes? (a minute or
 
 dataloader: install ## is the data module a bottleneck? ratios to bare loops and other pipelines (seven minutes)
 	$(BIN)/python benchmarks/dataloader.py --samples 1000 --out benchmarks/results/dataloader.jsonl
+
+mutants: install ## do the tests notice a fault? small ones are planted in each module (about an hour on two cores; stopped, it goes on)
+	$(BIN)/python benchmarks/mutants.py
 
 gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
