@@ -28,7 +28,7 @@ OPTIONS = [
     ("lavi.fit --recipe tiny.yaml --resume out", 2, "not allowed with"),
     ("lavi.fit --resume out --run other", 2, "--run names a new folder"),
     ("lavi.fit --recipe gone.yaml", 2, "there is no recipe gone.yaml"),
-    ("lavi.fit --recipe '~nobody/x.yaml'", 2, "there is no recipe ~nobody/x.yaml"),
+    ("lavi.fit --recipe '~no-such-user/x.yaml'", 2, "there is no recipe ~no-such-user/x.yaml"),
     ("lavi.fit --recipe tinny.yaml", 2, "did you mean 'tiny.yaml'?"),
     ("lavi.fit --recipe .", 2, ". is a folder, no recipe: known: tiny.yaml"),
     ("lavi.fit --resume gone", 2, "gone has no last.ckpt"),
