@@ -253,3 +253,14 @@ def test_a_tokenizers_own_template_says_itself_how_a_text_begins(beginning: Any)
     assert Chat(beginning).encode(TWO_TURNS, images=2).ids[0] != 1
     beginning.chat_template = "{{ bos_token }}" + TRIMS
     assert Chat(beginning).encode(TWO_TURNS, images=2).ids.count(1) == 1
+
+
+def test_a_template_that_ends_the_last_answer_alone_is_refused_with_the_remedy(tokenizer: str) -> None:
+    """Nothing tells where an earlier answer ends: it has no end token."""
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    made.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% if loop.last %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
+        Chat(made).encode(TWO_TURNS, images=2)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from datamodules import pack, write
 from datamodules.conversation import decode
-from datamodules.formats import item_of_row
+from datamodules.formats import chosen_columns, item_of_row, read_json, read_table
 from datamodules.processes import TOGETHER, in_order
 from datamodules.shards import read_shard
 from datamodules.sources import find_shards
@@ -789,3 +789,37 @@ def test_options_that_make_no_sense_are_refused(run, images: Path) -> None:  # t
     refused(run("--json", "d.json", "--images", images, "--out", "file/out"), "nothing can be written at file/out")
     Path("d.json").write_text("[" * 100000)
     refused(run(*command), "d.json is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("column", "meaning"),
+    [
+        ("id", "id"),
+        ("Image", "image"),
+        ("images", "image"),
+        ("video", "video"),
+        ("videos", "video"),
+        ("file", "file"),
+        ("file_name", "file"),
+        ("prompt", "question"),
+        ("caption", "caption"),
+        ("captions", "caption"),
+        ("text", "caption"),
+        ("messages", "messages"),
+        ("conversations", "messages"),
+    ],
+)
+def test_tables_are_read_by_the_names_of_their_columns(column: str, meaning: str) -> None:
+    rest = ["caption"] if meaning in ("question", "id", "image", "video", "file") else ["question", "answer"]
+    rest = ["answer"] if meaning == "question" else rest
+    assert chosen_columns([column, *rest], {}, "t")[meaning] == column
+
+
+def test_tables_and_lists_that_are_none_are_named(tmp_path: Path) -> None:
+    empty, one = tmp_path / "empty.csv", tmp_path / "one.json"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"empty\.csv"):
+        read_table(empty, {})
+    one.write_text(json.dumps({"a": 1}, indent=1))
+    with pytest.raises(UserError, match="is one JSON object: a list of conversations is needed"):
+        list(read_json(one).items)

@@ -25,7 +25,7 @@ from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
 from datamodules import shards as shards_room
 from datamodules.batches import Encoder, HeldOut, Skipped, without_last_turn
-from datamodules.conversation import Reading, decode
+from datamodules.conversation import Reading, decode, messages_of
 from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import BrokenSample, Place, ShardStream, Slot, read_shard
@@ -602,3 +602,21 @@ def test_memory_is_not_asked_for_what_a_header_claims(tmp_path: Path, kind: byte
     file.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"short")
     (last,) = read_shard(str(file))
     assert "__broken__" in last
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("chatgpt", "assistant"),
+        ("bing", "assistant"),
+        ("bard", "assistant"),
+        ("system", "system"),
+    ],
+)
+def test_sharegpt_spells_who_speaks_in_several_ways(name: str, role: str) -> None:
+    (message,) = messages_of([{"from": name, "value": "words"}])
+    assert message == {"role": role, "content": "words"}
