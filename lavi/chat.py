@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lavi.batch import IGNORE
-from lavi.errors import UserError, nearest
+from lavi.errors import UserError, nearest, one_line
 
 IMAGE = "\ufffc"
 """Stands for an image in rendered text (Unicode's own object replacement character)."""
@@ -188,7 +188,7 @@ class Chat:
             )
         # A template is a program from elsewhere: what it does not foresee raises anything.
         except Exception as error:  # noqa: BLE001
-            raise UserError(f"the chat template refuses the conversation ({_first_line(error)}).") from None
+            raise UserError(f"the chat template refuses the conversation ({one_line(error)}).") from None
         return str(rendered)
 
     # --- templates that write the last answer otherwise ---------------------------------------------------------------
@@ -328,10 +328,6 @@ _REWRITES = (
 def _turns(words: str) -> list[dict[str, str]]:
     """User and assistant in turns, a letter each."""
     return [{"role": role, "content": word} for role, word in zip(itertools.cycle(("user", "assistant")), words)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -23,6 +23,12 @@ from lavi.module import VisionLanguageModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 SAMPLES = [
     ask(1, "what?", answer="red"),
     ask(2, "which image?", answer="the first of the two images"),
@@ -64,11 +70,8 @@ def gradients(
     batches = [collate(model, [left.pop(0) for _ in range(size)]) for size in sizes]
     seen = Gradients()
     run = pl.Trainer(
-        accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         accumulate_grad_batches=accumulate,
         callbacks=[seen],
         max_epochs=1,
@@ -189,11 +192,8 @@ def test_the_trainer_counts_the_steps_of_epochs(build) -> None:
             seen.append(optimizer.param_groups[0]["lr"])
 
     trainer = pl.Trainer(
-        accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         accumulate_grad_batches=2,
         max_epochs=3,
         callbacks=[Rates()],
@@ -229,12 +229,9 @@ def test_a_step_logs_the_groups_that_it_has(build) -> None:
     batches = [collate(model, [one]) for one in (colours, counts, counts, colours)]
     logged = Logged()
     trainer = pl.Trainer(
-        accelerator="cpu",
         logger=logged,
         log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         max_epochs=1,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
