@@ -587,6 +587,29 @@ def test_cells_of_a_table_are_texts_as_they_stand(run) -> None:  # type: ignore[
     refused(run("--csv", "d.csv", "--out", "new"), "d.csv has two columns 'answer'")
 
 
+def test_tables_hold_conversations_of_any_length(tmp_path: Path) -> None:
+    table = tmp_path / "d.csv"
+    table.write_text(f"question,answer\nwhat?,{'long ' * 40_000}\n")
+    ((item),) = read_table(table, {}).items
+    assert isinstance(item, dict)
+    assert len(item["conversations"][1]["value"]) == 200_000
+
+
+def test_an_image_column_is_found_by_its_kind_unless_one_is_named(run, images: Path) -> None:  # type: ignore[no-untyped-def]
+    datasets = pytest.importorskip("datasets")
+    kinds = [[str(images / f"{shift + i}.png") for i in range(2)] for shift in (0, 2)]
+    data = datasets.Dataset.from_dict({"mask": kinds[0], "photo": kinds[1], "caption": ["a", "b"]})
+    for column in ("mask", "photo"):
+        data = data.cast_column(column, datasets.Image())
+    data.save_to_disk("disk")
+    for options, widths in (((), [1, 2]), (("--columns", "image=photo"), [3, 4])):
+        assert run("--dataset", "disk", "--out", f"out{len(options)}", *options)[0] == 0
+        assert [decode(raw).images[0].width for raw in raw_of(f"out{len(options)}")] == widths  # type: ignore[union-attr]
+    data.rename_column("photo", "Images").save_to_disk("named")
+    assert run("--dataset", "named", "--out", "named-out")[0] == 0
+    assert [decode(raw).images[0].width for raw in raw_of("named-out")] == [3, 4]  # type: ignore[union-attr]
+
+
 def test_values_and_captions_of_json_are_texts(run, images: Path) -> None:  # type: ignore[no-untyped-def]
     values: list[Any] = [0, False, 1.5]
     entries: list[Any] = [{"conversations": turns("?", value)} for value in values]

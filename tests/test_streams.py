@@ -25,7 +25,7 @@ from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
 from datamodules import shards as shards_room
 from datamodules.batches import Encoder, HeldOut, Skipped, without_last_turn
-from datamodules.conversation import Reading, decode, messages_of
+from datamodules.conversation import Reading, conversation_of, decode, messages_of
 from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import BrokenSample, Place, ShardStream, Slot, read_shard
@@ -351,6 +351,10 @@ def test_frames_that_were_extracted_are_a_video() -> None:
     assert isinstance(video, Video)
     assert len(video.frames) == 8
     assert video.seconds[0] < video.seconds[-1] < 6
+    said = {"captions": ["a run", "a run"], "frames": [4, 8]}  # of two videos, and their members are images
+    captioned = decode(raw(said) | frames)
+    assert [part["type"] for part in captioned.messages[0]["content"]] == ["video", "video", "text"]
+    assert [len(video.frames) for video in captioned.images] == [4, 8]  # type: ignore[union-attr]
     both = [{"role": "user", "content": [*content, {"type": "video"}]}, messages[1]]
     first, second = decode(raw({"messages": both, "frames": [4, 8]}) | frames).images
     assert isinstance(first, Video)
@@ -376,8 +380,27 @@ WRONG = {
 def test_what_is_no_conversation_says_why(case: str) -> None:
     said, cause = WRONG[case]
     member = said.encode() if isinstance(said, str) else json.dumps(said).encode()
-    with pytest.raises(BrokenSample, match=f"sample 'k': .*{cause}"):
+    with pytest.raises(BrokenSample, match=f"sample 'k': .*{cause}") as error:
         decode({"__key__": "k", "json": member} | ({} if "of nothing" in case else {"jpg": png()}))
+    assert error.value.lost == 1
+    assert not error.value.cause.endswith(".")  # other words follow it
+
+
+def test_conversations_are_checked_without_decoding_anything() -> None:
+    messages = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a"}]
+    assert conversation_of(raw({"messages": messages}, jpg=b"not opened"))["messages"] == messages
+    for members, more in (({}, "more"), ({"0_jpg": b"", "1_jpg": b""}, "fewer")):
+        with pytest.raises(BrokenSample, match=f"ask for {more} images and videos than it has$"):
+            conversation_of(raw({"messages": messages}, **members))
+    with pytest.raises(BrokenSample, match="has no answer"):
+        conversation_of(raw({"conversations": [{"from": "human", "value": "what?"}]}))
+
+
+def test_what_the_reader_lost_is_counted_as_the_reader_says() -> None:
+    for said, lost in (({}, 1), ({"__lost__": 0}, 0), ({"__lost__": 3}, 3)):
+        with pytest.raises(BrokenSample, match="sample 'k': is cut short") as error:
+            decode({"__key__": "k", "__broken__": "is cut short"} | said)
+        assert error.value.lost == lost
 
 
 def test_too_long_a_conversation_loses_whole_turns_and_their_images() -> None:
