@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.entry import front
 from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOISE, NOTE
@@ -31,7 +32,6 @@ from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.efficiency.report import name
 from lavi.efficiency.sweep import Sweep, run, with_baseline
-from lavi.errors import front
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 

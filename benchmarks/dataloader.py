@@ -44,10 +44,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from datamodules.image_text import ImageTextData
-from datamodules.shards import Place, ShardStream, Slot
-from datamodules.sources import find_shards
+from datamodules.shards.read import Place, ShardStream, Slot
+from datamodules.shards.sources import find_shards
+from datamodules.shards.write import shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
-from datamodules.write import shard_jobs, write_shards
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -247,7 +247,8 @@ def loaders(work: Path, *, samples: int, batch: int, workers: int, rounds: int) 
 
 def video(work: Path, *, clips: int, frames: int = 8, rounds: int = 5) -> list[dict[str, Any]]:
     """Decoded frames a second against a bare PyAV loop that takes the same frames of the same clips."""
-    from lavi.video import FrameSampling, read_video
+    from lavi.data.frame_sampling import FrameSampling
+    from lavi.data.videos import read_video
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as out:

@@ -19,9 +19,9 @@ from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.entry import front
 from lavi.efficiency import record, report
 from lavi.efficiency.latency import TURNS
-from lavi.errors import front
 from lavi.report import console
 
 FULL: dict[str, Any] = {

@@ -14,12 +14,12 @@ from pathlib import Path
 from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.entry import front
 from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, count
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
-from lavi.errors import front
-from lavi.nn.deltas import GENERATORS
+from lavi.nn.delta_generators import GENERATORS
 from lavi.report import console, table
 
 TEXT = 50

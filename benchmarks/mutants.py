@@ -1,8 +1,8 @@
 """Do the tests notice a fault? Small ones are planted in a module, one at a time: the tests meant for it must fail.
 
     python benchmarks/mutants.py                                  every module that benchmarks/mutants.toml names
-    python benchmarks/mutants.py --only lavi.optim lavi.nn        some of them, by name or package
-    python benchmarks/mutants.py --only lavi.optim --sample 10    fewer mutants of each
+    python benchmarks/mutants.py --only lavi.training.optim lavi.nn        some of them, by name or package
+    python benchmarks/mutants.py --only lavi.training.optim --sample 10    fewer mutants of each
 
 benchmarks/mutants.toml says which tests are meant for which module, and which mutants nobody could tell from the code
 that they were made of. Each mutant is noted in ``--work`` when it has been tried: a run that was stopped goes on where

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lavi import configurations
+from lavi.loading.published import CONFIGURATIONS
 from lavi.recipe import Recipe
 
 
 def published(name: str) -> dict[str, Any]:
     """The configuration of a published checkpoint."""
-    config: dict[str, Any] = json.loads((Path(configurations.__file__).parent / name / "config.json").read_text())
+    config: dict[str, Any] = json.loads((CONFIGURATIONS / name / "config.json").read_text())
     return config
 
 

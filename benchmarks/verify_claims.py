@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
+from lavi.cli.entry import front
 from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
@@ -27,7 +28,6 @@ from lavi.efficiency.measure import Measurement, build_on, count, measure, savin
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
 from lavi.efficiency.sweep import name_of
-from lavi.errors import front
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.report import console, table, track

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
+from lavi.cli.entry import front
 from lavi.efficiency import record
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure
 from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
-from lavi.errors import front
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from tables import visor_scenes
 
-from lavi import evaluation
-from lavi.checkpoint import load_run
+from lavi.checkpoints.run_folder import load_run
 from lavi.efficiency import measure, record
+from lavi.evaluation import scoring
 from lavi.report import track
-from lavi.routing import fingerprint
+from lavi.visor.offline import fingerprint
 
 UNIVERSAL = "runs/visor-scenes-universal"
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -52,7 +52,7 @@ def main() -> None:
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
-        scores = evaluation.evaluate(model, track(samples, name, total=samples.expected), device=device)
+        scores = scoring.evaluate(model, track(samples, name, total=samples.expected), device=device)
         made = measure.count(recipe, model, scores.typical, scores.routes)
         made.accuracy, made.controls = scores.accuracy, scores.controls
         made.knobs |= scored | {"test_samples": scores.samples}

@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lavi.arguments import Count, CountOrZero
-from lavi.checkpoint import RECIPE
+from lavi.checkpoints.run_folder import RECIPE
+from lavi.config.types import Count, CountOrZero
 from lavi.efficiency import record, report
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.point import Scenario

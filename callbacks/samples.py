@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageOps
 
-from lavi.arguments import Count
 from lavi.batch import Sample, Video, text_of
+from lavi.config.types import Count
+from lavi.data.collator import Ready
+from lavi.data.images import side_by_side
 from lavi.errors import one_line
-from lavi.images import side_by_side
 from lavi.metrics.answers import is_right
 from lavi.model import VisionLanguageModel
-from lavi.processor import Ready
 
 log = logging.getLogger("lavi")
 

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ThroughputMonitor
 
-from lavi.arguments import Count
 from lavi.batch import Batch, ImagePlace
+from lavi.config.types import Count
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.point import Point
 from lavi.model import VisionLanguageModel

@@ -17,12 +17,13 @@ from typing import Literal, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.conversation import Reading, decode
+from datamodules.formats.conversations import Reading, decode
 from datamodules.mixture import MixedStream
-from datamodules.shards import BrokenSample, Raw, ShardStream, Slot
+from datamodules.shards.read import BrokenSample, Raw, ShardStream, Slot
 from lavi.batch import Batch, Position, Sample, Skip
+from lavi.data.collator import Ready
+from lavi.data.processor import Processor, TooLong
 from lavi.errors import UserError
-from lavi.processor import Processor, Ready, TooLong
 
 log = logging.getLogger("lavi")
 

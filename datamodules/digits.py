@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from datamodules.tokenizer import train_tokenizer
-from lavi.arguments import Parser, path
-from lavi.errors import UserError, front, reason
+from lavi.cli.arguments import Parser, path
+from lavi.cli.entry import front
+from lavi.errors import UserError, reason
 
 SHARES = {"train": 0.8, "validation": 0.08, "test": 0.12}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -16,15 +16,15 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from datamodules.batches import BatchStream, Encoder, HeldOut, Progress, SampleStream
-from datamodules.conversation import Reading
+from datamodules.formats.conversations import Reading
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards import Place, ShardStream, expected_samples
-from datamodules.sources import find_shards
-from lavi.arguments import Count, CountOrZero, ShareOrZero
+from datamodules.shards.read import Place, ShardStream, expected_samples
+from datamodules.shards.sources import find_shards
 from lavi.batch import Batch, Position
+from lavi.config.types import Count, CountOrZero, ShareOrZero
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.processor import Processor
 from lavi.errors import UserError
-from lavi.processor import Processor
-from lavi.video import FrameSampling
 
 log = logging.getLogger("lavi")
 

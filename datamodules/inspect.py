@@ -24,12 +24,13 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from datamodules.conversation import conversation_of, decode, said_by, visual_members
-from datamodules.counts import Counts, texts_of
-from datamodules.shards import BrokenSample, Raw, ShardStream, index_entry, read_shard
-from datamodules.sources import find_shards
-from lavi.arguments import Parser, path
-from lavi.errors import UserError, front, one_line, reason
+from datamodules.formats.conversations import conversation_of, decode, said_by, visual_members
+from datamodules.shards.counts import Counts, texts_of
+from datamodules.shards.read import BrokenSample, Raw, ShardStream, index_entry, read_shard
+from datamodules.shards.sources import find_shards
+from lavi.cli.arguments import Parser, path
+from lavi.cli.entry import front
+from lavi.errors import UserError, one_line, reason
 from lavi.report import console, table, track
 
 SHOWN = 24
@@ -238,7 +239,7 @@ def draw_sheet(found: Found, file: Path) -> None:
 def _draw(axis: Any, raw: Raw) -> None:
     from PIL import Image, ImageOps
 
-    from lavi import images
+    from lavi.data import images
 
     pictures = [ImageOps.contain(picture, THUMBNAIL) for picture in pictures_of(raw)]
     strip = images.side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
@@ -250,8 +251,9 @@ def _draw(axis: Any, raw: Raw) -> None:
 
 def pictures_of(raw: Raw) -> list[Any]:
     """The images of a sample; of each video the first frame, one from the middle and the last. Four at most."""
-    from lavi import images
-    from lavi.video import FrameSampling, is_video, read_video
+    from lavi.data import images
+    from lavi.data.frame_sampling import FrameSampling
+    from lavi.data.videos import is_video, read_video
 
     found: list[Any] = []
     for name in visual_members(raw)[:4]:

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from datamodules.shards import Place, Raw, ShardStream, Slot
-from lavi.arguments import Positive
+from datamodules.shards.read import Place, Raw, ShardStream, Slot
+from lavi.config.types import Positive
 from lavi.errors import UserError, nearest
 
 DRAWS = 1024

@@ -42,10 +42,10 @@ from datamodules.scenes import (
     draw,
     write_splits,
 )
-from datamodules.write import ShardJob
+from datamodules.shards.write import ShardJob
 from lavi.batch import Video
-from lavi.errors import front
-from lavi.video import time_instruction
+from lavi.cli.entry import front
+from lavi.data.timestamps import time_instruction
 
 FRAMES, RATE = 16, 8
 """Frames of a clip, and frames a second."""

@@ -29,16 +29,19 @@ from pathlib import Path
 from tarfile import RECORDSIZE
 from typing import Any
 
-from datamodules.counts import type_of
-from datamodules.entries import BadEntry, Cell, Folders, Item, entry_of
-from datamodules.formats import READERS, Source, open_dataset, read_cell
-from datamodules.processes import in_order
-from datamodules.sources import INDEX, read_index
-from datamodules.write import ShardJob, held, shard_jobs, write_shards
-from lavi.arguments import Parser, path
-from lavi.errors import UserError, front, reason
+from datamodules.formats.datasets import open_dataset, read_cell
+from datamodules.formats.entries import BadEntry, Cell, Folders, Item, entry_of
+from datamodules.formats.files import Source
+from datamodules.formats.readers import READERS
+from datamodules.shards.counts import type_of
+from datamodules.shards.processes import in_order
+from datamodules.shards.sources import INDEX, read_index
+from datamodules.shards.write import ShardJob, held, shard_jobs, write_shards
+from lavi.cli.arguments import Parser, path
+from lavi.cli.entry import front
+from lavi.data.videos import is_video
+from lavi.errors import UserError, reason
 from lavi.report import track
-from lavi.video import is_video
 
 PER_SHARD = 1000
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

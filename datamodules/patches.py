@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.scenes import COLOURS, GLYPHS, SHAPES, SIDE, SIZES, SPLITS, Scene, jpeg
-from lavi.arguments import Count, CountOrZero
-from lavi.images import open_image
+from lavi.config.types import Count, CountOrZero
+from lavi.data.images import open_image
 
 PATCH_CLASSES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 1 + len(SIZES), "glyph": 1 + len(GLYPHS)}
 """Classes of each attribute at a patch; class 0 is "nothing here"."""

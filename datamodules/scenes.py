@@ -25,10 +25,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from datamodules.shards.write import ShardJob, shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
-from datamodules.write import ShardJob, shard_jobs, write_shards
-from lavi.arguments import Parser, path
-from lavi.errors import UserError, front, reason
+from lavi.cli.arguments import Parser, path
+from lavi.cli.entry import front
+from lavi.errors import UserError, reason
 
 SIDE = 64
 CELLS = 2

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from lavi.arguments import Parser, device_of, path, whole_number, without_overrides
-from lavi.errors import front
+from lavi.cli.arguments import Parser, device_of, path, whole_number, without_overrides
+from lavi.cli.entry import front
 
 
 @front
@@ -34,12 +34,12 @@ def main() -> None:
     if not args.checkpoint:
         parser.error("--checkpoint needs a run folder")
     device = device_of(args.device)
-    from lavi import evaluation
-    from lavi.checkpoint import load_run
+    from lavi.checkpoints.run_folder import load_run
     from lavi.efficiency import measure, record
     from lavi.efficiency.comparison import side_by_side
     from lavi.efficiency.estimate import NOTE
     from lavi.efficiency.report import waited
+    from lavi.evaluation import scoring
     from lavi.report import console, table, track
 
     if args.out:
@@ -53,7 +53,7 @@ def main() -> None:
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         watched = track(samples, f"{run.name}: answering", total=samples.expected)
-        scores = evaluation.evaluate(model, watched, device=device)
+        scores = scoring.evaluate(model, watched, device=device)
         scenario = scores.typical
         made = measure.count(recipe, model, scenario, scores.routes)
         made.accuracy, made.controls = scores.accuracy, scores.controls

@@ -3,13 +3,13 @@
     python -m lavi.export --checkpoint runs/NAME --out FOLDER
 
 FOLDER/language is an ordinary transformers checkpoint (adapters merged), FOLDER/vision that of the tower. The whole is
-read by `lavi.model.VisionLanguageModel.from_pretrained("FOLDER")`.
+read by `lavi.load("FOLDER")`.
 """
 
 from __future__ import annotations
 
-from lavi.arguments import Parser, path
-from lavi.errors import front
+from lavi.cli.arguments import Parser, path
+from lavi.cli.entry import front
 
 
 @front
@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
     args = parser.read()
-    from lavi.checkpoint import load_run
-    from lavi.pretrained import check_new_folder
+    from lavi.checkpoints.model_folder import check_new_folder, save_pretrained
+    from lavi.checkpoints.run_folder import load_run
     from lavi.report import console
 
     check_new_folder(args.out)
     _, model = load_run(args.checkpoint, trust=args.trust)
-    model.save_pretrained(args.out)
+    save_pretrained(model, args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     console().print(f"{args.out}: {size / 2**20:,.1f} MiB; language/ opens with transformers' AutoModelForCausalLM")
 

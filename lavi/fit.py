@@ -14,8 +14,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavi.arguments import Parser, path, whole_number
-from lavi.errors import UserError, front, one_line
+from lavi.cli.arguments import Parser, path, whole_number
+from lavi.cli.entry import front
+from lavi.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from lavi.recipe import Recipe
@@ -43,25 +44,25 @@ def arguments() -> argparse.Namespace:
 @front
 def main() -> int:
     args = arguments()
-    from lavi import checkpoint
+    from lavi.checkpoints import run_folder
     from lavi.recipe import Recipe
 
     if args.resume:
-        resume_from = checkpoint.resume_point(args.resume)
+        resume_from = run_folder.resume_point(args.resume)
         run = resume_from.parent
-        recipe = Recipe.load(run / checkpoint.RECIPE, args.overrides, trusted=args.trust)
+        recipe = Recipe.load(run / run_folder.RECIPE, args.overrides, trusted=args.trust)
     else:
         resume_from = None
         recipe = Recipe.load(args.recipe, args.overrides)
         run = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
-        if checkpoint.is_first_rank():
-            run = checkpoint.new_run_folder(run, exact=args.run is not None)
-    with checkpoint.held(run):
+        if run_folder.is_first_rank():
+            run = run_folder.new_run_folder(run, exact=args.run is not None)
+    with run_folder.held(run):
         try:
             return train(recipe, run, resume_from, args.save_every)
         finally:
-            if checkpoint.is_first_rank():
-                checkpoint.remove_unused(run)
+            if run_folder.is_first_rank():
+                run_folder.remove_unused(run)
 
 
 def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) -> int:
@@ -71,12 +72,16 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from rich.syntax import Syntax
 
-    from lavi import checkpoint, pretrained, report, startup
+    from lavi import report
+    from lavi.checkpoints import model_folder, run_folder
+    from lavi.checkpoints.curves import Curves
+    from lavi.checkpoints.keep_run import KeepRun
     from lavi.model import VisionLanguageModel
+    from lavi.training import startup
 
-    first = checkpoint.is_first_rank()
-    resumed_step = checkpoint.step_of(resume_from) if resume_from else None
-    logger = checkpoint.Curves(run, resumed_step=resumed_step)
+    first = run_folder.is_first_rank()
+    resumed_step = run_folder.step_of(resume_from) if resume_from else None
+    logger = Curves(run, resumed_step=resumed_step)
     console = report.console()
     console.quiet = not first
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -84,12 +89,12 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     console.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
     recipe.build("trainer", logger=False, enable_checkpointing=False)  # what it refuses is said before the work
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
-    model = pretrained.build(recipe)
+    model = model_folder.build(recipe)
     if isinstance(model, VisionLanguageModel):
-        recipe = pretrained.settled(recipe, model)
+        recipe = model_folder.settled(recipe, model)
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
-    keep = checkpoint.KeepRun(run, recipe, every=save_every, resumed_step=resumed_step)
+    keep = KeepRun(run, recipe, every=save_every, resumed_step=resumed_step)
     callbacks = [keep, *recipe.build_callbacks()]
     wants_bar = recipe.settings["trainer"].get("enable_progress_bar", True)
     if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lavi.arguments import Parser, device_of, path, text, whole_number
-from lavi.errors import UserError, front
+from lavi.cli.arguments import Parser, device_of, path, text, whole_number
+from lavi.cli.entry import front
+from lavi.errors import UserError
 
 LONGEST = 64
 """Tokens of an answer, unless a command says more."""
@@ -40,9 +41,10 @@ def main() -> None:
     from transformers import TextStreamer
 
     from lavi.batch import Sample
-    from lavi.checkpoint import load_run
-    from lavi.images import open_image
-    from lavi.video import FrameSampling, read_video
+    from lavi.checkpoints.run_folder import load_run
+    from lavi.data.frame_sampling import FrameSampling
+    from lavi.data.images import open_image
+    from lavi.data.videos import read_video
 
     recipe, model = load_run(args.checkpoint, trust=args.trust)
     sampling = FrameSampling()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lavi.arguments import Check, Count
 from lavi.batch import Batch
-from lavi.chat import Chat, check_template
-from lavi.configurations import weights_wanted
+from lavi.config.types import Check, Count
+from lavi.data.chat import Chat, check_template
+from lavi.data.processor import Processor
+from lavi.data.tiling import OneView, Tiling
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
-from lavi.processor import Processor
+from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
-from lavi.vision.tiles import OneView, Tiling
 
 
 class VisionLanguageModel(nn.Module):
@@ -37,6 +36,8 @@ class VisionLanguageModel(nn.Module):
         chat_template: a named template, or None for the tokenizer's own.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
         timestamps: the model is told how long a video is and when its frames are shown.
+        built_from: the section of a recipe that names these parts, for a copy in a folder
+            (:mod:`lavi.checkpoints.model_folder`); None for a model that was put together by hand.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class VisionLanguageModel(nn.Module):
         chat_template: Annotated[str, Check(check_template)] | None = None,
         context_length: Count | None = None,
         timestamps: bool = False,
+        built_from: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.built_from = built_from
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.seen = reducer.bind(vision) if reducer is not None else vision.seen
         fusion.bind(language, self.seen)
@@ -195,16 +198,3 @@ class VisionLanguageModel(nn.Module):
         own = self.language.tokenizer.eos_token_id
         ids = {own} if own is not None else set()
         return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model as a folder; its layout is at the head of ``lavi/pretrained.py``."""
-        from lavi import pretrained
-
-        pretrained.save_pretrained(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, trust: bool = False) -> VisionLanguageModel:
-        """The model of such a folder, ready to answer; with ``trust``, whatever its recipe names is built."""
-        from lavi import pretrained
-
-        return pretrained.from_pretrained(Path(folder), trust=trust)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 
-from lavi.arguments import Parser, path, whole_number
-from lavi.errors import front
+from lavi.cli.arguments import Parser, path, whole_number
+from lavi.cli.entry import front
 
 SHOW = ("targets",)
 
@@ -29,8 +29,8 @@ def main() -> None:
 
     recipes = [Recipe.load(file, args.overrides) for file in args.recipe]
     if args.show:
+        from lavi.efficiency.modulation_targets import show_targets
         from lavi.report import console
-        from lavi.targets import show_targets
 
         with torch.device("meta"):
             for recipe in recipes:

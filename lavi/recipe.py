@@ -4,7 +4,7 @@
     seed: 0
     name: my-run                   the run folder is runs/my-run (numbered when it exists)
     model: {_target_: lavi.model.VisionLanguageModel, fusion: {_target_: ..., every: 4}, ...}
-    module: {_target_: lavi.module.VisionLanguageModule, ...}
+    module: {_target_: lavi.training.module.VisionLanguageModule, ...}
     data: {_target_: datamodules.image_text.ImageTextData, ...}
     trainer: {max_steps: 300}      arguments of lightning.pytorch.Trainer
     callbacks: {samples: {_target_: ...}, efficiency: null}
@@ -32,13 +32,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavi.arguments import Check, Count, PositiveOrZero, Range
+from lavi.config.text import TARGET, Dumper, is_component, override, read
+from lavi.config.types import Check, Count, PositiveOrZero, Range
 from lavi.errors import UserError, nearest, one_line
-from lavi.recipe_text import TARGET, Dumper, is_component, override, read
 
 SECTIONS = ("seed", "name", "model", "module", "data", "trainer", "callbacks")
 TRAINER = "lightning.pytorch.Trainer"
 PROVIDED = {
+    "model": ("built_from",),
     "module": ("model",),
     "data": ("processor",),
     "trainer": ("callbacks", "logger", "default_root_dir", "enable_checkpointing"),

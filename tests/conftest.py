@@ -199,7 +199,10 @@ def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
             },
             "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
         },
-        "module": {"_target_": "lavi.module.VisionLanguageModule", "learning_rate": {"fusion": 1e-3, "language": 1e-3}},
+        "module": {
+            "_target_": "lavi.training.module.VisionLanguageModule",
+            "learning_rate": {"fusion": 1e-3, "language": 1e-3},
+        },
         "data": {
             "_target_": "datamodules.image_text.ImageTextData",
             **{split: str(scenes / split) for split in ("train", "validation", "test")},

@@ -1,6 +1,7 @@
 """A hub on the disk: tokenizers under the names of published checkpoints, where transformers looks for them.
 
-Their configurations are in ``lavi/configurations``; so recipes that name real checkpoints are built whole, on meta.
+Their configurations are in ``lavi/loading/configurations``; so recipes that name real checkpoints are built whole, on
+meta.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
-from lavi import configurations
-from lavi.chat import TEMPLATES
+from lavi.data.chat import TEMPLATES
+from lavi.loading.published import CONFIGURATIONS
 
 TEMPLATE_OF = {"Qwen/Qwen2-7B-Instruct": "chatml", "Qwen/Qwen2-0.5B-Instruct": "chatml", "lmsys/vicuna-7b-v1.5": None}
 
@@ -19,7 +20,7 @@ def fill(home: Path, tokenizer: Path) -> None:
     """Write one small ``tokenizer`` under every name into ``home`` (HF_HOME), with the template that is theirs."""
     for name, template in TEMPLATE_OF.items():
         folder = _snapshot(home, name)
-        for file in (Path(configurations.__file__).parent / name / "config.json", *tokenizer.iterdir()):
+        for file in (CONFIGURATIONS / name / "config.json", *tokenizer.iterdir()):
             shutil.copy(file, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings.pop("chat_template", None)

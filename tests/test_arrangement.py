@@ -8,25 +8,27 @@ from conftest import awaken
 
 from lavi.batch import Answer, Batch, ImagePlace, Layout
 from lavi.errors import UserError
-from lavi.fusion.base import (
+from lavi.fusion.arrangement import (
     ColumnContext,
-    Fusion,
     Rows,
     asking_columns,
-    chosen_layers,
     conversation_of_text,
-    modulation_flops,
+    conversations,
     numbers_of_views,
+    placed,
     rows_of,
-    spread_layers,
+    splice,
     text_alone,
 )
-from lavi.fusion.concat import ConcatFusion, conversations, placed, splice
+from lavi.fusion.base import Fusion
+from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.layers import chosen_layers, spread_layers
 from lavi.fusion.pruning import PruningFusion
-from lavi.fusion.visor import VisorFusion
-from lavi.nn.deltas import AttentionDeltas
+from lavi.nn.delta_generators import AttentionDeltas
+from lavi.nn.formulas import modulation_flops
+from lavi.visor.fusion import VisorFusion
 
 
 def batch_of(

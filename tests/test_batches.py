@@ -15,11 +15,11 @@ from test_shards import GOOD, png, sample, write_tar
 from transformers import AutoTokenizer
 
 from datamodules.image_text import ImageTextData
-from lavi.chat import Chat
+from lavi.data.chat import Chat
+from lavi.data.processor import Processor
+from lavi.data.tiling import OneView
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
-from lavi.processor import Processor
-from lavi.vision.tiles import OneView
 
 LONG = {"messages": [{"role": "user", "content": "circle " * 400}, GOOD["messages"][1]]}
 LATER = {

@@ -17,8 +17,8 @@ from lavi.efficiency.flops import closed_form
 from lavi.efficiency.point import Scenario
 from lavi.fit import train
 from lavi.fusion.lavi import LaViFusion
-from lavi.module import VisionLanguageModule
 from lavi.recipe import Recipe
+from lavi.training.module import VisionLanguageModule
 
 
 def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None:  # type: ignore[no-untyped-def]

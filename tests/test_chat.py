@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lavi.batch import IGNORE
-from lavi.chat import IMAGE, TEMPLATES, Chat
+from lavi.data.chat import IMAGE, TEMPLATES, Chat
 from lavi.errors import UserError
 
 TWO_TURNS = [
@@ -167,6 +167,15 @@ def test_what_is_trained_is_what_an_answer_will_have_to_be(thinking: Chat, chat:
 
 def test_an_answer_in_a_longer_conversation_is_trained_as_in_a_shorter(thinking: Chat) -> None:
     assert pieces(thinking, TWO_TURNS, 2)[:1] == pieces(thinking, TWO_TURNS[:2], 1)
+
+
+def test_blanks_behind_an_answer_stand_before_its_end(thinking: Chat) -> None:
+    asked, answer = TWO_TURNS[0], {"role": "assistant", "content": "red  "}
+    assert pieces(thinking, [asked, answer], 1) == [("<|user|>what colour?<|end|><|assistant|>", "red  <|end|>")]
+
+
+def test_an_answer_is_read_without_its_end(chat: Chat) -> None:
+    assert chat.decode(chat.encode(TWO_TURNS[:2], images=1).ids) == "what colour?red"
 
 
 def test_what_a_template_would_leave_out_is_said(thinking: Chat) -> None:

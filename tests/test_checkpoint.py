@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lavi import export, fit
-from lavi.checkpoint import LAST, RECIPE, TRAINED, KeepRun, load_run
+from lavi.checkpoints.keep_run import KeepRun
+from lavi.checkpoints.model_folder import FUSION, build, from_pretrained, save_pretrained
+from lavi.checkpoints.run_folder import LAST, RECIPE, TRAINED, load_run
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.model import VisionLanguageModel
-from lavi.pretrained import FUSION, build
 from lavi.recipe import Recipe
 
 LORA = "model.language.lora={rank: 4, dropout: 0.5}"
@@ -72,7 +72,7 @@ class Final(KeepRun):
 
 def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 trains fusion and language, stage 2 the fusion alone; its run says the same when stage 1 is gone."""
-    monkeypatch.setattr("lavi.checkpoint.KeepRun", Final)
+    monkeypatch.setattr("lavi.checkpoints.keep_run.KeepRun", Final)
     assert train("one") == 0
     assert torch.equal(logits("one"), Final.said)
     start = ["module.start_from=one", "module.learning_rate.language=null"]
@@ -96,7 +96,7 @@ def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytes
 
 
 def test_adapters_start_around_what_was_trained_before(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lavi.checkpoint.KeepRun", Final)
+    monkeypatch.setattr("lavi.checkpoints.keep_run.KeepRun", Final)
     assert train("one") == 0
     assert train("two", "module.start_from=one", LORA, "module.learning_rate.vision=2e-4") == 0
     q_proj = "model.language.hf.model.layers.0.self_attn.q_proj"
@@ -191,7 +191,7 @@ def test_a_model_in_a_folder_needs_nothing_else(train, lora: bool, scenes: Path,
     folder = Path("elsewhere/model")
     assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".yaml", ".jinja"}
 
-    again = VisionLanguageModel.from_pretrained(folder)
+    again = from_pretrained(folder)
     assert not again.training
     assert again.language.adapters == frozenset()
     assert again.language.tokenizer.get_vocab() == model.language.tokenizer.get_vocab()
@@ -204,11 +204,11 @@ def test_a_model_in_a_folder_needs_nothing_else(train, lora: bool, scenes: Path,
         same(again(encoded), expected)
         same(ordinary(input_ids=batch.input_ids).logits, text)
     plain = AutoModelForCausalLM.from_config(ordinary.config)
-    plain.save_pretrained("plain")
+    save_pretrained(plain, "plain")
     assert type(ordinary) is type(plain)
     assert set(load_file(folder / "language" / "model.safetensors")) == set(load_file("plain/model.safetensors"))
-    again.save_pretrained("again")  # once more, from there
-    assert torch.equal(VisionLanguageModel.from_pretrained("again")(encoded), again(encoded))
+    save_pretrained(again, "again")  # once more, from there
+    assert torch.equal(from_pretrained("again")(encoded), again(encoded))
 
 
 def exactly(left: Tensor, right: Tensor) -> None:
@@ -230,16 +230,16 @@ class OnlyOwn:
 def folder(tiny_recipe: Path, tmp_path: Path) -> Path:
     model = build(Recipe.load(tiny_recipe))
     awaken(model.fusion)
-    model.save_pretrained(tmp_path / "model")
+    save_pretrained(model, tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_folder_that_does_not_fit_is_refused(folder: Path, build: Any) -> None:
     def refused(words: str) -> None:
         with pytest.raises(UserError, match=words):
-            VisionLanguageModel.from_pretrained(folder)
+            from_pretrained(folder)
 
-    VisionLanguageModel.from_pretrained(folder)
+    from_pretrained(folder)
     kept = {name: (folder / name).read_bytes() for name in (RECIPE, FUSION)}
     recipe = yaml.safe_load(kept[RECIPE])
 
@@ -272,23 +272,23 @@ def test_a_folder_that_does_not_fit_is_refused(folder: Path, build: Any) -> None
     os.remove(folder / FUSION)
     refused("holds no model: it has no fusion.safetensors")
     with pytest.raises(UserError, match=r"model holds no model: it has no recipe\.yaml"):
-        VisionLanguageModel.from_pretrained(folder / "model")
+        from_pretrained(folder / "model")
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(
     folder: Path, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = VisionLanguageModel.from_pretrained(folder)
+    model = from_pretrained(folder)
     with pytest.raises(UserError, match="model exists and is left as it is"):
-        model.save_pretrained(folder)
+        save_pretrained(model, folder)
     with pytest.raises(UserError, match="put together by hand"):
-        build(ConcatFusion()).save_pretrained(folder.with_name("new"))
+        save_pretrained(build(ConcatFusion()), folder.with_name("new"))
     monkeypatch.setattr(type(model.vision), "save_pretrained", lambda self, folder: {"sorce": Path()})
     with pytest.raises(UserError, match=r"'model.vision.sorce' is unknown .* did you mean 'source'\?"):
-        model.save_pretrained(folder.with_name("new"))
+        save_pretrained(model, folder.with_name("new"))
     monkeypatch.delattr(type(model.vision), "save_pretrained")
     with pytest.raises(UserError, match="HFVision cannot be saved"):
-        model.save_pretrained(folder.with_name("new"))
+        save_pretrained(model, folder.with_name("new"))
     assert {path.name for path in folder.parent.iterdir()} == {"model", "tiny.yaml"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datamodules.counts import Counts, captions_of, spread_of, texts_of, turns_of, type_of
+from datamodules.shards.counts import Counts, captions_of, spread_of, texts_of, turns_of, type_of
 
 
 def picture(width: int, height: int) -> bytes:

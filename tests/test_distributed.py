@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lavi import fit
 from lavi.batch import Batch, Position
-from lavi.checkpoint import TRAINED, load_run
-from lavi.processor import Processor
+from lavi.checkpoints.run_folder import TRAINED, load_run
+from lavi.data.processor import Processor
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "yellow")
@@ -146,7 +146,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Single:
             "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
         },
         "module": {
-            "_target_": "lavi.module.VisionLanguageModule",
+            "_target_": "lavi.training.module.VisionLanguageModule",
             "learning_rate": {"fusion": 1e-3, "language.hf.model.norm": 1e-2},
         },
         "data": {"_target_": "test_distributed.Halves"},
@@ -188,7 +188,7 @@ def fsdp2(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     """The same of two commands at once, one a rank."""
     port = free_port()
     command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2"]
-    command += ["trainer.strategy={_target_: lavi.module.FSDP2}"]
+    command += ["trainer.strategy={_target_: lavi.training.sharding.FSDP2}"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     ranks = [subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), **pipes) for rank in range(2)]
@@ -258,14 +258,14 @@ import json, os, sys
 from dataclasses import replace
 import torch, torch.distributed as dist
 from datamodules.image_text import ImageTextData
-from datamodules.shards import Slot
+from datamodules.shards.read import Slot
 from lavi.errors import UserError
-from lavi.chat import Chat
-from lavi.processor import Processor
+from lavi.data.chat import Chat
+from lavi.data.processor import Processor
 from lavi.vision.hf import HFVision
 from transformers import AutoTokenizer
 from conftest import TOWER
-from lavi.vision.tiles import OneView
+from lavi.data.tiling import OneView
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()

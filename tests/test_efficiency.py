@@ -23,17 +23,17 @@ from lavi.efficiency.record import Record, read, write
 from lavi.efficiency.report import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
 from lavi.efficiency.sweep import Sweep, run
 from lavi.errors import UserError
-from lavi.evaluation import PromptSizes, prompts_of
+from lavi.evaluation.scoring import PromptSizes, prompts_of
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PyramidDrop
-from lavi.fusion.visor import VisorFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.vision.hf import HFVision
+from lavi.visor.fusion import VisorFusion
 
 FUSIONS = {
     "concat": ConcatFusion,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavi.batch import Batch, Sample, Video
 from lavi.errors import UserError
-from lavi.evaluation import PromptSizes, evaluate, prompts_of, with_images_of_others
+from lavi.evaluation.scoring import PromptSizes, evaluate, prompts_of, with_images_of_others
 from lavi.fusion.lavi import LaViFusion
 from lavi.model import VisionLanguageModel
 

@@ -10,13 +10,14 @@ from conftest import FAMILIES, TOWER, ask, awaken, collate
 from torch import Tensor
 
 from lavi.errors import UserError
-from lavi.fusion.base import Fusion, spread_layers
+from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.layers import spread_layers
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import norm_targets
 from lavi.model import VisionLanguageModel
-from lavi.nn.deltas import GENERATORS
+from lavi.nn.delta_generators import GENERATORS
 from lavi.vision.hf import HFVision
 
 FEEDS_BOTH_APART = {"attention": "feeds", "ffn": "feeds"}

@@ -21,7 +21,7 @@ from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 
-from lavi.checkpoint import LAST, RECIPE, TRAINED
+from lavi.checkpoints.run_folder import LAST, RECIPE, TRAINED
 from lavi.efficiency.record import Record, read
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def test_resuming_ends_where_one_go_ends_bit_for_bit(run, tiny_recipe: Path, tra
         == 0
     )
     code = f"""
-import shutil, lavi.checkpoint as c
+import shutil, lavi.checkpoints.run_folder as c
 save = c.KeepRun._save
 def and_copy(self, trainer):
     save(self, trainer)
@@ -260,9 +260,9 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
 
 def test_your_own_data(run, tmp_path: Path) -> None:
     """LLaVA-style JSON and an image folder become shards that read back as they were."""
-    from datamodules.conversation import decode
-    from datamodules.shards import read_shard
-    from datamodules.sources import find_shards
+    from datamodules.formats.conversations import decode
+    from datamodules.shards.read import read_shard
+    from datamodules.shards.sources import find_shards
 
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)
@@ -310,7 +310,7 @@ def test_your_own_data(run, tmp_path: Path) -> None:
 
 def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Universal training, search, labels, router, score; a search and a labelling that were stopped go on."""
-    fusion = "model.fusion={_target_: lavi.fusion.visor.VisorFusion, cross_attention: [0, 3], self_attention: [1, 2]"
+    fusion = "model.fusion={_target_: lavi.visor.fusion.VisorFusion, cross_attention: [0, 3], self_attention: [1, 2]"
     universal, viable, labels = tmp_path / "universal", tmp_path / "viable.json", tmp_path / "labels.jsonl"
     fit = ("lavi.fit", "--recipe", tiny_recipe)
     assert run(*fit, "--run", universal, fusion + ", configurations: [[], [1], [1, 2]]}")[0] == 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,65 +15,34 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A room may import the rooms before it, and itself.
-ORDER = [
-    {"errors", "output", "arguments", "batch", "images", "video", "nn", "configurations"},
-    {"vision", "language", "chat"},
-    {"processor", "reduction"},
-    {"fusion"},
-    {"recipe_text", "recipe", "report", "weights"},
-    {"model", "pretrained"},
-    {"metrics", "optim", "module"},
-    {"checkpoint", "startup", "targets"},
-    {"efficiency"},
-    {"evaluation", "routing"},
-    {"fit", "evaluate", "generate", "profile", "export", "visor"},
-]
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+PACKAGES = ("lavi", "datamodules", "callbacks")
 
 
-def rooms_imported(file: Path) -> set[str]:
-    names: set[str] = set()
+def modules_in(root: Path) -> dict[str, Path]:
+    """The modules of the packages, by their dotted names."""
+    files = [file for package in PACKAGES for file in (root / package).rglob("*.py")]
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imported_by(file: Path, modules: Collection[str]) -> set[str]:
+    """The modules that a file imports: also late, in a function, and for the type checker alone."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "lavi" else {node.module}
-    return names
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "lavi").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_point_down(file: Path) -> None:
-    room = file.relative_to(ROOT / "lavi").parts[0].removesuffix(".py")
-    if room == "__init__":
-        return
-    for name in rooms_imported(file):
-        package, _, rest = name.partition(".")
-        assert package not in {"datamodules", "callbacks"}, f"{file} imports {name}: a recipe names it instead"
-        if package == "lavi" and rest:
-            other = rest.split(".")[0]
-            assert LEVEL[other] <= LEVEL[room], f"{file} imports {name} from a room above it"
-
-
-MODULES = {
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-    for file in (ROOT / "lavi").rglob("*.py")
-}
-# A published VLM is a way to build the model, and building it takes the model: looked up when it is called.
-KNOWN_CIRCLES = {("lavi.model", "lavi.pretrained")}
-
-
-def modules_imported(file: Path) -> Iterator[str]:
-    """Modules of lavi, also those that a function imports when it is called."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in MODULES)
-        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            yield from names & MODULES.keys() or {node.module}
+            found |= (names & set(modules)) or {node.module}
+    return {name for name in found if name in modules}
 
 
-def circle_in(graph: dict[str, set[str]]) -> list[str]:
+def room_of(module: str) -> str:
+    """``lavi.fusion`` of ``lavi.fusion.lavi``; a module on a top floor is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """The first circle, as ``[a, b, a]``; empty if there is none, and every import can point down."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -80,23 +50,54 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Also not within a room, nor among rooms of one level, nor late, inside a function."""
-    modules = {name: set(modules_imported(file)) - {name, "lavi"} for name, file in MODULES.items()}
-    for module, other in KNOWN_CIRCLES:
-        assert circle_in(modules), f"{module} and {other} are no circle any more: take them out of KNOWN_CIRCLES"
-        modules[module].discard(other)
-    rooms = defaultdict(set)
-    for module, others in modules.items():
-        room = module.split(".")[:2][-1]
-        rooms[room] |= {other.split(".")[1] for other in others} - {room}
-    assert not circle_in(modules)
-    assert not circle_in(rooms)
+def circles_in(root: Path) -> list[list[str]]:
+    """Among modules, and among rooms: two rooms that import each other have no order, whatever their modules do."""
+    modules = modules_in(root)
+    graph = {name: imported_by(file, modules) - {name} for name, file in modules.items()}
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for module, others in graph.items():
+        rooms[room_of(module)] |= {room_of(other) for other in others} - {room_of(module)}
+    packages: dict[str, set[str]] = defaultdict(set)
+    for room, others in rooms.items():
+        packages[room.split(".")[0]] |= {other.split(".")[0] for other in others} - {room.split(".")[0]}
+    return [circle for circle in (circle_in(graph), circle_in(rooms), circle_in(packages)) if circle]
+
+
+def test_imports_point_down() -> None:
+    """No module, no room and no package imports what imports it."""
+    assert circles_in(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("lavi/nn/formulas.py", "from lavi.nn import cross_attention"),  # within a room
+        ("lavi/reduction/base.py", "from lavi.fusion.layers import chosen_layers\n\nimport lavi.fusion.base"),
+        ("lavi/vision/base.py", "def late():\n    from lavi.fusion.arrangement import splice"),  # a room above
+        ("lavi/recipe.py", "from datamodules.image_text import ImageTextData"),  # a recipe names it instead
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path: Path, file: str, line: str) -> None:
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.json", "__pycache__"))
+    if file == "lavi/reduction/base.py":
+        other = tmp_path / "lavi/fusion/layers.py"
+        other.write_text(other.read_text() + "\nimport lavi.reduction.base\n")
+    planted = tmp_path / file
+    planted.write_text(f"{planted.read_text()}\n{line}\n")
+    assert circles_in(tmp_path)
+
+
+def test_lavi_never_names_the_rooms_that_recipes_name() -> None:
+    modules = modules_in(ROOT)
+    for name, file in modules.items():
+        if name.split(".")[0] == "lavi":
+            assert not {other for other in imported_by(file, modules) if not other.startswith("lavi")}, name
 
 
 def test_a_batch_knows_nothing_of_lavi() -> None:
     """It is what every room hands on: whatever it imported, all of them would."""
-    assert not {name for name in rooms_imported(ROOT / "lavi" / "batch.py") if name.split(".")[0] == "lavi"}
+    assert not imported_by(ROOT / "lavi" / "batch.py", modules_in(ROOT))
 
 
 def test_importing_lavi_is_light() -> None:
@@ -110,7 +111,8 @@ def test_importing_lavi_is_light() -> None:
 
 def test_using_lavi_needs_no_tensorboard_and_no_room_above() -> None:
     code = (
-        "import sys, lavi.model, lavi.module, lavi.recipe, lavi.checkpoint, lavi.efficiency.measure\n"
+        "import sys, lavi.model, lavi.training.module, lavi.recipe\n"
+        "import lavi.checkpoints.run_folder, lavi.efficiency.measure\n"
         "heavy = {'tensorboard', 'datamodules', 'callbacks', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

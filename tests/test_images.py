@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
-from datamodules.conversation import decode
-from datamodules.shards import BrokenSample
-from lavi import images
+from datamodules.formats.conversations import decode
+from datamodules.shards.read import BrokenSample
+from lavi.data import images
+from lavi.data.images import open_image
 from lavi.errors import UserError
-from lavi.images import open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from datamodules import inspect
 from datamodules.inspect import look, pictures_of
-from datamodules.shards import read_shard
-from datamodules.sources import find_shards
-from datamodules.write import ShardJob, shard_jobs, write_shards
+from datamodules.shards.read import read_shard
+from datamodules.shards.sources import find_shards
+from datamodules.shards.write import ShardJob, shard_jobs, write_shards
 
 
 @pytest.fixture

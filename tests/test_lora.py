@@ -18,7 +18,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.module import VisionLanguageModule, summed_loss
+from lavi.training.module import VisionLanguageModule, summed_loss
 from lavi.vision.hf import HFVision
 
 SETTINGS = {"rank": 4, "alpha": 8, "dropout": 0.0}

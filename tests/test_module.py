@@ -20,9 +20,9 @@ from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
-from lavi.module import VisionLanguageModule, summed_loss
-from lavi.optim import MuonAdamW
-from lavi.startup import what_trains
+from lavi.training.module import VisionLanguageModule, summed_loss
+from lavi.training.optim import MuonAdamW
+from lavi.training.startup import what_trains
 
 
 def test_each_token_weighs_the_same_however_rows_are_batched(build) -> None:
@@ -145,6 +145,7 @@ def test_validation_is_of_all_tokens_and_all_answers(build) -> None:
         right = [r for batch in batches for r in right_under_teacher_forcing(module.model(batch), batch)]
     assert found["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
     assert found["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
+    assert "val/accuracy" in trainer.progress_bar_metrics
 
 
 def test_ranks_add_up_what_they_counted(build) -> None:
@@ -185,12 +186,12 @@ def test_a_fit_starts_from_another_run_once(build, monkeypatch: pytest.MonkeyPat
     module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3}, start_from="~/runs/first")
     module.trainer = SimpleNamespace(precision="32-true")  # type: ignore[assignment]
     starts: list[Any] = []
-    monkeypatch.setattr("lavi.module.start_from_run", lambda of, run: starts.append((of, run)) or {"fusion.x"})
+    monkeypatch.setattr("lavi.training.module.start_from_run", lambda of, run: starts.append((of, run)) or {"fusion.x"})
     module.setup("validate")
     assert not starts
     module.setup("fit")
     assert starts == [(module, Path("~/runs/first").expanduser())]
-    assert module.carried == {"fusion.x"}
+    assert module.inherited == {"fusion.x"}
     module.setup("fit")
     assert len(starts) == 1
     module.trainer = SimpleNamespace(precision="bf16-true")  # type: ignore[assignment]

@@ -15,11 +15,12 @@ import pytest
 from datamodules import moving
 from datamodules.moving import FRAMES, HOW_MANY, LEVELS, RATE, Play, make_samples, mp4, questions, write_dataset
 from datamodules.scenes import COLOURS
-from datamodules.shards import read_shard
-from datamodules.sources import find_shards
-from datamodules.write import ShardJob
+from datamodules.shards.read import read_shard
+from datamodules.shards.sources import find_shards
+from datamodules.shards.write import ShardJob
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.videos import read_video
 from lavi.errors import UserError
-from lavi.video import FrameSampling, read_video
 
 COUNTS = {"train": 24, "validation": 8, "test": 8}
 

@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers import MistralConfig, Qwen2Config
 
 from lavi.errors import UserError
-from lavi.language.narrow import LayeredCache, Span, causal_mask, check_kernel, narrowed, rows_only, take, window_of
+from lavi.language.subsequence import (
+    LayeredCache,
+    Span,
+    causal_mask,
+    check_kernel,
+    narrowed,
+    rows_only,
+    take,
+    window_of,
+)
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
 PLAIN = Qwen2Config(**SIZES, num_key_value_heads=2)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavi.errors import UserError
 from lavi.nn.cross_attention import GatedCrossAttention
-from lavi.nn.deltas import GENERATORS, DeltaGenerator, on_grid
+from lavi.nn.delta_generators import GENERATORS, DeltaGenerator, on_grid
 from lavi.nn.modulated_norm import ModulatedNorm, normalise
 from lavi.nn.view_embedding import ViewEmbedding
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavi.errors import UserError
-from lavi.optim import MuonAdamW, every_name, hidden_matrices, orthogonalised, parameter_groups, part_of_each
+from lavi.training.optim import MuonAdamW, every_name, hidden_matrices, orthogonalised, parameter_groups, part_of_each
 
 
 def network() -> nn.Module:

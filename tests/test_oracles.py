@@ -14,17 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch
-from lavi.checkpoint import load_trained
-from lavi.fusion.base import asking_columns
+from lavi.checkpoints.run_folder import load_trained
+from lavi.checkpoints.weight_files import kept_names, write_state
+from lavi.fusion.arrangement import asking_columns
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
-from lavi.fusion.visor import VisorFusion
 from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
-from lavi.module import VisionLanguageModule, summed_loss
-from lavi.weights import kept_names, write_state
+from lavi.training.module import VisionLanguageModule, summed_loss
+from lavi.visor.fusion import VisorFusion
 
 FUSIONS = {
     **{

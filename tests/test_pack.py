@@ -24,13 +24,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules import pack, write
-from datamodules.conversation import decode
-from datamodules.formats import chosen_columns, item_of_row, read_json, read_table
-from datamodules.processes import TOGETHER, in_order
-from datamodules.shards import read_shard
-from datamodules.sources import find_shards
-from datamodules.write import ShardJob, Written, held, shard_jobs, write_shards
+from datamodules import pack
+from datamodules.formats.conversations import decode
+from datamodules.formats.json_lists import read_json
+from datamodules.formats.tables import chosen_columns, item_of_row, read_table
+from datamodules.shards import write
+from datamodules.shards.processes import TOGETHER, in_order
+from datamodules.shards.read import read_shard
+from datamodules.shards.sources import find_shards
+from datamodules.shards.write import ShardJob, Written, held, shard_jobs, write_shards
 from lavi.errors import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from datamodules.batches import packed
 from datamodules.image_text import ImageTextData
 from lavi.batch import IGNORE, Batch
-from lavi.chat import Encoded
+from lavi.data.chat import Encoded
+from lavi.data.collator import Ready
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
-from lavi.fusion.visor import VisorFusion
 from lavi.model import VisionLanguageModel
-from lavi.module import summed_loss
-from lavi.processor import Ready
+from lavi.training.module import summed_loss
+from lavi.visor.fusion import VisorFusion
 
 FUSIONS: dict[str, Any] = {
     "concat": ConcatFusion,

@@ -9,13 +9,14 @@ import torch
 from conftest import ask, image
 
 from lavi.batch import IGNORE, Answer, ImagePlace, Layout, Sample, Video
-from lavi.chat import Encoded, Turn
+from lavi.data.chat import Encoded, Turn
+from lavi.data.collator import Ready
+from lavi.data.processor import Processor, TooLong
+from lavi.data.tiling import AnyRes
+from lavi.data.timestamps import time_instruction
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.model import VisionLanguageModel
-from lavi.processor import Processor, Ready, TooLong
-from lavi.video import time_instruction
-from lavi.vision.tiles import AnyRes
 
 SMALL, LARGE = Layout(size=(4, 4)), Layout(views=2, video=True)
 

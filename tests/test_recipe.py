@@ -10,10 +10,10 @@ import torch
 import yaml
 from conftest import ask
 
-from lavi.arguments import path
+from lavi.cli.arguments import path
+from lavi.config.text import Loader, override
 from lavi.errors import UserError
 from lavi.recipe import Recipe
-from lavi.recipe_text import Loader, override
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

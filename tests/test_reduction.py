@@ -12,6 +12,7 @@ from conftest import QWEN2, TOWER, ask, awaken, collate
 from torch import nn
 
 from lavi.batch import Layout
+from lavi.data.tiling import AnyRes
 from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.point import Scenario
 from lavi.errors import UserError
@@ -20,19 +21,18 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
-from lavi.fusion.visor import VisorFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.module import VisionLanguageModule
 from lavi.reduction.base import Reducer
 from lavi.reduction.controls import RandomTokens, UniformTokens, ZeroTokens
 from lavi.reduction.pixel_shuffle import PixelShuffle
 from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
 from lavi.reduction.resampler import PerceiverResampler
 from lavi.reduction.visionzip import VisionZip
+from lavi.training.module import VisionLanguageModule
 from lavi.vision.base import Seen
 from lavi.vision.hf import HFVision
-from lavi.vision.tiles import AnyRes
+from lavi.visor.fusion import VisorFusion
 
 REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
     "average": (partial(AveragePooling, factor=2), 4),

@@ -17,10 +17,11 @@ from conftest import ask, collate
 from rich.console import Console
 
 from datamodules.inspect import _bars
-from lavi import output, report
+from lavi import report
+from lavi.cli import output
 from lavi.fusion.concat import ConcatFusion
 from lavi.report import EVERY, FIRST, PATIENCE, Lines, duration, progress, table, track
-from lavi.startup import as_trained
+from lavi.training.startup import as_trained
 
 
 class Clock:
@@ -334,7 +335,9 @@ def test_what_means_nothing_is_kept_out_and_all_else_comes_through() -> None:
 
 def test_bars_of_other_libraries_show_where_they_last() -> None:
     """Such as "Loading weights" of a file of a megabyte, which would be gone before it is read."""
-    code = "import lavi.output as o; o.prepare_output(); from tqdm.auto import tqdm; bar = tqdm(range(3)); list(bar)"
+    code = (
+        "import lavi.cli.output as o; o.prepare_output(); from tqdm.auto import tqdm; bar = tqdm(range(3)); list(bar)"
+    )
     code += "; assert bar.delay == float(o.BAR_DELAY) > 1"
     environment = {key: value for key, value in os.environ.items() if key != "TQDM_DELAY"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

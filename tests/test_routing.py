@@ -12,12 +12,12 @@ import torch
 from conftest import ask, collate
 from torch import Tensor
 
-from lavi import routing
 from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.visor import VisorFusion
-from lavi.fusion.visor_files import read_viable
+from lavi.visor import offline
+from lavi.visor.files import read_viable
+from lavi.visor.fusion import VisorFusion
 
 CPU = torch.device("cpu")
 COSTS = [(), (1,), (3,), (1, 3)]
@@ -83,7 +83,7 @@ def test_a_label_is_the_cheapest_configuration_that_is_good_enough(
 ) -> None:
     model, out = Scripted(real, SURE), tmp_path / "labels.jsonl"
     groups = batches(real, "ab", "cde")
-    counts = routing.label(model, groups, COSTS[::-1], out, about={}, keep=0.75, by=by, device=CPU)  # type: ignore[arg-type]
+    counts = offline.label(model, groups, COSTS[::-1], out, about={}, keep=0.75, by=by, device=CPU)  # type: ignore[arg-type]
     assert labels(out) == expected
     assert counts == {way: list(expected.values()).count(way) for way in COSTS}
     assert list(counts) == COSTS
@@ -94,7 +94,7 @@ def test_labels_are_of_viable_configurations_and_as_good_as_the_full_one_all_the
 ) -> None:
     """Where the full one is not viable itself, it still says what is enough; the dearest is the last resort."""
     out = tmp_path / "labels.jsonl"
-    routing.label(
+    offline.label(
         Scripted(real, SURE),  # type: ignore[arg-type]
         batches(real, "abcde"),
         [[], [1]],
@@ -113,7 +113,7 @@ def test_viable_is_what_keeps_enough_of_the_full_accuracy(
 ) -> None:
     """Right are 2, 3, 3 and 4 of five: a half and three quarters of what the full one gets right are enough, too."""
     out = tmp_path / "viable.json"
-    routing.search(
+    offline.search(
         Scripted(real, SURE),  # type: ignore[arg-type]
         batches(real, "ab", "cde"),
         out,
@@ -135,16 +135,16 @@ def test_a_search_goes_on_behind_the_last_batch_it_scored(real: Any, tmp_path: P
         yield batches(real, "ab")[0]
         raise KeyboardInterrupt
 
-    routing.search(Scripted(real, SURE), batches(real, "ab", "cde"), whole, **settings)  # type: ignore[arg-type]
+    offline.search(Scripted(real, SURE), batches(real, "ab", "cde"), whole, **settings)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
-        routing.search(Scripted(real, SURE), stopped(), cut, **settings)  # type: ignore[arg-type]
+        offline.search(Scripted(real, SURE), stopped(), cut, **settings)  # type: ignore[arg-type]
     assert "viable" not in json.loads(cut.read_text())
     model = Scripted(real, SURE)
-    found = routing.search(model, batches(real, "ab", "cde"), cut, **settings)  # type: ignore[arg-type]
+    found = offline.search(model, batches(real, "ab", "cde"), cut, **settings)  # type: ignore[arg-type]
     assert model.read == COSTS  # each configuration once, on the second batch alone
     assert found == json.loads(cut.read_text()) == json.loads(whole.read_text())
     assert (found["samples"], found["answers"]) == (5, 5)
-    again = routing.search(model, [], cut, **settings | {"keep": 0.8})  # type: ignore[arg-type]
+    again = offline.search(model, [], cut, **settings | {"keep": 0.8})  # type: ignore[arg-type]
     assert [tuple(one) for one in again["viable"]] == COSTS[3:]
 
 
@@ -157,46 +157,46 @@ def test_a_search_goes_on_behind_the_last_batch_that_it_scored(real: Any, tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        routing.search(model, stopped(), out, **settings)  # type: ignore[arg-type]
+        offline.search(model, stopped(), out, **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is not finished"):
         read_viable(out)
     model.read.clear()
-    found = routing.search(model, batches(real, "ab", "cde"), out, **settings)  # type: ignore[arg-type]
+    found = offline.search(model, batches(real, "ab", "cde"), out, **settings)  # type: ignore[arg-type]
     assert sorted(model.read) == sorted(COSTS)  # the second batch alone
     assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
     assert (found["samples"], found["answers"]) == (5, 5)
     assert [tuple(one) for one in read_viable(out)] == COSTS[1:]
     model.read.clear()
-    assert routing.search(model, batches(real, "abcde"), out, **settings) == found  # type: ignore[arg-type]
+    assert offline.search(model, batches(real, "abcde"), out, **settings) == found  # type: ignore[arg-type]
     assert not model.read
     with pytest.raises(UserError, match="made with another run"):
-        routing.search(model, [], out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
+        offline.search(model, [], out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="made with another most"):
-        routing.search(model, [], out, **settings | {"most": 9})  # type: ignore[arg-type]
+        offline.search(model, [], out, **settings | {"most": 9})  # type: ignore[arg-type]
 
 
 def test_labelling_goes_on_where_it_was_stopped(real: Any, tmp_path: Path) -> None:
     out, model = tmp_path / "labels.jsonl", Scripted(real, SURE)
     settings: dict[str, Any] = {"about": {"run": "x"}, "keep": 0.75, "by": "right", "device": CPU}
-    routing.label(model, batches(real, "ab"), COSTS, out, **settings)  # type: ignore[arg-type]
+    offline.label(model, batches(real, "ab"), COSTS, out, **settings)  # type: ignore[arg-type]
     whole = out.read_text()
     out.write_text(whole + '{"key": "c", "config')
     model.read.clear()
-    counts = routing.label(model, batches(real, "ab", "cde"), COSTS, out, **settings)  # type: ignore[arg-type]
+    counts = offline.label(model, batches(real, "ab", "cde"), COSTS, out, **settings)  # type: ignore[arg-type]
     assert sorted(model.read) == sorted(COSTS)  # the second batch alone
     assert out.read_text().startswith(whole)
     assert set(labels(out)) == set("abcde")
     assert sum(counts.values()) == 5
     with pytest.raises(UserError, match="made with another run"):
-        routing.label(model, [], COSTS, out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
+        offline.label(model, [], COSTS, out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="made with another keep"):
-        routing.label(model, [], COSTS, out, **settings | {"keep": 0.5})  # type: ignore[arg-type]
+        offline.label(model, [], COSTS, out, **settings | {"keep": 0.5})  # type: ignore[arg-type]
 
 
 def test_labels_are_by_right_answers_unless_something_else_is_asked_for(real: Any, tmp_path: Path) -> None:
     out = tmp_path / "labels.jsonl"
     model: Any = Scripted(real, SURE)
-    routing.label(model, batches(real, "abcde"), COSTS, out, about={"run": "x"}, keep=0.75, device=CPU)
+    offline.label(model, batches(real, "abcde"), COSTS, out, about={"run": "x"}, keep=0.75, device=CPU)
     assert labels(out)["d"] == ()
     about = json.loads(out.read_text().splitlines()[0])["about"]
     assert about == {"run": "x", "by": "right", "keep": 0.75, "configurations": [list(way) for way in COSTS]}
@@ -206,7 +206,7 @@ def test_a_label_is_for_one_question(real: Any, tmp_path: Path) -> None:
     (several,) = batches(real, "ab")
     several.answers = [answer._replace(row=0) for answer in several.answers]
     with pytest.raises(UserError, match="a label is for one question"):
-        routing.label(
+        offline.label(
             Scripted(real, SURE),  # type: ignore[arg-type]
             [several],
             COSTS,
@@ -219,7 +219,7 @@ def test_a_label_is_for_one_question(real: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("most", "count"), [(256, 16), (16, 16), (15, 15), (7, 7), (3, 3), (2, 2)])
 def test_configurations_are_all_sets_or_a_draw_with_both_ends(most: int, count: int) -> None:
-    found = routing.every_configuration([2, 5, 7, 9], most)
+    found = offline.every_configuration([2, 5, 7, 9], most)
     assert len(found) == len(set(found)) == count
     assert found == sorted(found, key=len)
     assert {(), (2, 5, 7, 9)} <= set(found)
@@ -229,13 +229,13 @@ def test_configurations_are_all_sets_or_a_draw_with_both_ends(most: int, count: 
 
 
 def test_many_optional_layers_are_drawn_from_at_all_sizes() -> None:
-    found = routing.every_configuration(list(range(40)), 200)
+    found = offline.every_configuration(list(range(40)), 200)
     assert len(found) == 200
     assert len({len(one) for one in found}) > 30
 
 
 def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: Any) -> None:
-    assert routing.visor_of(real) is real.fusion
+    assert offline.visor_of(real) is real.fusion
     for fusion, words in (
         (ConcatFusion(), "ConcatFusion.* has no optional layers"),
         (VisorFusion(cross_attention=2, self_attention=0), "has no optional layers"),
@@ -245,23 +245,29 @@ def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: 
         ),
     ):
         with pytest.raises(UserError, match=words):
-            routing.visor_of(build(fusion))
+            offline.visor_of(build(fusion))
 
 
 def test_right_and_likely_are_told_sample_by_sample(real: Any) -> None:
     model = Scripted(real, SURE)
     with real.fusion.going((1,)):
-        found = dict(routing.right(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
-        shares = dict(routing.likely(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+        found = dict(offline.right(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+        shares = dict(offline.likely(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
     assert found == {"a": [True], "b": [True], "c": [False], "d": [False], "e": [True]}
     assert shares == {key: [pytest.approx(share, rel=1e-4)] for key, share in SURE[(1,)].items()}
 
 
 def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
-    from lavi.weights import TRAINED
+    from lavi.checkpoints.weight_files import TRAINED
 
     (tmp_path / TRAINED).write_bytes(b"one")
-    first = routing.fingerprint(tmp_path)
+    first = offline.fingerprint(tmp_path)
     assert len(first) == 16
     (tmp_path / TRAINED).write_bytes(b"other")
-    assert routing.fingerprint(tmp_path) != first
+    assert offline.fingerprint(tmp_path) != first
+
+
+def test_one_right_answer_of_one_is_all(real: Any, tmp_path: Path) -> None:
+    model: Any = Scripted(real, SURE)
+    found = offline.search(model, batches(real, "a"), tmp_path / "viable.json", about={}, keep=1.0, most=8, device=CPU)
+    assert set(found["scores"].values()) == {100.0}

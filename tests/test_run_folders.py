@@ -23,10 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lavi import checkpoint, pretrained
-from lavi.checkpoint import LAST, LOCK, RECIPE, TRAINED, KeepRun, new_run_folder, remove_unused, step_of
-from lavi.errors import UserError, front
-from lavi.weights import replacing
+from lavi.checkpoints import model_folder, run_folder
+from lavi.checkpoints.keep_run import KeepRun
+from lavi.checkpoints.run_folder import LAST, LOCK, RECIPE, TRAINED, new_run_folder, remove_unused, step_of
+from lavi.checkpoints.weight_files import replacing
+from lavi.cli.entry import front
+from lavi.errors import UserError
 
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -253,8 +255,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     write = KeepRun._write
     full = {
         "torch.save": _as_torch_says_it,
-        "lavi.weights.save_file": _as_safetensors_says_it,
-        "lavi.weights.os.fsync": _no_room,
+        "lavi.checkpoints.weight_files.save_file": _as_safetensors_says_it,
+        "lavi.checkpoints.weight_files.os.fsync": _no_room,
     }
     for place, fake in full.items():
 
@@ -278,7 +280,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 @pytest.mark.parametrize("file", [RECIPE, "events"], ids=str)
 def test_other_files_on_a_full_disk(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:  # type: ignore[no-untyped-def]
     if file == RECIPE:
-        monkeypatch.setattr("lavi.weights.os.fsync", _no_room)
+        monkeypatch.setattr("lavi.checkpoints.weight_files.os.fsync", _no_room)
     else:
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", _no_room)
     said = fit("run")
@@ -318,10 +320,10 @@ def test_the_home_folder_is_found_in_any_path(run, tiny_recipe: Path, tmp_path: 
     assert (tmp_path / "home/runs/a" / LAST).is_file()
     assert not (tmp_path / "~").exists()
     assert run("lavi.fit", "--resume=~/runs/a", *short)[0] == 0
-    assert checkpoint.load_run(Path("~/runs/a"))[1] is not None
+    assert run_folder.load_run(Path("~/runs/a"))[1] is not None
     assert run("lavi.fit", "--recipe", tiny_recipe, "--run=~/b", "module.start_from=~/runs/a", *short)[0] == 0
     assert run("lavi.export", "--checkpoint=~/runs/a", "--out=~/model")[0] == 0
-    assert pretrained.from_pretrained(Path("~/model")) is not None
+    assert model_folder.from_pretrained(Path("~/model")) is not None
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(
     fit, resume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     """Also while its processes that read data outlive it; the lock of a process that was killed holds nobody up."""
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
     assert fit("run", max_steps=1)[0] == 0
     folder = tmp_path / "run"
     code = f"""
@@ -377,12 +379,12 @@ time.sleep(600)
 
 
 def test_only_the_first_rank_holds_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
-    with checkpoint.held(tmp_path):
-        with pytest.raises(UserError, match="another process is training"), checkpoint.held(tmp_path):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    with run_folder.held(tmp_path):
+        with pytest.raises(UserError, match="another process is training"), run_folder.held(tmp_path):
             pass
-        monkeypatch.setattr(checkpoint, "is_first_rank", lambda: False)
-        with checkpoint.held(tmp_path):
+        monkeypatch.setattr(run_folder, "is_first_rank", lambda: False)
+        with run_folder.held(tmp_path):
             pass
 
 
@@ -394,10 +396,10 @@ def test_a_file_system_without_locks_is_trained_on_all_the_same(
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     number = errno.ENOLCK
-    with checkpoint.held(tmp_path):
+    with run_folder.held(tmp_path):
         pass
     number = errno.EROFS
-    with pytest.raises(UserError, match=r"nothing can be written into .*Read-only"), checkpoint.held(tmp_path):
+    with pytest.raises(UserError, match=r"nothing can be written into .*Read-only"), run_folder.held(tmp_path):
         pass
 
 
@@ -434,7 +436,7 @@ def test_weights_of_another_step_than_the_checkpoint_are_named(fit, resume, in_o
 
 def test_export_refuses_before_the_model_is_loaded(fit, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     assert fit("run", max_steps=1)[0] == 0
-    monkeypatch.setattr(checkpoint, "build", lambda recipe: pytest.fail("the model was built"))
+    monkeypatch.setattr(run_folder, "build", lambda recipe: pytest.fail("the model was built"))
     Path("there").mkdir()
     Path("killed.part").mkdir()
     export = ("lavi.export", "--checkpoint", tmp_path / "run", "--out")
@@ -451,10 +453,10 @@ def test_export_on_a_full_disk(fit, run, tmp_path: Path, monkeypatch: pytest.Mon
     export = ("lavi.export", "--checkpoint", tmp_path / "run", "--out", "new/model")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-        patch.setattr(pretrained, "_write", lambda *args: pytest.fail("it was written"))
+        patch.setattr(model_folder, "_write", lambda *args: pytest.fail("it was written"))
         refused(run(*export), "new/model needs", "MiB", "are free there: make room")
     with monkeypatch.context() as patch:
-        patch.setattr("lavi.weights.save_file", _as_safetensors_says_it)
+        patch.setattr("lavi.checkpoints.weight_files.save_file", _as_safetensors_says_it)
         refused(run(*export), "new/model cannot be written (No space left on device)")
     assert not list(Path("new").iterdir())
     assert run(*export)[0] == 0
@@ -484,7 +486,7 @@ def test_a_fault_in_validation_names_its_samples(fit, monkeypatch: pytest.Monkey
     def fail(*args: Any) -> None:
         raise KeyError("a fault of the program")
 
-    monkeypatch.setattr("lavi.module.VisionLanguageModule.validation_step", fail)
+    monkeypatch.setattr("lavi.training.module.VisionLanguageModule.validation_step", fail)
     with pytest.raises(KeyError) as raised:
         fit("run", limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=0)
     assert "in the validation after step 2, with samples " in notes(raised)

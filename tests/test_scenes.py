@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from datamodules.conversation import decode
+from datamodules.formats.conversations import decode
 from datamodules.patches import patch_labels
 from datamodules.scenes import LEVELS, SIZES, Scene, questions, questions_of_two, write_dataset
-from datamodules.shards import read_shard
-from datamodules.sources import find_shards
+from datamodules.shards.read import read_shard
+from datamodules.shards.sources import find_shards
 from datamodules.tokenizer import train_tokenizer
 from lavi.errors import UserError
 

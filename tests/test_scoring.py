@@ -13,7 +13,7 @@ from conftest import ask
 from lavi.batch import Batch, Layout, Sample
 from lavi.efficiency.point import Scenario
 from lavi.errors import UserError
-from lavi.evaluation import SHUFFLED, PromptSizes, Scorer, Scores
+from lavi.evaluation.scoring import SHUFFLED, PromptSizes, Scorer, Scores
 from lavi.fusion.lavi import LaViFusion
 
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.conversation import decode
+from datamodules.formats.conversations import decode
 from datamodules.image_text import ImageTextData
-from datamodules.shards import BrokenSample, ShardStream, Slot, read_shard
-from datamodules.sources import find_shards
+from datamodules.shards.read import BrokenSample, ShardStream, Slot, read_shard
+from datamodules.shards.sources import find_shards
 from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion

@@ -16,9 +16,9 @@ import fsspec
 import pytest
 from test_shards import png, sample, write_tar
 
-from datamodules import sources
-from datamodules.shards import ShardStream, Slot, read_shard
-from datamodules.sources import find_shards, open_shard, read_index
+from datamodules.shards import sources
+from datamodules.shards.read import ShardStream, Slot, read_shard
+from datamodules.shards.sources import find_shards, open_shard, read_index
 from lavi.errors import UserError
 
 

@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
-from datamodules import shards as shards_room
 from datamodules.batches import Encoder, HeldOut, Skipped, without_last_turn
-from datamodules.conversation import Reading, conversation_of, decode, messages_of
+from datamodules.formats.conversations import Reading, conversation_of, decode, messages_of
 from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards import BrokenSample, Place, ShardStream, Slot, read_shard
-from datamodules.sources import find_shards
+from datamodules.shards import read
+from datamodules.shards.read import BrokenSample, Place, ShardStream, Slot, read_shard
+from datamodules.shards.sources import find_shards
 from lavi.batch import IGNORE, Sample, Video
+from lavi.data.processor import Processor
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
-from lavi.processor import Processor
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,8 +84,8 @@ def test_going_on_opens_one_shard_however_far_the_epoch_is(tmp_path: Path, monke
     records = stream.records(Slot(), Place())
     middle = [next(records)[0] for _ in range(355)][-1]
     opened: list[str] = []
-    really = shards_room.open_shard
-    monkeypatch.setattr(shards_room, "open_shard", lambda shard: opened.append(shard) or really(shard))  # type: ignore[func-returns-value]
+    really = read.open_shard
+    monkeypatch.setattr(read, "open_shard", lambda shard: opened.append(shard) or really(shard))  # type: ignore[func-returns-value]
     next(stream.records(Slot(), middle))
     assert len(opened) <= 2
 
@@ -181,7 +181,7 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from lavi.checkpoint import KeepRun
+from lavi.checkpoints.run_folder import KeepRun
 at = int(os.environ["KILL_AT"])
 end = KeepRun.on_train_batch_end
 def and_note(self, trainer, module, outputs, batch, index):

@@ -12,13 +12,14 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from lavi.batch import Batch, Layout, Sample, Video
+from lavi.data.tiling import AnyRes, OneView
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.tile_arrangement import Packing
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.vision.hf import HFVision
-from lavi.vision.tiles import AnyRes, OneView, Packing
 
 SIDE, PATCH = 24, 8  # a grid of 3 x 3, odd as SigLIP's 27 x 27: pooling by two has to round up
 TOWER = SMALL_TOWER | {"image_size": SIDE, "patch_size": PATCH}
@@ -233,3 +234,12 @@ def test_a_conversation_counts_its_tiles_against_the_context(ours: VisionLanguag
     sample.images = [picture((144, 144))]
     with pytest.raises(UserError, match="visual tokens"):
         ours.processor.encode(sample)
+
+
+@pytest.mark.parametrize("budget", [1, 4])
+def test_a_fusion_keeps_to_its_own_budget(build, budget: int) -> None:  # type: ignore[no-untyped-def]
+    model = build(ConcatFusion(budget=budget))
+    per_view = model.vision.tokens
+    layout = Layout(views=10, tiles=(3, 3), size=(480, 480))
+    tokens = model.fusion.tokens_in_language(layout, per_view)
+    assert tokens - per_view <= 1.21 * budget * per_view < 9 * per_view

@@ -33,9 +33,9 @@ from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
-from lavi.fusion.visor import VisorFusion
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
+from lavi.visor.fusion import VisorFusion
 
 CPU = torch.device("cpu")
 PROMPT = Scenario(text=12, visual_tokens=16)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lavi.batch import Sample
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
-from lavi.module import VisionLanguageModule
+from lavi.training.module import VisionLanguageModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

@@ -94,7 +94,7 @@ OVERRIDES = [
     ("model.fusion._target_=lavi.fusion.lavy.LaViFusion", 2, "did you mean 'lavi.fusion.lavi'?"),
     ("model.fusion._target_=lavi.fusion..lavi", 2, "must be a dotted path to a class"),
     ("model.fusion._target_=lavi.fusion.base.Fusion", 2, "is only a contract"),
-    ("model.fusion._target_=lavi.fusion.visor.KERNEL", 2, "it is no class"),
+    ("model.fusion._target_=lavi.visor.fusion.KERNEL", 2, "it is no class"),
     ("extends=other.yaml", 2, "a recipe has no section 'extends'"),
 ]
 
@@ -298,7 +298,7 @@ def test_mistakes_on_a_command_line(run, tiny_recipe: Path, line: tuple, monkeyp
 
     command, status, *words = line
     if line in EARLY:
-        monkeypatch.setattr("lavi.pretrained.build", build)
+        monkeypatch.setattr("lavi.checkpoints.model_folder.build", build)
     result = run(*shlex.split(command))
     assert result[0] == status, result[2]
     refused(result, *words)

@@ -20,11 +20,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.video_text import from_frames
-from lavi import video
+from datamodules.formats.frames import from_frames
 from lavi.batch import Video
+from lavi.data import videos as video_files
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.timestamps import told_times
+from lavi.data.videos import is_video, read_video
 from lavi.errors import UserError
-from lavi.video import FrameSampling, is_video, read_video, told_times
 
 STEP = 10
 """Frame number n is grey of this times n: that is how the frames that come back are known."""
@@ -236,7 +238,7 @@ def test_side_data_of_a_newer_ffmpeg_leaves_the_rotation() -> None:
         def side_data(self) -> None:
             raise ValueError("31 is not a valid Type")
 
-    assert video._signs(Frame()) == (0, 1, -1, 0)  # type: ignore[arg-type]
+    assert video_files._signs(Frame()) == (0, 1, -1, 0)  # type: ignore[arg-type]
 
 
 def test_titles_of_any_encoding_are_no_matter(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_titles_of_any_encoding_are_no_matter(tmp_path: Path) -> None:
 def test_seeking_changes_nothing(videos: dict[str, bytes], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [read_video(videos[name], FrameSampling(frames=count)) for count in (1, 3, 20)]
     for worth in (0, 10**9):
-        monkeypatch.setattr(video, "WORTH", worth)
+        monkeypatch.setattr(video_files, "WORTH", worth)
         for count, other in zip((1, 3, 20), wanted, strict=True):
             seen = read_video(videos[name], FrameSampling(frames=count))
             assert [frame.tobytes() for frame in seen.frames] == [frame.tobytes() for frame in other.frames]
@@ -267,8 +269,10 @@ def test_seeking_changes_nothing(videos: dict[str, bytes], name: str, monkeypatc
 def test_what_seeking_does_not_find_is_decoded_through(
     videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = video._frames
-    monkeypatch.setattr(video, "_frames", lambda *args, seeking: whole(*args, seeking=False) if not seeking else ())
+    whole = video_files._frames
+    monkeypatch.setattr(
+        video_files, "_frames", lambda *args, seeking: whole(*args, seeking=False) if not seeking else ()
+    )
     assert numbers(read_video(videos["mp4"], FrameSampling(frames=4))) == [2, 7, 12, 17]
 
 
@@ -276,7 +280,7 @@ def test_only_what_is_kept_is_converted_and_little_more_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encode(tmp_path / "v", [grey(number % 20) for number in range(100)], gop=10, **KINDS["webm"])
-    in_order, upright, done = video._in_order, video._upright, {"decoded": 0, "converted": 0}
+    in_order, upright, done = video_files._in_order, video_files._upright, {"decoded": 0, "converted": 0}
 
     def decoding(*args: Any) -> Any:
         for frame in in_order(*args):
@@ -287,8 +291,8 @@ def test_only_what_is_kept_is_converted_and_little_more_decoded(
         done["converted"] += 1
         return upright(frame)
 
-    monkeypatch.setattr(video, "_in_order", decoding)
-    monkeypatch.setattr(video, "_upright", converting)
+    monkeypatch.setattr(video_files, "_in_order", decoding)
+    monkeypatch.setattr(video_files, "_upright", converting)
     read_video(data, FrameSampling(frames=2))  # numbers 25 and 75, behind the key frames 20 and 70
     assert done == {"decoded": 12, "converted": 2}
 
@@ -309,8 +313,8 @@ def test_files_are_closed(videos: dict[str, bytes], tmp_path: Path) -> None:
 def test_too_many_pixels_are_refused_before_decoding(
     videos: dict[str, bytes], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
-    monkeypatch.setattr(video, "_frames", lambda *args, **more: pytest.fail("it was decoded"))
+    monkeypatch.setattr(video_files, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(video_files, "_frames", lambda *args, **more: pytest.fail("it was decoded"))
     with pytest.raises(
         UserError, match=r"it has frames of (32x32 pixels, more|no known size, or of more) than the 1000"
     ):
@@ -352,7 +356,7 @@ def test_lists_and_other_formats_are_not_followed(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="does not open"):
             read_video(data, FrameSampling())
     with pytest.raises(PermissionError, match="may not open"):
-        video._open_nothing("http://example.org", 0, {})
+        video_files._open_nothing("http://example.org", 0, {})
 
 
 def test_sound_alone_and_no_frames(tmp_path: Path) -> None:

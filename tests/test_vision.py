@@ -22,9 +22,9 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.vision.flops import ShapeFlops
 from lavi.vision.hf import TOWERS, HFVision
 from lavi.vision.openclip import OpenCLIPVision
+from lavi.vision.shape_flops import ShapeFlops
 from lavi.vision.tower import Tower, middle
 
 PLAIN = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

@@ -14,9 +14,9 @@ from test_oracles import bare_logits, row
 
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.visor import VisorContext, VisorFusion
-from lavi.module import summed_loss
-from lavi.routing import likely
+from lavi.training.module import summed_loss
+from lavi.visor.fusion import VisorContext, VisorFusion
+from lavi.visor.offline import likely
 
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),

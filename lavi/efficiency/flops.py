@@ -21,7 +21,7 @@ from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
-from lavi.nn.flops import linear_flops
+from lavi.nn.formulas import linear_flops
 
 
 @dataclass(frozen=True)

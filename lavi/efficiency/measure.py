@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lavi.configurations import without_weights
+from lavi.checkpoints.weight_files import versions
 from lavi.efficiency import record
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
@@ -31,9 +31,9 @@ from lavi.efficiency.memory import prefill_memory, weights_of
 from lavi.efficiency.point import Point, Scenario
 from lavi.efficiency.record import Record
 from lavi.errors import UserError
+from lavi.loading.without_weights import without_weights
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
-from lavi.weights import versions
 
 log = logging.getLogger("lavi")
 

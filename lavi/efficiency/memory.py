@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lavi.efficiency.point import Point
-from lavi.language.narrow import LayeredCache
+from lavi.language.subsequence import LayeredCache
 from lavi.model import VisionLanguageModel
 
 MIB = 2**20

@@ -12,15 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lavi.arguments import Count
 from lavi.batch import Batch, Layout
-from lavi.fusion.base import Cost, Fusion, conversation_of_text
+from lavi.config.types import Count
+from lavi.fusion.arrangement import conversations, placed, splice
+from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.tile_arrangement import Packing
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
-from lavi.nn.flops import linear_flops
+from lavi.nn.formulas import linear_flops
 from lavi.vision.base import Seen
-from lavi.vision.tiles import Packing
 
 
 class ConcatFusion(Fusion):
@@ -75,58 +76,3 @@ class ConcatFusion(Fusion):
         vision_width, width = self.widths
         visual = 0 if decoding or layout is None else layout.views * per_view
         return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
-
-
-def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Text (B, T, D) and visual tokens (n, D) in an ``order`` that :func:`splice` made: (B, T', D), and its mask."""
-    flat = torch.cat([text.flatten(0, 1), visual.to(text.dtype), text.new_zeros(1, text.shape[-1])])
-    order = order.to(text.device)
-    mask = order >= 0
-    return flat[order.masked_fill(~mask, len(flat) - 1)], mask
-
-
-def conversations(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
-    """(B, T'): which conversation of its row each token of an ``order`` belongs to, -1 for padding."""
-    of_text = conversation_of_text(batch).flatten()  # (B T,)
-    of_place = [batch.conversation_of(place)[1] for place in batch.places]
-    of_visual = torch.tensor(of_place, dtype=torch.long, device="cpu").repeat_interleave(
-        torch.tensor(counts, dtype=torch.long, device="cpu")
-    )
-    nothing = torch.full((1,), -1, device="cpu")
-    return torch.cat([of_text, of_visual, nothing])[order]  # -1 is the last
-
-
-def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor, Tensor]:
-    """Where every token of the arranged sequence comes from, and where every text token goes; made on the host.
-
-    Args:
-        counts: visual tokens of each place of the batch.
-
-    Returns:
-        ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was
-        padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
-    """
-    places: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
-    first = len(batch) * text_width
-    for place, count in zip(batch.places, counts, strict=True):
-        places[place.row].append((place.column, first, first + count))
-        first += count
-    rows, columns = [], torch.zeros(len(batch), text_width, dtype=torch.long, device="cpu")
-    for row, (start, stop) in enumerate(batch.spans):
-        pieces, at, length = [], start, 0
-        for column, first, after in [*sorted(places[row]), (stop, 0, 0)]:
-            text = torch.arange(row * text_width + at, row * text_width + column, device="cpu")
-            columns[row, at:column] = torch.arange(length, length + len(text), device="cpu")
-            pieces += [text, torch.arange(first, after, device="cpu")]
-            at, length = column, length + len(text) + after - first
-        rows.append(torch.cat(pieces))
-    longest = max(len(sequence) for sequence in rows)
-    order = torch.full((len(rows), longest), -1, device="cpu")
-    # Text padded on the left keeps its ends together, for decoding.
-    pads_left = all(stop == text_width for _, stop in batch.spans)
-    for row, sequence in enumerate(rows):
-        offset = longest - len(sequence) if pads_left else 0
-        order[row, offset : offset + len(sequence)] = sequence
-        start, stop = batch.spans[row]
-        columns[row, start:stop] += offset
-    return order, columns

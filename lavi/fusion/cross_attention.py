@@ -17,18 +17,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lavi.arguments import Count, PositiveOrZero, Share
 from lavi.batch import Batch, Layout
+from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.base import (
-    ColumnContext,
-    Cost,
-    Fusion,
-    chosen_layers,
-    numbers_of_views,
-    rows_of,
-    text_alone,
-)
+from lavi.fusion.arrangement import ColumnContext, numbers_of_views, rows_of, text_alone
+from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder

@@ -25,23 +25,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lavi.arguments import Count, Share
 from lavi.batch import Batch, Layout
+from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.base import (
-    ColumnContext,
-    Cost,
-    Fusion,
-    chosen_layers,
-    modulation_flops,
-    numbers_of_views,
-    rows_of,
-    text_alone,
-)
+from lavi.fusion.arrangement import ColumnContext, numbers_of_views, rows_of, text_alone
+from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
-from lavi.nn.deltas import GENERATORS, DeltaGenerator
+from lavi.nn.delta_generators import GENERATORS, DeltaGenerator
+from lavi.nn.formulas import modulation_flops
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.vision.base import Seen

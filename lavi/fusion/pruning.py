@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lavi.arguments import Count, Share
 from lavi.batch import Batch, Layout
+from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.base import Cost, asking_columns
+from lavi.fusion.arrangement import asking_columns
+from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
-from lavi.language.narrow import LayeredCache, Span, check_kernel, narrowed, take
 from lavi.language.ranking import Ranking, ranking_in
+from lavi.language.subsequence import LayeredCache, Span, check_kernel, narrowed, take
 from lavi.language.surgery import open_decoder
 from lavi.vision.base import Seen
 

@@ -20,13 +20,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lavi.arguments import Check
-from lavi.configurations import check_loaded, configuration_of, weights_wanted
-from lavi.configurations.bare import bare_configuration
+from lavi.config.types import Check
 from lavi.errors import UserError, one_line
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
+from lavi.loading.bare import bare_configuration
+from lavi.loading.published import check_loaded, configuration_of
+from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
 

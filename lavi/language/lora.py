@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lavi.arguments import Range
+from lavi.config.types import Range
 from lavi.errors import UserError, nearest
 
 BASE = ".base_layer"

@@ -28,7 +28,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lavi.errors import UserError
 from lavi.language.context import VisualContext
-from lavi.language.narrow import LayeredCache
+from lavi.language.subsequence import LayeredCache
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm, normalise
 
 # --- swapping classes -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lavi.errors import UserError
-from lavi.nn.flops import linear_flops
+from lavi.nn.formulas import linear_flops
 
 KeysValues = tuple[Tensor, Tensor]
 """(B, kv heads, M, d) each."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lavi.arguments import Count
+from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lavi.arguments import Count
+from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lavi.arguments import Count
+from lavi.config.types import Count
 from lavi.errors import UserError
-from lavi.nn.flops import linear_flops
+from lavi.nn.formulas import linear_flops
 from lavi.reduction.base import Reducer
 from lavi.vision.base import Seen, VisionBackbone
 

@@ -16,10 +16,11 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImagePro
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
-from lavi.arguments import Check, Count
-from lavi.configurations import check_loaded, configuration_of, weights_wanted
-from lavi.configurations.bare import bare_configuration
+from lavi.config.types import Check, Count
 from lavi.errors import UserError, nearest, one_line
+from lavi.loading.bare import bare_configuration
+from lavi.loading.published import check_loaded, configuration_of
+from lavi.loading.without_weights import weights_wanted
 from lavi.vision.tower import Tower, chosen_layers, middle
 
 TOWERS = {

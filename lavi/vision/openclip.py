@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lavi.arguments import Check
-from lavi.configurations import weights_wanted
+from lavi.config.types import Check
 from lavi.errors import UserError, nearest, one_line
+from lavi.loading.without_weights import weights_wanted
 from lavi.vision.tower import Tower, chosen_layers, middle
 
 SETTINGS = ("embed_dim", "vision_cfg", "quick_gelu", "preprocess_cfg")

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from lavi.errors import UserError
 from lavi.vision.base import VisionBackbone
-from lavi.vision.flops import ShapeFlops
+from lavi.vision.shape_flops import ShapeFlops
 
 
 class Tower(VisionBackbone):

@@ -15,8 +15,8 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
-from lavi.fusion.visor import VisorFusion
 from lavi.recipe import Recipe
+from lavi.visor.fusion import VisorFusion
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 

@@ -1,0 +1,346 @@
+"""What a shard's raw samples say: the forms a conversation comes in, made one.
+
+``messages`` as chat templates know them; ``conversations`` in LLaVA's and ShareGPT's form, their ``<image>`` and
+``<video>`` marks as parts; captions as the answer to a request. Images and videos are decoded here, late: behind the
+shuffling, in the process that reads.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from datamodules.formats.frames import clip_of, extracted
+from datamodules.shards.read import IMAGE_TYPES, MEDIA, BrokenSample, Raw, damage_of
+from lavi.batch import Sample, Visual, visual_parts
+from lavi.data import images
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.images import JSON_TEXT, what_it_is
+from lavi.data.videos import VIDEO_TYPES, is_video, read_video
+from lavi.errors import UserError
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+"""Who speaks, as LLaVA and ShareGPT spell it."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What an image member may be, whatever its name says: no other of Pillow's decoders runs on data from elsewhere."""
+READ = (*IMAGE_TYPES, *VIDEO_TYPES)
+MARK = re.compile(r"<(image|video)>\n?")
+LABELS = ("family", "level")
+"""What a turn may say of itself beside its text: accuracies are then reported for each."""
+HALF = "has half a character in its text (a lone surrogate, as of an emoji that was cut)"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How raw samples become conversations.
+
+    Args:
+        video: which frames of a video are seen.
+        caption_prompt: the request that a caption answers.
+    """
+
+    video: FrameSampling = field(default_factory=FrameSampling)
+    caption_prompt: str = "Describe this briefly."
+
+
+def decode(raw: Raw, reading: Reading | None = None) -> Sample:
+    """Decode one raw sample.
+
+    Raises:
+        BrokenSample: JSON that is none, no messages, no answer, an image or a video that does not open or was altered.
+    """
+    reading = reading or Reading()
+    said = said_by(raw)
+    try:
+        messages = _messages(raw, said, reading)
+        check_marks(raw, said, messages)
+        seen = _visuals(raw, said, messages, reading.video)
+    except UserError as error:
+        raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+    return Sample(raw["__key__"], messages, seen)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+FORMS = ("messages", "conversations", "captions", "caption")
+
+
+def said_by(raw: Raw) -> dict[str, Any]:
+    """A sample's JSON, after the checks that need no decoding; a ``.txt`` member is the ``caption`` of one without.
+
+    Raises:
+        BrokenSample: it is missing, no JSON, or of no form known here; a member that is not what was packed.
+    """
+    if "__broken__" in raw:
+        raise BrokenSample(raw["__key__"], raw["__broken__"], lost=raw.get("__lost__", 1))
+    try:
+        said = json.loads(raw.get("json", b"{}"))
+    except (ValueError, RecursionError):  # brackets in brackets, thousands deep
+        found = what_it_is(raw["json"])
+        what = f"is {found}" if found and found != JSON_TEXT else "is not JSON"
+        raise BrokenSample(raw["__key__"], f"its .json member {what}") from None
+    cause = None
+    if isinstance(said, dict) and "txt" in raw and not any(form in said for form in FORMS):
+        said["caption"], cause = _caption(raw["txt"])
+    elif "json" not in raw:
+        cause = "has no .json member with its messages, and no .txt member with a caption" + _elsewhere(raw)
+    elif not isinstance(said, dict) or not any(form in said for form in FORMS):
+        cause = "its JSON has no 'messages', 'conversations' or 'captions'"
+    if cause or (cause := damage_of(raw, said.get("crc32"))) or (cause := _unread(raw)):
+        raise BrokenSample(raw["__key__"], cause)
+    return said
+
+
+def _caption(text: bytes) -> tuple[str, str | None]:
+    """A ``.txt`` member, and what is wrong with it."""
+    try:
+        return text.decode("utf-8-sig"), None
+    except UnicodeDecodeError:
+        return "", "its .txt member is not UTF-8"
+
+
+def _elsewhere(raw: Raw) -> str:
+    """Where the rest of a sample may be."""
+    return " (it stands at the edge of its shard: the rest may be in another one)" if "__edge__" in raw else ""
+
+
+def _unread(raw: Raw) -> str | None:
+    """A sample whose only images or videos are of types that are not read is none about nothing."""
+    if visual_members(raw):
+        return None
+    for kind in raw.get("__others__", ()):
+        if (mimetypes.guess_type(f"x.{kind}")[0] or "").startswith(("image/", "video/")):
+            return f"its '{kind}' is not read: images and videos are {', '.join(READ)}, as KEY.jpg or KEY.0.jpg"
+    return None
+
+
+def _messages(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
+    """Of whichever form there is."""
+    if said.get("messages") is not None:
+        messages = _with_parts(said["messages"])
+    elif said.get("conversations") is not None:
+        messages = messages_of(said["conversations"])
+    else:
+        messages = _captioned(raw, said, reading)
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise UserError("its 'messages' are not a list of {'role', 'content'} with text, or parts, as content")
+    messages = [_labelled(message) for message in messages]
+    if not all(is_whole(message.get(label) or "") for message in messages for label in ("role", *LABELS)):
+        raise UserError(HALF)
+    texts = [text_in(message) for message in messages]
+    if not is_whole("".join(texts)):
+        raise UserError(HALF)
+    if not any(message["role"] == "assistant" and text.strip() for message, text in zip(messages, texts, strict=True)):
+        raise UserError("its conversation has no answer (no message of role 'assistant')")
+    return messages
+
+
+def text_in(message: dict[str, Any]) -> str:
+    """All that a message says."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text can be written: JSON may hold one half of a character that is stored as two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _labelled(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose labels for accuracies are texts.
+
+    Raises:
+        UserError: one is no text and no number.
+    """
+    for label in LABELS:
+        if message.get(label) is not None and (text := text_of(message[label])) != message[label]:
+            if text is None:
+                raise UserError(f"has a turn whose '{label}' is no text")
+            message = message | {label: text}
+    return message
+
+
+def text_of(value: Any) -> str | None:
+    """A text, or a number or a truth value as JSON writes it (``0``, ``false``); None of anything else."""
+    if isinstance(value, bool | int | float) and value == value:
+        return json.dumps(value)
+    return value if isinstance(value, str) else None
+
+
+def _with_parts(messages: Any) -> Any:
+    """Marks inside plain texts as parts, as other libraries' ``messages`` have them."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        m | {"content": _parts(m["content"])} if isinstance(m, dict) and isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(_is_part(part) for part in content))
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") in ("image", "video") or (part.get("type") == "text" and isinstance(part.get("text"), str))
+
+
+def messages_of(turns: Any) -> list[dict[str, Any]]:
+    """Turns ``{"from": "human", "value": "<image>\\nwhat?"}`` as messages, each mark as a part of its own.
+
+    A value that is a number or a truth value is said as JSON writes it.
+
+    Raises:
+        UserError: a turn that is none, or from somebody unknown.
+    """
+    if not isinstance(turns, list):
+        raise UserError("its 'conversations' are not a list")
+    messages = []
+    for turn in turns:
+        role = ROLES.get(str(turn.get("from", turn.get("role", "")))) if isinstance(turn, dict) else None
+        text = text_of(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None
+        if role is None or text is None:
+            raise UserError(f"has a turn without 'value' (a text), or from neither of {', '.join(ROLES)}")
+        labels = {label: turn[label] for label in LABELS if label in turn}
+        messages.append(_labelled({"role": role, "content": _parts(text), **labels}))
+    return messages
+
+
+def _parts(text: str) -> str | list[dict[str, str]]:
+    """Text with marks as parts; text without stays text."""
+    pieces = MARK.split(text)  # text, kind, text, kind, text ...
+    if len(pieces) == 1:
+        return text
+    parts = [{"type": "text", "text": pieces[0]}]
+    for kind, behind in zip(pieces[1::2], pieces[2::2], strict=True):
+        parts += [{"type": kind}, {"type": "text", "text": behind}]
+    return [part for part in parts if part["type"] != "text" or part["text"]]
+
+
+def _captioned(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
+    """A request, and a caption as its answer; of several, another one each epoch."""
+    captions = said.get("caption") if said.get("captions") is None else said["captions"]
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise UserError("its captions are not texts")
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    if not captions:
+        raise UserError("its conversation has no answer (its captions are empty)")
+    # Begun at a place that the key decides: else all images would show their first captions together.
+    chosen = captions[(zlib.crc32(raw["__key__"].encode()) + raw.get("__epoch__", 0)) % len(captions)]
+    kinds = ["video" if is_video(name) else "image" for name in visual_members(raw)]
+    kinds = ["video"] * len(said["frames"]) if isinstance(said.get("frames"), list) else kinds
+    if not kinds:
+        raise UserError("has a caption, and no image or video that it describes")
+    parts: list[dict[str, str]] = [{"type": kind} for kind in kinds]
+    request = {"role": "user", "content": [*parts, {"type": "text", "text": reading.caption_prompt}]}
+    return [request, {"role": "assistant", "content": chosen}]
+
+
+def check_marks(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Hold the images and videos that messages ask for against those that are there; without marks any number will do.
+
+    Raises:
+        UserError: they are not equally many.
+    """
+    asked = [part["type"] for part in visual_parts(messages)]
+    names = visual_members(raw)
+    frames = said.get("frames")
+    there = len(frames) if isinstance(frames, list) else len(names)
+    if not asked or len(asked) == there or (asked == ["video"] and names and not any(map(is_video, names))):
+        return
+    if len(asked) < there:
+        raise UserError("its messages ask for fewer images and videos than it has")
+    others = raw.get("__others__")
+    unread = f" (its member '{others[0]}' is not read)" if others else ""
+    raise UserError("its messages ask for more images and videos than it has" + (unread or _elsewhere(raw)))
+
+
+def conversation_of(raw: Raw) -> dict[str, Any]:
+    """A sample's JSON, its messages held against its members; nothing is decoded.
+
+    Raises:
+        BrokenSample: as :func:`decode`, for what is seen without decoding.
+    """
+    said = said_by(raw)
+    if said.get("messages") is not None or said.get("conversations") is not None:
+        try:
+            check_marks(raw, said, _messages(raw, said, Reading()))
+        except UserError as error:
+            raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+    return said
+
+
+# --- images and videos ------------------------------------------------------------------------------------------------
+
+
+def visual_members(raw: Raw) -> list[str]:
+    """The names of a sample's images and videos, in order: ``jpg``, or ``0.jpg``, ``1.mp4``, ..."""
+    numbered = [(int(match[1] or 0), name) for name in raw if (match := MEDIA.fullmatch(name))]
+    return [name for _, name in sorted(numbered)]
+
+
+def _visuals(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]], sampling: FrameSampling) -> list[Visual]:
+    names = visual_members(raw)
+    frames = said.get("frames")
+    asked = [part["type"] for part in visual_parts(messages)]
+    if frames is None and asked == ["video"] and names and not any(map(is_video, names)):
+        frames = [len(names)]
+    if frames is not None:
+        return list(extracted(_Opened(raw, names), frames, said.get("fps"), sampling))
+    clip = clip_of(said.get("clip"))
+    return [
+        read_video(raw[name], sampling, clip=clip, name=f"its member '{name}'")
+        if is_video(name)
+        else open_image(raw[name], name)
+        for name in names
+    ]
+
+
+class _Opened(Sequence[Image.Image]):
+    """Images, each opened when it is asked for: of a thousand frames a few are kept."""
+
+    def __init__(self, raw: Raw, names: Sequence[str]) -> None:
+        self.raw, self.names = raw, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _Opened(self.raw, self.names[at])
+        return open_image(self.raw[self.names[at]], self.names[at])
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """An image member, decoded to RGB.
+
+    Raises:
+        UserError: it is not an image, is cut short, or has more than :data:`lavi.data.images.MAX_PIXELS`.
+    """
+    return images.open_image(data, name=f"its member '{name}'", formats=FORMATS)

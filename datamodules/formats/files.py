@@ -1,0 +1,63 @@
+"""What all readers of data sets share: opening a file, and what they give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from datamodules.formats.entries import BadEntry, Item
+from lavi.data.images import JSON_TEXT, what_it_is
+from lavi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to be packed.
+
+    Args:
+        items: in order; an error takes the place of one that cannot be read.
+        total: how many, if that is known.
+    """
+
+    name: str
+    items: Iterable[Item | BadEntry]
+    total: int | None = None
+
+
+def _head(file: Path, *allowed: str) -> bytes:
+    """The first bytes of a file.
+
+    Args:
+        allowed: what of :func:`lavi.data.images.what_it_is` the file may be, besides JSON.
+
+    Raises:
+        UserError: it cannot be read, or is something else altogether.
+    """
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(4096)
+    except OSError as error:
+        _unreadable(file, error)
+    found = what_it_is(head)
+    if found and found not in (JSON_TEXT, *allowed):
+        raise UserError(f"{file} is {found}.")
+    return head
+
+
+def _load(file: Path) -> Any:
+    _head(file)
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}).") from None
+    except OSError as error:
+        _unreadable(file, error)
+
+
+def _unreadable(file: Path, error: OSError) -> NoReturn:
+    if isinstance(error, FileNotFoundError):
+        raise UserError(f"there is no {file}.") from None
+    raise UserError(f"{file} cannot be read ({error.strerror}).") from None

@@ -1,0 +1,74 @@
+"""What a sample's JSON says about its videos: clips, and videos that come as images of their frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from lavi.batch import Video
+from lavi.data.frame_sampling import FrameSampling
+from lavi.errors import UserError
+
+
+def from_frames(images: Sequence[Image.Image], sampling: FrameSampling, *, fps: float | None) -> Video:
+    """A video of frames that were already taken out as images, thinned by the rule for videos.
+
+    Args:
+        images: in order, at equal intervals; each counts as a key frame.
+        fps: how many there are of a second; None: not known. Then the video has no seconds, and ``how=fps`` keeps what
+            ``uniform`` keeps.
+
+    Raises:
+        UserError: there are no images, or ``fps`` is not positive.
+    """
+    if not images:
+        raise UserError("a video of extracted frames has no frames: give it at least one image.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"extracted frames come at a positive number a second, not fps={fps!r}.")
+    if fps is None:
+        evenly = sampling if sampling.how == "keyframes" else FrameSampling(frames=sampling.frames)
+        return Video([images[i] for i in evenly.pick(range(len(images)), 0, len(images))])
+    seconds = [i / fps for i in range(len(images))]
+    duration = len(images) / fps
+    kept = sampling.pick(seconds, 0, duration)
+    return Video([images[i] for i in kept], [seconds[i] for i in kept], duration)
+
+
+def extracted(images: Sequence[Image.Image], frames: Any, fps: Any, sampling: FrameSampling) -> list[Video]:
+    """Images that are the frames of videos: the first ``frames[0]`` of the first one, and so on.
+
+    Raises:
+        UserError: the JSON's ``frames`` or ``fps`` are none, or speak of another number of images.
+    """
+    if not isinstance(frames, list) or not all(is_number(count, int) and count > 0 for count in frames):
+        raise UserError("its 'frames' are not a list with the number of each video's frames")
+    if fps is not None and not (is_number(fps) and fps > 0):
+        raise UserError("its 'fps' is no number, and must be above 0")
+    if sum(frames) != len(images):
+        raise UserError(f"its 'frames' speak of {sum(frames)} images, and it has {len(images)}")
+    starts = [sum(frames[:number]) for number in range(len(frames))]
+    return [
+        from_frames(images[start : start + count], sampling, fps=fps)
+        for start, count in zip(starts, frames, strict=True)
+    ]
+
+
+def clip_of(said: Any) -> tuple[float, float] | None:
+    """The JSON's ``clip``, in seconds.
+
+    Raises:
+        UserError: it is not a start and an end.
+    """
+    if said is None:
+        return None
+    if not (isinstance(said, list) and len(said) == 2 and all(map(is_number, said))):
+        raise UserError("its 'clip' is no time, and must be [start, end] in seconds")
+    return float(said[0]), float(said[1])
+
+
+def is_number(value: Any, kind: Any = int | float) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e18

@@ -1,0 +1,226 @@
+"""The callback that writes checkpoints while a run trains."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lavi.checkpoints.model_folder import RECIPE
+from lavi.checkpoints.run_folder import DATA, LAST, RANKS, cannot_write, check_trained, failed_write, log
+from lavi.checkpoints.weight_files import INHERITED, TRAINED, kept_names, opened, replacing, save_state
+from lavi.errors import UserError
+from lavi.recipe import Recipe
+
+
+class KeepRun(Checkpoint):
+    """Writes checkpoints: every so many steps, at the end, and when the run is asked to stop (Ctrl-C, SIGTERM).
+
+    A checkpoint and a stop fall between two steps of the optimizer, and on all ranks between the same two: also where
+    a step has several micro-batches. What else ends the run (``max_time``) waits for the end of the step, too. A
+    second Ctrl-C stops now. The first rank alone writes; what it writes is whole, whatever the strategy.
+
+    As a ``Checkpoint`` it is called behind all other callbacks.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, every: int, resumed_step: int | None = None) -> None:
+        self.folder, self.recipe, self.every = folder, recipe, every
+        self.asked_to_stop = False
+        self.saved_step = resumed_step
+        """The step that the checkpoint in the folder is of; None: there is none."""
+        self._seen_step = 0
+        self._stopping = self._ending = self._trains = False
+        self._keys: list[str] = []
+        self._handlers: dict[int, Any] = {}
+
+    # --- the folder
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Settle on the folder that the first rank has made, and may have numbered; hold the run against the recipe."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+        trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
+        self._io = FirstRankIO(self._write)
+        trainer.strategy.checkpoint_io = self._io
+        if self.saved_step is not None:  # before a strategy that shards loads what no callback has seen
+            check_trained(module, self.folder / TRAINED, ranks=_ranks(trainer))
+
+    def _write_recipe(self) -> None:
+        with replacing(self.folder / RECIPE) as part:
+            part.write_text(self.recipe.yaml(), encoding="utf-8")
+
+    def _refuse(self, trainer: pl.Trainer, failure: str | None, what: str) -> None:
+        """On all ranks, if the first could not write: the others would wait for it."""
+        failure = trainer.strategy.broadcast(failure)
+        if failure is not None:
+            raise UserError(cannot_write(what, self.folder, failure))
+
+    # --- when to write
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Not before: a checkpoint that does not fit the recipe has been refused by now, its run folder untouched.
+        self._refuse(trainer, failed_write(self._write_recipe) if trainer.is_global_zero else None, RECIPE)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.asked_to_stop:
+            raise KeyboardInterrupt
+        self.asked_to_stop = True
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._give_signals_back()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._seen_step, self._trains = trainer.global_step, True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        if self._stopping:  # not where it was decided: what that step logs comes after the callbacks
+            raise KeyboardInterrupt
+        self._keys = getattr(batch, "keys", [])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        self._keys = []
+        if trainer.global_step == self._seen_step:
+            self._end_with_the_step(trainer)
+            return
+        self._seen_step = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._ending
+        self._stopping = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
+        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self._stopping or is_last or trainer.global_step % self.every == 0:
+            self._save(trainer)
+
+    def _end_with_the_step(self, trainer: pl.Trainer) -> None:
+        """Let a run that would end between two micro-batches of a step end behind that step."""
+        if trainer.should_stop:
+            self._ending, trainer.should_stop = True, False
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, *args: Any
+    ) -> None:
+        self._keys = getattr(batch, "keys", [])
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._keys = []
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.fit_loop._should_accumulate():
+            self._end_with_the_step(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    # --- what is written
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.saved_step == trainer.global_step:
+            return
+        trainer.save_checkpoint(self.folder / LAST)
+        self._refuse(trainer, self._io.failure, f"the checkpoint of step {trainer.global_step}")
+        self.saved_step = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        keep = kept_names(module)
+        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
+        checkpoint["recipe"] = self.recipe.yaml()
+        checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(getattr(module, INHERITED, ()))
+        if (data := _data_of(trainer)) is not None:
+            checkpoint[DATA] = _of_every_rank(data.state_dict())
+
+    def _write(self, checkpoint: dict[str, Any]) -> None:
+        """Both files of a checkpoint, each in its place when it is whole; :data:`TRAINED` first: all runs have it."""
+        header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
+        header[INHERITED] = json.dumps(checkpoint[INHERITED])
+        with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
+            save_state(checkpoint["state_dict"], trained, **header)
+            with open(last, "wb") as stream:
+                torch.save(checkpoint, stream)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give each rank its own place in the data back; Lightning knows that of the first rank only."""
+        places, data = checkpoint.get(DATA), _data_of(trainer)
+        if places is not None and data is not None:
+            data.load_state_dict(places[trainer.global_rank])
+        with opened(self.folder / TRAINED) as weights:
+            trained = (weights.metadata() or {}).get("step")
+        if trainer.is_global_zero and trained != str(self.saved_step):
+            log.warning("%s is of step %s; the run goes on from step %d.", TRAINED, trained, self.saved_step)
+
+    # --- when something goes wrong
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Note where the run was, and what is safe."""
+        self._give_signals_back()
+        if self._trains or not isinstance(exception, UserError):  # else nothing has happened yet
+            exception.add_note(f"{self._where(trainer)} {self.what_is_safe()}")
+
+    def _where(self, trainer: pl.Trainer) -> str:
+        if not self._trains:
+            return "This was before the first step."
+        some = f", with sample{'s' * (len(self._keys) > 1)} {', '.join(self._keys[:8])}" if self._keys else ""
+        more = f" and {len(self._keys) - 8} more" if len(self._keys) > 8 else ""
+        return f"This was {'in the validation ' * trainer.validating}after step {trainer.global_step}{some}{more}."
+
+    def what_is_safe(self) -> str:
+        """One sentence."""
+        if self.saved_step is None:
+            return "No checkpoint had been written yet."
+        if not (self.folder / LAST).is_file():
+            return f"{self.folder / LAST} is gone."
+        return (
+            f"{self.folder / LAST} of step {self.saved_step} is intact: go on with python -m lavi.fit --resume "
+            f"{self.folder}"
+        )
+
+    def farewell(self, trainer: pl.Trainer) -> str:
+        """What to say when the run was stopped."""
+        if self.saved_step != trainer.global_step:
+            return f"interrupted after step {trainer.global_step}. {self.what_is_safe()}"
+        return f"stopped at step {self.saved_step}, saved. Go on with: python -m lavi.fit --resume {self.folder}"
+
+
+class FirstRankIO(TorchCheckpointIO):
+    """Hands a checkpoint to ``write``, in the first rank alone; keeps why that failed, for all ranks to know.
+
+    Lightning's own puts the file together in memory, and a second time in the system's folder for temporary files.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self.write = write
+        self.failure: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.failure = failed_write(lambda: self.write(checkpoint))
+
+
+def _ranks(trainer: pl.Trainer) -> str:
+    """How many there are, and whether each holds a part of the weights: what optimiser and data were saved for."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return f"{trainer.world_size} {'sharded ' if sharded else ''}rank{'s' if trainer.world_size > 1 else ''}"
+
+
+def _data_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _of_every_rank(mine: Any) -> list[Any]:
+    """What each rank has, in their order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered

@@ -1,0 +1,80 @@
+"""Encoded samples to a batch: padding on one side, and where each image and each answer stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout
+from lavi.data.chat import Encoded
+
+
+@dataclass
+class Ready:
+    """One sample, encoded; pixels (views, C, H, W)."""
+
+    key: str
+    encoded: Encoded
+    pixels: Tensor
+    layouts: list[Layout]
+    length: int
+    """Text and visual tokens in the language model's sequence."""
+    source: str = ""
+    """Where it was read, for counts."""
+    stands_in: bool = False
+    """It keeps a rank in step and must not count: no label is kept, no answer scored."""
+
+
+def collate(rows: Sequence[Ready | Sequence[Ready]], *, pad_id: int, pad_left: bool = False) -> Batch:
+    """Pad to one batch; on the left for decoding, so that all rows end together. A row may hold several samples."""
+    packs = [[row] if isinstance(row, Ready) else list(row) for row in rows]
+    widths = [sum(len(ready.encoded.ids) for ready in pack) for pack in packs]
+    width = max(widths)
+    ids = torch.full((len(packs), width), pad_id)  # (B, T)
+    labels = torch.full_like(ids, IGNORE)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    places, answers = [], []
+    conversations: list[list[tuple[int, int]]] = []
+    for row, pack in enumerate(packs):
+        at = width - widths[row] if pad_left else 0
+        conversations.append([])
+        for ready in pack:
+            stop = at + len(ready.encoded.ids)
+            ids[row, at:stop] = torch.tensor(ready.encoded.ids)
+            mask[row, at:stop] = True
+            columns = zip(ready.encoded.image_columns, ready.layouts, strict=True)
+            places += [ImagePlace(row, at + column, layout) for column, layout in columns]
+            if not ready.stands_in:
+                labels[row, at:stop] = torch.tensor(ready.encoded.labels)
+                turns = ready.encoded.turns
+                answers += [Answer(row, at + t.start, at + t.stop, t.family, t.level) for t in turns]
+            conversations[-1].append((at, stop))
+            at = stop
+    each = [ready for pack in packs for ready in pack]
+    return Batch(
+        ids,
+        labels,
+        mask,
+        _in_one([ready.pixels for ready in each]),
+        spans=[(row[0][0], row[-1][1]) for row in conversations],
+        places=places,
+        answers=answers,
+        keys=[ready.key for ready in each],
+        sources=[ready.source for ready in each],
+        packed=conversations if len(each) > len(packs) else None,
+    )
+
+
+def _in_one(pixels: list[Tensor]) -> Tensor:
+    """(views, C, H, W) of all samples.
+
+    In a loader's worker ``default_collate`` joins them in memory that the main process shares; joined elsewhere, they
+    would be copied there once more.
+    """
+    views = [view for of_one in pixels for view in of_one]
+    together: Tensor = default_collate(views) if views else pixels[0]
+    return together

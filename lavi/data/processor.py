@@ -1,0 +1,90 @@
+"""One sample encoded: the chat's ids and labels, the tower's own preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lavi.batch import Batch, Layout, Sample, Video
+from lavi.data.chat import Chat, Encoded
+from lavi.data.collator import Ready, collate
+from lavi.data.tiling import Tiling
+from lavi.data.timestamps import told_times
+from lavi.errors import UserError
+from lavi.vision.base import VisionBackbone
+
+
+class TooLong(UserError):
+    """A conversation that the context does not hold.
+
+    Args:
+        text, visual: its tokens.
+        context: the most that there may be.
+    """
+
+    def __init__(self, text: int, visual: int, context: int) -> None:
+        super().__init__(
+            f"the conversation has {text} text and {visual} visual tokens, more than the context of {context}: shorten "
+            "it, or raise model.context_length."
+        )
+        self.cause = f"longer than the context of {context} tokens (data.too_long=cut keeps its first turns)"
+        """The same words for all such conversations, to count them by."""
+
+
+@dataclass
+class Processor:
+    """Turns samples into batches; a model makes one for its tokenizer and its tower.
+
+    Args:
+        chat: tokenizer and template.
+        vision: the backbone, whose own preprocessing the views get.
+        tiling: how an image becomes views.
+        tokens_of: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
+        context_length: the most tokens a conversation may have, its visual tokens included.
+        timestamps: say behind each video how long it is and when its frames are shown.
+    """
+
+    chat: Chat
+    vision: VisionBackbone
+    tiling: Tiling
+    tokens_of: Callable[[Layout], int]
+    context_length: int
+    timestamps: bool = False
+
+    def encode(self, sample: Sample, *, prompt: bool = False) -> Ready:
+        """Encode one sample, as a whole or (``prompt``) up to the answer it waits for.
+
+        Raises:
+            TooLong: it is longer than the context.
+            UserError: as :meth:`lavi.data.chat.Chat.encode`.
+        """
+        encoded, length = self.measure(sample, prompt=prompt)
+        alone = len(sample.images) == 1
+        views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
+        seen = [pixels for pixels, _ in views]
+        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
+        return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
+
+    def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
+        """The words of a sample, encoded, and its text and visual tokens in all; no pixel is touched.
+
+        Raises:
+            UserError: as :meth:`encode`.
+        """
+        messages = sample.messages
+        if self.timestamps:
+            messages = told_times(messages, [one for one in sample.images if isinstance(one, Video)])
+        to_ids = self.chat.encode_prompt if prompt else self.chat.encode
+        encoded = to_ids(messages, images=len(sample.images))
+        alone = len(sample.images) == 1
+        visual = sum(self.tokens_of(self.tiling.layout(image, self.vision, alone=alone)) for image in sample.images)
+        length = len(encoded.ids) + visual
+        if length > self.context_length:
+            raise TooLong(len(encoded.ids), visual, self.context_length)
+        return encoded, length
+
+    def collate(self, rows: Sequence[Ready | Sequence[Ready]], *, pad_left: bool = False) -> Batch:
+        """As :func:`lavi.data.collator.collate`, with the tokenizer's padding."""
+        return collate(rows, pad_id=self.chat.pad_id, pad_left=pad_left)

@@ -1,0 +1,160 @@
+"""How an image becomes views, and how the features of its views become one sequence of visual tokens.
+
+    OneView     the whole image                                  LLaVA, LLaVA-1.5 (padded to a square)
+    AnyRes      the whole image, then tiles of it, larger            LLaVA-OneVision (arXiv 2408.03326), anyres_max_9
+
+    pixels     [ whole ] [ tile 1 ] ... [ tile R C ]     each through the tower: (1 + R C, N, D)
+    features   whole, then the tiles laid out as one grid, its padding cut off, shrunk to a budget, a newline a row
+
+The first view of a tiled image is the whole image, resized and not padded. Frames of a video are views too, pooled
+2 x 2.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavi.batch import Layout, Video, Visual
+from lavi.config.types import Count
+from lavi.data.images import MAX_PIXELS
+from lavi.errors import UserError
+
+if TYPE_CHECKING:
+    from lavi.vision.base import VisionBackbone
+
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+
+
+class Tiling(ABC):
+    """How images become views."""
+
+    @abstractmethod
+    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        """The views of one image, before the backbone's own preprocessing; ``alone``: it has no others beside it."""
+
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        """How the views of an image, or the frames of a video, belong together."""
+        if isinstance(visual, Video):
+            return Layout(views=len(visual.frames), video=True)
+        return self.cut(visual, vision, alone=alone)[1]
+
+    def views(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> tuple[Tensor, Layout]:
+        """Pixels (views, C, H, W) of an image, or of the frames of a video, and how they belong together."""
+        if isinstance(visual, Video):
+            cut, layout = visual.frames, self.layout(visual, vision)
+        else:
+            cut, layout = self.cut(visual, vision, alone=alone)
+        pixels = [vision.preprocess(view) for view in cut]
+        return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None], layout  # one is not copied
+
+
+class OneView(Tiling):
+    """One view an image.
+
+    Args:
+        pad_to_square: pad the shorter side with the backbone's mean colour, so that nothing is cut off or stretched
+            (LLaVA-1.5); else the backbone's own preprocessing gets the image as it is.
+    """
+
+    def __init__(self, *, pad_to_square: bool = False) -> None:
+        self.pad_to_square = pad_to_square
+
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        if isinstance(visual, Video):
+            return super().layout(visual, vision)
+        return Layout(size=(visual.height, visual.width))
+
+    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        view = square(image, vision.mean) if self.pad_to_square else image
+        return [view], self.layout(image, vision)
+
+
+class AnyRes(Tiling):
+    """LLaVA-OneVision's: the grid of tiles with the largest effective resolution, then the least waste.
+
+    Several images of one conversation are not tiled but padded to squares, one view each (as there).
+
+    Args:
+        max_grid: the most tiles on a side; grids run from 1 x 1 to ``max_grid`` x ``max_grid``.
+    """
+
+    def __init__(self, *, max_grid: Count = 6) -> None:
+        self.max_grid = max_grid
+
+    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+        if isinstance(visual, Video):
+            return super().layout(visual, vision)
+        size = (visual.height, visual.width)
+        if not alone:
+            return Layout(size=size)
+        rows, columns = self.grid(size, vision.pixel_shape[1:])
+        return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
+
+    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        layout = self.layout(image, vision, alone=alone)
+        if layout.tiles is None:
+            return [square(image, vision.mean)], layout
+        _, height, width = vision.pixel_shape
+        rows, columns = layout.tiles
+        whole = image.resize((width, height), vision.resample)
+        canvas = fitted(image, (rows * height, columns * width), vision.resample)
+        corners = [(row * height, column * width) for row in range(rows) for column in range(columns)]
+        tiles = [canvas.crop((left, top, left + width, top + height)) for top, left in corners]
+        return [whole, *tiles], layout
+
+    def grid(self, size: tuple[int, int], tile: tuple[int, int]) -> Grid:
+        """Rows and columns of tiles for an image of ``size`` (height, width) and tiles of height and width ``tile``."""
+        sides = range(1, self.max_grid + 1)
+        return max(
+            ((rows, columns) for rows in sides for columns in sides),
+            key=lambda grid: _effective(size, (grid[0] * tile[0], grid[1] * tile[1])),
+        )
+
+
+def _effective(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of the image that survive on the canvas, and (negative) the pixels of the canvas it leaves empty."""
+    height, width = size
+    scale = min(canvas[1] / width, canvas[0] / height)
+    effective = min(int(width * scale) * int(height * scale), width * height)
+    return effective, effective - canvas[0] * canvas[1]
+
+
+def fitted(image: Image.Image, canvas: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """The image as large as fits on a black ``canvas`` (height, width), its aspect kept, in the middle."""
+    height, width = canvas
+    scale_width, scale_height = width / image.width, height / image.height
+    if scale_width < scale_height:
+        size = (width, min(math.ceil(image.height * scale_width), height))
+    else:
+        size = (min(math.ceil(image.width * scale_height), width), height)
+    out = Image.new("RGB", (width, height))
+    out.paste(image.resize(size, resample), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return out
+
+
+def square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """The image in the middle of a square of the colour ``mean`` (0 to 1), which the backbone sees as 0.
+
+    Raises:
+        UserError: the square would have more than :data:`lavi.data.images.MAX_PIXELS`.
+    """
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    if side * side > MAX_PIXELS:
+        raise UserError(
+            f"an image of {image.width}x{image.height} pixels cannot be padded to a square: that would have more than "
+            f"{MAX_PIXELS} pixels."
+        )
+    red, green, blue = (int(255 * value) for value in mean)
+    out = Image.new("RGB", (side, side), (red, green, blue))
+    out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return out

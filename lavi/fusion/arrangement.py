@@ -1,0 +1,190 @@
+"""Where visual tokens stand: beside the text, or spliced into it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lavi.batch import Batch
+from lavi.language.context import DecoderInput, VisualContext
+
+
+@dataclass
+class ColumnContext(VisualContext):
+    """What layers read of the images: tokens that stand beside the text, each before one of its columns."""
+
+    visual: dict[str, Tensor] = field(default_factory=dict)
+    """(B, M, E) each."""
+    column: Tensor = None  # type: ignore[assignment]
+    """(B, M): the text column each token stands before."""
+    start: Tensor | None = None
+    """(B, T): the column at which each text token's conversation begins; None: a row is one conversation."""
+    mask: Tensor | None = None
+    """(B, T, M): what each text token of this call sees: the images before it, in its conversation."""
+
+    def at(self, past: int, length: int) -> Self:
+        columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
+        mask = self.column[:, None, :] <= columns[None, :, None]
+        if self.start is not None:
+            mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
+        return replace(self, mask=mask)
+
+    def held(self) -> list[Tensor]:
+        return list(self.visual.values())
+
+    def for_generation(self, copies: int) -> Self:
+        visual = {name: tokens.repeat_interleave(copies, dim=0) for name, tokens in self.visual.items()}
+        return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(copies, dim=0))
+
+
+@dataclass
+class Rows:
+    """Which of the tokens that stand image by image belong to each row, padded; made on the host, once a batch.
+
+    Padding stands before column :attr:`NEVER`. M is at least 1, so that no attention meets an empty axis.
+    """
+
+    index: Tensor
+    """(B, M) into [the images' tokens | one zero vector]."""
+    column: Tensor
+    """(B, M): the text column each token stands before."""
+    image: Tensor
+    """(B, M): the number of its image in the row."""
+
+    NEVER = 2**30
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.index.to(device), self.column.to(device), self.image.to(device))
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """(..., E) to (B, M, E)."""
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        return torch.cat([flat, flat.new_zeros(1, flat.shape[-1])])[self.index]
+
+
+def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
+    """The rows of a batch whose images have so many tokens each."""
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (first token, after its last, column)
+    first = 0
+    for place, count in zip(batch.places, counts, strict=True):
+        pieces[place.row].append((first, first + count, place.column))
+        first += count
+    longest = max(1, *(sum(after - first for first, after, _ in row) for row in pieces))
+    index = torch.full((len(batch), longest), first, device="cpu")  # (B, M)
+    column, image = torch.full_like(index, Rows.NEVER), torch.zeros_like(index)
+    for row, pieces_of_row in enumerate(pieces):
+        at = 0
+        for number, (start, after, before) in enumerate(pieces_of_row):
+            stop = at + after - start
+            index[row, at:stop] = torch.arange(start, after, device="cpu")
+            column[row, at:stop] = before
+            image[row, at:] = number
+            at = stop
+    return Rows(index, column, image)
+
+
+def text_alone(batch: Batch, vision: ColumnContext) -> DecoderInput:
+    """The text of a batch as the decoder's input, nothing between its tokens."""
+    inputs = DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids)
+    if batch.packed is not None:
+        inputs.conversation = conversation_of_text(batch).to(batch.input_ids.device)
+        columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        vision.start = columns - inputs.position_ids  # (B, T)
+    return inputs
+
+
+def conversation_of_text(batch: Batch) -> Tensor:
+    """(B, T): the number in its row of each text token's conversation, -1 for padding; on the host."""
+    numbers = torch.full(batch.input_ids.shape, -1, device="cpu")
+    for row, conversations in enumerate(batch.conversations):
+        for number, (start, stop) in enumerate(conversations):
+            numbers[row, start:stop] = number
+    return numbers
+
+
+def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
+    """(views, 4): the image of its conversation from 0; the tile's row and column, and the frame, from 1 (0: none)."""
+    seen = Counter[tuple[int, int]]()
+    numbers: list[tuple[int, int, int, int]] = []
+    for place in batch.places:
+        conversation, layout = batch.conversation_of(place), place.layout
+        image = seen[conversation]
+        seen[conversation] += 1
+        if layout.video:
+            numbers += [(image, 0, 0, frame + 1) for frame in range(layout.views)]
+        else:
+            rows, columns = layout.tiles or (0, 0)
+            numbers.append((image, 0, 0, 0))
+            numbers += [(image, row + 1, column + 1, 0) for row in range(rows) for column in range(columns)]
+    return torch.tensor(numbers, dtype=torch.long, device="cpu").reshape(-1, 4).to(device)
+
+
+def asking_columns(batch: Batch) -> list[int]:
+    """For each row the column of the last token before its first answer: all of a prompt has been read there.
+
+    What depends on the question may depend on this token, and on none behind it: answers must not be seen.
+    """
+    columns = [stop - 1 for _, stop in batch.spans]
+    for answer in reversed(batch.answers):
+        columns[answer.row] = answer.start - 1
+    return columns
+
+
+def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, T, D) and visual tokens (n, D) in an ``order`` that :func:`splice` made: (B, T', D), and its mask."""
+    flat = torch.cat([text.flatten(0, 1), visual.to(text.dtype), text.new_zeros(1, text.shape[-1])])
+    order = order.to(text.device)
+    mask = order >= 0
+    return flat[order.masked_fill(~mask, len(flat) - 1)], mask
+
+
+def conversations(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
+    """(B, T'): which conversation of its row each token of an ``order`` belongs to, -1 for padding."""
+    of_text = conversation_of_text(batch).flatten()  # (B T,)
+    of_place = [batch.conversation_of(place)[1] for place in batch.places]
+    of_visual = torch.tensor(of_place, dtype=torch.long, device="cpu").repeat_interleave(
+        torch.tensor(counts, dtype=torch.long, device="cpu")
+    )
+    nothing = torch.full((1,), -1, device="cpu")
+    return torch.cat([of_text, of_visual, nothing])[order]  # -1 is the last
+
+
+def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor, Tensor]:
+    """Where every token of the arranged sequence comes from, and where every text token goes; made on the host.
+
+    Args:
+        counts: visual tokens of each place of the batch.
+
+    Returns:
+        ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was
+        padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
+    """
+    places: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
+    first = len(batch) * text_width
+    for place, count in zip(batch.places, counts, strict=True):
+        places[place.row].append((place.column, first, first + count))
+        first += count
+    rows, columns = [], torch.zeros(len(batch), text_width, dtype=torch.long, device="cpu")
+    for row, (start, stop) in enumerate(batch.spans):
+        pieces, at, length = [], start, 0
+        for column, first, after in [*sorted(places[row]), (stop, 0, 0)]:
+            text = torch.arange(row * text_width + at, row * text_width + column, device="cpu")
+            columns[row, at:column] = torch.arange(length, length + len(text), device="cpu")
+            pieces += [text, torch.arange(first, after, device="cpu")]
+            at, length = column, length + len(text) + after - first
+        rows.append(torch.cat(pieces))
+    longest = max(len(sequence) for sequence in rows)
+    order = torch.full((len(rows), longest), -1, device="cpu")
+    # Text padded on the left keeps its ends together, for decoding.
+    pads_left = all(stop == text_width for _, stop in batch.spans)
+    for row, sequence in enumerate(rows):
+        offset = longest - len(sequence) if pads_left else 0
+        order[row, offset : offset + len(sequence)] = sequence
+        start, stop = batch.spans[row]
+        columns[row, start:stop] += offset
+    return order, columns

@@ -1,0 +1,126 @@
+"""The features of one image's views as one sequence of visual tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lavi.batch import Layout
+from lavi.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+from lavi.data.tiling import Grid
+
+
+class Packing:
+    """The features of one image's views to one sequence of visual tokens.
+
+    Args:
+        grid: rows and columns of the features of one view; None: they lie on no grid (a reducer took them off it), and
+            all tokens of all views stand one after the other.
+        budget: a tiled image keeps at most about this many views' worth of tile tokens (``max_9``); they are shrunk
+            bilinearly, and only if they exceed it by 1.1 in each direction.
+    """
+
+    def __init__(self, grid: Grid | None, *, budget: int = 9) -> None:
+        self._grid, self.budget = grid, budget
+
+    @property
+    def grid(self) -> Grid:
+        """Of tokens that lie on one."""
+        assert self._grid is not None
+        return self._grid
+
+    def count(self, layout: Layout, per_view: int, *, newline: bool) -> int:
+        """How many tokens :meth:`pack` gives for views of ``per_view`` tokens."""
+        if (other := self._at_scale(per_view)) is not None:
+            return other.count(layout, per_view, newline=newline)
+        if not per_view:
+            return 0
+        if self._grid is None:
+            return layout.views * per_view + newline
+        if layout.video:
+            return layout.views * math.prod(self.frame_grid) + newline
+        if layout.tiles is None:
+            return per_view + newline
+        rows, columns = self.shrunk(*self.kept(layout)[1])
+        return per_view + rows * (columns + newline)
+
+    def pack(self, features: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
+        """(views, N, D) to (n, D); ``newline`` (D,) ends each row of the tiles' grid, or else the image.
+
+        Raises:
+            UserError: the views of a tiled image or of a video are more than their grid.
+        """
+        if (other := self._at_scale(features.shape[1])) is not None:
+            return other.pack(features, layout, newline)
+        end = [newline[None].to(features)] if newline is not None else []
+        if not features.shape[1]:
+            return features.flatten(0, 1)
+        if self._grid is None:
+            return torch.cat([features.flatten(0, 1), *end])
+        if (layout.video or layout.tiles) and features.shape[1] != math.prod(self.grid):
+            raise UserError(
+                f"tiles and frames are grids of {self.grid[0]} x {self.grid[1]}, and the vision backbone gives "
+                f"{features.shape[1]} tokens a view: drop its class token (model.vision.class_token=false)."
+            )
+        if layout.video:
+            return torch.cat([self._pooled(features).flatten(0, 1), *end])
+        if layout.tiles is None:
+            return torch.cat([features.flatten(0, 1), *end])
+        grid = self._tiled(features[1:], layout)  # (D, rows, columns)
+        if newline is not None:
+            column = newline[:, None, None].to(grid).expand(-1, grid.shape[1], 1)  # (D, rows, 1)
+            grid = torch.cat([grid, column], dim=-1)
+        return torch.cat([features[0], grid.flatten(1).transpose(0, 1)])
+
+    def _at_scale(self, per_view: int) -> Packing | None:
+        """Of views at another scale of the same square grid (matryoshka pooling draws one each step)."""
+        side = math.isqrt(per_view)
+        if self._grid is None or per_view < 1 or side * side != per_view or self._grid[0] != self._grid[1]:
+            return None
+        return Packing((side, side), budget=self.budget) if side != self._grid[0] else None
+
+    @property
+    def frame_grid(self) -> Grid:
+        """Of one frame of a video, after pooling."""
+        return math.ceil(self.grid[0] / 2), math.ceil(self.grid[1] / 2)
+
+    def _pooled(self, frames: Tensor) -> Tensor:
+        """(F, N, D) to (F, N / 4, D)."""
+        x = frames.transpose(1, 2).unflatten(-1, self.grid)  # (F, D, rows, columns)
+        return nn.functional.interpolate(x, self.frame_grid, mode="bilinear").flatten(2).transpose(1, 2)
+
+    def _tiled(self, tiles: Tensor, layout: Layout) -> Tensor:
+        """(R C, N, D) to (D, rows, columns): the tiles side by side, without padding, within the budget."""
+        assert layout.tiles is not None
+        x = tiles.unflatten(1, self.grid).unflatten(0, layout.tiles)  # (R, C, rows, columns, D)
+        x = x.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (D, R rows, C columns)
+        (top, left), (rows, columns) = self.kept(layout)
+        x = x[:, top : top + rows, left : left + columns]
+        shrunk = self.shrunk(rows, columns)
+        if shrunk == (rows, columns):
+            return x
+        return nn.functional.interpolate(x[None], shrunk, mode="bilinear")[0]
+
+    def kept(self, layout: Layout) -> tuple[Grid, Grid]:
+        """Where the image lies in the grid of its tiles: the first row and column, and how many of each."""
+        assert layout.tiles is not None
+        rows, columns = layout.tiles[0] * self.grid[0], layout.tiles[1] * self.grid[1]
+        height, width = layout.size
+        top = left = 0
+        # Rounded before it is cut to a whole number: 26.999999999 rows are 27.
+        if width / height > columns / rows:
+            top = (rows - max(1, int(round(height * columns / width, 7)))) // 2
+        else:
+            left = (columns - max(1, int(round(width * rows / height, 7)))) // 2
+        return (top, left), (rows - 2 * top, columns - 2 * left)
+
+    def shrunk(self, rows: int, columns: int) -> Grid:
+        """The grid within the budget."""
+        ratio = math.sqrt(rows * columns / (self.budget * math.prod(self.grid)))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)

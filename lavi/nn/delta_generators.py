@@ -1,0 +1,250 @@
+"""Delta generators (LaVi's conditioning module): text hidden states and visual tokens to the deltas of norms.
+
+    V (views, N, Dv) -- visual, once an image --> slots (views, S, E) -- gathered by row --> (B, M, E) --+
+    h (B, T, D) -----------------------------------------------------------------------------------------+
+                                                            look --> SiLU --> 0-init --> deltas (B, T, outputs, D)
+
+What differs between the four is what an image leaves in its slots, and how a token looks at them:
+
+    attention   a key and a value for each visual token              the token attends to them (the paper's choice)
+    mlp         one vector: an MLP over tokens, an MLP over channels  added to the token's own query
+    conv        one vector: depthwise and pointwise convolutions      added to the token's own query
+    pooled      one vector: the mean                                  the same deltas for all tokens (adaLN, FiLM)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lavi.errors import UserError
+from lavi.nn.formulas import linear_flops
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the tensor's device; meta has none to switch off."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+class DeltaGenerator(nn.Module, ABC):
+    """What all generators share: the zero-initialised projection, fp32, and exactly 0 where nothing is seen.
+
+    A token's deltas depend on its own hidden state and on the images it may see, on nothing else of the text.
+    Chosen here: the bottleneck, the norms on both inputs, and fp32 throughout (a delta of 2^-9 on a weight of 1 is
+    lost in bf16).
+
+    Args:
+        width: D of the hidden states.
+        vision_width: Dv of the visual tokens.
+        outputs: how many deltas of width D a token gets.
+        bottleneck: r, the generator's own width, far below D.
+        heads: of the attention.
+        depth: blocks of the mixer and of the convolution.
+    """
+
+    def __init__(
+        self, *, width: int, vision_width: int, outputs: int, bottleneck: int, heads: int = 4, depth: int = 1
+    ) -> None:
+        super().__init__()
+        self.width, self.vision_width, self.outputs = width, vision_width, outputs
+        self.bottleneck, self.heads, self.depth = bottleneck, heads, depth
+        self.vision_norm = nn.LayerNorm(vision_width)
+        self.deltas = nn.Linear(bottleneck, outputs * width)
+        nn.init.zeros_(self.deltas.weight)
+        nn.init.zeros_(self.deltas.bias)
+        self.make()
+
+    def visual(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E)."""
+        with without_autocast(features):
+            return self.slots(self.vision_norm(features.float()), grid)
+
+    def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        """Deltas (B, T, outputs, D) in fp32, exactly 0 where a token sees nothing.
+
+        Args:
+            hidden: (B, T, D).
+            slots: (B, M, E), what :meth:`visual` left of the images of each row.
+            mask: (B, T, M), which of them each token sees.
+        """
+        with without_autocast(hidden):
+            sees = mask.any(-1, keepdim=True)  # (B, T, 1)
+            # Multiplied by 0, not left out: the parameters stay in the graph, so that a rank whose batch has no image
+            # does not hang the others.
+            seen = nn.functional.silu(self.look(hidden.float(), slots, mask))  # (B, T, r)
+            return (self.deltas(seen) * sees).unflatten(-1, (self.outputs, self.width))
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the generator's own parameters."""
+
+    @abstractmethod
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Normed features (views, N, Dv) to slots (views, S, E)."""
+
+    @abstractmethod
+    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, D), (B, M, E), (B, T, M) to (B, T, r); anything finite where a token sees nothing."""
+
+    @abstractmethod
+    def slots_flops(self, per_view: int) -> float:
+        """FLOPs of the slots of one view of ``per_view`` tokens."""
+
+    @abstractmethod
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        """FLOPs of ``text`` tokens looking at the slots of ``views`` views."""
+
+    def flops(self, text: int, *, views: int, per_view: int) -> float:
+        """FLOPs of the deltas of ``text`` tokens that see ``views`` of ``per_view`` tokens; the slots not counted."""
+        look = self.look_flops(text, views=views, per_view=per_view)
+        return look + linear_flops(text, self.bottleneck, self.outputs * self.width)
+
+
+class AttentionDeltas(DeltaGenerator):
+    """Each token attends to the visual tokens (LaVi, Table 4: its choice)."""
+
+    def make(self) -> None:
+        if self.bottleneck % self.heads:
+            raise UserError(
+                f"the generator's bottleneck ({self.bottleneck}) must be a multiple of its heads, {self.heads}."
+            )
+        self.text_norm = nn.RMSNorm(self.width)
+        self.query = nn.Linear(self.width, self.bottleneck, bias=False)
+        self.key_value = nn.Linear(self.vision_width, 2 * self.bottleneck, bias=False)
+
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.key_value(features)  # (views, N, 2 r)
+
+    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, r / heads)
+
+        query = split(self.query(self.text_norm(hidden)))
+        key, value = (split(x) for x in slots.chunk(2, dim=-1))
+        # A token that may see nothing attends to everything: no softmax over an empty set.
+        allowed = (mask | ~mask.any(-1, keepdim=True))[:, None]  # (B, 1, T, M)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        return seen.transpose(1, 2).flatten(2)
+
+    def slots_flops(self, per_view: int) -> float:
+        return linear_flops(per_view, self.vision_width, 2 * self.bottleneck)
+
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        return linear_flops(text, self.width, self.bottleneck) + 4 * text * views * per_view * self.bottleneck
+
+
+class _OneVector(DeltaGenerator):
+    """An image leaves one vector (views, 1, r); a token sees the mean of its images', and its own query beside it."""
+
+    asks = True
+    """Whether the token's own hidden state takes part."""
+
+    def make(self) -> None:
+        self.down = nn.Linear(self.vision_width, self.bottleneck)
+        if self.asks:
+            self.text_norm = nn.RMSNorm(self.width)
+            self.query = nn.Linear(self.width, self.bottleneck, bias=False)
+
+    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        share = mask.float() / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, T, M)
+        seen = share @ slots
+        return seen + self.query(self.text_norm(hidden)) if self.asks else seen
+
+    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+        images = 2.0 * text * views * self.bottleneck
+        return images + (linear_flops(text, self.width, self.bottleneck) if self.asks else 0.0)
+
+
+class PooledDeltas(_OneVector):
+    """The mean visual token, for all tokens alike: the control that reviewers of the paper asked for (chosen here)."""
+
+    asks = False
+
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.down(features.mean(1, keepdim=True))
+
+    def slots_flops(self, per_view: int) -> float:
+        return linear_flops(1, self.vision_width, self.bottleneck)
+
+
+class MLPDeltas(_OneVector):
+    """In the spirit of MLP-Mixer: an MLP over the tokens of a fixed grid, an MLP over channels (LaVi, Table 4).
+
+    Chosen here: pooling to :attr:`SIDE` x :attr:`SIDE` tokens first, so that the token MLP fits any grid.
+    """
+
+    SIDE = 4
+
+    def make(self) -> None:
+        super().make()
+        tokens = self.SIDE**2
+        self.over_tokens = nn.ModuleList(_mlp(tokens) for _ in range(self.depth))
+        self.over_channels = nn.ModuleList(_mlp(self.bottleneck) for _ in range(self.depth))
+
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = on_grid(features, grid).permute(0, 3, 1, 2)  # (views, Dv, rows, columns)
+        x = nn.functional.adaptive_avg_pool2d(x, self.SIDE).flatten(2).transpose(1, 2)  # (views, S^2, Dv)
+        x = self.down(x)
+        for tokens, channels in zip(self.over_tokens, self.over_channels, strict=True):
+            x = x + tokens(x.transpose(1, 2)).transpose(1, 2)
+            x = x + channels(x)
+        return x.mean(1, keepdim=True)
+
+    def slots_flops(self, per_view: int) -> float:
+        tokens, r = self.SIDE**2, self.bottleneck
+        block = 2 * linear_flops(r, tokens, 2 * tokens) + 2 * linear_flops(tokens, r, 2 * r)
+        return linear_flops(tokens, self.vision_width, r) + self.depth * block
+
+
+class ConvDeltas(_OneVector):
+    """In the spirit of ConvMixer: depthwise, then pointwise convolutions over the visual grid (LaVi, Table 4)."""
+
+    KERNEL = 3
+
+    def make(self) -> None:
+        super().make()
+        r = self.bottleneck
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(r, r, self.KERNEL, padding="same", groups=r) for _ in range(self.depth)
+        )
+        self.pointwise = nn.ModuleList(nn.Conv2d(r, r, 1) for _ in range(self.depth))
+
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = self.down(on_grid(features, grid)).permute(0, 3, 1, 2)  # (views, r, rows, columns)
+        for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
+            x = x + nn.functional.gelu(depthwise(x))
+            x = nn.functional.gelu(pointwise(x))
+        return x.mean((2, 3))[:, None]
+
+    def slots_flops(self, per_view: int) -> float:
+        r = self.bottleneck
+        block = linear_flops(per_view, self.KERNEL**2, r) + linear_flops(per_view, r, r)
+        return linear_flops(per_view, self.vision_width, r) + self.depth * block
+
+
+GENERATORS: dict[str, type[DeltaGenerator]] = {
+    "attention": AttentionDeltas,
+    "mlp": MLPDeltas,
+    "conv": ConvDeltas,
+    "pooled": PooledDeltas,
+}
+
+
+def _mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+def on_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(views, N, E) to (views, rows, columns, E); a class token, which stands before the grid, is left out.
+
+    With another number of tokens than the backbone's ``grid`` has: the rectangle of them nearest to a square.
+    """
+    tokens = features.shape[1]
+    if tokens - grid[0] * grid[1] not in (0, 1):
+        rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+        grid = (rows, tokens // rows)
+    return features[:, tokens - grid[0] * grid[1] :].unflatten(1, grid)

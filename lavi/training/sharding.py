@@ -1,0 +1,64 @@
+"""Sharding parameters, gradients and optimiser state over ranks (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lavi.checkpoints.weight_files import kept_names
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards parameters, gradients and optimiser state over all ranks (FSDP2); a checkpoint is one whole file.
+
+    trainer: {strategy: {_target_: lavi.training.sharding.FSDP2}, devices: 8}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is kept, whole, on the first rank; the rest of a model that fits in shards only is never gathered."""
+        state = {}
+        assert self.lightning_module is not None
+        kept = kept_names(self.lightning_module)
+        for name, parameter in self.lightning_module.named_parameters():
+            if name in kept:
+                whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+                if self.is_global_zero:
+                    state[name] = whole.cpu()
+        return state
+
+
+def shard(model: VisionLanguageModel, mesh: Any) -> None:
+    """Shard each decoder layer by itself, and the rest together; a second time changes nothing.
+
+    Ranks gather weights and reduce gradients in one order, whatever their batches hold: so the tower, which a batch
+    without images does not call, and the fusion, which the layers call on their way, are no groups of their own.
+
+    Raises:
+        UserError: trained weights of several dtypes would be sharded together.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        return
+    inside_layers = {id(parameter) for layer in model.language.layers for parameter in layer.parameters()}
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad and id(p) not in inside_layers}
+    if len(dtypes) > 1:
+        raise UserError(
+            f"FSDP2 shards all but the decoder layers together, and of that {' and '.join(sorted(dtypes))} train: set "
+            "model.language.dtype=float32 (and trainer.precision=bf16-mixed)."
+        )
+    for layer in model.language.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("generate", "prefill"):
+        register_fsdp_forward_method(model, method)

@@ -1,0 +1,69 @@
+"""The FLOPs of a vision tower, from the shapes that its linear maps, convolutions and attentions meet.
+
+For towers of every kind, their layers' names unknown: each call is priced by the formula of its operation. Norms,
+activations and pooling count as 0. 1 multiply-add = 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lavi.nn.formulas import linear_flops
+
+
+class ShapeFlops(TorchFunctionMode):
+    """Adds up in :attr:`total` what is computed within it; on the meta device nothing else happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in FORMULAS:
+            self.total += FORMULAS[function](out, *args, **(kwargs or {}))
+        return out
+
+
+def _linear(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return linear_flops(input.shape[:-1].numel(), *weight.T.shape)
+
+
+def _convolution(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    """Each output channel at each place looks at one window of its group's input channels."""
+    return 2.0 * out.numel() * weight[0].numel()
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * out.numel() * left.shape[-1]
+
+
+def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
+    """Scores, then the weighted sum; (..., heads, tokens, width of a head) each."""
+    return 2.0 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _multi_head(out: Any, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> float:
+    """Attention with its four projections; (tokens, B, width) each."""
+    asked, seen = query.shape[:-1].numel(), key.shape[:-1].numel()
+    projections = 2 * linear_flops(asked, width, width) + 2 * linear_flops(seen, width, width)
+    return projections + 4.0 * asked * key.shape[0] * width
+
+
+FORMULAS: dict[Any, Callable[..., float]] = {
+    nn.functional.linear: _linear,
+    nn.functional.conv2d: _convolution,
+    nn.functional.scaled_dot_product_attention: _attention,
+    nn.functional.multi_head_attention_forward: _multi_head,
+    torch.matmul: _product,
+    torch.bmm: _product,
+    Tensor.matmul: _product,  # and the operator @
+    Tensor.bmm: _product,
+}

@@ -1,0 +1,54 @@
+"""What VISOR's offline steps leave for its training: viable configurations and labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lavi.errors import UserError
+
+Configuration = tuple[int, ...]
+"""The layers that refine the visual tokens, ascending."""
+
+
+def read_viable(file: Path) -> list[list[int]]:
+    """The configurations that :func:`search` found.
+
+    Raises:
+        UserError: there is no such file, or it is not finished.
+    """
+    if not file.exists():
+        raise UserError(f"there is no file {file}: make it with python -m lavi.visor search.")
+    found = json.loads(file.read_text())
+    if "viable" not in found:
+        raise UserError(f"the search in {file} is not finished: run python -m lavi.visor search once more, it goes on.")
+    return list(found["viable"])
+
+
+def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
+    """The labels of a file of JSON lines, as numbers of the viable configurations.
+
+    Raises:
+        UserError: there is no such file, or it speaks of other configurations.
+    """
+    if not file.exists():
+        raise UserError(f"there is no file {file} of labels: make it with python -m lavi.visor label.")
+    numbers = {configuration: number for number, configuration in enumerate(viable)}
+    found = {}
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            made = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(
+                f"{file}, line {number} is cut off: run python -m lavi.visor label once more, it goes on there."
+            ) from None
+        if "key" not in made:  # the header
+            continue
+        configuration = tuple(made["configuration"])
+        if configuration not in numbers:
+            raise UserError(
+                f"{file} labels sample {made['key']} with layers {list(configuration)}, which is not viable here."
+            )
+        found[made["key"]] = numbers[configuration]
+    return found

@@ -1,0 +1,222 @@
+"""VISOR's offline steps: which configurations are viable, and which one each training sample needs.
+
+Both ask the same of a trained run: with this configuration, which answers are right, under teacher forcing? Both write
+as they go, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lavi.batch import Batch
+from lavi.checkpoints.weight_files import TRAINED
+from lavi.errors import UserError
+from lavi.metrics.answers import right_under_teacher_forcing
+from lavi.model import VisionLanguageModel
+from lavi.report import track
+from lavi.visor.files import Configuration
+from lavi.visor.fusion import VisorFusion
+
+
+def visor_of(model: VisionLanguageModel) -> VisorFusion:
+    """The fusion of a run that can be searched.
+
+    Raises:
+        UserError: it is none of VISOR's, has no optional layers, or routes already.
+    """
+    fusion = model.fusion
+    if not isinstance(fusion, VisorFusion) or not fusion.refining:
+        raise UserError(
+            f"this run's fusion ({type(fusion).__name__}) has no optional layers: train a recipe of VISOR's."
+        )
+    if fusion.router is not None:
+        raise UserError("this run has a router already: search and label the run it started from.")
+    return fusion
+
+
+def every_configuration(optional: Sequence[int], most: int) -> list[Configuration]:
+    """All sets of the optional layers, from the cheapest; of more than ``most`` a draw, of each size about as many.
+
+    None of them, all of them and each by itself are always in it, as far as ``most`` goes.
+    """
+    if len(optional) < 31 and 2 ** len(optional) <= most:
+        sizes = range(len(optional) + 1)
+        return [subset for size in sizes for subset in itertools.combinations(optional, size)]
+    draw = random.Random(0)
+    found: set[Configuration] = {(), tuple(optional), *((layer,) for layer in optional[: most - 2])}
+    while len(found) < most:
+        found.add(tuple(sorted(draw.sample(list(optional), draw.randint(1, len(optional))))))
+    return sorted(found, key=lambda one: (len(one), one))
+
+
+@torch.no_grad()
+def right(
+    model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[str, list[bool]]]:
+    """For each sample its key, and which of its answers are right."""
+    for batch in batches:
+        said = right_under_teacher_forcing(model(batch.to(device)), batch)
+        rows: list[list[bool]] = [[] for _ in batch.keys]
+        for is_right, answer in zip(said, batch.answers, strict=True):
+            rows[answer.row].append(is_right)
+        yield from zip(batch.keys, rows, strict=True)
+
+
+@torch.no_grad()
+def likely(
+    model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[str, list[float]]]:
+    """For each sample its key, and the probability of each of its true answers, under teacher forcing."""
+    for batch in batches:
+        logits = model(batch.to(device))  # (B, T, vocabulary)
+        rows: list[list[float]] = [[] for _ in batch.keys]
+        for row, start, stop, *_ in batch.answers:
+            tokens = logits[row, start - 1 : stop - 1].float().log_softmax(-1)  # (tokens of the answer, vocabulary)
+            said = batch.labels[row, start:stop, None].to(tokens.device)
+            rows[row].append(float(tokens.gather(1, said).sum().exp()))
+        yield from zip(batch.keys, rows, strict=True)
+
+
+def search(
+    model: VisionLanguageModel,
+    batches: Iterable[Batch],
+    out: Path,
+    *,
+    about: dict[str, Any],
+    keep: float,
+    most: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score the configurations of a run; viable are those that keep a share ``keep`` of the full one's accuracy.
+
+    The data are read once, and ``out`` is written after each batch: a search that was stopped goes on behind it.
+
+    Args:
+        about: what the scores are of; a file of other scores is left as it is.
+
+    Returns:
+        What ``out`` holds: ``viable``, a list of layers each, ``scores``, percent right by configuration, and the
+        number of ``samples`` and ``answers`` that they are of.
+    """
+    fusion = visor_of(model)
+    configurations = every_configuration(fusion.refining, most)
+    names = [_name(configuration) for configuration in configurations]
+    about = about | {"refining": fusion.refining, "most": most}
+    found: dict[str, Any] = {"about": about, "batches": 0, "samples": 0, "answers": 0, "right": dict.fromkeys(names, 0)}
+    if out.exists():
+        found = json.loads(out.read_text())
+    _same(found.get("about"), about, out)
+    if "scores" not in found:
+        for number, batch in enumerate(track(batches, description="scoring configurations"), start=1):
+            if number <= found["batches"]:
+                continue
+            for name, configuration in zip(names, configurations, strict=True):
+                with fusion.going(configuration):
+                    found["right"][name] += sum(sum(answers) for _, answers in right(model, [batch], device))
+            found["batches"] = number
+            found["samples"] += len(batch)
+            found["answers"] += len(batch.answers)
+            _write(found, out)
+        found["scores"] = {name: 100 * count / max(1, found["answers"]) for name, count in found["right"].items()}
+    full = found["scores"][_name(tuple(fusion.refining))]
+    found["viable"] = [list(one) for one in configurations if found["scores"][_name(one)] >= keep * full]
+    _write(found, out)
+    return found
+
+
+def label(
+    model: VisionLanguageModel,
+    batches: Iterable[Batch],
+    viable: Sequence[Sequence[int]],
+    out: Path,
+    *,
+    about: dict[str, Any],
+    keep: float,
+    by: Literal["right", "likely"] = "right",
+    device: torch.device,
+) -> dict[Configuration, int]:
+    """Write for each sample the cheapest configuration that is ``keep`` times as good as the full one.
+
+    ``right``, by right answers, is the paper's rule, with 99 %. It takes a lucky guess for knowledge: where there are
+    two answers, for half of the samples that needed more. ``likely``, by the probability of the right answer, does not
+    (chosen here). Samples that ``out`` holds already are left out.
+
+    Args:
+        about: what the labels are of; a file of other labels is left as it is.
+
+    Returns:
+        How many samples need each configuration.
+
+    Raises:
+        UserError: a configuration that this run cannot have, or a conversation of several questions.
+    """
+    fusion = visor_of(model)
+    order = sorted({fusion.configuration_of(one) for one in viable}, key=lambda one: (len(one), one))
+    full = tuple(fusion.refining)
+    about = about | {"configurations": [list(one) for one in order], "keep": keep, "by": by}
+    judge = right if by == "right" else likely
+    done = _labelled(out, about)
+    with open(out, "a") as stream:
+        for batch in track(batches, description="labelling"):
+            if len({answer.row for answer in batch.answers}) < len(batch.answers):
+                raise UserError(
+                    "a label is for one question, and these conversations have several: give data of one each (for the "
+                    "scenes: python -m datamodules.scenes --turns 1, and data.train=THAT)."
+                )
+            if done.keys() >= set(batch.keys):
+                continue
+            shares: dict[Configuration, list[float]] = {}
+            for configuration in {full, *order}:
+                with fusion.going(configuration):
+                    shares[configuration] = [sum(row) / max(1, len(row)) for _, row in judge(model, [batch], device)]
+            for row, key in enumerate(batch.keys):
+                if key not in done:
+                    enough = keep * shares[full][row]
+                    done[key] = next((one for one in order if shares[one][row] >= enough), order[-1])
+                    stream.write(json.dumps({"key": key, "configuration": list(done[key])}) + "\n")
+            stream.flush()
+    return {one: sum(chosen == one for chosen in done.values()) for one in order}
+
+
+def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
+    """What a file of labels holds already; a line that was cut off by a kill is taken away."""
+    if not out.exists() or not (text := out.read_text()):
+        out.write_text(json.dumps({"about": about}) + "\n")
+        return {}
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        out.write_text(whole)
+    header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
+    _same(header.get("about"), about, out)
+    return {made["key"]: tuple(made["configuration"]) for made in lines}
+
+
+def fingerprint(run: Path) -> str:
+    """Of the weights that a run trained."""
+    with open(run / TRAINED, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def _name(configuration: Configuration) -> str:
+    return ",".join(map(str, configuration)) or "none"
+
+
+def _same(found: dict[str, Any] | None, about: dict[str, Any], out: Path) -> None:
+    found = found or {}
+    if other := [key for key in about if found.get(key) != about[key]]:
+        raise UserError(f"{out} was made with another {', '.join(other)}: choose another --out, or remove it.")
+
+
+def _write(found: dict[str, Any], out: Path) -> None:
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(found, indent=1))
+    os.replace(part, out)

@@ -1,0 +1,45 @@
+"""Sharding in one process: what it refuses, and that generating goes through the shards' hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, awaken, collate
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from lavi.errors import UserError
+from lavi.fusion.lavi import LaViFusion
+from lavi.training.sharding import shard
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """One rank."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_sharded_model_answers_as_before(build, mesh: Any) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion(every=2)).eval()
+    awaken(model.fusion)
+    batch = collate(model, [ask(1, "what colour?")], pad_left=True, prompt=True)
+    answers = model.generate(batch, max_new_tokens=4)
+    with torch.no_grad():
+        features = model.features(batch.pixels)
+        first = model.prefill(batch, features)[0].logits
+        shard(model, mesh)
+        shard(model, mesh)  # a second time changes nothing
+        torch.testing.assert_close(model.prefill(batch, features)[0].logits, first)
+    assert model.generate(batch, max_new_tokens=4) == answers
+
+
+def test_weights_of_two_dtypes_are_not_sharded_together(build, mesh: Any) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion(every=2))
+    model.language.hf.get_input_embeddings().to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"of that torch\.bfloat16 and torch\.float32 train"):
+        shard(model, mesh)
