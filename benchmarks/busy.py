@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from datamodules.tokenizer import train_tokenizer
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOISE, NOTE
@@ -89,7 +89,7 @@ def verdict(quiet: Record, busy: Record, to: str, stage: str) -> tuple[str, str]
     return f"{change:.2f}", "holds" if abs(change - 1) <= NOISE else "APART"
 
 
-@front
+@cli_entry_point
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")

@@ -44,7 +44,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from datamodules.image_text import ImageTextData
-from datamodules.shards.read import Place, ShardStream, Slot
+from datamodules.shards.read import ShardStream, Slot, StreamPosition
 from datamodules.shards.sources import find_shards
 from datamodules.shards.write import shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
@@ -310,10 +310,10 @@ def many_shards(work: Path, *, samples: int, counts: tuple[int, ...] = (10, 100,
         for count, shards in made.items():
             stream = ShardStream(shards, seed=0, shuffle=counts[0] * PER_SHARD)
             started = time.perf_counter()
-            every = (raw for _, raw in stream.records(Slot(), Place()) if raw is not None)
+            every = (raw for _, raw in stream.records(Slot(), StreamPosition()) if raw is not None)
             sum(1 for _ in itertools.islice(every, samples))  # of few shards: several epochs
             found[count].append((time.perf_counter() - started) / samples)
-            places = (place for place, _ in stream.records(Slot(), Place()))
+            places = (place for place, _ in stream.records(Slot(), StreamPosition()))
             middle = next(itertools.islice(places, count * PER_SHARD // 2, None))
             started = time.perf_counter()
             next(stream.records(Slot(), middle))
@@ -336,7 +336,7 @@ def memory(work: Path, *, samples: int) -> list[dict[str, Any]]:
     shards = find_shards(str(work / "photographs"))
     stream = ShardStream(shards, seed=0, shuffle=1000)
     marks = []
-    for number, (_, raw) in enumerate(stream.records(Slot(), Place()), start=1):
+    for number, (_, raw) in enumerate(stream.records(Slot(), StreamPosition()), start=1):
         if raw is not None:
             Image.open(io.BytesIO(raw["jpg"])).load() if number % 10 == 0 else None
         if number % (samples // 10) == 0:

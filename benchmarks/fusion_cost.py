@@ -19,7 +19,7 @@ from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import record, report
 from lavi.efficiency.latency import TURNS
 from lavi.report import console
@@ -38,7 +38,7 @@ REDUCED: dict[str, Any] = {
 }
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the records to this file of JSON lines")

@@ -14,7 +14,7 @@ from pathlib import Path
 from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 
 from datamodules.tokenizer import train_tokenizer
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, count
 from lavi.efficiency.point import Scenario
@@ -55,7 +55,7 @@ def generator_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")

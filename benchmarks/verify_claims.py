@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
@@ -196,7 +196,7 @@ def _verdict(value: float | None, wanted: float, claim: str, full: bool) -> str:
     return f"noisy ({claim})" if value is None else f"{'PASS' if value >= wanted else 'FAIL'} ({claim})"
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")

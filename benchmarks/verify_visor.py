@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import record
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.latency import TURNS
@@ -147,7 +147,7 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")

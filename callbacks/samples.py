@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from lavi.batch import Sample, Video, text_of
 from lavi.config.types import Count
-from lavi.data.collator import Ready
+from lavi.data.collator import EncodedSample
 from lavi.data.images import side_by_side
 from lavi.errors import one_line
 from lavi.metrics.answers import is_right
@@ -33,7 +33,7 @@ LINE, LONGEST = 50, 200
 class Shown:
     """The first question of a sample, ready to be asked and to be drawn."""
 
-    prompt: Ready
+    prompt: EncodedSample
     question: str
     truth: str
     picture: Image.Image

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ThroughputMonitor
 
-from lavi.batch import Batch, ImagePlace
+from lavi.batch import Batch, ImageSlot
 from lavi.config.types import Count
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.point import Point
@@ -57,12 +57,12 @@ class Throughput(ThroughputMonitor):
         """Of one training step on this batch, padding included."""
         model = module.model
         assert isinstance(model, VisionLanguageModel)
-        rows: list[list[ImagePlace]] = [[] for _ in range(len(batch))]
-        for place in batch.places:
+        rows: list[list[ImageSlot]] = [[] for _ in range(len(batch))]
+        for place in batch.image_slots:
             rows[place.row].append(place)
         return sum(self._row(model, batch.input_ids.shape[1], places) for places in rows)
 
-    def _row(self, model: VisionLanguageModel, text: int, places: list[ImagePlace]) -> float:
+    def _row(self, model: VisionLanguageModel, text: int, places: list[ImageSlot]) -> float:
         key = (text, *(place.layout._replace(size=(0, 0)) for place in places))
         if key not in self._known:
             trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in model.named_children()}
@@ -74,8 +74,8 @@ class Throughput(ThroughputMonitor):
         return self._known[key]
 
 
-def _point(text: int, place: ImagePlace, model: VisionLanguageModel) -> Point:
-    return Point(text, layout=place.layout, per_view=model.seen.tokens, encoded=place.views)
+def _point(text: int, place: ImageSlot, model: VisionLanguageModel) -> Point:
+    return Point(text, layout=place.layout, per_view=model.feature_spec.tokens, encoded=place.views)
 
 
 def text_tokens(batch: Batch) -> int:

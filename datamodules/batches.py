@@ -21,7 +21,7 @@ from datamodules.formats.conversations import Reading, decode
 from datamodules.mixture import MixedStream
 from datamodules.shards.read import BrokenSample, Raw, ShardStream, Slot
 from lavi.batch import Batch, Position, Sample, Skip
-from lavi.data.collator import Ready
+from lavi.data.collator import EncodedSample
 from lavi.data.processor import Processor, TooLong
 from lavi.errors import UserError
 
@@ -111,7 +111,7 @@ class Encoder:
     reading: Reading
     too_long: Literal["skip", "cut"] = "skip"
 
-    def __call__(self, raw: Raw, skipped: Skipped, source: str = "") -> Ready | None:
+    def __call__(self, raw: Raw, skipped: Skipped, source: str = "") -> EncodedSample | None:
         """None for a sample that cannot be used; it is counted."""
         used = self._used(raw, skipped, self.processor.encode)
         return None if used is None else replace(used[1], source=source)
@@ -210,13 +210,13 @@ class BatchStream(IterableDataset[Batch]):
                 yield replace(self.encoder.processor.collate(ready), skipped=fresh, position=position)
             leave_out = 0
 
-    def _batches(self, samples: list[Ready], position: Position) -> list[list[list[Ready]]]:
+    def _batches(self, samples: list[EncodedSample], position: Position) -> list[list[list[EncodedSample]]]:
         """Cut a pool into batches of rows. Of one conversation, rows of like length go together; the order is drawn."""
         if self.bucket == 1 and self.packing is None:
             return [[[ready] for ready in samples]]
         drawn = random.Random(f"{self.stream.seed}/{position}")
         if self.packing is not None:
-            rows = packed(samples, self.packing)
+            rows = pack_rows(samples, self.packing)
             drawn.shuffle(rows)  # they come longest conversations first: a batch of nothing else would teach badly
         else:
             rows = [[ready] for ready in sorted(samples, key=lambda ready: ready.length)]
@@ -225,15 +225,17 @@ class BatchStream(IterableDataset[Batch]):
         drawn.shuffle(batches)
         return batches
 
-    def _is_full(self, pool: list[Ready]) -> bool:
+    def _is_full(self, pool: list[EncodedSample]) -> bool:
         """Whether a pool has ``bucket`` batches' worth of samples; for rows of several, of tokens."""
         if self.packing is None:
             return len(pool) == self.batch_size * self.bucket
         return sum(ready.length for ready in pool) >= self.batch_size * self.bucket * self.packing
 
-    def _pools(self, slot: Slot, start: Position, skipped: Skipped) -> Iterator[tuple[list[Ready], Position, Position]]:
+    def _pools(
+        self, slot: Slot, start: Position, skipped: Skipped
+    ) -> Iterator[tuple[list[EncodedSample], Position, Position]]:
         """The samples of ``bucket`` batches at a time, with the positions before and behind them."""
-        pool: list[Ready] = []
+        pool: list[EncodedSample] = []
         before, passes = start, 0
         for drawn, places, source, raw in self.stream.records(slot, start.drawn, start.places):
             if raw is None:
@@ -250,9 +252,9 @@ class BatchStream(IterableDataset[Batch]):
                 pool, before = [], behind
 
 
-def packed(samples: Sequence[Ready], length: int) -> list[list[Ready]]:
+def pack_rows(samples: Sequence[EncodedSample], length: int) -> list[list[EncodedSample]]:
     """Samples in rows of at most ``length`` tokens, few of them: the longest first, each where it first fits."""
-    rows: list[list[Ready]] = []
+    rows: list[list[EncodedSample]] = []
     left: list[int] = []
     for ready in sorted(samples, key=lambda ready: -ready.length):
         row = next((row for row, room in enumerate(left) if room >= ready.length), len(rows))
@@ -265,7 +267,7 @@ def packed(samples: Sequence[Ready], length: int) -> list[list[Ready]]:
 
 
 @dataclass
-class HeldOut(IterableDataset[Batch]):
+class EvalStream(IterableDataset[Batch]):
     """The batches of one pass, in the order of the shards; every rank gets as many. Or its samples (:meth:`samples`).
 
     All ranks read all records and each takes its part of every ``ranks`` batches: whatever is broken, and wherever the
@@ -298,7 +300,7 @@ class HeldOut(IterableDataset[Batch]):
             usable = [ready for raw in mine if (ready := self.encoder(raw, skipped)) is not None]
             if not usable:
                 others = (ready for raw in window if (ready := self.encoder(raw, Skipped(1.0))) is not None)
-                usable = [replace(ready, stands_in=True) for ready in itertools.islice(others, 1)]
+                usable = [replace(ready, is_filler=True) for ready in itertools.islice(others, 1)]
             if usable:
                 any_given = True
                 yield replace(self.encoder.processor.collate(usable), skipped=skipped.take())
@@ -355,7 +357,7 @@ class SampleStream:
         limit: at most this many.
     """
 
-    held_out: HeldOut
+    held_out: EvalStream
     limit: int | None = None
 
     def __iter__(self) -> Iterator[Sample]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from datamodules.tokenizer import train_tokenizer
 from lavi.cli.arguments import Parser, path
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError, reason
 
 SHARES = {"train": 0.8, "validation": 0.08, "test": 0.12}
@@ -89,7 +89,7 @@ def _write(out: Path, scans: Any, *, seed: int) -> dict[str, int]:
     return counts
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m datamodules.digits", description=__doc__)
     parser.add_argument("--out", type=path, default=Path("data/digits"), help="folder to write; must not exist")

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from datamodules.batches import BatchStream, Encoder, HeldOut, Progress, SampleStream
+from datamodules.batches import BatchStream, Encoder, EvalStream, Progress, SampleStream
 from datamodules.formats.conversations import Reading
 from datamodules.mixture import MixedStream, Mixture
-from datamodules.shards.read import Place, ShardStream, expected_samples
+from datamodules.shards.read import ShardStream, StreamPosition, expected_samples
 from datamodules.shards.sources import find_shards
 from lavi.batch import Batch, Position
 from lavi.config.types import Count, CountOrZero, ShareOrZero
@@ -116,7 +116,7 @@ class ImageTextData(pl.LightningDataModule):
         shares = mixture.shares(streams) if isinstance(mixture, Mixture) else [1.0]
         return MixedStream(streams, shares, self.seed)
 
-    def stream(self, split: str, *, limit: int | None = None) -> HeldOut:
+    def stream(self, split: str, *, limit: int | None = None) -> EvalStream:
         """One pass over a split, in order.
 
         Raises:
@@ -124,7 +124,7 @@ class ImageTextData(pl.LightningDataModule):
         """
         rank, ranks = self._ranks()
         streams = list(self.streams(split).values())
-        return HeldOut(streams, self._encoder(), self.batch_size, self.max_skipped, rank, ranks, limit)
+        return EvalStream(streams, self._encoder(), self.batch_size, self.max_skipped, rank, ranks, limit)
 
     def _encoder(self, *, packing: int | None = None) -> Encoder:
         length = self.processor.context_length
@@ -240,4 +240,4 @@ def _plain(position: Position) -> list[Any]:
 
 
 def _position(reader: int, drawn: int, places: list[list[int]], taken: int) -> Position:
-    return Position(reader, drawn, tuple(Place(*place) for place in places), taken)
+    return Position(reader, drawn, tuple(StreamPosition(*place) for place in places), taken)

@@ -24,12 +24,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from datamodules.formats.conversations import conversation_of, decode, said_by, visual_members
+from datamodules.formats.conversations import conversation_of, decode, parse_record, visual_members
 from datamodules.shards.counts import Counts, texts_of
 from datamodules.shards.read import BrokenSample, Raw, ShardStream, index_entry, read_shard
 from datamodules.shards.sources import find_shards
 from lavi.cli.arguments import Parser, path
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError, one_line, reason
 from lavi.report import console, table, track
 
@@ -72,7 +72,7 @@ class Found:
         self.lost[error.cause] += error.lost
 
 
-def look(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: int = 0) -> Found:
+def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: int = 0) -> Found:
     """Go through raw samples.
 
     Args:
@@ -244,7 +244,7 @@ def _draw(axis: Any, raw: Raw) -> None:
     pictures = [ImageOps.contain(picture, THUMBNAIL) for picture in pictures_of(raw)]
     strip = images.side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
     axis.imshow(ImageOps.pad(strip, THUMBNAIL, color="white"))
-    words = [_shortened(text, 44) for text in itertools.islice(texts_of(said_by(raw)), 2)]
+    words = [_shortened(text, 44) for text in itertools.islice(texts_of(parse_record(raw)), 2)]
     # What people say is no formula: a $ is a $.
     axis.set_xlabel("\n".join([_shortened(raw["__key__"], 44), *words]), fontsize=7, parse_math=False)
 
@@ -311,7 +311,7 @@ def inspect(args: argparse.Namespace) -> int:
     records = itertools.islice((raw for shard in shards for raw in read_shard(shard)), args.limit)
     total = ShardStream(shards).samples
     watched = track(records, "looking", total=min(total, args.limit or total) if total else args.limit, unit="sample")
-    found = look(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
+    found = scan(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
     if args.check:
         for wrong in track(summed(shards), "summing", total=len(shards), unit="shard"):
             if wrong is not None:
@@ -324,7 +324,7 @@ def inspect(args: argparse.Namespace) -> int:
     return int(bool(found.broken or found.repeated or found.counts.unreadable))
 
 
-@front
+@cli_entry_point
 def main() -> int:
     parser = Parser(prog="python -m datamodules.inspect", description=__doc__)
     parser.add_argument("shards", help="a folder, a file, or a pattern such as data/shard-{000000..000009}.tar")

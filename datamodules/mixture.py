@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from datamodules.shards.read import Place, Raw, ShardStream, Slot
+from datamodules.shards.read import Raw, ShardStream, Slot, StreamPosition
 from lavi.config.types import Positive
 from lavi.errors import UserError, nearest
 
@@ -71,7 +71,7 @@ class Drawn(NamedTuple):
     """One record of a mixture, and where the mixture stands behind it."""
 
     drawn: int
-    places: tuple[Place, ...]
+    places: tuple[StreamPosition, ...]
     source: str
     raw: Raw | None
     """None: an epoch of the source is complete."""
@@ -86,10 +86,10 @@ class MixedStream:
     seed: int = 0
 
     @property
-    def start(self) -> tuple[Place, ...]:
-        return tuple(Place() for _ in self.streams)
+    def start(self) -> tuple[StreamPosition, ...]:
+        return tuple(StreamPosition() for _ in self.streams)
 
-    def records(self, slot: Slot, drawn: int = 0, places: tuple[Place, ...] = ()) -> Iterator[Drawn]:
+    def records(self, slot: Slot, drawn: int = 0, places: tuple[StreamPosition, ...] = ()) -> Iterator[Drawn]:
         """Without end, from a place on."""
         at = list(places or self.start)
         names = list(self.streams)

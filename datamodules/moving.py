@@ -44,7 +44,7 @@ from datamodules.scenes import (
 )
 from datamodules.shards.write import ShardJob
 from lavi.batch import Video
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.data.timestamps import time_instruction
 
 FRAMES, RATE = 16, 8
@@ -201,7 +201,7 @@ def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, w
     return write_splits(out, makers, counts, spoken=sentences(), made_by=made_by, workers=workers, label="moving")
 
 
-@front
+@cli_entry_point
 def main() -> None:
     counts = {"train": 6000, "validation": 400, "test": 400}
     draw(

@@ -38,7 +38,7 @@ from datamodules.shards.processes import in_order
 from datamodules.shards.sources import INDEX, read_index
 from datamodules.shards.write import ShardJob, held, shard_jobs, write_shards
 from lavi.cli.arguments import Parser, path
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.data.videos import is_video
 from lavi.errors import UserError, reason
 from lavi.report import track
@@ -233,7 +233,7 @@ def columns_of(text: str) -> dict[str, str]:
     return {meaning.strip(): column.strip() for meaning, _, column in pairs}
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m datamodules.pack", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)

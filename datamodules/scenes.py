@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datamodules.shards.write import ShardJob, shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
 from lavi.cli.arguments import Parser, path
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError, reason
 
 SIDE = 64
@@ -426,7 +426,7 @@ def draw(write: WriteDataset, *, module: str, about: str | None, out: Path, coun
     print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")
 
 
-@front
+@cli_entry_point
 def main() -> None:
     counts = {"train": 12000, "validation": 800, "test": 800}
     draw(

@@ -88,7 +88,7 @@ class Layout(NamedTuple):
     """The views are frames."""
 
 
-class ImagePlace(NamedTuple):
+class ImageSlot(NamedTuple):
     """Where one image stands: in ``row``, just before the text token of column ``column``."""
 
     row: int
@@ -135,7 +135,7 @@ class Batch:
     """What a model sees.
 
     Text is the text alone: an image has a *place* in it and no tokens of its own; a fusion decides what stands there.
-    The layout (``spans``, ``places``) stays on the host, so that arranging a sequence never waits for a device.
+    The layout (``spans``, ``image_slots``) stays on the host, so that arranging a sequence never waits for a device.
 
     Shapes: ``input_ids`` (B, T) int64; ``labels`` (B, T) int64, :data:`IGNORE` where nothing is trained;
     ``attention_mask`` (B, T) bool; ``pixels`` (sum of views, C, H, W) float, rows in order, images in order;
@@ -147,7 +147,7 @@ class Batch:
     attention_mask: Tensor
     pixels: Tensor
     spans: list[tuple[int, int]]
-    places: list[ImagePlace]
+    image_slots: list[ImageSlot]
     answers: list[Answer] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -166,7 +166,7 @@ class Batch:
         """The columns [start, stop) of each conversation of each row."""
         return self.packed if self.packed is not None else [[span] for span in self.spans]
 
-    def conversation_of(self, place: ImagePlace) -> tuple[int, int]:
+    def conversation_of(self, place: ImageSlot) -> tuple[int, int]:
         """The row of an image, and the number of its conversation in it."""
         starts = [start for start, _ in self.conversations[place.row]]
         return place.row, max(0, bisect_right(starts, place.column) - 1)
@@ -178,4 +178,4 @@ class Batch:
 
     def without_images(self) -> Batch:
         """The no-image control: the same questions, nothing to see."""
-        return replace(self, pixels=self.pixels[:0], places=[])
+        return replace(self, pixels=self.pixels[:0], image_slots=[])

@@ -12,10 +12,10 @@ from __future__ import annotations
 from functools import partial
 
 from lavi.cli.arguments import Parser, device_of, path, whole_number, without_overrides
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m lavi.evaluate", description=__doc__)
     parser.add_argument(

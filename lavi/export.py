@@ -9,10 +9,10 @@ read by `lavi.load("FOLDER")`.
 from __future__ import annotations
 
 from lavi.cli.arguments import Parser, path
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m lavi.export", description=__doc__)
     parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="a run folder of lavi.fit")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavi.cli.arguments import Parser, path, whole_number
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-@front
+@cli_entry_point
 def main() -> int:
     args = arguments()
     from lavi.checkpoints import run_folder
@@ -57,7 +57,7 @@ def main() -> int:
         run = args.run or Path("runs") / recipe.settings.get("name", args.recipe.stem)
         if run_folder.is_first_rank():
             run = run_folder.new_run_folder(run, exact=args.run is not None)
-    with run_folder.held(run):
+    with run_folder.lock_run_folder(run):
         try:
             return train(recipe, run, resume_from, args.save_every)
         finally:
@@ -91,7 +91,7 @@ def train(recipe: Recipe, run: Path, resume_from: Path | None, save_every: int) 
     pl.seed_everything(recipe.settings.get("seed", 0), workers=True, verbose=False)
     model = model_folder.build(recipe)
     if isinstance(model, VisionLanguageModel):
-        recipe = model_folder.settled(recipe, model)
+        recipe = model_folder.with_resolved_arguments(recipe, model)
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
     keep = KeepRun(run, recipe, every=save_every, resumed_step=resumed_step)

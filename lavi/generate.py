@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from lavi.cli.arguments import Parser, device_of, path, text, whole_number
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError
 
 LONGEST = 64
 """Tokens of an answer, unless a command says more."""
 
 
-@front
+@cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m lavi.generate", description=__doc__)
     parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="a run folder of lavi.fit")

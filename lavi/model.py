@@ -56,8 +56,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.built_from = built_from
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
-        self.seen = reducer.bind(vision) if reducer is not None else vision.seen
-        fusion.bind(language, self.seen)
+        self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
+        fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
         self._template, self.timestamps = chat_template, timestamps
@@ -76,7 +76,7 @@ class VisionLanguageModel(nn.Module):
             chat=self.chat,
             vision=self.vision,
             tiling=self.tiling,
-            tokens_of=partial(self.fusion.tokens_in_language, per_view=self.seen.tokens),
+            count_visual_tokens=partial(self.fusion.tokens_in_language, per_view=self.feature_spec.tokens),
             context_length=self.context_length,
             timestamps=self.timestamps,
         )
@@ -165,8 +165,8 @@ class VisionLanguageModel(nn.Module):
     def _lengths(self, batch: Batch) -> list[int]:
         """Tokens of each row in the language model's sequence, the visual ones among them."""
         lengths = [stop - start for start, stop in batch.spans]
-        for place in batch.places:
-            lengths[place.row] += self.processor.tokens_of(place.layout)
+        for place in batch.image_slots:
+            lengths[place.row] += self.processor.count_visual_tokens(place.layout)
         return lengths
 
     def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 
 from lavi.cli.arguments import Parser, path, whole_number
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 
 SHOW = ("targets",)
 
 
-@front
+@cli_entry_point
 def main() -> None:
     args = arguments()
     import torch

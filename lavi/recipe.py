@@ -80,7 +80,7 @@ class Recipe:
     """A merged, resolved recipe, and the place in a file that each of its keys came from."""
 
     settings: dict[str, Any]
-    places: dict[str, str] = field(default_factory=dict)
+    source_lines: dict[str, str] = field(default_factory=dict)
     source: str = "recipe"
     trusted: bool = True
     """False for a recipe that came with a checkpoint."""
@@ -92,14 +92,14 @@ class Recipe:
         Raises:
             UserError: naming the file and line, the key, and the nearest right thing.
         """
-        places: dict[str, str] = {}
-        merged = override(read(Path(path), places), overrides, places)
+        source_lines: dict[str, str] = {}
+        merged = override(read(Path(path), source_lines), overrides, source_lines)
         try:
             settings = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
         except OmegaConfBaseException as error:
             raise UserError(f"{path}: {one_line(error)}") from None
         assert isinstance(settings, dict)
-        recipe = cls(typing.cast(dict[str, Any], settings), places, str(path), trusted)
+        recipe = cls(typing.cast(dict[str, Any], settings), source_lines, str(path), trusted)
         recipe.check()
         return recipe
 
@@ -192,7 +192,7 @@ class Recipe:
         if not isinstance(inner, dict):
             raise UserError(f"{self.source} has no '{'.'.join(parents)}' that '{key}' could be set in.")
         inner[last] = node
-        recipe = Recipe(settings, self.places, self.source, self.trusted)
+        recipe = Recipe(settings, self.source_lines, self.source, self.trusted)
         top = key.split(".")[0]
         recipe._check_node(settings[top], top)
         return recipe
@@ -208,9 +208,9 @@ class Recipe:
 
     def _where(self, key: str) -> str:
         """The file and line of a key, or of the nearest key above it."""
-        while key and key not in self.places:
+        while key and key not in self.source_lines:
             key = key.rpartition(".")[0]
-        return self.places.get(key, self.source)
+        return self.source_lines.get(key, self.source)
 
     def _check_node(self, node: Any, key: str) -> None:
         if isinstance(node, dict):

@@ -6,19 +6,19 @@ import pytest
 import torch
 from conftest import awaken
 
-from lavi.batch import Answer, Batch, ImagePlace, Layout
+from lavi.batch import Answer, Batch, ImageSlot, Layout
 from lavi.errors import UserError
 from lavi.fusion.arrangement import (
     ColumnContext,
     Rows,
-    asking_columns,
-    conversation_of_text,
-    conversations,
-    numbers_of_views,
-    placed,
-    rows_of,
+    conversation_ids,
+    group_tokens_by_row,
+    last_prompt_columns,
     splice,
-    text_alone,
+    splice_tokens,
+    text_conversation_ids,
+    text_only_input,
+    view_indices,
 )
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
@@ -33,7 +33,7 @@ from lavi.visor.fusion import VisorFusion
 
 def batch_of(
     spans: list[tuple[int, int]],
-    places: list[ImagePlace],
+    image_slots: list[ImageSlot],
     *,
     width: int = 6,
     packed: list[list[tuple[int, int]]] | None = None,
@@ -44,19 +44,19 @@ def batch_of(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, (start, stop) in enumerate(spans):
         mask[row, start:stop] = True
-    return Batch(ids, ids, mask, torch.zeros(0), spans, places, answers or [], packed=packed)
+    return Batch(ids, ids, mask, torch.zeros(0), spans, image_slots, answers or [], packed=packed)
 
 
 TILED = Layout(views=5, tiles=(2, 2))
 FILM = Layout(views=3, video=True)
-PLACES = [ImagePlace(0, 1), ImagePlace(2, 0), ImagePlace(0, 4), ImagePlace(2, 3)]
+PLACES = [ImageSlot(0, 1), ImageSlot(2, 0), ImageSlot(0, 4), ImageSlot(2, 3)]
 RIGHT = batch_of([(0, 6), (0, 4), (0, 5)], PLACES)
-LEFT = batch_of([(0, 6), (2, 6), (1, 6)], [PLACES[0], ImagePlace(2, 1), PLACES[2], ImagePlace(2, 4)])
+LEFT = batch_of([(0, 6), (2, 6), (1, 6)], [PLACES[0], ImageSlot(2, 1), PLACES[2], ImageSlot(2, 4)])
 PACKED = batch_of([(0, 6), (0, 4), (0, 5)], PLACES, packed=[[(0, 3), (3, 6)], [(0, 4)], [(0, 3), (3, 5)]])
 
 
 def test_each_row_has_the_tokens_of_its_own_images() -> None:
-    rows = rows_of(RIGHT, [2, 1, 3, 2])
+    rows = group_tokens_by_row(RIGHT, [2, 1, 3, 2])
     assert rows.index.tolist() == [[0, 1, 3, 4, 5], [8, 8, 8, 8, 8], [2, 6, 7, 8, 8]]
     never = Rows.NEVER
     assert rows.column.tolist() == [[1, 1, 4, 4, 4], [never] * 5, [0, 3, 3, never, never]]
@@ -69,25 +69,25 @@ def test_each_row_has_the_tokens_of_its_own_images() -> None:
     assert gathered[2].tolist() == [*tokens[[2, 6, 7], 0].tolist(), [0, 0], [0, 0]]
     moved = rows.to(torch.device("meta"))
     assert [part.device.type for part in (moved.index, moved.column, moved.image)] == ["meta"] * 3
-    nothing = rows_of(RIGHT.without_images(), [])
+    nothing = group_tokens_by_row(RIGHT.without_images(), [])
     assert nothing.index.tolist() == [[0], [0], [0]]
     assert nothing.gather(torch.zeros(0, 4)).shape == (3, 1, 4)
 
 
 def test_a_token_sees_the_images_before_it_in_its_conversation() -> None:
     visual = {"1": torch.arange(30.0).reshape(3, 5, 2), "3": torch.ones(3, 5, 2)}
-    rows = rows_of(RIGHT, [2, 1, 3, 2])
+    rows = group_tokens_by_row(RIGHT, [2, 1, 3, 2])
     context = ColumnContext(visual=visual, column=rows.column)
-    assert [tensor is visual[key] for tensor, key in zip(context.held(), "13", strict=True)] == [True, True]
+    assert [tensor is visual[key] for tensor, key in zip(context.cached_tensors(), "13", strict=True)] == [True, True]
     for past, length in ((0, 6), (4, 2), (6, 1)):
-        mask = context.at(past, length).mask
+        mask = context.for_step(past, length).mask
         assert mask is not None
         for row in range(3):
             for token in range(length):
                 expected = [int(before) <= past + token for before in rows.column[row]]
                 assert mask[row, token].tolist() == expected
-    packed = text_alone(PACKED, ColumnContext(visual=visual, column=rows.column))
-    apart = packed.vision.at(0, 6).mask  # type: ignore[union-attr]
+    packed = text_only_input(PACKED, ColumnContext(visual=visual, column=rows.column))
+    apart = packed.vision.for_step(0, 6).mask  # type: ignore[union-attr]
     assert apart[0].tolist() == [
         [False] * 5,
         [True, True, False, False, False],
@@ -105,36 +105,36 @@ def test_a_token_sees_the_images_before_it_in_its_conversation() -> None:
 
 
 def test_text_alone_is_the_text_as_it_is() -> None:
-    context = ColumnContext(column=rows_of(RIGHT, [2, 1, 3, 2]).column)
-    plain = text_alone(RIGHT, context)
+    context = ColumnContext(column=group_tokens_by_row(RIGHT, [2, 1, 3, 2]).column)
+    plain = text_only_input(RIGHT, context)
     assert plain.input_ids is RIGHT.input_ids
     assert plain.attention_mask is RIGHT.attention_mask
     assert plain.conversation is context.start is None
     assert plain.vision is context
-    packed = text_alone(PACKED, context)
+    packed = text_only_input(PACKED, context)
     assert packed.conversation is not None
-    assert packed.conversation.tolist() == conversation_of_text(PACKED).tolist()
-    assert conversation_of_text(PACKED).tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1], [0, 0, 0, 1, 1, -1]]
-    assert conversation_of_text(LEFT).tolist() == [[0] * 6, [-1, -1, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]
+    assert packed.conversation.tolist() == text_conversation_ids(PACKED).tolist()
+    assert text_conversation_ids(PACKED).tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1], [0, 0, 0, 1, 1, -1]]
+    assert text_conversation_ids(LEFT).tolist() == [[0] * 6, [-1, -1, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]
 
 
 def test_views_are_numbered_in_their_conversation() -> None:
-    places = [ImagePlace(0, 1, TILED), ImagePlace(0, 2, FILM), ImagePlace(0, 4), ImagePlace(1, 0)]
+    places = [ImageSlot(0, 1, TILED), ImageSlot(0, 2, FILM), ImageSlot(0, 4), ImageSlot(1, 0)]
     batch = batch_of([(0, 6), (0, 6)], places, packed=[[(0, 3), (3, 6)], [(0, 6)]])
     tiles = [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 2, 0], [0, 2, 1, 0], [0, 2, 2, 0]]
     frames = [[1, 0, 0, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
-    found = numbers_of_views(batch, torch.device("cpu"))
+    found = view_indices(batch, torch.device("cpu"))
     assert found.tolist() == [*tiles, *frames, [0, 0, 0, 0], [0, 0, 0, 0]]
     batch.packed = None
-    assert numbers_of_views(batch, torch.device("cpu"))[8].tolist() == [2, 0, 0, 0]
-    nothing = numbers_of_views(batch.without_images(), torch.device("cpu"))
+    assert view_indices(batch, torch.device("cpu"))[8].tolist() == [2, 0, 0, 0]
+    nothing = view_indices(batch.without_images(), torch.device("cpu"))
     assert nothing.shape == (0, 4)
     assert nothing.dtype == torch.long
 
 
 def test_the_asking_token_stands_before_the_first_answer() -> None:
     answers = [Answer(0, 3, 4), Answer(2, 2, 3), Answer(2, 4, 5), Answer(0, 5, 6)]
-    assert asking_columns(batch_of([(0, 6), (0, 4), (0, 5)], [], answers=answers)) == [2, 3, 1]
+    assert last_prompt_columns(batch_of([(0, 6), (0, 4), (0, 5)], [], answers=answers)) == [2, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> N
     for row, (start, stop) in enumerate(batch.spans):
         made: list[int] = []
         for column in range(start, stop):
-            for place, begin, count in zip(batch.places, first, counts, strict=True):
+            for place, begin, count in zip(batch.image_slots, first, counts, strict=True):
                 if (place.row, place.column) == (row, column):
                     made += range(begin, begin + count)
             made.append(row * width + column)
@@ -201,22 +201,22 @@ def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> N
         for column in range(start, stop):
             assert expected[row][int(columns[row, column])] == row * width + column
     text, visual = torch.arange(36.0).reshape(3, 6, 2) + 1, torch.arange(16.0).reshape(8, 2) + 100
-    embeds, mask = placed(text, visual.double(), order)
+    embeds, mask = splice_tokens(text, visual.double(), order)
     flat = torch.cat([text.flatten(0, 1), visual])
     assert embeds.dtype == text.dtype
     assert mask.tolist() == [[source >= 0 for source in row] for row in expected]
     for row, sources in enumerate(expected):
         for place, source in enumerate(sources):
             assert embeds[row, place].tolist() == (flat[source].tolist() if source >= 0 else [0, 0])
-    of_each = conversations(batch, counts, order)
-    numbers = [int(n) for n in conversation_of_text(batch).flatten()]
-    for place, count in zip(batch.places, counts, strict=True):
+    of_each = conversation_ids(batch, counts, order)
+    numbers = [int(n) for n in text_conversation_ids(batch).flatten()]
+    for place, count in zip(batch.image_slots, counts, strict=True):
         numbers += [batch.conversation_of(place)[1]] * count
     assert of_each.tolist() == [[numbers[source] if source >= 0 else -1 for source in row] for row in expected]
 
 
 def test_an_image_at_the_end_stands_behind_the_last_word() -> None:
-    batch = batch_of([(0, 3), (0, 6)], [ImagePlace(0, 3), ImagePlace(1, 0)])
+    batch = batch_of([(0, 3), (0, 6)], [ImageSlot(0, 3), ImageSlot(1, 0)])
     order, columns = splice(batch, [2, 1], text_width=6)
     assert order.tolist() == [[0, 1, 2, 12, 13, -1, -1], [14, 6, 7, 8, 9, 10, 11]]
     assert columns[0, :3].tolist() == [0, 1, 2]
@@ -236,7 +236,7 @@ def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # 
 
 def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[no-untyped-def]
     """What the images leave for each block or generator: of the features and the views' embeddings together."""
-    places = [ImagePlace(0, 1, FILM), ImagePlace(1, 2)]
+    places = [ImageSlot(0, 1, FILM), ImageSlot(1, 2)]
     batch = batch_of([(0, 6), (0, 5)], places)
     features = torch.randn(4, 16, 24)
     cross = build(CrossAttentionFusion(fraction=0.5, ffn=0))
@@ -246,7 +246,7 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
         awaken(model.fusion)
         fusion = model.fusion
         context = fusion(batch, features, model.language).vision
-        seen = features + fusion.views(numbers_of_views(batch, torch.device("cpu")))
+        seen = features + fusion.views(view_indices(batch, torch.device("cpu")))
         assert context.column.tolist() == [[1] * 48, [2] * 16 + [Rows.NEVER] * 32]
         for layer in ("1", "3"):
             if model is cross:

@@ -47,7 +47,7 @@ def seeing(build, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:  # ty
     def answer(batch: Batch, **_: Any) -> list[str]:
         asked.extend(model.chat.tokenizer.decode(row) for row in batch.input_ids)
         seen: list[str] = ["nothing"] * len(batch)
-        for place, view in zip(batch.places, batch.pixels, strict=True):
+        for place, view in zip(batch.image_slots, batch.pixels, strict=True):
             seen[place.row] = f"c{number[float(view.sum())]}"
         return seen
 
@@ -136,9 +136,11 @@ def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
     assert (scores.samples, scores.answers, scores.shuffled_answers) == (2, 2, 2)
     assert scores.left_out == {"of width 7": 1}
     assert scores.accuracy["all"] == 100
-    tokens_of = seeing.processor.tokens_of
+    count_visual_tokens = seeing.processor.count_visual_tokens
     monkeypatch.setattr(
-        seeing.processor, "tokens_of", lambda layout: 240 * (layout.size == (90, 90)) or tokens_of(layout)
+        seeing.processor,
+        "count_visual_tokens",
+        lambda layout: 240 * (layout.size == (90, 90)) or count_visual_tokens(layout),
     )
     large = Sample("large", ask(0, "what?", answer="c0").messages, [image(1).resize((90, 90))])
     wordy = ask(2, "circle " * 100, answer="c2", key="wordy")

@@ -45,7 +45,7 @@ def test_roles_are_found_by_probing(build, family: str) -> None:
 
 def test_a_closing_norm_is_used_only_where_none_feeds(build) -> None:
     for family, place in (("gemma2", "feeds"), ("olmo2", "closes")):
-        chosen = build(LaViFusion(every=2), family=family).fusion.chosen
+        chosen = build(LaViFusion(every=2), family=family).fusion.modulated_norms
         assert {(t.layer, t.role, t.place) for t in chosen} == {
             (layer, role, place) for layer in (1, 3) for role in ("attention", "ffn")
         }
@@ -56,7 +56,7 @@ def test_a_modulated_norm_is_the_norm_with_other_weights(build, family: str) -> 
     """ViLN: (gamma + dgamma) xhat + (beta + dbeta), whatever the family's norm computes and however small its input."""
     model = build(LaViFusion(every=2, targets=["attention", "ffn", "final"]), family=family)
     dgamma, dbeta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    for target in model.fusion.chosen:
+    for target in model.fusion.modulated_norms:
         norm = target.norm
         other = copy.deepcopy(norm)
         weight = getattr(other, "weight", None)

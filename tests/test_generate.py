@@ -56,7 +56,7 @@ class Case:
         return self.fusion.startswith(OWN_CACHE)
 
     @property
-    def text_alone(self) -> bool:
+    def text_only_input(self) -> bool:
         return self.fusion.startswith(TEXT_ALONE)
 
     def batch(self, *rows: int) -> Batch:
@@ -81,9 +81,9 @@ def make(build: Callable[..., VisionLanguageModel], family: str, fusion: str) ->
     router = getattr(model.fusion, "router", None)
     for seed in range(50 if router is not None else 0):
         awaken(router, seed)
-        model.fusion.ways.clear()
+        model.fusion.route_counts.clear()
         model.generate(prompts(model, PROMPTS), max_new_tokens=1)
-        if len(model.fusion.ways) > 1:
+        if len(model.fusion.route_counts) > 1:
             break
     return model
 
@@ -162,7 +162,7 @@ def test_another_cache_answers_alike_or_is_refused(case: Case, name: str) -> Non
 def test_drafts_change_no_answer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of two right tokens and a wrong one: what was read for the wrong one has to be forgotten."""
     row, read = 1, []
-    prompt = case.batch(row).input_ids.shape[1] if case.text_alone else 0
+    prompt = case.batch(row).input_ids.shape[1] if case.text_only_input else 0
 
     def draft(self: PromptLookupCandidateGenerator, ids: Tensor) -> tuple[Tensor, None]:
         said = ids.shape[1] - prompt
@@ -180,7 +180,7 @@ def test_drafts_change_no_answer(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_prompt_read_in_chunks_answers_alike_or_is_refused(case: Case) -> None:
-    if case.text_alone:
+    if case.text_only_input:
         assert case.generate(prefill_chunk_size=5) == case.answers
     else:
         with pytest.raises(UserError, match="prefill_chunk_size works on text alone: leave it out"):
@@ -238,9 +238,9 @@ def test_a_route_is_counted_once_a_sample(build) -> None:  # type: ignore[no-unt
     model = make(build, "qwen2", "visor-routed")
     counted = []
     for copies in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4}):
-        model.fusion.ways.clear()
+        model.fusion.route_counts.clear()
         model.generate(prompts(model, PROMPTS), max_new_tokens=2, **copies)
-        counted.append(Counter(model.fusion.ways))
+        counted.append(Counter(model.fusion.route_counts))
     assert len(counted[0]) == 2, "both went one way"
     assert counted == [counted[0]] * 3
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from datamodules import inspect
-from datamodules.inspect import look, pictures_of
+from datamodules.inspect import pictures_of, scan
 from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.shards.write import ShardJob, shard_jobs, write_shards
@@ -128,7 +128,7 @@ def test_the_numbers_are_those_of_the_index(run, shards: Path, tokenizer: str) -
     assert f"bytes of mp4 {statistics['sizes']['mp4']:,}" in shown
     assert f"< 64 {sum(1 for n in range(16) if n % 4 in (0, 1, 1, 2)) + 4}" in shown  # widths: 30 to 45, frames twice
     assert "tokens of a sample" in shown
-    found = look((raw for shard in find_shards(str(shards)) for raw in read_shard(shard)), check=True)
+    found = scan((raw for shard in find_shards(str(shards)) for raw in read_shard(shard)), check=True)
     assert found.counts.summary() == statistics
 
 
@@ -218,7 +218,7 @@ def test_a_video_shows_its_first_middle_and_last_frame() -> None:
 def test_samples_kept_for_the_sheet_come_from_everywhere() -> None:
     said = json.dumps({"captions": ["x"]}).encode()
     records = [{"__key__": f"{n:03d}", "json": said} for n in range(1000)]
-    kept = [int(raw["__key__"]) for raw in look(records, check=False, sheet=40).sheet]
+    kept = [int(raw["__key__"]) for raw in scan(records, check=False, sheet=40).sheet]
     assert len(set(kept)) == 40
     assert min(kept) < 200 < 800 < max(kept)
 
@@ -248,7 +248,7 @@ def test_images_that_are_missing_are_named_without_decoding(run, tmp_path: Path)
 def test_what_cannot_be_written_or_read_is_said_before_the_work(  # type: ignore[no-untyped-def]
     run, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "look", lambda *given, **more: pytest.fail("it looked"))
+    monkeypatch.setattr(inspect, "scan", lambda *given, **more: pytest.fail("it looked"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for arguments, words in [
         (("--sheet", tmp_path / "sheet.txt"), "cannot be written as '.txt': name it .png, .pdf or .svg"),
@@ -302,5 +302,5 @@ def test_noise_instead_of_data_is_counted_and_never_a_traceback(run, shards: Pat
 
 
 def test_a_broken_sample_is_named_with_its_folders() -> None:
-    found = look([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
+    found = scan([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
     assert found.broken == {"its .json member is not JSON": ["sub/a"]}

@@ -15,7 +15,7 @@ from lavi.language.subsequence import (
     Span,
     causal_mask,
     check_kernel,
-    narrowed,
+    layer_kwargs_for_subset,
     rows_only,
     take,
     window_of,
@@ -87,7 +87,9 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 def narrow(columns: Tensor, valid: Tensor | None, span: Span, *, config: Any = PLAIN, kernel: str = "sdpa") -> Any:
     cache = LayeredCache(config)
-    return narrowed(arguments(), columns, valid, span, cache=cache, layer=1, kernel=kernel, dtype=torch.float32)
+    return layer_kwargs_for_subset(
+        arguments(), columns, valid, span, cache=cache, layer=1, kernel=kernel, dtype=torch.float32
+    )
 
 
 def test_a_prompt_s_columns_keep_their_positions() -> None:
@@ -100,7 +102,7 @@ def test_a_prompt_s_columns_keep_their_positions() -> None:
         assert torch.equal(found["position_embeddings"][0][row], cos[0, columns[row]])
         assert torch.equal(found["position_embeddings"][1][row], sin[row, columns[row]])
     assert found["attention_mask"] is None  # plain causal attention: the kernel's own
-    without = narrowed(
+    without = layer_kwargs_for_subset(
         arguments(position_ids=None, position_embeddings=None),
         columns,
         None,
@@ -157,7 +159,7 @@ def test_only_what_needs_a_mask_gets_one() -> None:
 
 def test_positions_that_are_a_bias_are_refused() -> None:
     with pytest.raises(UserError, match="ALiBi"):
-        narrowed(
+        layer_kwargs_for_subset(
             {"alibi": torch.zeros(1)},
             SIX,
             None,
@@ -227,13 +229,13 @@ def test_beams_move_with_all_that_is_kept_of_them() -> None:
         group.arranged = 3
         group.update(draw(3, 2, 3, 4), draw(3, 2, 3, 4), 1)
         group.cross = {0: (draw(3, 2),)}
-    assert [len(kept) for kept in (cache.held(), cache.keys_values())] == [4, 8]
-    before = [kept.clone() for kept in (*cache.keys_values(), *cache.held())]
+    assert [len(kept) for kept in (cache.cached_tensors(), cache.keys_values())] == [4, 8]
+    before = [kept.clone() for kept in (*cache.keys_values(), *cache.cached_tensors())]
     order = torch.tensor([2, 0, 0, 3, 5, 4])
     cache.reorder_cache(order)
     inside = (order[:3], order[3:] - 3)
     orders = [order] * 4 + [inside[0]] * 2 + [inside[1]] * 2 + [order] * 2 + list(inside)
-    for was, now, moved in zip(before, (*cache.keys_values(), *cache.held()), orders, strict=True):
+    for was, now, moved in zip(before, (*cache.keys_values(), *cache.cached_tensors()), orders, strict=True):
         assert torch.equal(now, was[moved])
 
 

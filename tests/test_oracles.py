@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch
 from lavi.checkpoints.run_folder import load_trained
-from lavi.checkpoints.weight_files import kept_names, write_state
-from lavi.fusion.arrangement import asking_columns
+from lavi.checkpoints.weight_files import saved_parameter_names, write_state
+from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
@@ -112,7 +112,7 @@ def test_without_an_image_the_language_model_answers(model: VisionLanguageModel)
     batch = collate(model, SAMPLES).without_images()
     with torch.no_grad():
         alone, bare = model(batch), bare_logits(model, batch)
-        exact = len(model.fusion.ways) < 2  # rows that are run in groups round in another order
+        exact = len(model.fusion.route_counts) < 2  # rows that are run in groups round in another order
         for index in range(len(SAMPLES)):
             said, expected = row(alone, batch, index), row(bare, batch, index)
             assert torch.equal(said, expected) if exact else torch.allclose(said, expected, atol=1e-5)
@@ -134,7 +134,7 @@ def test_later_tokens_change_no_earlier_logits(model: VisionLanguageModel) -> No
     batch = collate(model, SAMPLES[:2])
     # What is chosen by the question may depend on all of it, and on nothing that is answered.
     whole = isinstance(model.fusion, PruningFusion) or getattr(model.fusion, "router", None) is not None
-    first = max(asking_columns(batch)) + 1 if whole else 8
+    first = max(last_prompt_columns(batch)) + 1 if whole else 8
     changed = copy.deepcopy(batch)
     changed.input_ids[:, first:] = (changed.input_ids[:, first:] + 7) % 300
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_later_tokens_change_no_earlier_logits(model: VisionLanguageModel) -> No
 def test_an_image_changes_what_follows_it_and_nothing_before(model: VisionLanguageModel) -> None:
     awaken(model.fusion)
     one, other = (collate(model, [ask("hello there", seed, "what colour?", answer="red")]) for seed in (1, 2))
-    place = one.places[0].column
+    place = one.image_slots[0].column
     with torch.no_grad():
         a, b = model(one), model(other)
     torch.testing.assert_close(a[:, :place], b[:, :place], atol=1e-6, rtol=1e-5)
@@ -289,7 +289,7 @@ def test_the_final_norm_s_deltas_depend_on_what_it_gets(build) -> None:
         )
     norm = model.language.hf.model.norm
     hidden = torch.randn(*batch.input_ids.shape, model.language.width, requires_grad=True)
-    with context.around_stack():
+    with context.during_stack():
         found = norm(hidden)
     (deltas,) = model.fusion.deltas(4, hidden, context.visual, context.mask)
     with modulated([norm], [deltas]):
@@ -340,7 +340,7 @@ def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_pat
     model = build(FUSIONS[name](), family=family)
     awaken(model.fusion)
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
-    kept = {key: tensor for key, tensor in module.state_dict().items() if key in kept_names(module)}
+    kept = {key: tensor for key, tensor in module.state_dict().items() if key in saved_parameter_names(module)}
     if (kind := name.removeprefix("lavi-")) in LOOKS:
         own = {"vision_norm.weight", "vision_norm.bias", "deltas.weight", "deltas.bias"} | LOOKS[kind]
         expected = {f"model.fusion.generators.{layer}.{key}" for layer in (1, 3) for key in own}

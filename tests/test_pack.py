@@ -1,4 +1,4 @@
-"""Packing: every kind of source, what is refused and skipped, and runs that are killed at any moment."""
+"""TileArrangement: every kind of source, what is refused and skipped, and runs that are killed at any moment."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from conftest import FAMILIES, ask, awaken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.batches import packed
+from datamodules.batches import pack_rows
 from datamodules.image_text import ImageTextData
 from lavi.batch import IGNORE, Batch
 from lavi.data.chat import Encoded
-from lavi.data.collator import Ready
+from lavi.data.collator import EncodedSample
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -92,14 +92,14 @@ def test_a_fusion_that_would_mix_them_refuses(build, fusion: Any) -> None:  # ty
         model(together)
 
 
-def ready(length: int, key: str) -> Ready:
-    return Ready(key, Encoded([0] * length, [IGNORE] * length, [], []), torch.zeros(0, 3, 8, 8), [], length)
+def ready(length: int, key: str) -> EncodedSample:
+    return EncodedSample(key, Encoded([0] * length, [IGNORE] * length, [], []), torch.zeros(0, 3, 8, 8), [], length)
 
 
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_rows_hold_every_sample_once_and_no_more_than_fits(lengths: list[int]) -> None:
     samples = [ready(length, str(number)) for number, length in enumerate(lengths)]
-    rows = packed(samples, 50)
+    rows = pack_rows(samples, 50)
     assert Counter(one.key for row in rows for one in row) == Counter(one.key for one in samples)
     assert all(sum(one.length for one in row) <= 50 for row in rows)
     assert len(rows) <= 2 * -(-sum(lengths) // 50) + 1  # first fit: at most one row is half empty

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ask, image
 
-from lavi.batch import IGNORE, Answer, ImagePlace, Layout, Sample, Video
+from lavi.batch import IGNORE, Answer, ImageSlot, Layout, Sample, Video
 from lavi.data.chat import Encoded, Turn
-from lavi.data.collator import Ready
+from lavi.data.collator import EncodedSample
 from lavi.data.processor import Processor, TooLong
 from lavi.data.tiling import AnyRes
 from lavi.data.timestamps import time_instruction
@@ -21,7 +21,7 @@ from lavi.model import VisionLanguageModel
 SMALL, LARGE = Layout(size=(4, 4)), Layout(views=2, video=True)
 
 
-def ready(key: str, length: int, *, images: dict[int, Layout] | None = None, source: str = "") -> Ready:
+def ready(key: str, length: int, *, images: dict[int, Layout] | None = None, source: str = "") -> EncodedSample:
     """A sample of ``length`` ids from 10 times its key on; the last two are an answer."""
     images = images or {}
     ids = [10 * int(key) + number for number in range(length)]
@@ -29,7 +29,7 @@ def ready(key: str, length: int, *, images: dict[int, Layout] | None = None, sou
     encoded = Encoded(ids, labels, list(images), [Turn(length - 2, length, f"family {key}", "easy")])
     views = sum(layout.views for layout in images.values())
     pixels = torch.full((views, 3, 2, 2), float(key))
-    return Ready(key, encoded, pixels, list(images.values()), length, source)
+    return EncodedSample(key, encoded, pixels, list(images.values()), length, source)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_rows_are_padded_on_one_side(processor: Processor, left: bool) -> None:
         padding = ~batch.attention_mask[row]
         assert (batch.input_ids[row][padding] == pad).all()
         assert (batch.labels[row][padding] == IGNORE).all()
-    assert batch.places == [
-        ImagePlace(0, moved[0] + 1, SMALL),
-        ImagePlace(0, moved[0] + 5, LARGE),
-        ImagePlace(2, moved[2], SMALL),
+    assert batch.image_slots == [
+        ImageSlot(0, moved[0] + 1, SMALL),
+        ImageSlot(0, moved[0] + 5, LARGE),
+        ImageSlot(2, moved[2], SMALL),
     ]
     assert batch.answers == [
         Answer(row, moved[row] + len(ids) - 2, moved[row] + len(ids), f"family {row + 1}", "easy")
@@ -74,7 +74,7 @@ def test_a_row_may_hold_several_samples(processor: Processor) -> None:
     assert batch.input_ids[0].tolist() == [20, 21, 22, 10, 11, 12, 13, 14]
     assert batch.spans == [(0, 8), (0, 4)]
     assert batch.packed == [[(0, 3), (3, 8)], [(0, 4)]]
-    assert [place.column for place in batch.places] == [3 + 1, 3 + 5, 0]
+    assert [place.column for place in batch.image_slots] == [3 + 1, 3 + 5, 0]
     assert [(a.row, a.start, a.stop) for a in batch.answers] == [(0, 1, 3), (0, 6, 8), (1, 2, 4)]
     assert batch.keys == ["2", "1", "3"]
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 1, 1, 3]
@@ -83,12 +83,12 @@ def test_a_row_may_hold_several_samples(processor: Processor) -> None:
 
 def test_a_sample_that_stands_in_keeps_its_place_and_counts_for_nothing(processor: Processor) -> None:
     filler = ready("4", 4, images={2: SMALL})
-    filler.stands_in = True
+    filler.is_filler = True
     batch = processor.collate([SECOND, filler])
     assert batch.input_ids[1].tolist() == [40, 41, 42, 43]
     assert (batch.labels[1] == IGNORE).all()
     assert [answer.row for answer in batch.answers] == [0]
-    assert len(batch.places) == len(batch.pixels) == 1
+    assert len(batch.image_slots) == len(batch.pixels) == 1
 
 
 def test_a_sample_is_its_words_and_the_views_of_its_images(build: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> N
     sample = ask(1, "what?", answer="red")
     found = processor.encode(sample)
     text = len(found.encoded.ids)
-    exact = Processor(processor.chat, processor.vision, processor.tiling, processor.tokens_of, found.length)
+    exact = Processor(processor.chat, processor.vision, processor.tiling, processor.count_visual_tokens, found.length)
     assert exact.encode(sample).length == found.length == text + 16
     exact.context_length -= 1
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor
         processor.chat,
         processor.vision,
         processor.tiling,
-        processor.tokens_of,
+        processor.count_visual_tokens,
         processor.context_length,
         timestamps=True,
     ).encode(sample)

@@ -64,7 +64,7 @@ def test_what_stays_is_what_the_last_token_attends_to_most(build, family: str) -
         plain.load_state_dict(concat.language.hf.state_dict())
         attention = plain(**inputs.sequence(), output_attentions=True).attentions[0]
         scores = attention.mean(1)[0, -1]  # (S,)
-        place = batch.places[0].column
+        place = batch.image_slots[0].column
         best = (scores[place : place + 16].topk(4).indices + place).sort().values
         out, _ = pruned.prefill(batch, pruned.features(batch.pixels))
     stage = out.past_key_values.kept["stages"][0]

@@ -29,7 +29,9 @@ def test_shares_are_those_of_one_query(
     """Means over heads, of which two share a key; of keys before it, in its window of columns, that are no padding."""
     query, key = draw(2, 4, 6, 8), draw(2, 2, 6, 8, seed=1)
     ranking = Ranking("sdpa", at=AT, columns=COLUMNS, valid=valid)
-    ranking.look(query.requires_grad_(), key, scaling=scaling, softcap=softcap, sliding_window=window, dropout=0.0)
+    ranking.record_scores(
+        query.requires_grad_(), key, scaling=scaling, softcap=softcap, sliding_window=window, dropout=0.0
+    )
     found = ranking.scores
     assert found is not None
     assert not found.requires_grad
@@ -51,7 +53,7 @@ def test_shares_are_those_of_one_query(
 
 def test_shares_are_computed_in_fp32() -> None:
     ranking = Ranking("sdpa", at=AT, columns=COLUMNS, valid=None)
-    ranking.look(draw(2, 4, 6, 8).bfloat16(), draw(2, 2, 6, 8, seed=1).bfloat16())
+    ranking.record_scores(draw(2, 4, 6, 8).bfloat16(), draw(2, 2, 6, 8, seed=1).bfloat16())
     assert ranking.scores is not None
     assert ranking.scores.dtype == torch.float32
     torch.testing.assert_close(ranking.scores.sum(1), torch.ones(2))

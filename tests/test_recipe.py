@@ -54,7 +54,7 @@ def test_a_recipe_of_published_checkpoints_builds_on_meta(
     assert all(any(name.startswith(f"{part}.") for name in trained) for part in named)
     assert sum(p.numel() for p in model.language.parameters()) > 4e8
     batch = model.processor.collate([model.processor.encode(ask(1, "what is this?", answer="a cat"))])
-    assert len(batch.pixels) == batch.places[0].views
+    assert len(batch.pixels) == batch.image_slots[0].views
 
 
 @pytest.mark.parametrize("name", ["lavi_conv", "llama", "clip"])

@@ -30,7 +30,7 @@ from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
 from lavi.reduction.resampler import PerceiverResampler
 from lavi.reduction.visionzip import VisionZip
 from lavi.training.module import VisionLanguageModule
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 from lavi.vision.hf import HFVision
 from lavi.visor.fusion import VisorFusion
 
@@ -79,8 +79,8 @@ def test_every_reducer_composes_with_every_fusion(make, name: str, fusion: str) 
     awaken(model.fusion)
     batch = collate(model, SAMPLES)
     features = model.features(batch.pixels)
-    assert features.shape == (3, tokens, model.seen.width)
-    assert model.seen.tokens == tokens
+    assert features.shape == (3, tokens, model.feature_spec.width)
+    assert model.feature_spec.tokens == tokens
     with torch.no_grad():
         together = model(batch)
         for index, sample in enumerate(SAMPLES):
@@ -281,7 +281,7 @@ def test_reducers_say_what_they_leave() -> None:
 
 def test_grids_need_not_be_square() -> None:
     tokens = torch.randn(2, 32, 24)
-    wide: Any = SimpleNamespace(prefix=0, width=24, tokens=32, grid=(4, 8), seen=Seen(24, 32, (4, 8)))
+    wide: Any = SimpleNamespace(prefix=0, width=24, tokens=32, grid=(4, 8), seen=FeatureSpec(24, 32, (4, 8)))
     squares = tokens.reshape(2, 2, 2, 4, 2, 24)
     shuffle, average = PixelShuffle(), AveragePooling()
     for reducer, expected in (
@@ -333,7 +333,7 @@ def test_controls_take_tokens_in_the_order_of_the_grid() -> None:
     assert draws[0] == draws[1]
     assert len({tuple(draw) for draw in draws}) == 4
     assert all(draw == sorted(set(draw)) for draw in draws)
-    assert bound(RandomTokens(keep=5)).places == bound(RandomTokens(keep=5, seed=0)).places
+    assert bound(RandomTokens(keep=5)).indices == bound(RandomTokens(keep=5, seed=0)).indices
 
 
 def test_visionzip_reads_its_tower_anew_each_time() -> None:
@@ -363,7 +363,7 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
 )
 def test_towers_whose_attention_cannot_be_read_are_refused(config: Any, words: str) -> None:
     class Tower(nn.Module):
-        prefix, width, tokens, grid, seen = 0, 24, 16, (4, 4), Seen(24, 16, (4, 4))
+        prefix, width, tokens, grid, seen = 0, 24, 16, (4, 4), FeatureSpec(24, 16, (4, 4))
 
         def __init__(self) -> None:
             super().__init__()

@@ -250,9 +250,9 @@ def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: 
 
 def test_right_and_likely_are_told_sample_by_sample(real: Any) -> None:
     model = Scripted(real, SURE)
-    with real.fusion.going((1,)):
-        found = dict(offline.right(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
-        shares = dict(offline.likely(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+    with real.fusion.force_route((1,)):
+        found = dict(offline.answer_correct(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+        shares = dict(offline.answer_probability(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
     assert found == {"a": [True], "b": [True], "c": [False], "d": [False], "e": [True]}
     assert shares == {key: [pytest.approx(share, rel=1e-4)] for key, share in SURE[(1,)].items()}
 

@@ -27,7 +27,7 @@ from lavi.checkpoints import model_folder, run_folder
 from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.run_folder import LAST, LOCK, RECIPE, TRAINED, new_run_folder, remove_unused, step_of
 from lavi.checkpoints.weight_files import replacing
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError
 
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -380,11 +380,11 @@ time.sleep(600)
 
 def test_only_the_first_rank_holds_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
-    with run_folder.held(tmp_path):
-        with pytest.raises(UserError, match="another process is training"), run_folder.held(tmp_path):
+    with run_folder.lock_run_folder(tmp_path):
+        with pytest.raises(UserError, match="another process is training"), run_folder.lock_run_folder(tmp_path):
             pass
         monkeypatch.setattr(run_folder, "is_first_rank", lambda: False)
-        with run_folder.held(tmp_path):
+        with run_folder.lock_run_folder(tmp_path):
             pass
 
 
@@ -396,10 +396,13 @@ def test_a_file_system_without_locks_is_trained_on_all_the_same(
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     number = errno.ENOLCK
-    with run_folder.held(tmp_path):
+    with run_folder.lock_run_folder(tmp_path):
         pass
     number = errno.EROFS
-    with pytest.raises(UserError, match=r"nothing can be written into .*Read-only"), run_folder.held(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"nothing can be written into .*Read-only"),
+        run_folder.lock_run_folder(tmp_path),
+    ):
         pass
 
 
@@ -526,7 +529,7 @@ def test_what_the_system_refuses_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lavi", "--out=given/here"])
 
-    @front
+    @cli_entry_point
     def main() -> None:
         raise error
 
@@ -548,7 +551,7 @@ def test_what_the_system_refuses_is_one_sentence(
 def test_faults_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(sys, "argv", ["lavi", "--out=given/here"])
 
-    @front
+    @cli_entry_point
     def main() -> None:
         raise error
 

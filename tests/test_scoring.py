@@ -78,7 +78,7 @@ def test_prompts_are_answered_so_many_at_a_time_and_padded_on_the_left(scorer: S
     scorer.finish()
     batches = [batch for batch, _ in scorer.model.batches]  # type: ignore[union-attr]
     assert [batch.keys for batch in batches] == [["0", "1"], ["0", "1"], ["2", "3"], ["2", "3"], ["4"], ["4"]]
-    assert [len(batch.places) for batch in batches] == [2, 0, 2, 0, 1, 0]
+    assert [len(batch.image_slots) for batch in batches] == [2, 0, 2, 0, 1, 0]
     assert all(stop == batch.input_ids.shape[1] for batch in batches for _, stop in batch.spans)
     assert {tokens for _, tokens in scorer.model.batches} == {16}  # type: ignore[union-attr]
     assert scorer.prompts == 5

@@ -448,8 +448,8 @@ def test_buckets_pad_less_and_lose_nothing(build, scenes: Path) -> None:
 
     def lengths(batch: Batch) -> list[int]:
         visual = Counter(dict.fromkeys(range(len(batch)), 0))
-        for place in batch.places:
-            visual[place.row] += processor.tokens_of(place.layout)
+        for place in batch.image_slots:
+            visual[place.row] += processor.count_visual_tokens(place.layout)
         return [stop - start + visual[row] for row, (start, stop) in enumerate(batch.spans)]
 
     padded = {k: sum(max(lengths(b)) * len(b) - sum(lengths(b)) for b in found) for k, found in batches.items()}
@@ -474,7 +474,7 @@ def test_batches_hold_what_the_contract_says(build, scenes: Path) -> None:
     batch = next(iter(ImageTextData(processor, train=str(scenes / "train"), batch_size=16).stream("train")))
     rows, width = batch.input_ids.shape
     assert batch.labels.shape == batch.attention_mask.shape == (rows, width) == (16, width)
-    assert len(batch.pixels) == sum(place.views for place in batch.places)
+    assert len(batch.pixels) == sum(place.views for place in batch.image_slots)
     assert batch.attention_mask.sum(1).tolist() == [stop - start for start, stop in batch.spans]
     assert Counter(len(k) for k in batch.keys) == {12: 16}
     for answer in batch.answers:

@@ -152,7 +152,7 @@ def test_a_full_disk_is_not_waited_for() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        sources.patiently(ask, "it")
+        sources.retry(ask, "it")
     assert len(asked) == 1
 
 

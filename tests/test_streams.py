@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
-from datamodules.batches import Encoder, HeldOut, Skipped, without_last_turn
+from datamodules.batches import Encoder, EvalStream, Skipped, without_last_turn
 from datamodules.formats.conversations import Reading, conversation_of, decode, messages_of
 from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import read
-from datamodules.shards.read import BrokenSample, Place, ShardStream, Slot, read_shard
+from datamodules.shards.read import BrokenSample, ShardStream, Slot, StreamPosition, read_shard
 from datamodules.shards.sources import find_shards
 from lavi.batch import IGNORE, Sample, Video
 from lavi.data.processor import Processor
@@ -70,18 +70,18 @@ def test_every_place_of_a_stream_is_one_to_go_on_from(
     stream = ShardStream(find_shards(source), seed, shuffle, resampled)
     slot = Slot(0, 1, 1, 2)
 
-    def some(place: Place, count: int) -> list[tuple[Place, str]]:
+    def some(place: StreamPosition, count: int) -> list[tuple[StreamPosition, str]]:
         records = ((place, raw["__key__"]) for place, raw in stream.records(slot, place) if raw is not None)
         return [next(records) for _ in range(count)]
 
-    whole = some(Place(), 160)
-    place = whole[stop - 1][0] if stop else Place()
+    whole = some(StreamPosition(), 160)
+    place = whole[stop - 1][0] if stop else StreamPosition()
     assert some(place, 160 - stop) == whole[stop:]
 
 
 def test_going_on_opens_one_shard_however_far_the_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = ShardStream(find_shards(said("k", 400, tmp_path)), seed=0, shuffle=10)
-    records = stream.records(Slot(), Place())
+    records = stream.records(Slot(), StreamPosition())
     middle = [next(records)[0] for _ in range(355)][-1]
     opened: list[str] = []
     really = read.open_shard
@@ -173,7 +173,7 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
     source = Path(said("k", 50, tmp_path))
     for file in source.glob("*.tar"):
         file.unlink()
-    records = ShardStream(find_shards(str(source)), shuffle=1000).records(Slot(), Place())
+    records = ShardStream(find_shards(str(source)), shuffle=1000).records(Slot(), StreamPosition())
     place, one = next(records)
     assert one is not None
     assert (place.shard, one["__lost__"]) == (0, 10)
@@ -297,7 +297,7 @@ def test_held_out_samples_are_shared_without_loss_and_in_step(
     members = [(f"k{i:05d}.json", b"{nope" if 4 <= i < 8 else json.dumps(GOOD).encode()) for i in range(min(count, 30))]
     write_tar(shard, members)
     streams = [ShardStream(find_shards(source))]
-    held = [HeldOut(streams, Encoder(processor, Reading()), 4, 1.0, rank, ranks) for rank in range(ranks)]
+    held = [EvalStream(streams, Encoder(processor, Reading()), 4, 1.0, rank, ranks) for rank in range(ranks)]
     read = [list(one) for one in held]
     assert {len(batches) for batches in read} == {length_hint(one) for one in held}
     counted = [batch for batches in read for batch in batches if batch.answers]

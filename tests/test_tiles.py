@@ -16,7 +16,7 @@ from lavi.data.tiling import AnyRes, OneView
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
-from lavi.fusion.tile_arrangement import Packing
+from lavi.fusion.tile_arrangement import TileArrangement
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.vision.hf import HFVision
@@ -96,8 +96,8 @@ def theirs(ours: VisionLanguageModel) -> LlavaOnevisionForConditionalGeneration:
 def their_ids(ours: VisionLanguageModel, batch: Batch, token: int) -> Tensor:
     """The ids of a batch of one row, their placeholder standing once for each visual token."""
     ids = batch.input_ids[0].tolist()
-    for place in reversed(batch.places):
-        ids[place.column : place.column] = [token] * ours.processor.tokens_of(place.layout)
+    for place in reversed(batch.image_slots):
+        ids[place.column : place.column] = [token] * ours.processor.count_visual_tokens(place.layout)
     return torch.tensor([ids])
 
 
@@ -125,10 +125,10 @@ def test_one_image_is_seen_as_transformers_llava_onevision_sees_it(ours, theirs,
     torch.testing.assert_close(batch.pixels, given["pixel_values"][0], atol=1e-6, rtol=0)  # equal crops
     with torch.no_grad():
         expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits
-        tokens = ours.processor.tokens_of(batch.places[0].layout)
+        tokens = ours.processor.count_visual_tokens(batch.image_slots[0].layout)
         features = theirs.model.get_image_features(**given).pooler_output[0]
         assert len(features) == tokens  # equal counts
-        start = batch.places[0].column
+        start = batch.image_slots[0].column
         logits = ours(batch)[0]
     torch.testing.assert_close(logits[start:], expected[0, start + tokens :], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[:start], expected[0, :start], atol=1e-4, rtol=1e-4)
@@ -142,7 +142,7 @@ def test_several_images_are_seen_as_transformers_sees_them(ours, theirs) -> None
     with torch.no_grad():
         expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits[0]
         logits = ours(batch)[0]
-    start = batch.places[0].column
+    start = batch.image_slots[0].column
     torch.testing.assert_close(logits[start:], expected[-len(logits[start:]) :], atol=1e-4, rtol=1e-4)
 
 
@@ -150,13 +150,13 @@ def test_a_video_is_seen_as_transformers_sees_it(ours, theirs) -> None:  # type:
     frames = [picture((40, 30), seed) for seed in range(5)]
     content = [{"type": "video"}, {"type": "text", "text": "what moves?"}]
     batch = collate(ours, [Sample("v", [{"role": "user", "content": content}], [Video(frames)])], prompt=True)
-    layout = batch.places[0].layout
+    layout = batch.image_slots[0].layout
     assert layout == Layout(views=5, video=True)
-    assert ours.processor.tokens_of(layout) == 5 * 4 + 1  # 3 x 3 pooled to 2 x 2, and the newline
+    assert ours.processor.count_visual_tokens(layout) == 5 * 4 + 1  # 3 x 3 pooled to 2 x 2, and the newline
     with torch.no_grad():
         expected = theirs(input_ids=their_ids(ours, batch, VIDEO_ID), pixel_values_videos=batch.pixels[None]).logits[0]
         logits = ours(batch)[0]
-    start = batch.places[0].column
+    start = batch.image_slots[0].column
     torch.testing.assert_close(logits[start:], expected[-len(logits[start:]) :], atol=1e-4, rtol=1e-4)
 
 
@@ -165,11 +165,11 @@ def test_the_published_counts(size: tuple[int, int]) -> None:
     width, height = size
     rows, columns = AnyRes().grid((height, width), (384, 384))
     layout = Layout(1 + rows * columns, (rows, columns), (height, width))
-    assert (layout.views, Packing((27, 27)).count(layout, 729, newline=True)) == PUBLISHED[size]
+    assert (layout.views, TileArrangement((27, 27)).count(layout, 729, newline=True)) == PUBLISHED[size]
 
 
 def test_32_frames_are_6273_tokens() -> None:
-    assert Packing((27, 27)).count(Layout(32, video=True), 729, newline=True) == 6273
+    assert TileArrangement((27, 27)).count(Layout(32, video=True), 729, newline=True) == 6273
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -177,8 +177,8 @@ def test_32_frames_are_6273_tokens() -> None:
 def test_as_many_tokens_as_counted(size: tuple[int, int], newline: bool) -> None:
     rows, columns = AnyRes().grid((size[1], size[0]), (SIDE, SIDE))
     layout = Layout(1 + rows * columns, (rows, columns), (size[1], size[0]))
-    packing = Packing((3, 3), budget=2)
-    packed = packing.pack(torch.randn(layout.views, 9, 8), layout, torch.zeros(8) if newline else None)
+    packing = TileArrangement((3, 3), budget=2)
+    packed = packing.arrange(torch.randn(layout.views, 9, 8), layout, torch.zeros(8) if newline else None)
     assert len(packed) == packing.count(layout, 9, newline=newline) > 9
 
 

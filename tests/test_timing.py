@@ -305,7 +305,7 @@ def test_a_model_that_raises_while_timed_loses_no_record(
     assert twin.error in own.knobs["timed alone"]
     _, rows = sweep_rows([own, twin])
     assert [row[-1] for row in rows] == [f"{own.mib['peak']:.4g}", twin.error]
-    table = rows_of(side_by_side([own, twin], twin))
+    table = group_tokens_by_row(side_by_side([own, twin], twin))
     assert table["not measured"] == ["-", twin.error]
     assert table["ms prefill, median (p10-p90)"] == ["32.00 (32.00-32.00)", "-"]
 
@@ -329,7 +329,7 @@ def test_models_that_do_not_fit_together_are_timed_alone_and_say_so(
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def rows_of(table: tuple[list[str], list[list[str]]]) -> dict[str, list[str]]:
+def group_tokens_by_row(table: tuple[list[str], list[list[str]]]) -> dict[str, list[str]]:
     """By what they are called."""
     return {row[0]: row[1:] for row in table[1]}
 
@@ -360,7 +360,7 @@ def test_tables_say_noisy_and_records_keep_the_numbers(
     tmp_path: Path, changes: dict[str, float], milliseconds: str, times: str
 ) -> None:
     own, concat = timed("lavi", 4.0, **changes), timed("concat", 8.0)
-    table = rows_of(side_by_side([own, concat], concat))
+    table = group_tokens_by_row(side_by_side([own, concat], concat))
     assert table["ms decode, median (p10-p90)"] == [milliseconds, "8.00 (7.20-8.80)"]
     assert table["decode, times the floor (interval)"] == [times, "2.00 (1.90-2.10)"]
     assert table["decode, times concatenation (interval)"] == [times, "-"]
@@ -386,7 +386,7 @@ def test_tables_say_noisy_and_records_keep_the_numbers(
 def test_records_without_turns_show_what_they_have() -> None:
     old = timed("lavi", 4.0)
     old.turns, old.ratios, old.intervals = {}, {}, {}
-    table = rows_of(side_by_side([old], None))
+    table = group_tokens_by_row(side_by_side([old], None))
     assert table["ms decode, median (p10-p90)"] == ["4.00 (3.60-4.40)"]
     assert not [name for name in table if "times" in name]
     assert turns_rows([old])[1] == []

@@ -24,7 +24,7 @@ from datamodules.formats.frames import from_frames
 from lavi.batch import Video
 from lavi.data import videos as video_files
 from lavi.data.frame_sampling import FrameSampling
-from lavi.data.timestamps import told_times
+from lavi.data.timestamps import add_timestamps
 from lavi.data.videos import is_video, read_video
 from lavi.errors import UserError
 
@@ -580,7 +580,7 @@ def test_times_are_told_behind_each_video() -> None:
     ]
     before = copy.deepcopy(messages)
     videos = [Video([frame] * 2, [0.5, 3.26], 12.0), Video([frame]), Video([frame], [1.0])]
-    told = told_times(messages, videos)
+    told = add_timestamps(messages, videos)
     assert messages == before
     assert [told[0], told[2]] == [before[0], before[2]]
     assert told[1]["content"] == [
@@ -592,7 +592,7 @@ def test_times_are_told_behind_each_video() -> None:
         {"type": "text", "text": "Its one frame is from 1.0 seconds.\n"},
     ]
     with pytest.raises(UserError, match="3 video parts and 2 videos"):
-        told_times(messages, videos[:2])
+        add_timestamps(messages, videos[:2])
 
 
 def test_extracted_frames_are_thinned_as_a_video_is(videos: dict[str, bytes]) -> None:

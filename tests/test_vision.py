@@ -181,7 +181,7 @@ def test_looking_leaves_the_tower_as_it_was(name: str) -> None:
     vision = fresh(name)
     before = [parameter.clone() for parameter in vision.parameters()]
     state, random = vision.train().state_dict(), torch.get_rng_state()
-    vision.look(vision.pixel_shape, class_token=False)
+    vision.infer_shapes(vision.pixel_shape, class_token=False)
     assert torch.equal(random, torch.get_rng_state())
     assert all(module.training for module in vision.modules())
     assert all(torch.equal(a, b) for a, b in zip(before, vision.parameters(), strict=True))
@@ -266,7 +266,7 @@ def test_a_new_kind_of_tower_is_its_features_and_its_preprocessing() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.patches = nn.Conv2d(3, 6, kernel_size=4, stride=4)
-            self.look((3, 8, 12), class_token=False)
+            self.infer_shapes((3, 8, 12), class_token=False)
 
         def preprocess(self, image: Image.Image) -> Tensor:
             return torch.from_numpy(np.array(image.resize((12, 8)), dtype=np.float32)).permute(2, 0, 1)

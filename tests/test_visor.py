@@ -16,7 +16,7 @@ from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.training.module import summed_loss
 from lavi.visor.fusion import VisorContext, VisorFusion
-from lavi.visor.offline import likely
+from lavi.visor.offline import answer_probability
 
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),
@@ -60,7 +60,7 @@ def test_optional_layers_switched_off_leave_the_language_model(build) -> None:
     """Where the image comes first, up to rounding: all positions are later by as many tokens."""
     model = build(VisorFusion(cross_attention=2, self_attention=2, configuration="none"))
     batch = collate(model, [ask(1, "what colour is the circle?", answer="red")])
-    batch.places = [batch.places[0]._replace(column=0)]
+    batch.image_slots = [batch.image_slots[0]._replace(column=0)]
     with torch.no_grad():
         torch.testing.assert_close(model(batch), bare_logits(model, batch), atol=1e-5, rtol=1e-4)
 
@@ -104,7 +104,7 @@ def test_a_routed_row_is_the_fixed_configuration(build, family: str) -> None:
             state = {k: v for k, v in model.fusion.state_dict().items() if not k.startswith("router")}
             fixed.fusion.load_state_dict(state)
             expected = fixed(batch)
-            with model.fusion.going(configuration):
+            with model.fusion.force_route(configuration):
                 assert torch.equal(model(batch), expected)
             model.fusion.router[3].weight.zero_()
             model.fusion.router[3].bias.copy_(torch.eye(4)[model.fusion.viable.index(configuration)])
@@ -133,7 +133,7 @@ def test_the_router_stands_where_the_ways_part(build) -> None:
     batch = collate(model, PROMPTS, prompt=True)
     fixed = build(VisorFusion(cross_attention=[0, 2], self_attention=[1, 3], configuration=[1]))
     fixed.fusion.load_state_dict({k: v for k, v in model.fusion.state_dict().items() if not k.startswith("router")})
-    with torch.no_grad(), model.fusion.going((1,)):
+    with torch.no_grad(), model.fusion.force_route((1,)):
         assert torch.equal(model(batch), fixed(batch))
 
 
@@ -142,7 +142,7 @@ def test_more_images_than_embeddings_stay_apart(build) -> None:
     model = build(VisorFusion(cross_attention=[0], self_attention=[1], max_images=1))
     awaken(model.fusion)
     one, other = (collate(model, [ask(1, "which image has the red circle?", seed, answer="first")]) for seed in (2, 3))
-    place = one.places[1].column
+    place = one.image_slots[1].column
     with torch.no_grad():
         torch.testing.assert_close(model(one)[:, :place], model(other)[:, :place], atol=1e-6, rtol=1e-5)
 
@@ -158,13 +158,13 @@ def test_a_token_reads_the_images_before_it(build, refining: int, pad_left: bool
         context = model.fusion(batch, model.features(batch.pixels), model.language).vision
     length = text if context.length is None else context.length
     assert (context.length is None) == (not refining)
-    stands = [[place.column for place in batch.places if place.row == r for _ in range(16)] for r in range(rows)]
+    stands = [[place.column for place in batch.image_slots if place.row == r for _ in range(16)] for r in range(rows)]
     for past, now, columns in (
         (0, length, range(text)),
         (0, length + 2, range(text + 2)),
         (length + 3, 2, range(text + 3, text + 5)),
     ):
-        mask = context.at(past, now).mask
+        mask = context.for_step(past, now).mask
         for mine, own in zip(mask, stands, strict=True):
             assert mine[:, : len(own)].tolist() == [[before <= column for before in own] for column in columns]
             assert not mine[:, len(own) :].any()
@@ -180,7 +180,7 @@ def test_caches_hold_what_each_layer_worked_on(build) -> None:
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     assert lengths == [text, text, text + 16, text]
     assert out.past_key_values.get_seq_length() == text + 16
-    assert [tuple(part.shape) for part in out.past_key_values.held()] == [(1, 4, 16, 8)] * 2
+    assert [tuple(part.shape) for part in out.past_key_values.cached_tensors()] == [(1, 4, 16, 8)] * 2
 
 
 def test_each_training_step_draws_a_viable_configuration(build) -> None:
@@ -226,7 +226,7 @@ def test_while_a_router_learns_the_cheapest_way_serves(build, tmp_path: Path, mo
     with torch.no_grad():
         model.train()(collate(model, SAMPLES), {})
         assert refined == []
-        with model.fusion.going((1, 3)):
+        with model.fusion.force_route((1, 3)):
             model(collate(model, SAMPLES), {})
     assert refined == [1, 3]
 
@@ -235,7 +235,7 @@ def test_likely_is_the_probability_of_the_whole_answer(build) -> None:  # type: 
     """Each of the right tokens, the end token among them: what the loss of the sample alone says."""
     model = build(VisorFusion(cross_attention=2, self_attention=1))
     awaken(model.fusion)
-    found = dict(likely(model, [collate(model, SAMPLES)], torch.device("cpu")))
+    found = dict(answer_probability(model, [collate(model, SAMPLES)], torch.device("cpu")))
     for sample in SAMPLES:
         alone = collate(model, [sample])
         with torch.no_grad():

@@ -66,7 +66,7 @@ def decode(raw: Raw, reading: Reading | None = None) -> Sample:
         BrokenSample: JSON that is none, no messages, no answer, an image or a video that does not open or was altered.
     """
     reading = reading or Reading()
-    said = said_by(raw)
+    said = parse_record(raw)
     try:
         messages = _messages(raw, said, reading)
         check_marks(raw, said, messages)
@@ -81,7 +81,7 @@ def decode(raw: Raw, reading: Reading | None = None) -> Sample:
 FORMS = ("messages", "conversations", "captions", "caption")
 
 
-def said_by(raw: Raw) -> dict[str, Any]:
+def parse_record(raw: Raw) -> dict[str, Any]:
     """A sample's JSON, after the checks that need no decoding; a ``.txt`` member is the ``caption`` of one without.
 
     Raises:
@@ -287,7 +287,7 @@ def conversation_of(raw: Raw) -> dict[str, Any]:
     Raises:
         BrokenSample: as :func:`decode`, for what is seen without decoding.
     """
-    said = said_by(raw)
+    said = parse_record(raw)
     if said.get("messages") is not None or said.get("conversations") is not None:
         try:
             check_marks(raw, said, _messages(raw, said, Reading()))

@@ -12,8 +12,9 @@ Nothing is lost in silence. A tar that is damaged or cut short reads, to most re
 end with its end mark and hold what its index says, and what is missing is counted. A member that was altered does not
 pass its checksum. Members of other types are never read, so that none is ever unpickled.
 
-The order of the samples is a function of (seed, epoch, rank, worker) alone, and a :class:`Place` in it is a shard, a
-record and how many of a shuffled block were taken: to resume is to read one block, whatever the length of the epoch.
+The order of the samples is a function of (seed, epoch, rank, worker) alone, and a :class:`StreamPosition` in it is a
+shard, a record and how many of a shuffled block were taken: to resume is to read one block, whatever the length of the
+epoch.
 """
 
 from __future__ import annotations
@@ -308,7 +309,7 @@ class Slot:
         return self.ranks * self.workers
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a slot stands in a stream: behind ``taken`` records of the block that starts at a record of a shard."""
 
     epoch: int = 0
@@ -365,12 +366,12 @@ class ShardStream:
 
     def epoch(self, epoch: int, slot: Slot) -> Iterator[Raw]:
         """One pass over this slot's shards."""
-        for _, raw in self.records(slot, Place(epoch)):
+        for _, raw in self.records(slot, StreamPosition(epoch)):
             if raw is None:
                 return
             yield raw
 
-    def records(self, slot: Slot, place: Place) -> Iterator[tuple[Place, Raw | None]]:
+    def records(self, slot: Slot, place: StreamPosition) -> Iterator[tuple[StreamPosition, Raw | None]]:
         """Records from a place on, without end, each with the place behind it; None when an epoch is complete."""
         for epoch in itertools.count(place.epoch):
             records = self._in_order(self.order(epoch, slot), place)
@@ -385,14 +386,14 @@ class ShardStream:
                 while block:  # emptied as it is used: the next one fills meanwhile
                     raw, taken = block.pop(), taken + 1
                     raw["__epoch__"] = epoch
-                    yield Place(epoch, *start, taken), raw
-                place = Place()
-            if not found and place == Place(epoch):
+                    yield StreamPosition(epoch, *start, taken), raw
+                place = StreamPosition()
+            if not found and place == StreamPosition(epoch):
                 raise UserError(f"there is not one sample in {self.order(epoch, slot)[0]} and those behind it.")
-            place = Place(epoch + 1)
+            place = StreamPosition(epoch + 1)
             yield place, None
 
-    def _in_order(self, shards: list[str], place: Place) -> Iterator[tuple[tuple[int, int], Raw]]:
+    def _in_order(self, shards: list[str], place: StreamPosition) -> Iterator[tuple[tuple[int, int], Raw]]:
         """Records with the shard and the record they are, from a place on."""
         for shard in range(place.shard, len(shards)):
             first = place.record if shard == place.shard else 0

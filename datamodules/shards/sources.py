@@ -196,7 +196,7 @@ def _read_bytes(file: str) -> bytes:
     if "://" not in file:
         return Path(file).read_bytes()
     store, path = fsspec.core.url_to_fs(file)
-    return cast(bytes, patiently(lambda: store.cat_file(path), file, may_be_missing=True))
+    return cast(bytes, retry(lambda: store.cat_file(path), file, may_be_missing=True))
 
 
 def open_shard(shard: str) -> BinaryIO:
@@ -222,7 +222,7 @@ def _piped(command: str) -> BinaryIO:
     return cast(BinaryIO, whole)
 
 
-def patiently(ask: Callable[[], Given], what: str, *, may_be_missing: bool = False) -> Given:
+def retry(ask: Callable[[], Given], what: str, *, may_be_missing: bool = False) -> Given:
     """Ask again, later and later, until it works.
 
     Args:
@@ -267,7 +267,7 @@ class RemoteFile(io.RawIOBase):
         self.ahead: tuple[int, Future[bytes]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lavi-read-ahead")
         self.store, self.path = fsspec.core.url_to_fs(url, **_settings(url))
-        self.size: int | None = patiently(lambda: self.store.info(self.path), url).get("size")
+        self.size: int | None = retry(lambda: self.store.info(self.path), url).get("size")
         if self.size is None:
             self._fetch_whole()
 
@@ -320,7 +320,7 @@ class RemoteFile(io.RawIOBase):
         if start >= stop:
             return b""
         if self.whole is None:
-            got = patiently(lambda: self._range(start, stop), self.url)
+            got = retry(lambda: self._range(start, stop), self.url)
             if got is not None:
                 return got
             self._fetch_whole()
@@ -351,7 +351,7 @@ class RemoteFile(io.RawIOBase):
             if self.size is not None and whole.tell() != self.size:
                 raise OSError(f"came as {whole.tell()} bytes, and is said to have {self.size}")
 
-        patiently(fetch, self.url)
+        retry(fetch, self.url)
         whole.flush()
         self.size = whole.tell()
         return cast(BinaryIO, whole)

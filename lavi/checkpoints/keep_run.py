@@ -16,7 +16,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import DATA, LAST, RANKS, cannot_write, check_trained, failed_write, log
-from lavi.checkpoints.weight_files import INHERITED, TRAINED, kept_names, opened, replacing, save_state
+from lavi.checkpoints.weight_files import (
+    INHERITED,
+    TRAINED,
+    open_safetensors,
+    replacing,
+    save_state,
+    saved_parameter_names,
+)
 from lavi.errors import UserError
 from lavi.recipe import Recipe
 
@@ -133,7 +140,7 @@ class KeepRun(Checkpoint):
         self.saved_step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        keep = kept_names(module)
+        keep = saved_parameter_names(module)
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
         checkpoint["recipe"] = self.recipe.yaml()
         checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(getattr(module, INHERITED, ()))
@@ -154,7 +161,7 @@ class KeepRun(Checkpoint):
         places, data = checkpoint.get(DATA), _data_of(trainer)
         if places is not None and data is not None:
             data.load_state_dict(places[trainer.global_rank])
-        with opened(self.folder / TRAINED) as weights:
+        with open_safetensors(self.folder / TRAINED) as weights:
             trained = (weights.metadata() or {}).get("step")
         if trainer.is_global_zero and trained != str(self.saved_step):
             log.warning("%s is of step %s; the run goes on from step %d.", TRAINED, trained, self.saved_step)

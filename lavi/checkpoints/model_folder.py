@@ -25,7 +25,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lavi.checkpoints.weight_files import fill, make_readable, opened, write_state
+from lavi.checkpoints.weight_files import load_into, make_readable, open_safetensors, write_state
 from lavi.config.paths import home_path
 from lavi.errors import UserError, reason
 from lavi.model import VisionLanguageModel
@@ -44,9 +44,9 @@ def build(recipe: Recipe) -> Any:
         return recipe.build("model", **provided)
 
 
-def settled(recipe: Recipe, model: VisionLanguageModel) -> Recipe:
+def with_resolved_arguments(recipe: Recipe, model: VisionLanguageModel) -> Recipe:
     """The recipe with what the model read from other files written out: a run does not change when they do."""
-    for key, value in model.fusion.settled().items():
+    for key, value in model.fusion.resolved_arguments().items():
         recipe = recipe.replaced(f"model.fusion.{key}", value)
     return recipe
 
@@ -76,7 +76,11 @@ def save_pretrained(model: VisionLanguageModel, folder: str | Path) -> None:
                 f"{folder} needs {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free there: make room, or "
                 "choose another folder."
             )
-        _write(model, settled(Recipe({"model": model.built_from}, {}, RECIPE), model).settings["model"], part)
+        _write(
+            model,
+            with_resolved_arguments(Recipe({"model": model.built_from}, {}, RECIPE), model).settings["model"],
+            part,
+        )
 
 
 def check_new_folder(folder: Path) -> None:
@@ -131,14 +135,14 @@ def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> No
     paths = {k: f"{INSIDE}{'vision' / v}" if isinstance(v, Path) else v for k, v in arguments.items()}
     node["vision"] = {TARGET: node["vision"][TARGET], **paths}
     Recipe({}, {}, RECIPE).replaced("model", node)  # refuses what could not be built again
-    write_state(_rest(model), folder / FUSION)
+    write_state(_other_weights(model), folder / FUSION)
     for file in folder.rglob("*.safetensors"):
         make_readable(file)
     text = yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110)
     (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
-def _rest(model: nn.Module) -> dict[str, Tensor]:
+def _other_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights outside the tower and the language model."""
     return {name: t for name, t in model.state_dict().items() if name.split(".")[0] not in ("vision", "language")}
 
@@ -166,10 +170,10 @@ def from_pretrained(folder: str | Path, *, trust: bool = False) -> VisionLanguag
             raise KeyError(TARGET)
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{file} has no section 'model' that names a component by {TARGET}.") from None
-    with opened(folder / FUSION) as weights:  # first, so that a newer lavi is named before what it brought
+    with open_safetensors(folder / FUSION) as weights:  # first, so that a newer lavi is named before what it brought
         recipe = Recipe({}, {}, str(file), trusted=trust).replaced("model", _resolved(node, folder))
         model = build(recipe)
-        fill(_rest(model), weights, folder / FUSION, reason="does not fit the model of its recipe")
+        load_into(_other_weights(model), weights, folder / FUSION, reason="does not fit the model of its recipe")
     return model.eval()
 
 

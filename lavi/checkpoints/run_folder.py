@@ -30,7 +30,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lavi.checkpoints.model_folder import RECIPE, build
-from lavi.checkpoints.weight_files import INHERITED, TRAINED, compare, fill, kept_names, opened
+from lavi.checkpoints.weight_files import (
+    INHERITED,
+    TRAINED,
+    check_compatible,
+    load_into,
+    open_safetensors,
+    saved_parameter_names,
+)
 from lavi.config.paths import home_path
 from lavi.errors import UserError, reason
 from lavi.model import VisionLanguageModel
@@ -88,7 +95,7 @@ def remove_unused(run: Path) -> None:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def lock_run_folder(run: Path) -> Iterator[None]:
     """Keep other processes from training into a run folder; of several ranks the first holds it for all.
 
     Raises:
@@ -122,8 +129,8 @@ def load_trained(module: nn.Module, file: Path) -> None:
     Raises:
         UserError: no such file, not readable, or not made by this recipe: names or shapes differ.
     """
-    with opened(file, instead=NO_RUN) as weights:
-        fill(_kept_in(weights, module), weights, file, reason="was made by another recipe")
+    with open_safetensors(file, instead=NO_RUN) as weights:
+        load_into(_kept_in(weights, module), weights, file, reason="was made by another recipe")
 
 
 def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
@@ -132,8 +139,8 @@ def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
     Raises:
         UserError: as :func:`load_trained`, or the run was trained by other ``ranks``.
     """
-    with opened(file, instead=NO_RUN) as weights:
-        compare(_kept_in(weights, module), weights, file, reason="was made by another recipe")
+    with open_safetensors(file, instead=NO_RUN) as weights:
+        check_compatible(_kept_in(weights, module), weights, file, reason="was made by another recipe")
         theirs = (weights.metadata() or {}).get(RANKS, ranks)
     if theirs != ranks:
         raise UserError(
@@ -146,7 +153,7 @@ def _kept_in(weights: Any, module: nn.Module) -> dict[str, Tensor]:
     """What an open file should hold of ``module``: more than what trains only if its recipe starts from a run."""
     if getattr(module, "start_from", None) is not None:
         cast(set[str], module.inherited).update(json.loads((weights.metadata() or {}).get(INHERITED, "[]")))
-    kept = kept_names(module)
+    kept = saved_parameter_names(module)
     return {name: parameter for name, parameter in module.named_parameters() if name in kept}
 
 

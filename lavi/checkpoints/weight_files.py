@@ -83,13 +83,13 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def kept_names(module: nn.Module) -> set[str]:
+def saved_parameter_names(module: nn.Module) -> set[str]:
     """Names of what differs from the original checkpoints: what trains, and what another run brought."""
     return trained_names(module) | getattr(module, INHERITED, set())
 
 
 @contextmanager
-def opened(file: Path, *, instead: str = "") -> Iterator[Any]:
+def open_safetensors(file: Path, *, instead: str = "") -> Iterator[Any]:
     """A file of weights, open for reading.
 
     Args:
@@ -114,7 +114,7 @@ def _refuse_newer(file: Path, header: Mapping[str, str]) -> None:
         raise UserError(f"{file} was written by lavi {theirs}, and this is lavi {ours}: upgrade lavi to read it.")
 
 
-def compare(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
+def check_compatible(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
     """Hold the names and shapes in an open file against those ``wanted``; loads nothing.
 
     Raises:
@@ -126,10 +126,10 @@ def compare(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: s
             some = ", ".join(sorted(names)[:3])
             raise UserError(f"{file} {reason}: it {kind} {len(names)} parameters ({some} ...).")
     for name, tensor in wanted.items():
-        compare_shape(tensor, weights, name, file, reason=reason)
+        check_shape(tensor, weights, name, file, reason=reason)
 
 
-def compare_shape(tensor: Tensor, weights: Any, name: str, file: Path, *, reason: str) -> None:
+def check_shape(tensor: Tensor, weights: Any, name: str, file: Path, *, reason: str) -> None:
     """Hold one weight of an open file against the one it is for.
 
     Raises:
@@ -140,9 +140,9 @@ def compare_shape(tensor: Tensor, weights: Any, name: str, file: Path, *, reason
         raise UserError(f"{file} {reason}: {name} is {shape} in the file, {list(tensor.shape)} in the model.")
 
 
-def fill(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
-    """:func:`compare`, then copy the weights of an open file into ``wanted``."""
-    compare(wanted, weights, file, reason=reason)
+def load_into(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
+    """:func:`check_compatible`, then copy the weights of an open file into ``wanted``."""
+    check_compatible(wanted, weights, file, reason=reason)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(weights.get_tensor(name))
@@ -159,13 +159,13 @@ def start_from(module: nn.Module, run: Path) -> set[str]:
     mine = {original_name(name): (name, parameter) for name, parameter in module.named_parameters()}
     found: dict[str, Tensor] = {}
     file = run / TRAINED
-    with opened(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
+    with open_safetensors(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
         for name in weights.keys():  # noqa: SIM118
             if original_name(name) not in mine:
                 near = "give model.language the same lora." if ".lora_" in name else nearest(name, mine)
                 raise UserError(f"{run} has trained '{name}', which the model of this recipe lacks: {near}")
             own, parameter = mine[original_name(name)]
-            compare_shape(parameter, weights, name, file, reason="is no start for this recipe")
+            check_shape(parameter, weights, name, file, reason="is no start for this recipe")
             found[own] = weights.get_tensor(name)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -59,7 +59,7 @@ def _was_given(file: object) -> bool:
     return isinstance(file, str | os.PathLike) and os.path.abspath(file) in given
 
 
-def front(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
+def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
     """Wrap a command-line ``main``: what a user can mend becomes one line on stderr and exit status 2.
 
     Notes on an error (``add_note``) stand behind its sentence; below the traceback, where it keeps that.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lavi.batch import IGNORE, Answer, Batch, ImagePlace, Layout
+from lavi.batch import IGNORE, Answer, Batch, ImageSlot, Layout
 from lavi.data.chat import Encoded
 
 
 @dataclass
-class Ready:
+class EncodedSample:
     """One sample, encoded; pixels (views, C, H, W)."""
 
     key: str
@@ -25,13 +25,13 @@ class Ready:
     """Text and visual tokens in the language model's sequence."""
     source: str = ""
     """Where it was read, for counts."""
-    stands_in: bool = False
+    is_filler: bool = False
     """It keeps a rank in step and must not count: no label is kept, no answer scored."""
 
 
-def collate(rows: Sequence[Ready | Sequence[Ready]], *, pad_id: int, pad_left: bool = False) -> Batch:
+def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: int, pad_left: bool = False) -> Batch:
     """Pad to one batch; on the left for decoding, so that all rows end together. A row may hold several samples."""
-    packs = [[row] if isinstance(row, Ready) else list(row) for row in rows]
+    packs = [[row] if isinstance(row, EncodedSample) else list(row) for row in rows]
     widths = [sum(len(ready.encoded.ids) for ready in pack) for pack in packs]
     width = max(widths)
     ids = torch.full((len(packs), width), pad_id)  # (B, T)
@@ -47,8 +47,8 @@ def collate(rows: Sequence[Ready | Sequence[Ready]], *, pad_id: int, pad_left: b
             ids[row, at:stop] = torch.tensor(ready.encoded.ids)
             mask[row, at:stop] = True
             columns = zip(ready.encoded.image_columns, ready.layouts, strict=True)
-            places += [ImagePlace(row, at + column, layout) for column, layout in columns]
-            if not ready.stands_in:
+            places += [ImageSlot(row, at + column, layout) for column, layout in columns]
+            if not ready.is_filler:
                 labels[row, at:stop] = torch.tensor(ready.encoded.labels)
                 turns = ready.encoded.turns
                 answers += [Answer(row, at + t.start, at + t.stop, t.family, t.level) for t in turns]
@@ -61,7 +61,7 @@ def collate(rows: Sequence[Ready | Sequence[Ready]], *, pad_id: int, pad_left: b
         mask,
         _in_one([ready.pixels for ready in each]),
         spans=[(row[0][0], row[-1][1]) for row in conversations],
-        places=places,
+        image_slots=places,
         answers=answers,
         keys=[ready.key for ready in each],
         sources=[ready.source for ready in each],

@@ -9,9 +9,9 @@ import torch
 
 from lavi.batch import Batch, Layout, Sample, Video
 from lavi.data.chat import Chat, Encoded
-from lavi.data.collator import Ready, collate
+from lavi.data.collator import EncodedSample, collate
 from lavi.data.tiling import Tiling
-from lavi.data.timestamps import told_times
+from lavi.data.timestamps import add_timestamps
 from lavi.errors import UserError
 from lavi.vision.base import VisionBackbone
 
@@ -41,7 +41,7 @@ class Processor:
         chat: tokenizer and template.
         vision: the backbone, whose own preprocessing the views get.
         tiling: how an image becomes views.
-        tokens_of: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
+        count_visual_tokens: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
         context_length: the most tokens a conversation may have, its visual tokens included.
         timestamps: say behind each video how long it is and when its frames are shown.
     """
@@ -49,11 +49,11 @@ class Processor:
     chat: Chat
     vision: VisionBackbone
     tiling: Tiling
-    tokens_of: Callable[[Layout], int]
+    count_visual_tokens: Callable[[Layout], int]
     context_length: int
     timestamps: bool = False
 
-    def encode(self, sample: Sample, *, prompt: bool = False) -> Ready:
+    def encode(self, sample: Sample, *, prompt: bool = False) -> EncodedSample:
         """Encode one sample, as a whole or (``prompt``) up to the answer it waits for.
 
         Raises:
@@ -65,7 +65,7 @@ class Processor:
         views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
         seen = [pixels for pixels, _ in views]
         pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
-        return Ready(sample.key, encoded, pixels, [layout for _, layout in views], length)
+        return EncodedSample(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
     def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
         """The words of a sample, encoded, and its text and visual tokens in all; no pixel is touched.
@@ -75,16 +75,18 @@ class Processor:
         """
         messages = sample.messages
         if self.timestamps:
-            messages = told_times(messages, [one for one in sample.images if isinstance(one, Video)])
+            messages = add_timestamps(messages, [one for one in sample.images if isinstance(one, Video)])
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         alone = len(sample.images) == 1
-        visual = sum(self.tokens_of(self.tiling.layout(image, self.vision, alone=alone)) for image in sample.images)
+        visual = sum(
+            self.count_visual_tokens(self.tiling.layout(image, self.vision, alone=alone)) for image in sample.images
+        )
         length = len(encoded.ids) + visual
         if length > self.context_length:
             raise TooLong(len(encoded.ids), visual, self.context_length)
         return encoded, length
 
-    def collate(self, rows: Sequence[Ready | Sequence[Ready]], *, pad_left: bool = False) -> Batch:
+    def collate(self, rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_left: bool = False) -> Batch:
         """As :func:`lavi.data.collator.collate`, with the tokenizer's padding."""
         return collate(rows, pad_id=self.chat.pad_id, pad_left=pad_left)

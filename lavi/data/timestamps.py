@@ -9,7 +9,7 @@ from lavi.batch import Video, visual_parts
 from lavi.errors import UserError
 
 
-def told_times(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
+def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
     """The messages with a text part behind each video that says how long it is and when its frames are shown.
 
     LLaVA-Video's time instruction (arXiv 2410.02713), in its shortest form. What is not known is not said.
@@ -25,10 +25,10 @@ def told_times(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> l
     if asked not in (0, len(videos)):
         raise UserError(f"a conversation has {asked} video parts and {len(videos)} videos: give each its part.")
     coming = iter(videos)
-    return [_told(message, coming) for message in messages]
+    return [_with_timestamps(message, coming) for message in messages]
 
 
-def _told(message: dict[str, Any], videos: Iterator[Video]) -> dict[str, Any]:
+def _with_timestamps(message: dict[str, Any], videos: Iterator[Video]) -> dict[str, Any]:
     if isinstance(message["content"], str):
         return message
     parts: list[dict[str, Any]] = []

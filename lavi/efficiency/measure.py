@@ -110,7 +110,7 @@ def count(
 def _mean(model: VisionLanguageModel, point: Point, ways: Mapping[Hashable, int]) -> Flops:
     total, found = sum(ways.values()), []
     for way, number in ways.items():
-        with model.fusion.going(way):
+        with model.fusion.force_route(way):
             found.append((number / total, closed_form(model, point)))
 
     def mean(parts: Callable[[Flops], dict[str, float]]) -> dict[str, float]:
@@ -250,7 +250,7 @@ def _computing(model: VisionLanguageModel, way: Hashable | None, device: torch.d
     """Tower and projector compute as the decoder does, and all samples go one way."""
     dtype = model.language.hf.dtype
     computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with computes, model.fusion.going(model.fusion.counted_way if way is None else way):
+    with computes, model.fusion.force_route(model.fusion.default_route if way is None else way):
         yield
 
 

@@ -45,7 +45,7 @@ def prefill_memory(
         own, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
         held = {
             "visual_features": [features],
-            "visual_cache": [*vision.held(), *beside],  # type: ignore[attr-defined]
+            "visual_cache": [*vision.cached_tensors(), *beside],  # type: ignore[attr-defined]
             "kv_cache": own,
             "logits": [out.logits],  # type: ignore[attr-defined]
         }
@@ -63,7 +63,7 @@ def weights_of(model: VisionLanguageModel) -> float:
 def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of the language model's own attention, and what its layers keep of what they read beside it."""
     if isinstance(cache, LayeredCache):
-        return cache.keys_values(), cache.held()
+        return cache.keys_values(), cache.cached_tensors()
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)], []
 
 

@@ -33,11 +33,11 @@ def show_targets(recipe: Recipe) -> RenderableType:
     inside = _norms_inside(language)
     verdicts, notes = _refusals(found, language.width)
     try:
-        fusion.bind(language, vision.seen)
+        fusion.bind(language, vision.feature_spec)
     except UserError as error:
         notes.append(f"this recipe cannot be built: {error}")
     else:
-        chosen = {(t.layer, t.name) for t in fusion.chosen}
+        chosen = {(t.layer, t.name) for t in fusion.modulated_norms}
         verdicts |= {target: "chosen" for target in found if (target.layer, target.name) in chosen}
         notes.append(added(fusion, language))
     rows = []
@@ -45,7 +45,9 @@ def show_targets(recipe: Recipe) -> RenderableType:
         first = alike[0]
         layers = "after the layers" if first.role == "final" else ranges([t.layer for t in alike])
         role = {"both": "attention and ffn", "final": "the head"}.get(first.role, first.role)
-        rows.append([layers, first.name, classes[first], f"{first.place} {role}", verdicts.get(first, "left as it is")])
+        rows.append(
+            [layers, first.name, classes[first], f"{first.position} {role}", verdicts.get(first, "left as it is")]
+        )
     rows += [[layers, name, kind, "inside a branch", "never touched"] for name, (layers, kind) in inside.items()]
     columns = ["layers", "norm", "class", "what it does (found by probing)", "verdict"]
     return Group(table(title, columns, rows), *map(Text, notes))
@@ -86,7 +88,7 @@ def _alike(found: Sequence[NormTarget], verdicts: dict[NormTarget, str]) -> list
     """Norms of the same name, role and verdict, over the layers."""
     groups: dict[tuple[object, ...], list[NormTarget]] = {}
     for target in found:
-        groups.setdefault((target.name, target.role, target.place, verdicts.get(target)), []).append(target)
+        groups.setdefault((target.name, target.role, target.position, verdicts.get(target)), []).append(target)
     return list(groups.values())
 
 

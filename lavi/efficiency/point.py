@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavi.batch import Batch, ImagePlace, Layout
+from lavi.batch import Batch, ImageSlot, Layout
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -40,7 +40,7 @@ class Scenario:
 
     def at(self, model: VisionLanguageModel) -> Point:
         """The shapes it has for a model."""
-        tokens = model.seen.tokens
+        tokens = model.feature_spec.tokens
         if not tokens:  # a control that shows none
             views = self.frames or 1
             if self.image is not None:
@@ -107,9 +107,11 @@ class Point:
             attention_mask=torch.ones(self.batch, self.text, dtype=torch.bool, device=device),
             pixels=torch.zeros(0, *model.vision.pixel_shape, device=device),
             spans=[(0, self.text)] * self.batch,
-            places=[ImagePlace(row, place, self.layout) for row in range(self.batch)] if self.layout else [],
+            image_slots=[ImageSlot(row, place, self.layout) for row in range(self.batch)] if self.layout else [],
         )
-        return batch, torch.zeros(self.batch * self.views, max(self.per_view, 1), model.seen.width, device=device)
+        return batch, torch.zeros(
+            self.batch * self.views, max(self.per_view, 1), model.feature_spec.width, device=device
+        )
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
         """What the tower encodes: (views of all rows, C, H, W)."""

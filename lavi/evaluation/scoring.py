@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
-from lavi.data.collator import Ready
+from lavi.data.collator import EncodedSample
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.point import Scenario
 from lavi.errors import UserError, one_line
@@ -112,7 +112,7 @@ class Scorer:
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that could not be asked, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
-    _waiting: list[tuple[Ready, Expected]] = field(default_factory=list)
+    _waiting: list[tuple[EncodedSample, Expected]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
@@ -135,7 +135,7 @@ class Scorer:
                 self.finish()
         return True
 
-    def _tokens_behind(self, ready: Ready) -> int:
+    def _tokens_behind(self, ready: EncodedSample) -> int:
         """Of the longest answer to a prompt."""
         return min(self.max_new_tokens, self.model.room_behind(ready.length))
 
@@ -147,9 +147,9 @@ class Scorer:
         tokens = min(self._tokens_behind(ready) for ready, _ in self._waiting)
         batch = self.model.processor.collate([ready for ready, _ in self._waiting], pad_left=True)
         self._waiting = []
-        self.model.fusion.ways.clear()
+        self.model.fusion.route_counts.clear()
         self._count(expected, batch, tokens, self.right)
-        self.routes.update(self.model.fusion.ways)
+        self.routes.update(self.model.fusion.route_counts)
         if self.without_images:
             self._count(expected, batch.without_images(), tokens, self.right_without)
 
@@ -172,7 +172,7 @@ class PromptSizes:
     views: list[int] = field(default_factory=list)
     layouts: Counter[Layout] = field(default_factory=Counter)
 
-    def add(self, ready: Ready) -> None:
+    def add(self, ready: EncodedSample) -> None:
         """Note one prompt."""
         self.text.append(len(ready.encoded.ids))
         self.images.append(len(ready.layouts))

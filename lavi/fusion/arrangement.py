@@ -27,14 +27,14 @@ class ColumnContext(VisualContext):
     mask: Tensor | None = None
     """(B, T, M): what each text token of this call sees: the images before it, in its conversation."""
 
-    def at(self, past: int, length: int) -> Self:
+    def for_step(self, past: int, length: int) -> Self:
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
         mask = self.column[:, None, :] <= columns[None, :, None]
         if self.start is not None:
             mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
         return replace(self, mask=mask)
 
-    def held(self) -> list[Tensor]:
+    def cached_tensors(self) -> list[Tensor]:
         return list(self.visual.values())
 
     def for_generation(self, copies: int) -> Self:
@@ -67,11 +67,11 @@ class Rows:
         return torch.cat([flat, flat.new_zeros(1, flat.shape[-1])])[self.index]
 
 
-def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
+def group_tokens_by_row(batch: Batch, counts: Sequence[int]) -> Rows:
     """The rows of a batch whose images have so many tokens each."""
     pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (first token, after its last, column)
     first = 0
-    for place, count in zip(batch.places, counts, strict=True):
+    for place, count in zip(batch.image_slots, counts, strict=True):
         pieces[place.row].append((first, first + count, place.column))
         first += count
     longest = max(1, *(sum(after - first for first, after, _ in row) for row in pieces))
@@ -88,17 +88,17 @@ def rows_of(batch: Batch, counts: Sequence[int]) -> Rows:
     return Rows(index, column, image)
 
 
-def text_alone(batch: Batch, vision: ColumnContext) -> DecoderInput:
+def text_only_input(batch: Batch, vision: ColumnContext) -> DecoderInput:
     """The text of a batch as the decoder's input, nothing between its tokens."""
     inputs = DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids)
     if batch.packed is not None:
-        inputs.conversation = conversation_of_text(batch).to(batch.input_ids.device)
+        inputs.conversation = text_conversation_ids(batch).to(batch.input_ids.device)
         columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
         vision.start = columns - inputs.position_ids  # (B, T)
     return inputs
 
 
-def conversation_of_text(batch: Batch) -> Tensor:
+def text_conversation_ids(batch: Batch) -> Tensor:
     """(B, T): the number in its row of each text token's conversation, -1 for padding; on the host."""
     numbers = torch.full(batch.input_ids.shape, -1, device="cpu")
     for row, conversations in enumerate(batch.conversations):
@@ -107,11 +107,11 @@ def conversation_of_text(batch: Batch) -> Tensor:
     return numbers
 
 
-def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
+def view_indices(batch: Batch, device: torch.device) -> Tensor:
     """(views, 4): the image of its conversation from 0; the tile's row and column, and the frame, from 1 (0: none)."""
     seen = Counter[tuple[int, int]]()
     numbers: list[tuple[int, int, int, int]] = []
-    for place in batch.places:
+    for place in batch.image_slots:
         conversation, layout = batch.conversation_of(place), place.layout
         image = seen[conversation]
         seen[conversation] += 1
@@ -124,7 +124,7 @@ def numbers_of_views(batch: Batch, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.long, device="cpu").reshape(-1, 4).to(device)
 
 
-def asking_columns(batch: Batch) -> list[int]:
+def last_prompt_columns(batch: Batch) -> list[int]:
     """For each row the column of the last token before its first answer: all of a prompt has been read there.
 
     What depends on the question may depend on this token, and on none behind it: answers must not be seen.
@@ -135,7 +135,7 @@ def asking_columns(batch: Batch) -> list[int]:
     return columns
 
 
-def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def splice_tokens(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Text (B, T, D) and visual tokens (n, D) in an ``order`` that :func:`splice` made: (B, T', D), and its mask."""
     flat = torch.cat([text.flatten(0, 1), visual.to(text.dtype), text.new_zeros(1, text.shape[-1])])
     order = order.to(text.device)
@@ -143,10 +143,10 @@ def placed(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, Tensor]
     return flat[order.masked_fill(~mask, len(flat) - 1)], mask
 
 
-def conversations(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
+def conversation_ids(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
     """(B, T'): which conversation of its row each token of an ``order`` belongs to, -1 for padding."""
-    of_text = conversation_of_text(batch).flatten()  # (B T,)
-    of_place = [batch.conversation_of(place)[1] for place in batch.places]
+    of_text = text_conversation_ids(batch).flatten()  # (B T,)
+    of_place = [batch.conversation_of(place)[1] for place in batch.image_slots]
     of_visual = torch.tensor(of_place, dtype=torch.long, device="cpu").repeat_interleave(
         torch.tensor(counts, dtype=torch.long, device="cpu")
     )
@@ -166,7 +166,7 @@ def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor,
     """
     places: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
     first = len(batch) * text_width
-    for place, count in zip(batch.places, counts, strict=True):
+    for place, count in zip(batch.image_slots, counts, strict=True):
         places[place.row].append((place.column, first, first + count))
         first += count
     rows, columns = [], torch.zeros(len(batch), text_width, dtype=torch.long, device="cpu")

@@ -1,13 +1,13 @@
 """The contract of a fusion: how vision meets language.
 
 Five kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence (:meth:`
-Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.around``):
+Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.run_layer``):
 
-    in the norms      LaVi              arrange: text as it is       around: bind deltas to the layer's norms
-    in the sequence   concatenation     arrange: splice V into text  around: -
-    in extra layers   cross-attention   arrange: text as it is       around: attend to V, then call
-    layers choose     VISOR             arrange: V beside the text   around: call on both, or on the text alone
-    on the way out    FastV, PDrop      arrange: splice V into text  around: call, then drop tokens
+    in the norms      LaVi              arrange: text as it is       run_layer: bind deltas to the layer's norms
+    in the sequence   concatenation     arrange: splice V into text  run_layer: -
+    in extra layers   cross-attention   arrange: text as it is       run_layer: attend to V, then call
+    layers choose     VISOR             arrange: V beside the text   run_layer: call on both, or on the text alone
+    on the way out    FastV, PDrop      arrange: splice V into text  run_layer: call, then drop tokens
 
 The language model's own parameters never change their names; a fusion owns its new ones.
 """
@@ -27,7 +27,7 @@ from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,32 @@ class Fusion(nn.Module, ABC):
     """Whether rows may hold several conversations, which do not see each other."""
 
     @property
-    def chosen(self) -> list[NormTarget]:
+    def modulated_norms(self) -> list[NormTarget]:
         """The norms that it modulates."""
         return []
 
     @property
-    def ways(self) -> Counter[Hashable]:
+    def route_counts(self) -> Counter[Hashable]:
         """How often samples went each way through the decoder, since somebody last cleared it; empty: there is one."""
         return Counter()
 
     @contextmanager
-    def going(self, way: Hashable) -> Iterator[None]:
-        """All samples go one of the :attr:`ways`, as long as it holds."""
+    def force_route(self, way: Hashable) -> Iterator[None]:
+        """All samples go one of the :attr:`route_counts`, as long as it holds."""
         yield
 
-    def settled(self) -> dict[str, Any]:
+    def resolved_arguments(self) -> dict[str, Any]:
         """Arguments that named a file, and what was read from it."""
         return {}
 
     @property
-    def counted_way(self) -> Hashable | None:
+    def default_route(self) -> Hashable | None:
         """The way that :meth:`costs` is about; None: there is only one."""
         return None
 
     @abstractmethod
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
-        """Make the parameters, for features as ``seen``, and open the decoder."""
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
+        """Make the parameters, for features as ``features`` says, and open the decoder."""
 
     @abstractmethod
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count
-from lavi.fusion.arrangement import conversations, placed, splice
+from lavi.fusion.arrangement import conversation_ids, splice, splice_tokens
 from lavi.fusion.base import Cost, Fusion
-from lavi.fusion.tile_arrangement import Packing
+from lavi.fusion.tile_arrangement import TileArrangement
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.formulas import linear_flops
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 
 
 class ConcatFusion(Fusion):
@@ -38,11 +38,11 @@ class ConcatFusion(Fusion):
         super().__init__()
         self.has_newline, self.budget = newline, budget
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
-        self.widths = (seen.width, language.width)
-        self.packing = Packing(seen.grid, budget=self.budget)
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
+        self.widths = (features.width, language.width)
+        self.tile_arrangement = TileArrangement(features.grid, budget=self.budget)
         self.projector = nn.Sequential(
-            nn.Linear(seen.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+            nn.Linear(features.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
         )
         self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
@@ -51,17 +51,17 @@ class ConcatFusion(Fusion):
         text = language.embed(batch.input_ids)  # (B, T, D)
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype))
         order, columns = splice(batch, counts, text_width=text.shape[1])
-        embeds, mask = placed(text, visual, order)
+        embeds, mask = splice_tokens(text, visual, order)
         vision = VisualContext(text_columns=columns.to(text.device))
-        conversation = None if batch.packed is None else conversations(batch, counts, order).to(text.device)
+        conversation = None if batch.packed is None else conversation_ids(batch, counts, order).to(text.device)
         return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision, conversation=conversation)
 
     def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
-        images = projected.split([place.views for place in batch.places]) if batch.places else ()
+        images = projected.split([place.views for place in batch.image_slots]) if batch.image_slots else ()
         packed = [
-            self.packing.pack(image, place.layout, self.newline)
-            for image, place in zip(images, batch.places, strict=True)
+            self.tile_arrangement.arrange(image, place.layout, self.newline)
+            for image, place in zip(images, batch.image_slots, strict=True)
         ]
         # Without an image they are empty, and still in the graph: a rank without one must not hang the others.
         empty = [projected.flatten(0, 1)[:0]]
@@ -70,7 +70,7 @@ class ConcatFusion(Fusion):
         return torch.cat([*empty, *packed]), [len(tokens) for tokens in packed]
 
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
-        return self.packing.count(layout, per_view, newline=self.has_newline)
+        return self.tile_arrangement.count(layout, per_view, newline=self.has_newline)
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         vision_width, width = self.widths

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, numbers_of_views, rows_of, text_alone
+from lavi.fusion.arrangement import ColumnContext, group_tokens_by_row, text_only_input, view_indices
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -28,7 +28,7 @@ from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.cross_attention import GatedCrossAttention
 from lavi.nn.view_embedding import ViewEmbedding
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 
 
 class CrossAttentionFusion(Fusion):
@@ -61,7 +61,7 @@ class CrossAttentionFusion(Fusion):
         self.every, self.wanted, self.fraction = every, layers, fraction
         self.heads, self.ffn, self.max_images = heads, ffn, max_images
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         count, width = len(language.layers), language.width
         layers = chosen_layers(
             count,
@@ -72,13 +72,13 @@ class CrossAttentionFusion(Fusion):
             method="cross-attention",
         )
         open_decoder(language.hf, layers)
-        self.views = ViewEmbedding(seen.width, images=self.max_images)
-        self.norm = nn.LayerNorm(seen.width)
+        self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.norm = nn.LayerNorm(features.width)
         self.blocks = nn.ModuleDict(
             {
                 str(layer): GatedCrossAttention(
                     width=width,
-                    vision_width=seen.width,
+                    vision_width=features.width,
                     heads=self.heads or language.hf.config.num_attention_heads,
                     ffn=round(self.ffn * width),
                 )
@@ -87,14 +87,16 @@ class CrossAttentionFusion(Fusion):
         )
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        tokens = self.norm(features.float() + self.views(numbers_of_views(batch, features.device)))  # (views, N, Dv)
-        rows = rows_of(batch, [place.views * tokens.shape[1] for place in batch.places]).to(features.device)
+        tokens = self.norm(features.float() + self.views(view_indices(batch, features.device)))  # (views, N, Dv)
+        rows = group_tokens_by_row(batch, [place.views * tokens.shape[1] for place in batch.image_slots]).to(
+            features.device
+        )
         visual = rows.gather(tokens)  # (B, M, Dv)
         seen = {}
         for layer, block in self.blocks.items():
             seen[f"{layer} key"], seen[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(visual)
         context = CrossAttentionContext(fusion=self, visual=seen, column=rows.column)
-        return text_alone(batch, context)
+        return text_only_input(batch, context)
 
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         return 0
@@ -114,7 +116,7 @@ class CrossAttentionContext(ColumnContext):
 
     fusion: CrossAttentionFusion = None  # type: ignore[assignment]
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         assert self.mask is not None
         seen = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
         return call(self.fusion.blocks[str(layer)](hidden, seen, self.mask), **kwargs)

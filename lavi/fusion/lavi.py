@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, numbers_of_views, rows_of, text_alone
+from lavi.fusion.arrangement import ColumnContext, group_tokens_by_row, text_only_input, view_indices
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -38,7 +38,7 @@ from lavi.nn.delta_generators import GENERATORS, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 
 
 class LaViFusion(Fusion):
@@ -90,9 +90,9 @@ class LaViFusion(Fusion):
         self.kind, self.bottleneck, self.heads, self.depth = generator, bottleneck, heads, depth
         self.per_target, self.max_images = per_target, max_images
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         self.width, self.final = language.width, len(language.layers)
-        self.grid = seen.grid or (1, max(1, seen.tokens))
+        self.grid = features.grid or (1, max(1, features.tokens))
         found = norm_targets(language.hf)
         inside = [target for target in self.wanted_targets if target != "final"]
         layers = []
@@ -110,15 +110,15 @@ class LaViFusion(Fusion):
             self.targets[self.final] = norms_of(found, self.final, ["final"])
         self.targets = {layer: targets for layer, targets in self.targets.items() if targets}
         open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
-        for target in self.chosen:
+        for target in self.modulated_norms:
             open_norm(target, language.width)
-        self.views = ViewEmbedding(seen.width, images=self.max_images)
+        self.views = ViewEmbedding(features.width, images=self.max_images)
         self.generators = nn.ModuleDict()
         for layer, targets in self.targets.items():
             for name, count in self._generators_of(layer, len(targets)):
                 self.generators[name] = GENERATORS[self.kind](
                     width=language.width,
-                    vision_width=seen.width,
+                    vision_width=features.width,
                     outputs=count * (self.scale + self.shift),
                     bottleneck=self.bottleneck,
                     heads=self.heads,
@@ -126,7 +126,7 @@ class LaViFusion(Fusion):
                 )
 
     @property
-    def chosen(self) -> list[NormTarget]:
+    def modulated_norms(self) -> list[NormTarget]:
         return [target for targets in self.targets.values() for target in targets]
 
     def _generators_of(self, layer: int, norms: int) -> list[tuple[str, int]]:
@@ -136,13 +136,13 @@ class LaViFusion(Fusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
-        tokens = features.float() + self.views(numbers_of_views(batch, features.device))  # (views, N, Dv)
+        tokens = features.float() + self.views(view_indices(batch, features.device))  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
         per_view = next(iter(slots.values())).shape[1]
-        rows = rows_of(batch, [place.views * per_view for place in batch.places]).to(features.device)
+        rows = group_tokens_by_row(batch, [place.views * per_view for place in batch.image_slots]).to(features.device)
         visual = {name: rows.gather(slot) for name, slot in slots.items()}
         context = LaViContext(fusion=self, visual=visual, column=rows.column)
-        return text_alone(batch, context)
+        return text_only_input(batch, context)
 
     def deltas(self, layer: int, hidden: Tensor, visual: dict[str, Tensor], mask: Tensor) -> list[Deltas]:
         """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
@@ -163,7 +163,7 @@ class LaViFusion(Fusion):
             generator = cast(DeltaGenerator, module)
             generators += generator.flops(text, views=views, per_view=per_view)
             generators += 0 if decoding else views * generator.slots_flops(per_view)
-        modulation = modulation_flops(len(self.chosen), text, self.width, scale=self.scale, shift=self.shift)
+        modulation = modulation_flops(len(self.modulated_norms), text, self.width, scale=self.scale, shift=self.shift)
         return {"generator": Cost(generators), "modulation": Cost(modulation, uncounted=modulation)}
 
 
@@ -173,13 +173,13 @@ class LaViContext(ColumnContext):
 
     fusion: LaViFusion = None  # type: ignore[assignment]
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         assert self.mask is not None
         norms = [cast(ModulatedNorm, target.norm) for target in self.fusion.targets[layer]]
         with modulated(norms, self.fusion.deltas(layer, hidden, self.visual, self.mask)):
             return call(hidden, **kwargs)
 
-    def around_stack(self) -> AbstractContextManager[object]:
+    def during_stack(self) -> AbstractContextManager[object]:
         final = self.fusion.final
         if final not in self.fusion.targets:
             return nullcontext()

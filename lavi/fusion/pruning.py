@@ -23,15 +23,15 @@ from transformers import PretrainedConfig
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import asking_columns
+from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.ranking import Ranking, ranking_in
-from lavi.language.subsequence import LayeredCache, Span, check_kernel, narrowed, take
+from lavi.language.subsequence import LayeredCache, Span, check_kernel, layer_kwargs_for_subset, take
 from lavi.language.surgery import open_decoder
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 
 
 class PruningFusion(ConcatFusion):
@@ -54,8 +54,8 @@ class PruningFusion(ConcatFusion):
                 raise UserError(f"pruning after layer {layer} keeps a share above 0 and at most 1, not {keep}.")
         self.stages = {int(layer): keep for layer, keep in sorted(stages.items()) if keep < 1}
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
-        super().bind(language, seen)
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
+        super().bind(language, features)
         self.layers = list(language.layers)  # a list: they stay the language model's, not the fusion's
         self.depth, self.kernel = len(self.layers), language.attention
         self.sliding = LayeredCache(language.hf.config)
@@ -79,9 +79,9 @@ class PruningFusion(ConcatFusion):
         text.scatter_(1, columns.masked_fill(~batch.attention_mask, length), True)
         text = text[:, :length]
         counts = [0] * len(batch)
-        for place in batch.places:
+        for place in batch.image_slots:
             counts[place.row] += self.tokens_in_language(place.layout, features.shape[1])
-        asking = torch.tensor(asking_columns(batch), device="cpu")[:, None].to(device)
+        asking = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
         context = PruningContext(
             text_columns=columns,
             fusion=self,
@@ -135,11 +135,11 @@ class PyramidDrop(PruningFusion):
             )
         self.parts, self.keep = stages, keep
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         depth = len(language.layers)
         ends = {round(depth * part / self.parts) - 1 for part in range(1, self.parts)}
         self.stages = {layer: self.keep for layer in sorted(ends) if layer >= 0 and self.keep < 1}
-        super().bind(language, seen)
+        super().bind(language, features)
 
 
 def kept(count: int, share: float) -> int:
@@ -183,7 +183,7 @@ class PruningContext(VisualContext):
     stages: dict[int, Columns] = field(default_factory=dict)
     """For each layer behind a stage, until the next: what is left. Made while the prompt is read."""
 
-    def at(self, past: int, length: int) -> Self:
+    def for_step(self, past: int, length: int) -> Self:
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
         return replace(self, past=past, now=length, stages={})
 
@@ -201,7 +201,7 @@ class PruningContext(VisualContext):
         }
         return replace(self, text_columns=None, **tensors, **lists)
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         stages: dict[int, Columns] = self.stages
         if self.past:
             stages = kwargs["past_key_values"].kept["stages"]
@@ -210,7 +210,7 @@ class PruningContext(VisualContext):
         here = max((k for k in stages if k < layer), default=None)
         columns = stages[here] if here is not None else None
         if columns is not None:
-            kwargs = narrowed(
+            kwargs = layer_kwargs_for_subset(
                 kwargs,
                 columns.index,
                 columns.valid,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 from lavi.data.tiling import Grid
 
 
-class Packing:
+class TileArrangement:
     """The features of one image's views to one sequence of visual tokens.
 
     Args:
@@ -36,7 +36,7 @@ class Packing:
         return self._grid
 
     def count(self, layout: Layout, per_view: int, *, newline: bool) -> int:
-        """How many tokens :meth:`pack` gives for views of ``per_view`` tokens."""
+        """How many tokens :meth:`arrange` gives for views of ``per_view`` tokens."""
         if (other := self._at_scale(per_view)) is not None:
             return other.count(layout, per_view, newline=newline)
         if not per_view:
@@ -50,14 +50,14 @@ class Packing:
         rows, columns = self.shrunk(*self.kept(layout)[1])
         return per_view + rows * (columns + newline)
 
-    def pack(self, features: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
+    def arrange(self, features: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
         """(views, N, D) to (n, D); ``newline`` (D,) ends each row of the tiles' grid, or else the image.
 
         Raises:
             UserError: the views of a tiled image or of a video are more than their grid.
         """
         if (other := self._at_scale(features.shape[1])) is not None:
-            return other.pack(features, layout, newline)
+            return other.arrange(features, layout, newline)
         end = [newline[None].to(features)] if newline is not None else []
         if not features.shape[1]:
             return features.flatten(0, 1)
@@ -78,12 +78,12 @@ class Packing:
             grid = torch.cat([grid, column], dim=-1)
         return torch.cat([features[0], grid.flatten(1).transpose(0, 1)])
 
-    def _at_scale(self, per_view: int) -> Packing | None:
+    def _at_scale(self, per_view: int) -> TileArrangement | None:
         """Of views at another scale of the same square grid (matryoshka pooling draws one each step)."""
         side = math.isqrt(per_view)
         if self._grid is None or per_view < 1 or side * side != per_view or self._grid[0] != self._grid[1]:
             return None
-        return Packing((side, side), budget=self.budget) if side != self._grid[0] else None
+        return TileArrangement((side, side), budget=self.budget) if side != self._grid[0] else None
 
     @property
     def frame_grid(self) -> Grid:

@@ -18,18 +18,18 @@ class VisualContext:
 
     It travels as the keyword ``vision`` through the decoder (never under a name that transformers drops after
     prefill, such as ``pixel_values``). A fusion that works inside the layers subclasses it and overrides
-    :meth:`around`; what a layer needs of the image is computed before the decoder starts and carried here, so that
+    :meth:`run_layer`; what a layer needs of the image is computed before the decoder starts and carried here, so that
     decode steps and checkpointed recomputation find the same tensors.
     """
 
     text_columns: Tensor | None = None
     """(B, T): where the text tokens stand in the arranged sequence; logits are computed there only. None: all."""
 
-    def at(self, past: int, length: int) -> Self:
+    def for_step(self, past: int, length: int) -> Self:
         """The context as ``length`` tokens see it that follow ``past`` cached ones."""
         return self
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does.
 
         Args:
@@ -41,11 +41,11 @@ class VisualContext:
         """The only cache that can serve a prompt about to be read; None: any that the language model takes."""
         return None
 
-    def around_stack(self) -> AbstractContextManager[object]:
+    def during_stack(self) -> AbstractContextManager[object]:
         """Holds while the whole stack of layers runs, its final norm included."""
         return nullcontext()
 
-    def held(self) -> list[Tensor]:
+    def cached_tensors(self) -> list[Tensor]:
         """What of the images is kept for the tokens to come, beside the language model's own cache."""
         return []
 

@@ -37,7 +37,7 @@ class Ranking:
     scores: Tensor | None = None
     """(B, K): share of the attention that each key got, the mean over heads."""
 
-    def look(
+    def record_scores(
         self,
         query: Tensor,
         key: Tensor,
@@ -67,7 +67,7 @@ _active: list[Ranking] = []
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     ranking = _active[-1]
-    ranking.look(query, key, **kwargs)
+    ranking.record_scores(query, key, **kwargs)
     config: Any = module.config
     config._attn_implementation = ranking.kernel  # flash attention looks at it
     try:

@@ -74,10 +74,10 @@ class LayeredCache(DynamicCache):
         for _, cache in self.groups:
             cache.crop(tokens_to_remove)
 
-    def held(self) -> list[Tensor]:
+    def cached_tensors(self) -> list[Tensor]:
         """What is kept for layers that read beside the sequence."""
         own = [tensor for seen in self.cross.values() for tensor in seen]
-        return own + [tensor for _, cache in self.groups for tensor in cache.held()]
+        return own + [tensor for _, cache in self.groups for tensor in cache.cached_tensors()]
 
     def keys_values(self) -> list[Tensor]:
         """What the language model's own attention keeps."""
@@ -152,7 +152,7 @@ class Span:
         return torch.arange(self.length, self.past + self.now, device=device).expand(rows, -1)
 
 
-def narrowed(
+def layer_kwargs_for_subset(
     kwargs: dict[str, Any],
     columns: Tensor,
     valid: Tensor | None,

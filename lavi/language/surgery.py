@@ -5,7 +5,7 @@ checkpoint still loads, and undoing is swapping back:
 
     CausalLM       knows the keyword ``vision``, so ``generate`` lets it pass
       decoder      tells the context which tokens these are; keeps only the text's hidden states for the head
-        layer i    hands its own call to ``vision.around(i, ...)``
+        layer i    hands its own call to ``vision.run_layer(i, ...)``
           norm     adds ``dgamma * xhat(x) + dbeta`` to its output, when a layer bound deltas to it
 
 With ``vision=None`` every one of them is exactly the original.
@@ -67,8 +67,8 @@ class FusedLayer(nn.Module):
         call = super().forward
         if "layer_past" in named:  # what GPT-NeoX calls its cache
             named["past_key_values"] = named.pop("layer_past")
-            return vision.around(self.fused_index, partial(_with_layer_past, call), hidden_states, **named)
-        return vision.around(self.fused_index, call, hidden_states, **named)
+            return vision.run_layer(self.fused_index, partial(_with_layer_past, call), hidden_states, **named)
+        return vision.run_layer(self.fused_index, call, hidden_states, **named)
 
 
 def _with_layer_past(call: Callable[..., Any], hidden: Tensor, *, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -90,8 +90,8 @@ class FusedDecoder(nn.Module):
         if cache is None and kwargs.get("use_cache"):
             kwargs["past_key_values"] = cache = vision.new_cache(self.config)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        placed = vision.at(past, tokens.shape[1])
-        with placed.around_stack():
+        placed = vision.for_step(past, tokens.shape[1])
+        with placed.during_stack():
             out = super().forward(input_ids, *args, vision=placed, **kwargs)
         if isinstance(cache, LayeredCache):
             cache.arranged += tokens.shape[1]
@@ -184,7 +184,7 @@ class _Canary(VisualContext):
         super().__init__()
         self.layers: set[int] = set()
 
-    def around(self, layer: int, call: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
         self.layers.add(layer)
         return call(hidden, **kwargs)
 
@@ -213,7 +213,7 @@ class NormTarget:
     """The layer's index; the number of layers for the final norm."""
     name: str
     role: Role
-    place: Literal["feeds", "closes"]
+    position: Literal["feeds", "closes"]
     """Whether the norm feeds its branch, or closes it (the only norms that post-norm families such as OLMo-2 have)."""
     norm: nn.Module
     flattened: bool
@@ -257,7 +257,7 @@ def norms_of(found: Sequence[NormTarget], layer: int, wanted: Sequence[str]) -> 
         if not fitting:
             roles = {target.name: target.role for target in of_layer}
             raise UserError(f"layer {layer} has no norm for target '{want}'; found: {roles}.")
-        best = max(fitting, key=lambda target: target.place)  # "feeds" before "closes"
+        best = max(fitting, key=lambda target: target.position)  # "feeds" before "closes"
         chosen[best.name] = best
     return list(chosen.values())
 
@@ -267,7 +267,7 @@ class _NormProbe:
 
     def __init__(self) -> None:
         self.norms: dict[tuple[int, str], nn.Module] = {}
-        self.roles: dict[tuple[int, str, str], set[str]] = {}  # (layer, norm, place) -> what it feeds or closes
+        self.roles: dict[tuple[int, str, str], set[str]] = {}  # (layer, norm, position) -> what it feeds or closes
         self.out_of_norm: dict[int, tuple[int, str]] = {}  # id of an output -> the norm
         self.out_of_branch: dict[int, tuple[int, str]] = {}  # id of an output -> (layer, role)
         self.flattened: set[tuple[int, str]] = set()
@@ -311,10 +311,10 @@ class _NormProbe:
 
     def found(self) -> list[NormTarget]:
         targets = []
-        for (layer, name, place), roles in sorted(self.roles.items()):
+        for (layer, name, position), roles in sorted(self.roles.items()):
             role = "both" if len(roles) == 2 else next(iter(roles))
             norm, flat = self.norms[layer, name], (layer, name) in self.flattened
-            targets.append(NormTarget(layer, name, role, place, norm, flat))  # type: ignore[arg-type]
+            targets.append(NormTarget(layer, name, role, position, norm, flat))  # type: ignore[arg-type]
         return targets
 
 

@@ -1,9 +1,9 @@
 """Configurations of published checkpoints, without their weights: what models are counted from.
 
-A folder of ``configurations`` is named as the checkpoint is on the hub and holds its ``config.json`` (what of it decides
-shapes; of a two-tower model, its vision tower's) and ``preprocessor_config.json``. Where no weights are wanted, the
-loading code reads these instead of asking the hub, so that a recipe of a published pair is counted, or timed with random
-weights, without a network.
+A folder of ``configurations`` is named as the checkpoint is on the hub and holds its ``config.json`` (what of it
+decides shapes; of a two-tower model, its vision tower's) and ``preprocessor_config.json``. Where no weights are wanted,
+the loading code reads these instead of asking the hub, so that a recipe of a published pair is counted, or timed with
+random weights, without a network.
 """
 
 from __future__ import annotations

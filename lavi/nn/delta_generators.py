@@ -75,7 +75,7 @@ class DeltaGenerator(nn.Module, ABC):
             sees = mask.any(-1, keepdim=True)  # (B, T, 1)
             # Multiplied by 0, not left out: the parameters stay in the graph, so that a rank whose batch has no image
             # does not hang the others.
-            seen = nn.functional.silu(self.look(hidden.float(), slots, mask))  # (B, T, r)
+            seen = nn.functional.silu(self.attend(hidden.float(), slots, mask))  # (B, T, r)
             return (self.deltas(seen) * sees).unflatten(-1, (self.outputs, self.width))
 
     @abstractmethod
@@ -87,7 +87,7 @@ class DeltaGenerator(nn.Module, ABC):
         """Normed features (views, N, Dv) to slots (views, S, E)."""
 
     @abstractmethod
-    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         """(B, T, D), (B, M, E), (B, T, M) to (B, T, r); anything finite where a token sees nothing."""
 
     @abstractmethod
@@ -95,12 +95,12 @@ class DeltaGenerator(nn.Module, ABC):
         """FLOPs of the slots of one view of ``per_view`` tokens."""
 
     @abstractmethod
-    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+    def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
         """FLOPs of ``text`` tokens looking at the slots of ``views`` views."""
 
     def flops(self, text: int, *, views: int, per_view: int) -> float:
         """FLOPs of the deltas of ``text`` tokens that see ``views`` of ``per_view`` tokens; the slots not counted."""
-        look = self.look_flops(text, views=views, per_view=per_view)
+        look = self.attend_flops(text, views=views, per_view=per_view)
         return look + linear_flops(text, self.bottleneck, self.outputs * self.width)
 
 
@@ -119,7 +119,7 @@ class AttentionDeltas(DeltaGenerator):
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.key_value(features)  # (views, N, 2 r)
 
-    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, r / heads)
 
@@ -133,7 +133,7 @@ class AttentionDeltas(DeltaGenerator):
     def slots_flops(self, per_view: int) -> float:
         return linear_flops(per_view, self.vision_width, 2 * self.bottleneck)
 
-    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+    def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
         return linear_flops(text, self.width, self.bottleneck) + 4 * text * views * per_view * self.bottleneck
 
 
@@ -149,12 +149,12 @@ class _OneVector(DeltaGenerator):
             self.text_norm = nn.RMSNorm(self.width)
             self.query = nn.Linear(self.width, self.bottleneck, bias=False)
 
-    def look(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         share = mask.float() / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, T, M)
         seen = share @ slots
         return seen + self.query(self.text_norm(hidden)) if self.asks else seen
 
-    def look_flops(self, text: int, *, views: int, per_view: int) -> float:
+    def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
         images = 2.0 * text * views * self.bottleneck
         return images + (linear_flops(text, self.width, self.bottleneck) if self.asks else 0.0)
 

@@ -12,13 +12,13 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lavi.errors import UserError
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class Reducer(nn.Module, ABC):
     """Built unbound from a recipe, then bound once to a vision backbone."""
 
-    def bind(self, vision: VisionBackbone) -> Seen:
+    def bind(self, vision: VisionBackbone) -> FeatureSpec:
         """Make what is needed for the features of ``vision``; what they look like afterwards.
 
         Raises:
@@ -29,12 +29,12 @@ class Reducer(nn.Module, ABC):
                 f"{type(self).__name__} takes the tokens of a grid, and the vision backbone gives a class token beside "
                 "them: set model.vision.class_token=false."
             )
-        self.before = vision.seen
+        self.before = vision.feature_spec
         self.after = self.make(vision)
         return self.after
 
     @abstractmethod
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         """Make the reducer's own parameters, for features that look like :attr:`before`."""
 
     @abstractmethod

@@ -12,11 +12,11 @@ from torch import Tensor
 from lavi.config.types import Count, CountOrZero
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class RandomTokens(Reducer):
-    """``keep`` tokens at random places of the grid, in their order; the same places for every view (chosen here).
+    """``keep`` tokens at random indices of the grid, in their order; the same indices for every view (chosen here).
 
     Places drawn anew would make a batch answer differently from its rows alone.
     """
@@ -25,14 +25,14 @@ class RandomTokens(Reducer):
         super().__init__()
         self.keep, self.seed = keep, seed
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(vision.tokens, generator=generator, device="cpu")[: _some(self.keep, vision)]
-        self.places = chosen.sort().values.tolist()
-        return Seen(vision.width, self.keep, None)
+        chosen = torch.randperm(vision.tokens, generator=generator, device="cpu")[: check_count(self.keep, vision)]
+        self.indices = chosen.sort().values.tolist()
+        return FeatureSpec(vision.width, self.keep, None)
 
     def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.places]
+        return features[:, self.indices]
 
 
 class UniformTokens(Reducer):
@@ -42,26 +42,26 @@ class UniformTokens(Reducer):
         super().__init__()
         self.keep = keep
 
-    def make(self, vision: VisionBackbone) -> Seen:
-        count = _some(self.keep, vision)
-        self.places = [(2 * i + 1) * vision.tokens // (2 * count) for i in range(count)]
-        return Seen(vision.width, count, None)
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
+        count = check_count(self.keep, vision)
+        self.indices = [(2 * i + 1) * vision.tokens // (2 * count) for i in range(count)]
+        return FeatureSpec(vision.width, count, None)
 
     def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.places]
+        return features[:, self.indices]
 
 
 class ZeroTokens(Reducer):
     """No token at all: what is answered without looking."""
 
-    def make(self, vision: VisionBackbone) -> Seen:
-        return Seen(vision.width, 0, None)
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
+        return FeatureSpec(vision.width, 0, None)
 
     def forward(self, features: Tensor) -> Tensor:
         return features[:, :0]
 
 
-def _some(keep: int, vision: VisionBackbone) -> int:
+def check_count(keep: int, vision: VisionBackbone) -> int:
     if not 1 <= keep <= vision.tokens:
         raise UserError(f"keep={keep}: a view has {vision.tokens} tokens; keep 1 to all of them (none: ZeroTokens).")
     return keep

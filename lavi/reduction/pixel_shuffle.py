@@ -10,7 +10,7 @@ from torch import Tensor
 from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class PixelShuffle(Reducer):
@@ -24,7 +24,7 @@ class PixelShuffle(Reducer):
         super().__init__()
         self.factor = factor
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         rows, columns = vision.grid
         if self.factor < 1 or rows % self.factor or columns % self.factor:
             raise UserError(
@@ -32,7 +32,7 @@ class PixelShuffle(Reducer):
                 "factor that does, or AveragePooling."
             )
         grid = (rows // self.factor, columns // self.factor)
-        return Seen(vision.width * self.factor**2, grid[0] * grid[1], grid)
+        return FeatureSpec(vision.width * self.factor**2, grid[0] * grid[1], grid)
 
     def forward(self, features: Tensor) -> Tensor:
         assert self.after.grid

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class AveragePooling(Reducer):
@@ -25,9 +25,9 @@ class AveragePooling(Reducer):
             raise UserError(f"average pooling shrinks by a factor of at least 1, not {factor}.")
         self.factor = factor
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         rows, columns = (math.ceil(side / self.factor) for side in vision.grid)
-        return Seen(vision.width, rows * columns, (rows, columns))
+        return FeatureSpec(vision.width, rows * columns, (rows, columns))
 
     def forward(self, features: Tensor) -> Tensor:
         if self.factor == 1:
@@ -55,11 +55,11 @@ class MatryoshkaPooling(Reducer):
             raise UserError(f"matryoshka pooling needs sides of at least 1, not {sides}.")
         self.sides, self.side = sorted(sides), side or max(sides)
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         largest = max(*self.sides, self.side)
         if largest > min(vision.grid):
             raise UserError(f"matryoshka pooling to {largest} a side: the backbone's grid is {vision.grid}.")
-        return Seen(vision.width, self.side**2, (self.side, self.side))
+        return FeatureSpec(vision.width, self.side**2, (self.side, self.side))
 
     def forward(self, features: Tensor) -> Tensor:
         assert self.before.grid

@@ -13,7 +13,7 @@ from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
 from lavi.reduction.base import Reducer
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class PerceiverResampler(Reducer):
@@ -31,13 +31,13 @@ class PerceiverResampler(Reducer):
             raise UserError("a resampler has at least one token, one layer and one head.")
         self.tokens, self.depth, self.heads = tokens, depth, heads
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         if vision.width % self.heads:
             raise UserError(f"the resampler's {self.heads} heads do not divide the backbone's width, {vision.width}.")
         self.queries = nn.Parameter(0.02 * torch.randn(self.tokens, vision.width))
         self.layers = nn.ModuleList(_Layer(vision.width, self.heads) for _ in range(self.depth))
         self.norm = nn.LayerNorm(vision.width)
-        return Seen(vision.width, self.tokens, None)
+        return FeatureSpec(vision.width, self.tokens, None)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.float()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lavi.config.types import CountOrZero
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer
-from lavi.vision.base import Seen, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class VisionZip(Reducer):
@@ -32,7 +32,7 @@ class VisionZip(Reducer):
         super().__init__()
         self.dominant, self.contextual = dominant, contextual
 
-    def make(self, vision: VisionBackbone) -> Seen:
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
         count = self.dominant + self.contextual
         if not 1 <= count <= vision.tokens or min(self.dominant, self.contextual) < 0:
             raise UserError(
@@ -46,7 +46,7 @@ class VisionZip(Reducer):
         self.key_width = projections["key"].out_features
         for part, module in projections.items():
             module.register_forward_hook(_Reader(self.read, part))
-        return Seen(vision.width, count, self.before.grid if count == vision.tokens else None)
+        return FeatureSpec(vision.width, count, self.before.grid if count == vision.tokens else None)
 
     def forward(self, features: Tensor) -> Tensor:
         views, tokens, _ = features.shape
@@ -83,10 +83,10 @@ class VisionZip(Reducer):
         count = rest.shape[1]
         if not self.contextual:
             return rest[:, :0]
-        places = [(2 * i + 1) * count // (2 * self.contextual) for i in range(self.contextual)]
+        indices = [(2 * i + 1) * count // (2 * self.contextual) for i in range(self.contextual)]
         keys = nn.functional.normalize(keys, dim=-1)
-        nearest = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (views, N - dominant)
-        nearest[:, places] = torch.arange(self.contextual, device=nearest.device)
+        nearest = (keys @ keys[:, indices].transpose(1, 2)).argmax(-1)  # (views, N - dominant)
+        nearest[:, indices] = torch.arange(self.contextual, device=nearest.device)
         share = nn.functional.one_hot(nearest, self.contextual).to(rest)  # (views, N - dominant, contextual)
         return share.transpose(1, 2) @ rest / share.sum(1)[..., None]
 

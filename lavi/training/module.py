@@ -103,7 +103,7 @@ class VisionLanguageModule(pl.LightningModule):
         """What is frozen stays in evaluation mode, also inside a part that trains."""
         super().train(mode)
         for part in self.model.children():
-            _rest(part)
+            _eval_frozen_modules(part)
         # Frozen or without parameters, they may still draw what each step of training looks like.
         for drawing in (self.model.fusion, self.model.reducer):
             if drawing is not None:
@@ -280,14 +280,14 @@ def _share_passed(timer: Timer) -> float:
     return elapsed / max(1e-9, elapsed + (remaining or 0.0))
 
 
-def _rest(module: nn.Module) -> None:
+def _eval_frozen_modules(module: nn.Module) -> None:
     """Put what is frozen into evaluation mode; what has no parameters (dropout) does as the module around it."""
     if not any(parameter.requires_grad for parameter in module.parameters()):
         module.eval()
         return
     for child in module.children():
         if any(True for _ in child.parameters()):
-            _rest(child)
+            _eval_frozen_modules(child)
 
 
 def checkpoint_layers(language: Any) -> None:

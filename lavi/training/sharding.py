@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lavi.checkpoints.weight_files import kept_names
+from lavi.checkpoints.weight_files import saved_parameter_names
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -28,7 +28,7 @@ class FSDP2(ModelParallelStrategy):
         """What is kept, whole, on the first rank; the rest of a model that fits in shards only is never gathered."""
         state = {}
         assert self.lightning_module is not None
-        kept = kept_names(self.lightning_module)
+        kept = saved_parameter_names(self.lightning_module)
         for name, parameter in self.lightning_module.named_parameters():
             if name in kept:
                 whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Seen:
+class FeatureSpec:
     """What one view's features look like to those who take them in."""
 
     width: int
@@ -45,9 +45,9 @@ class VisionBackbone(nn.Module, ABC):
         return self.prefix + self.grid[0] * self.grid[1]
 
     @property
-    def seen(self) -> Seen:
+    def feature_spec(self) -> FeatureSpec:
         """What a view becomes."""
-        return Seen(self.width, self.tokens, self.grid)
+        return FeatureSpec(self.width, self.tokens, self.grid)
 
     @property
     @abstractmethod

@@ -140,7 +140,7 @@ class HFVision(Tower):
         try:
             if shapes:
                 raise ValueError("wide and tall images come out different")
-            self.look(shape, class_token=class_token)
+            self.infer_shapes(shape, class_token=class_token)
         except (ValueError, RuntimeError) as error:
             if not shapes and shape == wanted:
                 kind = settings.model_type

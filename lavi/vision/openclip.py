@@ -85,7 +85,7 @@ class OpenCLIPVision(Tower):
         self._prepare(self.settings.get("preprocess_cfg") or tag or next(iter(tags.values()), {}))
         registers = getattr(_trunk(self.tower), "reg_token", None)
         try:
-            self.look(
+            self.infer_shapes(
                 (3, *self.settings["preprocess_cfg"]["size"]),
                 class_token=class_token,
                 registers=0 if registers is None else registers.shape[1],

@@ -4,8 +4,8 @@
                                                         +- layer b: [ class | registers ] grid
     features (views, N, Dv):  per layer [ class, if wanted | grid, row by row ], the layers side by side in Dv
 
-A new kind of tower gives :meth:`Tower.encode` and :meth:`Tower.preprocess`, and calls :meth:`Tower.look` at the end of
-its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
+A new kind of tower gives :meth:`Tower.encode` and :meth:`Tower.preprocess`, and calls :meth:`Tower.infer_shapes` at the
+end of its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tower(VisionBackbone):
         What stands before the grid (views, P, D), the class token first; and the grid (views, D, rows, columns).
         """
 
-    def look(self, pixel_shape: tuple[int, int, int], *, class_token: bool, registers: int = 0) -> None:
+    def infer_shapes(self, pixel_shape: tuple[int, int, int], *, class_token: bool, registers: int = 0) -> None:
         """Find grid, width, prefix and FLOPs of a view of ``pixel_shape`` by one forward without numbers.
 
         Args:

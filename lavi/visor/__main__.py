@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 from lavi.cli.arguments import Parser, device_of, path, share, whole_number
-from lavi.cli.entry import front
+from lavi.cli.entry import cli_entry_point
 
 
-@front
+@cli_entry_point
 def main() -> None:
     args = arguments()
     device = device_of(args.device)

@@ -40,16 +40,16 @@ from lavi.batch import Batch, Layout
 from lavi.config.paths import home_path
 from lavi.config.types import Count
 from lavi.errors import UserError
-from lavi.fusion.arrangement import Rows, asking_columns, placed, rows_of, splice
+from lavi.fusion.arrangement import Rows, group_tokens_by_row, last_prompt_columns, splice, splice_tokens
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.layers import spread_layers
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
-from lavi.language.subsequence import LayeredCache, Span, check_kernel, narrowed, rows_only, take
+from lavi.language.subsequence import LayeredCache, Span, check_kernel, layer_kwargs_for_subset, rows_only, take
 from lavi.language.surgery import NormTarget, norm_targets, norms_of, open_decoder, open_norm
 from lavi.nn.formulas import linear_flops
-from lavi.vision.base import Seen
+from lavi.vision.base import FeatureSpec
 from lavi.visor.files import Configuration, read_labels, read_viable
 from lavi.visor.readers import AttentionReader, ModulationReader, Reader
 
@@ -111,8 +111,8 @@ class VisorFusion(ConcatFusion):
         self.forced: Configuration | None = None
         """The way that all rows go, whatever the router says."""
 
-    def bind(self, language: LanguageModel, seen: Seen) -> None:
-        super().bind(language, seen)
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
+        super().bind(language, features)
         self.kernel, self.depth, self.width = language.attention, len(language.layers), language.width
         self.sliding = LayeredCache(language.hf.config)
         check_kernel(self.kernel, self.sliding, "VISOR")
@@ -137,12 +137,12 @@ class VisorFusion(ConcatFusion):
         self.unlabelled = 0
 
     @property
-    def ways(self) -> Counter[Hashable]:
+    def route_counts(self) -> Counter[Hashable]:
         """How often the router chose each configuration."""
         return self.routed
 
     @contextmanager
-    def going(self, way: Hashable) -> Iterator[None]:
+    def force_route(self, way: Hashable) -> Iterator[None]:
         before = self.configuration, self.forced
         self.configuration = self.forced = self.configuration_of(cast(Configuration, way))
         try:
@@ -151,15 +151,15 @@ class VisorFusion(ConcatFusion):
             self.configuration, self.forced = before
 
     @property
-    def counted_way(self) -> Configuration:
+    def default_route(self) -> Configuration:
         return self.configuration
 
-    def settled(self) -> dict[str, Any]:
+    def resolved_arguments(self) -> dict[str, Any]:
         named = isinstance(self.wanted_configurations, str)
         return {"configurations": [list(one) for one in self.viable]} if named else {}
 
     @property
-    def chosen(self) -> list[NormTarget]:
+    def modulated_norms(self) -> list[NormTarget]:
         readers = [self.reader(layer) for layer in self.reading]
         return [target for reader in readers if isinstance(reader, ModulationReader) for target in reader.targets]
 
@@ -244,7 +244,7 @@ class VisorFusion(ConcatFusion):
         self._check_turns(batch)
         texts, device = batch.input_ids.shape[1], batch.input_ids.device
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype))
-        on_host = rows_of(batch, counts)
+        on_host = group_tokens_by_row(batch, counts)
         rows = on_host.to(device)
         valid = batch.attention_mask
         context = VisorContext(
@@ -256,14 +256,14 @@ class VisorFusion(ConcatFusion):
             images=int(on_host.image.max()) + 1,
             text_valid=None if all(span == (0, texts) for span in batch.spans) else valid,
             texts=texts,
-            asking=torch.tensor(asking_columns(batch), device="cpu").to(device),
+            asking=torch.tensor(last_prompt_columns(batch), device="cpu").to(device),
             keys=batch.keys,
         )
         if not self.refining:
             context.beside = rows.gather(visual)
             return DecoderInput(input_ids=batch.input_ids, attention_mask=valid, vision=context)
         order, columns = splice(batch, counts, text_width=texts)
-        embeds, mask = placed(language.embed(batch.input_ids), visual, order)
+        embeds, mask = splice_tokens(language.embed(batch.input_ids), visual, order)
         context.length = order.shape[1]
         context.text_columns = columns.to(device)
         context.columns = context.text_columns.masked_fill(~valid, context.length)
@@ -425,7 +425,7 @@ class VisorContext(VisualContext):
     mask: Tensor | None = None
     """(B, text tokens of this call, M)."""
 
-    def at(self, past: int, length: int) -> Self:
+    def for_step(self, past: int, length: int) -> Self:
         prompt = self.texts if self.length is None else self.length
         said = past + length - prompt  # tokens behind the prompt, up to the end of this call
         stop = self.texts + said
@@ -444,7 +444,7 @@ class VisorContext(VisualContext):
         repeated = {name: part.repeat_interleave(copies, dim=0) for name, part in held.items() if part is not None}
         return replace(self, text_columns=None, copies=copies, **repeated)
 
-    def held(self) -> list[Tensor]:
+    def cached_tensors(self) -> list[Tensor]:
         return [] if self.beside is None else [self.beside]
 
     def losses(self) -> dict[str, Tensor]:
@@ -455,7 +455,7 @@ class VisorContext(VisualContext):
             return {"router": 0.0 * logits.sum()}
         return {"router": self.fusion.loss(self.keys, logits)}
 
-    def around(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+    def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         reads_prompt = self.length is not None and not self.past
         out = self._grouped(layer, call, self._split(hidden) if layer == 0 and reads_prompt else hidden, kwargs)
         # Behind the layers the stack wants the sequence that it gave (GPT-2): the text in its places, and nothing else.
@@ -486,12 +486,12 @@ class VisorContext(VisualContext):
         return take(hidden, self._text_columns(None))
 
     def _visual_of(self, arranged: Tensor, rows: Tensor | None) -> Tensor:
-        columns, valid = _some(self.arranged, rows), _some(self.visual_valid, rows)
+        columns, valid = index_rows(self.arranged, rows), index_rows(self.visual_valid, rows)
         return take(arranged, columns) * valid[..., None]
 
     def _text_columns(self, rows: Tensor | None) -> Tensor:
         """(b, text tokens): columns of the prompt's text and, while nothing is cached, of what was said behind it."""
-        columns = _some(self.columns, rows)
+        columns = index_rows(self.columns, rows)
         assert self.length is not None
         if self.past or self.now == self.length:
             return columns
@@ -500,7 +500,7 @@ class VisorContext(VisualContext):
 
     def _places(self, rows: Tensor | None) -> Tensor:
         """(b, M): the columns of V in this call (its length: padding)."""
-        places = _some(self.arranged, rows)
+        places = index_rows(self.arranged, rows)
         return places.masked_fill(places == self.length, self.now)
 
     def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -512,7 +512,7 @@ class VisorContext(VisualContext):
         return joined[:, : self.now]
 
     def _text_valid(self, rows: Tensor | None) -> Tensor | None:
-        valid = _some(self.text_valid, rows)
+        valid = index_rows(self.text_valid, rows)
         said = 0 if self.past or self.length is None else self.now - self.length
         return valid if valid is None or not said else torch.cat([valid, valid.new_ones(len(valid), said)], dim=1)
 
@@ -539,7 +539,7 @@ class VisorContext(VisualContext):
         for configuration in dict.fromkeys(chosen):
             rows = torch.tensor([row for row, own in enumerate(chosen) if own == configuration], device="cpu")
             rows = rows.to(hidden.device)
-            states = {refined: _some(state, rows) for refined, state in whole.states.items()}
+            states = {refined: index_rows(state, rows) for refined, state in whole.states.items()}
             made.append(Group(rows, configuration, states))
         del self.groups[1:]
         self.groups += made
@@ -563,11 +563,11 @@ class VisorContext(VisualContext):
         if layer in fusion.reading:
             assert self.mask is not None
             seen = self._seen(layer, group, rows, cache)
-            text, holds = fusion.reader(layer).read(text, seen, _some(self.mask, rows))
+            text, holds = fusion.reader(layer).read(text, seen, index_rows(self.mask, rows))
         if layer in group.configuration:
             return self._refined(layer, call, text, group, rows, kwargs)
         if self.length is not None:
-            kwargs = narrowed(
+            kwargs = layer_kwargs_for_subset(
                 kwargs,
                 self._text_columns(rows),
                 self._text_valid(rows),
@@ -587,7 +587,9 @@ class VisorContext(VisualContext):
         state = max(refined for refined in group.states if refined < layer)
         # With gradients each layer makes its own: a layer that is recomputed must do what it did before.
         if torch.is_grad_enabled() or state not in group.positioned:
-            group.positioned[state] = self.fusion.positioned(group.states[state], _some(self.image, rows), self.images)
+            group.positioned[state] = self.fusion.positioned(
+                group.states[state], index_rows(self.image, rows), self.images
+            )
         seen = self.fusion.reader(layer).keep(group.positioned[state])
         if cache is not None:
             cache.cross[layer] = seen
@@ -616,5 +618,5 @@ def _before(layer: int, group: Group) -> Tensor:
     return group.states[max(refined for refined in group.states if refined < layer)]
 
 
-def _some(tensor: Any, rows: Tensor | None) -> Any:
+def index_rows(tensor: Any, rows: Tensor | None) -> Any:
     return tensor if tensor is None or rows is None else tensor[rows]

@@ -59,7 +59,7 @@ def every_configuration(optional: Sequence[int], most: int) -> list[Configuratio
 
 
 @torch.no_grad()
-def right(
+def answer_correct(
     model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[str, list[bool]]]:
     """For each sample its key, and which of its answers are right."""
@@ -72,7 +72,7 @@ def right(
 
 
 @torch.no_grad()
-def likely(
+def answer_probability(
     model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[str, list[float]]]:
     """For each sample its key, and the probability of each of its true answers, under teacher forcing."""
@@ -120,8 +120,8 @@ def search(
             if number <= found["batches"]:
                 continue
             for name, configuration in zip(names, configurations, strict=True):
-                with fusion.going(configuration):
-                    found["right"][name] += sum(sum(answers) for _, answers in right(model, [batch], device))
+                with fusion.force_route(configuration):
+                    found["right"][name] += sum(sum(answers) for _, answers in answer_correct(model, [batch], device))
             found["batches"] = number
             found["samples"] += len(batch)
             found["answers"] += len(batch.answers)
@@ -163,7 +163,7 @@ def label(
     order = sorted({fusion.configuration_of(one) for one in viable}, key=lambda one: (len(one), one))
     full = tuple(fusion.refining)
     about = about | {"configurations": [list(one) for one in order], "keep": keep, "by": by}
-    judge = right if by == "right" else likely
+    judge = answer_correct if by == "right" else answer_probability
     done = _labelled(out, about)
     with open(out, "a") as stream:
         for batch in track(batches, description="labelling"):
@@ -176,7 +176,7 @@ def label(
                 continue
             shares: dict[Configuration, list[float]] = {}
             for configuration in {full, *order}:
-                with fusion.going(configuration):
+                with fusion.force_route(configuration):
                     shares[configuration] = [sum(row) / max(1, len(row)) for _, row in judge(model, [batch], device)]
             for row, key in enumerate(batch.keys):
                 if key not in done:
