@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -229,10 +230,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs ``python -m MODULE ARGUMENTS`` in this process, inside a folder of the test's own: (status, out, err)."""
     monkeypatch.chdir(tmp_path)
 
+    def is_package(module: str) -> bool:
+        spec = importlib.util.find_spec(module)
+        return spec is not None and spec.submodule_search_locations is not None
+
     def call(module: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            importlib.import_module(module).main()
+            importlib.import_module(f"{module}.__main__" if is_package(module) else module).main()
         printed = capsys.readouterr()
         return int(left.value.code or 0), printed.out, printed.err
 

@@ -204,7 +204,7 @@ def test_a_model_in_a_folder_needs_nothing_else(train, lora: bool, scenes: Path,
         same(again(encoded), expected)
         same(ordinary(input_ids=batch.input_ids).logits, text)
     plain = AutoModelForCausalLM.from_config(ordinary.config)
-    save_pretrained(plain, "plain")
+    plain.save_pretrained("plain")
     assert type(ordinary) is type(plain)
     assert set(load_file(folder / "language" / "model.safetensors")) == set(load_file("plain/model.safetensors"))
     save_pretrained(again, "again")  # once more, from there

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lavi.checkpoints.run_folder import LAST, RECIPE, TRAINED
-from lavi.efficiency.record import Record, read
+from lavi.efficiency.record import Record, read_records
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ def test_resuming_ends_where_one_go_ends_bit_for_bit(run, tiny_recipe: Path, tra
         == 0
     )
     code = f"""
-import shutil, lavi.checkpoints.run_folder as c
+import shutil, lavi.checkpoints.keep_run as c
 save = c.KeepRun._save
 def and_copy(self, trainer):
     save(self, trainer)
@@ -193,11 +193,11 @@ def test_evaluate_scores_with_controls_and_costs(run, trained: Path) -> None:
         "visual tokens in the language model",
     ):
         assert words in out
-    (made,) = read(Path("records.jsonl"))
-    assert made.method == "lavi"
-    assert made.visual_tokens_in_language == 0
-    assert {"all", "level/easy", "family/colour"} <= set(made.accuracy)
-    assert Record.from_json(made.to_json()) == made
+    (record,) = read_records(Path("records.jsonl"))
+    assert record.method == "lavi"
+    assert record.visual_tokens_in_language == 0
+    assert {"all", "level/easy", "family/colour"} <= set(record.accuracy)
+    assert Record.from_json(record.to_json()) == record
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -244,13 +244,15 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
     refused(
         run("lavi.generate", "--checkpoint", trained, "--question", "circle " * 400), "more than the context of 256"
     )
-    refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "made by another recipe")
+    refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "record by another recipe")
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     settings: dict[str, Any] = yaml.safe_load((other / RECIPE).read_text())
     settings["model"]["fusion"]["bottleneck"] = 8
     (other / RECIPE).write_text(yaml.safe_dump(settings))
-    refused(run("lavi.generate", "--checkpoint", other, *ask), "made by another recipe", "in the file", "in the model")
+    refused(
+        run("lavi.generate", "--checkpoint", other, *ask), "record by another recipe", "in the file", "in the model"
+    )
     (other / TRAINED).write_bytes(b"broken")
     refused(run("lavi.generate", "--checkpoint", other, *ask), "not a readable checkpoint")
     settings["model"]["fusion"]["_target_"] = "os.system"
@@ -344,9 +346,9 @@ def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_p
     single = f"data.train={scenes / 'validation'}"
     status, _, err = run(*fit, "--run", router, routed, rates, f"module.start_from={universal}", single)
     assert status == 0, err
-    viable.unlink()  # a run does not change when the files it was made from do
+    viable.unlink()  # a run does not change when the files it was record from do
     assert run("lavi.evaluate", "--checkpoint", router, universal, "--limit", 12)[0] == 0
-    mean, full = (read(folder / "evaluation.jsonl")[0] for folder in (router, universal))
+    mean, full = (read_records(folder / "evaluation.jsonl")[0] for folder in (router, universal))
     assert sum(mean.knobs["ways"].values()) == pytest.approx(1)
     assert mean.knobs["timed way"] in mean.knobs["ways"]
     assert mean.gflops_language < full.gflops_language or "(1, 2)" in mean.knobs["ways"]

@@ -560,7 +560,7 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPa
 
 
 def test_output_that_nobody_reads_ends_quietly() -> None:
-    code = "from lavi.errors import front\nfront(lambda: [print('x' * 100000) for _ in range(100)] and 0)()"
+    code = "from lavi.cli.entry import cli_entry_point\ncli_entry_point(lambda: [print('x' * 100000) for _ in range(100)] and 0)()"
     command = [sys.executable, "-c", code]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert started.stdout is not None

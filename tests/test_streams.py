@@ -181,7 +181,7 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from lavi.checkpoints.run_folder import KeepRun
+from lavi.checkpoints.keep_run import KeepRun
 at = int(os.environ["KILL_AT"])
 end = KeepRun.on_train_batch_end
 def and_note(self, trainer, module, outputs, batch, index):
