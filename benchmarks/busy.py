@@ -24,14 +24,13 @@ import torch
 
 from datamodules.tokenizer import train_tokenizer
 from lavi.cli.entry import cli_entry_point
-from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOISE, NOTE
+from lavi.efficiency.figures import name
 from lavi.efficiency.latency import TURNS
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
-from lavi.efficiency.report import name
-from lavi.efficiency.sweep import Sweep, run, with_baseline
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 
@@ -57,21 +56,21 @@ def timed(recipe: Recipe, device: torch.device, runs: int, load: str) -> list[Re
     """The model and its concatenation twin at one prompt."""
     bar = partial(track, description=f"{load} machine")
     sweep, prompt = Sweep.parse("visual_tokens=64"), Scenario(text=18)
-    records = list(run(with_baseline([recipe]), sweep, prompt, device=device, runs=runs, track=bar))
-    for made in records:
-        made.knobs["load"] = load
+    records = list(sweep_records(with_baseline([recipe]), sweep, prompt, device=device, runs=runs, track=bar))
+    for record in records:
+        record.knobs["load"] = load
     return records
 
 
 def busy_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each ratio on the quiet and on the busy machine, and whether they agree."""
-    quiet, busy = ([made for made in records if made.knobs["load"] == load] for load in ("quiet", "busy"))
+    quiet, busy = ([record for record in records if record.knobs["load"] == load] for load in ("quiet", "busy"))
     columns = ["method", "ratio", "quiet", f"beside {OTHERS} processes", "busy / quiet", "verdict"]
     rows = []
     for before, after in zip(quiet, busy, strict=True):
         for to, what in (("floor", "the floor"), ("concat", "concatenation")):
             for stage in STAGES:
-                cells = [ratio_cell(made, to, stage) for made in (before, after)]
+                cells = [ratio_cell(record, to, stage) for record in (before, after)]
                 if cells != ["-", "-"]:
                     label = f"{stage.replace('_', ' ')}, times {what}"
                     rows.append([name(before), label, *cells, *verdict(before, after, to, stage)])
@@ -96,7 +95,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     args = parser.parse_args()
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["a prompt of no meaning"], Path(folder))
@@ -107,11 +106,11 @@ def main() -> int:
             records += timed(recipe, device, args.runs, "busy")
     if args.out:
         args.out.unlink(missing_ok=True)
-        record.write(records, args.out)
+        write_records(records, args.out)
     columns, rows = busy_table(records)
     console().print(table(f"Ratios of times; {records[0].device}", columns, rows))
     for load in ("quiet", "busy"):
-        waited = max(made.waited for made in records if made.knobs["load"] == load)
+        waited = max(record.waited for record in records if record.knobs["load"] == load)
         print(f"{load}: other processes had the cores {waited:.0%} of the time")
     print(NOTE)
     return int(any(row[-1] in ("APART", "not measured") for row in rows))

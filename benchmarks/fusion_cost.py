@@ -20,8 +20,9 @@ from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
 from lavi.cli.entry import cli_entry_point
-from lavi.efficiency import record, report
+from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS
+from lavi.efficiency.record import check_writable, write_records
 from lavi.report import console
 
 FULL: dict[str, Any] = {
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     args = parser.parse_args()
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = FULL if device.type == "cuda" else REDUCED
     with tempfile.TemporaryDirectory() as folder:
@@ -54,11 +55,11 @@ def main() -> None:
             sizes["vision"], sizes["language"], Path(folder), dtype=sizes["dtype"], source="benchmarks/fusion_cost.py"
         )
         records = Efficiency(visual_tokens=sizes["sweep"], text_tokens=50, runs=args.runs).sweep(recipe, device)
-    for made in records:
-        made.knobs |= {"size": "full" if sizes is FULL else "reduced"}
+    for record in records:
+        record.knobs |= {"size": "full" if sizes is FULL else "reduced"}
     if args.out:
-        record.write(records, args.out)
-    for shown in report.sweep_tables(records):
+        write_records(records, args.out)
+    for shown in figures.sweep_tables(records):
         console().print(shown)
     if device.type != "cuda":
         console().print("No GPU here: reduced size, ratios only. No GPU figure exists from this run.")

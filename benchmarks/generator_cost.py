@@ -15,10 +15,9 @@ from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 
 from datamodules.tokenizer import train_tokenizer
 from lavi.cli.entry import cli_entry_point
-from lavi.efficiency import record
 from lavi.efficiency.measure import build_on, count
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.scenario import Scenario
 from lavi.nn.delta_generators import GENERATORS
 from lavi.report import console, table
 
@@ -37,9 +36,9 @@ def costs() -> list[Record]:
             )
             model = build_on(recipe, "meta")
             for visual in VISUAL:
-                made = count(recipe, model, Scenario(text=TEXT, visual_tokens=visual))
-                made.knobs = {"generator": kind, "parameters": sum(p.numel() for p in model.fusion.parameters())}
-                records.append(made)
+                record = count(recipe, model, Scenario(text=TEXT, visual_tokens=visual))
+                record.knobs = {"generator": kind, "parameters": sum(p.numel() for p in model.fusion.parameters())}
+                records.append(record)
     return records
 
 
@@ -47,11 +46,11 @@ def generator_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: parameters, and FLOPs beside what they are added to."""
     columns = ["generator", "parameters (M)", "visual tokens", "GFLOPs", "% of encoder + bare language model"]
     rows = []
-    for made in records:
-        added = made.flops["generator"] + made.flops["modulation"]
-        base = made.flops["vision_encoder"] + made.flops_floor
-        figures = [f"{made.knobs['parameters'] / 1e6:.2f}", f"{made.visual_tokens:,}"]
-        rows.append([made.knobs["generator"], *figures, f"{added / 1e9:.2f}", f"{100 * added / base:.2f}"])
+    for record in records:
+        added = record.flops["generator"] + record.flops["modulation"]
+        base = record.flops["vision_encoder"] + record.flops_floor
+        figures = [f"{record.knobs['parameters'] / 1e6:.2f}", f"{record.visual_tokens:,}"]
+        rows.append([record.knobs["generator"], *figures, f"{added / 1e9:.2f}", f"{100 * added / base:.2f}"])
     return columns, rows
 
 
@@ -61,11 +60,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
     args = parser.parse_args()
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     records = costs()
     if args.out:
         args.out.unlink(missing_ok=True)
-        record.write(records, args.out)
+        write_records(records, args.out)
     console().print(table(f"Delta generators, {TEXT} text tokens", *generator_table(records)))
 
 

@@ -25,8 +25,8 @@ from verify_visor import speed_table as visor_speed_table
 
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
-from lavi.efficiency.record import Record, read
-from lavi.efficiency.report import sweep_rows, sweep_title, turns_rows, waited
+from lavi.efficiency.figures import sweep_rows, sweep_title, turns_rows, waited
+from lavi.efficiency.record import Record, read_records
 from lavi.report import markdown
 
 HARD = ("count", "comparison", "relation", "reading", "two_images")
@@ -36,20 +36,21 @@ TABLE = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def comparison(records: list[Record]) -> str:
     """The side-by-side table of an evaluation, and what it was measured on."""
-    baseline = next((made for made in records if made.method == "concat"), None)
+    baseline = next((record for record in records if record.method == "concat"), None)
     columns, rows = side_by_side(records, baseline)
-    made = records[0]
-    views = f" and {made.views} views" if made.views > 1 else ""
+    record = records[0]
+    views = f" and {record.views} views" if record.views > 1 else ""
     note = (
-        f"{made.knobs['test_samples']} test samples; one prompt of {made.text_tokens} text tokens{views}, batch 1; "
-        f"1 multiply-add = 2 FLOPs; {made.device}, {made.dtype}, {made.attention}, torch {made.versions['torch']}."
+        f"{record.knobs['test_samples']} test samples; one prompt of {record.text_tokens} text tokens{views}, batch 1; "
+        f"1 multiply-add = 2 FLOPs; {record.device}, {record.dtype}, {record.attention}, "
+        f"torch {record.versions['torch']}."
     )
     return f"{markdown(columns, rows)}\n{' '.join([note, *of_turns(records)])}\n"
 
 
 def of_turns(records: list[Record]) -> list[str]:
     """What stands below times that were taken in turns."""
-    return [NOTE, *filter(None, [waited(records)])] if any(made.turns for made in records) else []
+    return [NOTE, *filter(None, [waited(records)])] if any(record.turns for record in records) else []
 
 
 def generators(records: list[Record]) -> str:
@@ -59,12 +60,12 @@ def generators(records: list[Record]) -> str:
 
 def claims(records: list[Record]) -> str:
     """What LaVi-7B saves against LLaVA-OneVision-7B."""
-    return markdown(*flops_table([made for made in records if not made.knobs.get("timed")]))
+    return markdown(*flops_table([record for record in records if not record.knobs.get("timed")]))
 
 
 def speed(records: list[Record]) -> str:
     """What was measured of the two."""
-    timed = [made for made in records if made.knobs.get("timed")]
+    timed = [record for record in records if record.knobs.get("timed")]
     note = f"Medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}, torch {timed[0].versions['torch']}."
     return f"{markdown(*speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
@@ -76,7 +77,7 @@ def visor(records: list[Record]) -> str:
 
 def visor_speed(records: list[Record]) -> str:
     """The same on the clock."""
-    timed = [made for made in records if made.milliseconds]
+    timed = [record for record in records if record.milliseconds]
     what = "Small models (a decoder of 24 layers)" if timed[0].knobs["timed"] == "small" else "Full size"
     note = (
         f"{what} at {timed[0].knobs['scenario']}, medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}."
@@ -87,13 +88,13 @@ def visor_speed(records: list[Record]) -> str:
 def visor_scenes(records: list[Record]) -> str:
     """What VISOR reached on the scenes: accuracy beside what it costs."""
     columns = ["", "easy %", "hard %", *(f"{family} %" for family in HARD), "GFLOPs without encoder", "of concat %"]
-    base = next(made for made in records if made.method == "concat")
+    base = next(record for record in records if record.method == "concat")
     rows = []
-    for made in records:
-        scores = [made.accuracy.get(group, float("nan")) for group in ("level/easy", "level/hard")]
-        scores += [made.accuracy.get(f"family/{family}", float("nan")) for family in HARD]
-        cost = [f"{made.gflops_language:.4f}", f"{100 * made.gflops_language / base.gflops_language:.0f}"]
-        rows.append([str(made.knobs["name"]), *(f"{score:.1f}" for score in scores), *cost])
+    for record in records:
+        scores = [record.accuracy.get(group, float("nan")) for group in ("level/easy", "level/hard")]
+        scores += [record.accuracy.get(f"family/{family}", float("nan")) for family in HARD]
+        cost = [f"{record.gflops_language:.4f}", f"{100 * record.gflops_language / base.gflops_language:.0f}"]
+        rows.append([str(record.knobs["name"]), *(f"{score:.1f}" for score in scores), *cost])
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
 
 
@@ -124,13 +125,13 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
 
 
 def render(text: str) -> str:
-    """The text with every table made anew."""
+    """The text with every table record anew."""
 
     def fill(found: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{found[2].partition('.')[0]}.jsonl"
         if found[2] == "dataloader":  # records of its own: nothing of a model was measured
             return found[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + found[3]
-        records = read(file)
+        records = read_records(file)
         return found[1] + KINDS.get(found[2], comparison)(records) + found[3]
 
     return TABLE.sub(fill, text)
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     args = parser.parse_args()
     pages = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-    changed = {page: made for page, text in pages.items() if (made := render(text)) != text}
+    changed = {page: record for page, text in pages.items() if (record := render(text)) != text}
     if args.check:
         sys.exit(bool(changed))
     for page, text in changed.items():

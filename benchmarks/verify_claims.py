@@ -20,13 +20,12 @@ import torch
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
 from lavi.cli.entry import cli_entry_point
-from lavi.efficiency import record
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure, saving
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import name_of
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
@@ -62,16 +61,16 @@ def counts() -> list[Record]:
         recipe = recipe_at(file)
         model = build_on(recipe, "meta")
         for scenario in SCENARIOS:
-            made = count(recipe, model, scenario)
-            made.knobs = {"name": name_of(recipe), "scenario": str(scenario), "value": str(scenario)}
-            records.append(made)
+            record = count(recipe, model, scenario)
+            record.knobs = {"name": name_of(recipe), "scenario": str(scenario), "value": str(scenario)}
+            records.append(record)
     return records
 
 
 def of(records: Sequence[Record], file: str) -> dict[str, Record]:
     """A recipe's records by scenario."""
     name = name_of(recipe_at(file))
-    return {made.knobs["scenario"]: made for made in records if made.knobs["name"] == name}
+    return {record.knobs["scenario"]: record for record in records if record.knobs["name"] == name}
 
 
 def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -106,14 +105,14 @@ def timed(device: torch.device, runs: int) -> list[Record]:
         outputs = [length for length in TIMED[str(scenario)] if not small or length <= 64]
         measurements = []
         for recipe, model in zip(recipes, models, strict=True):
-            made = count(recipe, model, scenario)
-            made.knobs = {"name": name_of(recipe), "scenario": str(scenario), "timed": "small" if small else "full"}
-            measurements.append(Measurement(made, scenario, partial(itself, model)))
+            record = count(recipe, model, scenario)
+            record.knobs = {"name": name_of(recipe), "scenario": str(scenario), "timed": "small" if small else "full"}
+            measurements.append(Measurement(record, scenario, partial(itself, model)))
         bar = partial(track, description=f"timing at {scenario}")
         measure(measurements, device=device, runs=runs, outputs=outputs, track=bar)
         records += [one.record for one in measurements]
-        for made in records[-2:]:
-            console().print(f"{made.knobs['name']}, {scenario}: {made.error or 'measured'}")
+        for record in records[-2:]:
+            console().print(f"{record.knobs['name']}, {scenario}: {record.error or 'measured'}")
     return records
 
 
@@ -145,8 +144,8 @@ def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
 
 def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: what was measured, and the ratios of that; the claims are held against a GPU's."""
-    measured = [made for made in records if made.knobs.get("timed")]
-    full = all(made.knobs["timed"] == "full" for made in measured)
+    measured = [record for record in records if record.knobs.get("timed")]
+    full = all(record.knobs["timed"] == "full" for record in measured)
     base, lavi = (of(measured, file) for file in (BASELINE, LAVI))
     columns = ["input", "stage", "LLaVA-OneVision", "LaVi", "floor", "LLaVA-OneVision / LaVi", "LaVi / floor", "claim"]
     rows = []
@@ -160,7 +159,7 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             over_floor = ratio_cell(own, "floor", stage)
             if stage not in own.turns:
                 over_floor = f"{own.milliseconds[stage][0] / own.milliseconds[f'floor_{stage}'][0]:.2f}"
-            row = [scenario, f"ms {stage.replace('_', ' ')}", *(milliseconds(made, name) for made, name in times)]
+            row = [scenario, f"ms {stage.replace('_', ' ')}", *(milliseconds(record, name) for record, name in times)]
             claimed = _verdict(faster, SPEED, f"{SPEED}x", full) if stage.startswith("end_to_end") else ""
             rows.append([*row, shown, over_floor, claimed])
         for kind, label in (("peak", "MiB above weights"), ("allocated", "MiB with weights")):
@@ -185,9 +184,9 @@ def times_as_fast(own: Record, concat: Record, stage: str) -> tuple[float | None
     return 1 / found.median, f"{1 / found.median:.2f} ({1 / found.high:.2f}-{1 / found.low:.2f})"
 
 
-def milliseconds(made: Record, stage: str) -> str:
+def milliseconds(record: Record, stage: str) -> str:
     """The median, if it says something."""
-    return "noisy" if made.time_is_noisy(stage) else f"{made.milliseconds[stage][0]:.1f}"
+    return "noisy" if record.time_is_noisy(stage) else f"{record.milliseconds[stage][0]:.1f}"
 
 
 def _verdict(value: float | None, wanted: float, claim: str, full: bool) -> str:
@@ -203,7 +202,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     args = parser.parse_args()
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     records = counts()
     title = f"FLOPs of a prompt of {TEXT} text tokens (1 multiply-add = 2 FLOPs, attention in full)"
     console().print(table(title, *flops_table(records)))
@@ -212,13 +211,13 @@ def main() -> None:
     counted = len(records)
     if args.out:  # what is counted is not lost when the timing is stopped
         args.out.unlink(missing_ok=True)
-        record.write(records, args.out)
+        write_records(records, args.out)
     records += timed(torch.device("cuda" if cuda else "cpu"), args.runs)
     where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
     console().print(table(f"Time and memory; {where}", *speed_table(records)))
     print(NOTE)
     if args.out:
-        record.write(records[counted:], args.out)
+        write_records(records[counted:], args.out)
 
 
 EXPLANATION = """\

@@ -21,12 +21,11 @@ import torch
 from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
 from lavi.cli.entry import cli_entry_point
-from lavi.efficiency import record
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.scenario import Scenario
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 
@@ -75,16 +74,16 @@ def counts() -> list[Record]:
         recipe = recipe_of(method)
         model = build_on(recipe, "meta")
         for scenario in SCENARIOS:
-            made = count(recipe, model, scenario)
-            made.knobs = {"name": method, "scenario": str(scenario)}
-            records.append(made)
+            record = count(recipe, model, scenario)
+            record.knobs = {"name": method, "scenario": str(scenario)}
+            records.append(record)
     return records
 
 
 def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: how many times fewer FLOPs, the ceiling, and whether the claim holds, for each input."""
-    counted = [made for made in records if not made.milliseconds]
-    base = {made.knobs["scenario"]: made for made in counted if made.knobs["name"] == BASELINE_NAME}
+    counted = [record for record in records if not record.milliseconds]
+    base = {record.knobs["scenario"]: record for record in counted if record.knobs["name"] == BASELINE_NAME}
     columns = [
         "method",
         "input",
@@ -95,22 +94,22 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         "times fewer (ceiling)",
     ]
     rows = []
-    for made in counted:
-        if made.knobs["name"] == BASELINE_NAME:
+    for record in counted:
+        if record.knobs["name"] == BASELINE_NAME:
             continue
-        other = base[made.knobs["scenario"]]
-        language, whole = other.gflops_language / made.gflops_language, other.gflops_total / made.gflops_total
-        encoder = made.flops["vision_encoder"] / 1e9
-        floor = made.flops_floor / 1e9
-        wanted = METHODS[made.knobs["name"]][2]
+        other = base[record.knobs["scenario"]]
+        language, whole = other.gflops_language / record.gflops_language, other.gflops_total / record.gflops_total
+        encoder = record.flops["vision_encoder"] / 1e9
+        floor = record.flops_floor / 1e9
+        wanted = METHODS[record.knobs["name"]][2]
         rows.append(
             [
-                made.knobs["name"],
-                made.knobs["scenario"],
-                f"{made.gflops_language / 1e3:.2f}",
+                record.knobs["name"],
+                record.knobs["scenario"],
+                f"{record.gflops_language / 1e3:.2f}",
                 f"{language:.1f} ({other.gflops_language / floor:.0f})",
                 f"{'PASS' if language >= wanted else 'FAIL'} ({wanted:g}x)",
-                f"{made.gflops_total / 1e3:.2f}",
+                f"{record.gflops_total / 1e3:.2f}",
                 f"{whole:.2f} ({other.gflops_total / (floor + encoder):.2f})",
             ]
         )
@@ -123,9 +122,9 @@ def timed(device: torch.device, runs: int) -> list[Record]:
     for method in track([BASELINE_NAME, *METHODS], description="building"):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
         model = build_for_timing(recipe, device)
-        made = count(recipe, model, scenario)
-        made.knobs = {"name": method, "scenario": str(scenario), "timed": "small" if small else "full"}
-        measurements.append(Measurement(made, scenario, partial(itself, model)))
+        record = count(recipe, model, scenario)
+        record.knobs = {"name": method, "scenario": str(scenario), "timed": "small" if small else "full"}
+        measurements.append(Measurement(record, scenario, partial(itself, model)))
     bar = partial(track, description="timing")
     measure(measurements, device=device, runs=runs, stages=("prefill", "decode"), track=bar)
     return [one.record for one in measurements]
@@ -133,17 +132,23 @@ def timed(device: torch.device, runs: int) -> list[Record]:
 
 def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: whether the FLOPs that are saved show on the clock."""
-    measured = [made for made in records if made.milliseconds]
-    base = next(made for made in measured if made.knobs["name"] == BASELINE_NAME)
+    measured = [record for record in records if record.milliseconds]
+    base = next(record for record in measured if record.knobs["name"] == BASELINE_NAME)
     columns = ["method", "LM FLOPs: times fewer", "prefill ms", "times as fast", "decode ms", "times as fast"]
     columns += ["peak MiB", "shows on the clock"]
     rows = []
-    for made in measured:
-        fewer = base.gflops_language / made.gflops_language
-        faster, shown = times_as_fast(made, base, "prefill")
-        verdict = "" if made is base else "noisy" if faster is None else "yes" if faster >= 1.05 else "no"
-        row = [made.knobs["name"], f"{fewer:.1f}", milliseconds(made, "prefill"), shown, milliseconds(made, "decode")]
-        rows.append([*row, times_as_fast(made, base, "decode")[1], f"{made.mib['peak']:.0f}", verdict])
+    for record in measured:
+        fewer = base.gflops_language / record.gflops_language
+        faster, shown = times_as_fast(record, base, "prefill")
+        verdict = "" if record is base else "noisy" if faster is None else "yes" if faster >= 1.05 else "no"
+        row = [
+            record.knobs["name"],
+            f"{fewer:.1f}",
+            milliseconds(record, "prefill"),
+            shown,
+            milliseconds(record, "decode"),
+        ]
+        rows.append([*row, times_as_fast(record, base, "decode")[1], f"{record.mib['peak']:.0f}", verdict])
     return columns, rows
 
 
@@ -154,14 +159,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage; 0: count")
     args = parser.parse_args()
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     records = counts()
     counted = len(records)
     title = f"FLOPs of a prompt of {TEXT} text tokens against {BASELINE_NAME} (1 multiply-add = 2 FLOPs)"
     console().print(table(title, *flops_table(records)))
     if args.out:  # what is counted is not lost when the timing is stopped
         args.out.unlink(missing_ok=True)
-        record.write(records, args.out)
+        write_records(records, args.out)
     if args.runs == 0:
         return
     cuda = torch.cuda.is_available()
@@ -171,7 +176,7 @@ def main() -> None:
     console().print(table(f"Time at {TIMED[device.type]}; {where}", *speed_table(records)))
     print(NOTE)
     if args.out:
-        record.write(records[counted:], args.out)
+        write_records(records[counted:], args.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import torch
 from tables import visor_scenes
 
 from lavi.checkpoints.run_folder import load_run
-from lavi.efficiency import measure, record
+from lavi.efficiency import measure
+from lavi.efficiency.record import read_records, write_records
 from lavi.evaluation import scoring
 from lavi.report import track
 from lavi.visor.offline import fingerprint
@@ -43,23 +44,25 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="score at most this many test samples")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = {made.knobs["name"]: made for made in record.read(args.out)} if args.out and args.out.exists() else {}
+    there = (
+        {record.knobs["name"]: record for record in read_records(args.out)} if args.out and args.out.exists() else {}
+    )
     for name, (run, changes) in RUNS.items():
         scored = {"name": name, "run": Path(run).name, "weights": fingerprint(Path(run)), "limit": args.limit}
-        made = there.get(name)
-        if made is not None and scored.items() <= made.knobs.items():  # of a run that was stopped
+        record = there.get(name)
+        if record is not None and scored.items() <= record.knobs.items():  # of a run that was stopped
             continue
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
         samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
         scores = scoring.evaluate(model, track(samples, name, total=samples.expected), device=device)
-        made = measure.count(recipe, model, scores.typical, scores.routes)
-        made.accuracy, made.controls = scores.accuracy, scores.controls
-        made.knobs |= scored | {"test_samples": scores.samples}
-        there[name] = made
+        record = measure.count(recipe, model, scores.typical, scores.routes)
+        record.accuracy, record.controls = scores.accuracy, scores.controls
+        record.knobs |= scored | {"test_samples": scores.samples}
+        there[name] = record
         if args.out:
             args.out.unlink(missing_ok=True)
-            record.write([there[known] for known in RUNS if known in there], args.out)
+            write_records([there[known] for known in RUNS if known in there], args.out)
         easy, hard = (scores.accuracy[f"level/{level}"] for level in ("easy", "hard"))
         print(f"{name}: easy {easy:.1f} %, hard {hard:.1f} %", flush=True)
     print(visor_scenes([there[name] for name in RUNS]))

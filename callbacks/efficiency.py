@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lavi.checkpoints.run_folder import RECIPE
 from lavi.config.types import Count, CountOrZero
-from lavi.efficiency import record, report
+from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
-from lavi.efficiency.sweep import Sweep, run, with_baseline
+from lavi.efficiency.record import Record, write_records
+from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
 from lavi.errors import UserError
 from lavi.recipe import Recipe
 from lavi.report import console, track
@@ -50,25 +50,25 @@ class Efficiency(pl.Callback):
         if trainer.is_global_zero and trainer.global_step == 0:  # a run that goes on has them
             records = self.sweep(Recipe.load(Path(trainer.default_root_dir) / RECIPE))
             for folder in _folders(trainer):
-                report.write_curves(records, folder, report.COUNTED)
-                report.write_savings(records, folder)
+                figures.write_curves(records, folder, figures.COUNTED)
+                figures.write_savings(records, folder)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
         records = self.sweep(Recipe.load(root / RECIPE), module.device if self.runs else None)
-        record.write(records, root / RECORDS)
+        write_records(records, root / RECORDS)
         for folder in _folders(trainer):
-            report.write_curves(records, folder, report.MEASURED)
-        for shown in report.sweep_tables(records):
+            figures.write_curves(records, folder, figures.MEASURED)
+        for shown in figures.sweep_tables(records):
             console().print(shown)
 
     def sweep(self, recipe: Recipe, device: torch.device | None = None) -> list[Record]:
         """One record for each method and number of visual tokens; timed if there is a device to do it on."""
         sweep = Sweep("visual_tokens", tuple(self.visual_tokens))
         return list(
-            run(
+            sweep_records(
                 with_baseline([recipe]),
                 sweep,
                 Scenario(text=self.text_tokens),

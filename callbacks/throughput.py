@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ThroughputMonitor
 from lavi.batch import Batch, ImageSlot
 from lavi.config.types import Count
 from lavi.efficiency.flops import closed_form
-from lavi.efficiency.point import Point
+from lavi.efficiency.scenario import PromptShape
 from lavi.model import VisionLanguageModel
 
 
@@ -67,15 +67,15 @@ class Throughput(ThroughputMonitor):
         if key not in self._known:
             trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in model.named_children()}
             counted = [closed_form(model, _point(text, place, model)) for place in places]
-            bare = closed_form(model, Point(text)).language
+            bare = closed_form(model, PromptShape(text)).language
             vision = sum(flops.prefill["vision_encoder"] for flops in counted)
             rest = bare + sum(flops.language - bare for flops in counted)
             self._known[key] = (3 if trains["vision"] else 1) * vision + (3 if trains["language"] else 2) * rest
         return self._known[key]
 
 
-def _point(text: int, place: ImageSlot, model: VisionLanguageModel) -> Point:
-    return Point(text, layout=place.layout, per_view=model.feature_spec.tokens, encoded=place.views)
+def _point(text: int, place: ImageSlot, model: VisionLanguageModel) -> PromptShape:
+    return PromptShape(text, layout=place.layout, per_view=model.feature_spec.tokens, encoded=place.views)
 
 
 def text_tokens(batch: Batch) -> int:

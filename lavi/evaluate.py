@@ -35,18 +35,19 @@ def main() -> None:
         parser.error("--checkpoint needs a run folder")
     device = device_of(args.device)
     from lavi.checkpoints.run_folder import load_run
-    from lavi.efficiency import measure, record
+    from lavi.efficiency import measure
     from lavi.efficiency.comparison import side_by_side
     from lavi.efficiency.estimate import NOTE
-    from lavi.efficiency.report import waited
+    from lavi.efficiency.figures import waited
+    from lavi.efficiency.record import check_writable, write_records
     from lavi.evaluation import scoring
     from lavi.report import console, table, track
 
     if args.out:
-        record.check_writable(args.out)
+        check_writable(args.out)
     for run in args.checkpoint:
         if run.is_dir():
-            record.check_writable(run / "evaluation.jsonl")
+            check_writable(run / "evaluation.jsonl")
     measurements, twins = [], []
     for run in args.checkpoint:
         recipe, model = load_run(run, overrides=args.overrides, trust=args.trust)
@@ -55,27 +56,27 @@ def main() -> None:
         watched = track(samples, f"{run.name}: answering", total=samples.expected)
         scores = scoring.evaluate(model, watched, device=device)
         scenario = scores.typical
-        made = measure.count(recipe, model, scenario, scores.routes)
-        made.accuracy, made.controls = scores.accuracy, scores.controls
-        made.knobs |= {"run": run.name, "test_samples": scores.samples, "answers": scores.answers}
+        record = measure.count(recipe, model, scenario, scores.routes)
+        record.accuracy, record.controls = scores.accuracy, scores.controls
+        record.knobs |= {"run": run.name, "test_samples": scores.samples, "answers": scores.answers}
         left_out = samples.left_out + scores.left_out
-        made.knobs |= {"left_out": dict(left_out)} if left_out else {}
+        record.knobs |= {"left_out": dict(left_out)} if left_out else {}
         usual = max(scores.routes, key=scores.routes.__getitem__, default=None)
-        made.knobs |= {} if usual is None else {"timed way": str(usual)}
+        record.knobs |= {} if usual is None else {"timed way": str(usual)}
         console().print(f"{run}: {scores}")
         for cause, count in left_out.items():
             console().print(f"  left out: {count} x {cause}")
-        measurements.append(measure.Measurement(made, scenario, partial(model.to, device), usual))
+        measurements.append(measure.Measurement(record, scenario, partial(model.to, device), usual))
         twin = measure.concat_twin(recipe)
         twins.append(measure.count(twin, measure.build_on(twin, "meta"), scenario))
     records = [measurement.record for measurement in measurements]
     try:
         measure.measure(measurements, device=device, track=partial(track, description="timing in turns"))
     finally:  # what was scored is kept, whatever the timing comes to
-        for run, made in zip(args.checkpoint, records, strict=True):
-            record.write([made], run / "evaluation.jsonl")
+        for run, record in zip(args.checkpoint, records, strict=True):
+            write_records([record], run / "evaluation.jsonl")
         if args.out:
-            record.write(records, args.out)
+            write_records(records, args.out)
     columns, rows = side_by_side(records, twins[0])
     seen = f"an image of {scenario}" if scenario.image else str(scenario)
     prompt = f"{scenario.text} text tokens and {seen}"

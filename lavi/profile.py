@@ -36,11 +36,9 @@ def main() -> None:
             for recipe in recipes:
                 console().print(show_targets(recipe))
         return
-    from lavi.efficiency import profiling
+    from lavi.efficiency.run_sweeps import run_sweeps
 
-    profiling.profile(
-        recipes, args.sweep, at=args.at, text=args.text, measure=args.measure, runs=args.runs, out=args.out
-    )
+    run_sweeps(recipes, args.sweep, at=args.at, text=args.text, measure=args.measure, runs=args.runs, out=args.out)
 
 
 def arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from callbacks.samples import draw, first_question
 from callbacks.throughput import Throughput
 from lavi.batch import Sample, Video
 from lavi.efficiency.flops import closed_form
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.scenario import Scenario
 from lavi.fit import train
 from lavi.fusion.lavi import LaViFusion
 from lavi.recipe import Recipe
@@ -94,8 +94,8 @@ def test_training_flops_are_three_forwards_where_weights_train(build) -> None:  
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
     batch = collate(model, [ask(1, "what colour?", answer="red"), ask("what?", answer="nothing")])
     width, found = batch.input_ids.shape[1], Throughput().flops(module, batch)
-    seeing = closed_form(model, Scenario(width, image=(40, 40)).at(model))
-    blind = closed_form(model, Scenario(width).at(model))
+    seeing = closed_form(model, Scenario(width, image=(40, 40)).shape_for(model))
+    blind = closed_form(model, Scenario(width).shape_for(model))
     wanted = seeing.prefill["vision_encoder"] + 3 * (seeing.language + blind.language)
     assert found == pytest.approx(wanted)
     frozen = VisionLanguageModule(build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})

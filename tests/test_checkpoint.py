@@ -160,14 +160,14 @@ def test_what_another_recipe_made_is_refused(train, tmp_path: Path) -> None:
 
     without = recipe | {"module": recipe["module"] | {"start_from": None}}
     Path("two", RECIPE).write_text(yaml.safe_dump(without))
-    refused("was made by another recipe: it has besides")
+    refused("belongs to another recipe: it has besides")
     Path("two", RECIPE).write_text(yaml.safe_dump(recipe))
     with safe_open(Path("two", TRAINED), framework="pt") as file:
         header = file.metadata()
     state = load_file(Path("two", TRAINED))
     some = next(name for name in state if "language" in name)
     save_file({name: tensor for name, tensor in state.items() if name != some}, Path("two", TRAINED), header)
-    refused("was made by another recipe: it lacks 1 parameters")
+    refused("belongs to another recipe: it lacks 1 parameters")
     newer = header | {"versions": json.dumps(json.loads(header["versions"]) | {"lavi": "999.0"})}
     save_file(state, Path("two", TRAINED), newer)
     refused("was written by lavi 999.0, and this is lavi .*: upgrade lavi")

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.efficiency import Efficiency
 from lavi.batch import Layout, Sample, Video
+from lavi.efficiency.figures import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
 from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.latency import Clock
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, saving
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record, read, write
-from lavi.efficiency.report import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
-from lavi.efficiency.sweep import Sweep, run
+from lavi.efficiency.record import Record, read_records, write_records
+from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.sweep import Sweep, sweep_records
 from lavi.errors import UserError
 from lavi.evaluation.scoring import PromptSizes, prompts_of
 from lavi.fusion.base import Cost, Fusion
@@ -104,26 +104,26 @@ def test_the_prompt_whose_cost_is_told_shows_what_the_samples_show(build) -> Non
     assert typical_prompt(model, [one, one, two]).image == (40, 40)
     assert typical_prompt(model, [two]).visual_tokens == 2 * model.vision.tokens
     assert typical_prompt(model, [none]).visual_tokens == 0
-    assert typical_prompt(model, [clip, clip, one]).at(model).encoded == 3
+    assert typical_prompt(model, [clip, clip, one]).shape_for(model).encoded == 3
     turns[0] = {"role": "user", "content": [{"type": "video"}, *shown]}
-    assert typical_prompt(model, [Sample("two", turns, [*clip.images, *clip.images])]).at(model).encoded == 6
+    assert typical_prompt(model, [Sample("two", turns, [*clip.images, *clip.images])]).shape_for(model).encoded == 6
 
 
 def difference(model: VisionLanguageModel, scenario: Scenario) -> dict[str, float]:
     """How far the closed formula is from the counter, as a share, for each part."""
-    point = scenario.at(model)
-    closed, seen = closed_form(model, point), counted(model, point)
-    shape = (point.layout, point.per_view)
-    costs = model.fusion.costs(point.text, *shape).values()
-    added = point.batch * sum(cost.flops for cost in costs)
-    hidden = point.batch * sum(cost.uncounted for cost in model.fusion.costs(1, *shape, decoding=True).values())
+    shape = scenario.shape_for(model)
+    closed, seen = closed_form(model, shape), counted(model, shape)
+    views = shape.layout, shape.per_view
+    costs = model.fusion.costs(shape.text, *views).values()
+    added = shape.batch * sum(cost.flops for cost in costs)
+    hidden = shape.batch * sum(cost.uncounted for cost in model.fusion.costs(1, *views, decoding=True).values())
     formula = {
         "vision_encoder": closed.prefill["vision_encoder"],
-        "fusion": added - point.batch * sum(cost.uncounted for cost in costs),
+        "fusion": added - shape.batch * sum(cost.uncounted for cost in costs),
         "language": closed.language - added,
         "decode": sum(closed.decode.values()) - hidden,
     }
-    if not point.views:
+    if not shape.views:
         del formula["fusion"]  # a fusion without an image still computes on one padding token
         formula["decode"] = seen["decode"]
     return {part: abs(formula[part] - seen[part]) / max(seen[part], 1.0) for part in formula}
@@ -200,9 +200,9 @@ def test_the_sizes_of_the_published_baseline(seven_billion, seen: str) -> None:
     else:
         width, height = map(int, seen.split("x"))
         scenario = Scenario(image=(width, height))
-    point = scenario.at(seven_billion["concat"])
-    assert (point.encoded, point.inside(seven_billion["concat"])) == (crops, tokens)
-    base = closed_form(seven_billion["concat"], point)
+    shape = scenario.shape_for(seven_billion["concat"])
+    assert (shape.encoded, shape.visual_tokens_in_language(seven_billion["concat"])) == (crops, tokens)
+    base = closed_form(seven_billion["concat"], shape)
     assert base.prefill["vision_encoder"] == pytest.approx(vision * 1e12, rel=0.01)
     assert base.language - base.prefill["projector"] == pytest.approx(language * 1e12, rel=0.01)
     assert base.floor == pytest.approx(0.65e12, rel=0.01)
@@ -210,14 +210,14 @@ def test_the_sizes_of_the_published_baseline(seven_billion, seen: str) -> None:
     ceiling = 100 * (1 - (encoder + base.floor) / (base.total - projector))
     assert ceiling == pytest.approx(with_vision, abs=0.1)
     assert 100 * (1 - base.floor / (base.language - projector)) == pytest.approx(without, abs=0.1)
-    own = closed_form(seven_billion["lavi"], scenario.at(seven_billion["lavi"]))
+    own = closed_form(seven_billion["lavi"], scenario.shape_for(seven_billion["lavi"]))
     assert 1 - own.language / base.language > 0.94
     assert own.total <= 1.05 * (own.prefill["vision_encoder"] + own.floor)
 
 
 def test_the_size_of_llava_1_5() -> None:
     model = build_on(Recipe.load(ROOT / "recipes" / "baselines" / "llava_1_5_7b.yaml"), "meta")
-    flops = closed_form(model, Scenario(image=(640, 480)).at(model))
+    flops = closed_form(model, Scenario(image=(640, 480)).shape_for(model))
     assert flops.prefill["vision_encoder"] == pytest.approx(0.366e12, rel=0.01)
     assert flops.language - flops.prefill["projector"] == pytest.approx(8.3e12, rel=0.01)
 
@@ -232,15 +232,15 @@ def test_modulation_is_counted_though_no_operator_shows_it(on_meta) -> None:
 def test_a_causal_kernel_leaves_out_what_the_mask_hides(on_meta, name: str) -> None:
     """Counted by torch for one layer in full, and by the pairs of tokens above the diagonal."""
     model, scenario = on_meta(FUSIONS[name](), "small"), Scenario(text=50, visual_tokens=64, batch=2)
-    point, hf = scenario.at(model), model.language.hf.config
+    shape, hf = scenario.shape_for(model), model.language.hf.config
     hidden = 0.0
-    for visual in model.fusion.visual_by_layer(point.inside(model), hf.num_hidden_layers):
-        tokens = point.text + visual
-        query = torch.empty(point.batch, hf.num_attention_heads, tokens, 8, device="meta")
+    for visual in model.fusion.visual_by_layer(shape.visual_tokens_in_language(model), hf.num_hidden_layers):
+        tokens = shape.text + visual
+        query = torch.empty(shape.batch, hf.num_attention_heads, tokens, 8, device="meta")
         with FlopCounterMode(display=False) as counter:
             torch.nn.functional.scaled_dot_product_attention(query, query, query)
         hidden += counter.get_total_flops() * torch.ones(tokens, tokens).triu(diagonal=1).mean().item()
-    assert closed_form(model, point).causal_discount == pytest.approx(hidden, rel=0.025)  # the diagonal: 1 in 50
+    assert closed_form(model, shape).causal_discount == pytest.approx(hidden, rel=0.025)  # the diagonal: 1 in 50
 
 
 def test_savings_stay_below_their_ceiling(tiny_recipe: Path) -> None:
@@ -254,9 +254,9 @@ def test_savings_stay_below_their_ceiling(tiny_recipe: Path) -> None:
 
 def measured(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario, **settings: Any) -> Record:
     """One model at one prompt, alone."""
-    made = count(recipe, model, scenario)
-    measure([Measurement(made, scenario, lambda: model)], device=torch.device("cpu"), **{"runs": 2} | settings)
-    return made
+    record = count(recipe, model, scenario)
+    measure([Measurement(record, scenario, lambda: model)], device=torch.device("cpu"), **{"runs": 2} | settings)
+    return record
 
 
 def test_measuring_changes_nothing(tiny_recipe: Path) -> None:
@@ -264,7 +264,7 @@ def test_measuring_changes_nothing(tiny_recipe: Path) -> None:
     model = build_on(recipe, "cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random, cache = torch.random.get_rng_state(), model.language.hf.config.use_cache
-    made = measured(recipe, model, scenario, runs=3, outputs=[1, 3])
+    record = measured(recipe, model, scenario, runs=3, outputs=[1, 3])
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training
@@ -272,9 +272,9 @@ def test_measuring_changes_nothing(tiny_recipe: Path) -> None:
     stages = {"preprocessing", "vision_encoder", "fusion", "prefill", "first_token", "decode"}
     floors = {"floor_prefill", "floor_decode", "floor_first_token"}
     answers = {"end_to_end_1", "end_to_end_3", "floor_end_to_end_1", "floor_end_to_end_3"}
-    assert stages | floors | answers == set(made.milliseconds) == set(made.intervals) == set(made.turns)
-    assert set(made.ratios["floor"]) == {"prefill", "decode", "first_token", "end_to_end_1", "end_to_end_3"}
-    for median, p10, p90 in made.milliseconds.values():
+    assert stages | floors | answers == set(record.milliseconds) == set(record.intervals) == set(record.turns)
+    assert set(record.ratios["floor"]) == {"prefill", "decode", "first_token", "end_to_end_1", "end_to_end_3"}
+    for median, p10, p90 in record.milliseconds.values():
         assert 0 < p10 <= median <= p90
 
 
@@ -322,9 +322,9 @@ def test_a_point_without_memory_is_recorded_and_the_sweep_goes_on(
     monkeypatch.setattr(VisionLanguageModel, "prefill", full)
     base = Scenario(text=12, visual_tokens=16)
     sweep = Sweep.parse("batch=2,4,8")
-    records = list(run([Recipe.load(tiny_recipe)], sweep, base, device=torch.device("cpu"), runs=2))
-    assert [made.error for made in records] == ["", "out of memory", ""]
-    assert [bool(made.milliseconds) for made in records] == [True, False, True]
+    records = list(sweep_records([Recipe.load(tiny_recipe)], sweep, base, device=torch.device("cpu"), runs=2))
+    assert [record.error for record in records] == ["", "out of memory", ""]
+    assert [bool(record.milliseconds) for record in records] == [True, False, True]
     assert records[1].flops["text_ffn"] == 2 * records[0].flops["text_ffn"]
 
 
@@ -378,24 +378,26 @@ def test_sweeps_that_make_no_sense_are_refused(text: str, message: str) -> None:
 
 def test_a_sweep_of_layers_turns_the_fusion(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
-    records = list(run([recipe, concat_twin(recipe)], Sweep.parse("layers=1,2,4"), Scenario(visual_tokens=16)))
-    own = [made.flops["modulation"] for made in records if made.method == "lavi"]
+    sweep = Sweep.parse("layers=1,2,4")
+    records = list(sweep_records([recipe, concat_twin(recipe)], sweep, Scenario(visual_tokens=16)))
+    own = [record.flops["modulation"] for record in records if record.method == "lavi"]
     assert own == [own[0], 2 * own[0], 4 * own[0]]
-    assert len({made.gflops_total for made in records if made.method == "concat"}) == 1
+    assert len({record.gflops_total for record in records if record.method == "concat"}) == 1
     with pytest.raises(UserError, match="1 to 4 layers"):
-        list(run([recipe], Sweep.parse("layers=5"), Scenario()))
+        list(sweep_records([recipe], Sweep.parse("layers=5"), Scenario()))
 
 
 def test_a_sweep_of_a_key_leaves_concatenation_as_it_is(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
-    records = list(run([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.layers=[1],[0,2]"), Scenario()))
-    assert [made.method for made in records] == ["lavi", "concat"] * 2
+    sweep = Sweep.parse("model.fusion.layers=[1],[0,2]")
+    records = list(sweep_records([recipe, concat_twin(recipe)], sweep, Scenario()))
+    assert [record.method for record in records] == ["lavi", "concat"] * 2
     assert records[2].flops["modulation"] == 2 * records[0].flops["modulation"]
     assert records[1].flops == records[3].flops
     assert where(records[0]) == where(records[1]) != where(records[2])
-    assert [x_of(made) for made in records] == [0, 0, 1, 1]
+    assert [x_of(record) for record in records] == [0, 0, 1, 1]
     with pytest.raises(UserError, match="is unknown to"):
-        list(run([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.evry=1"), Scenario()))
+        list(sweep_records([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.evry=1"), Scenario()))
 
 
 def test_a_sweep_a_model_cannot_take_is_refused_before_anything_is_counted(
@@ -404,7 +406,7 @@ def test_a_sweep_a_model_cannot_take_is_refused_before_anything_is_counted(
     monkeypatch.setattr("lavi.efficiency.sweep.count", lambda *_: pytest.fail("counted"))
     recipes = [Recipe.load(tiny_recipe), concat_twin(Recipe.load(tiny_recipe))]
     with pytest.raises(UserError, match=r"1024 visual tokens .* more than the 256 positions"):
-        list(run(recipes, Sweep.parse("visual_tokens=16,1024"), Scenario(text=12)))
+        list(sweep_records(recipes, Sweep.parse("visual_tokens=16,1024"), Scenario(text=12)))
 
 
 def test_records_round_trip_and_become_curves(
@@ -416,8 +418,8 @@ def test_records_round_trip_and_become_curves(
     monkeypatch.setattr("lavi.efficiency.measure.WaitMeter.share", lambda _: 0.0)
     recipe = Recipe.load(tiny_recipe)
     records = Efficiency(visual_tokens=[0, 16, 64], text_tokens=12, runs=6).sweep(recipe, torch.device("cpu"))
-    write(records, tmp_path / "r.jsonl")
-    assert read(tmp_path / "r.jsonl") == records
+    write_records(records, tmp_path / "r.jsonl")
+    assert read_records(tmp_path / "r.jsonl") == records
     assert [(r.method, r.visual_tokens) for r in records] == [(m, n) for n in (0, 16, 64) for m in ("lavi", "concat")]
     write_curves(records, tmp_path)
     write_savings(records, tmp_path)
@@ -439,7 +441,7 @@ def test_records_round_trip_and_become_curves(
 
 def test_a_report_is_a_table_a_spreadsheet_and_a_picture(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
-    records = list(run([recipe, concat_twin(recipe)], Sweep.parse("image=40x30,64"), Scenario(text=12)))
+    records = list(sweep_records([recipe, concat_twin(recipe)], Sweep.parse("image=40x30,64"), Scenario(text=12)))
     (table,) = sweep_tables(records)
     assert table.row_count == 4
     write_csv(records, tmp_path / "r.csv")

@@ -244,14 +244,14 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
     refused(
         run("lavi.generate", "--checkpoint", trained, "--question", "circle " * 400), "more than the context of 256"
     )
-    refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "record by another recipe")
+    refused(run("lavi.fit", "--resume", trained, "model.fusion.every=1"), "belongs to another recipe")
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     settings: dict[str, Any] = yaml.safe_load((other / RECIPE).read_text())
     settings["model"]["fusion"]["bottleneck"] = 8
     (other / RECIPE).write_text(yaml.safe_dump(settings))
     refused(
-        run("lavi.generate", "--checkpoint", other, *ask), "record by another recipe", "in the file", "in the model"
+        run("lavi.generate", "--checkpoint", other, *ask), "belongs to another recipe", "in the file", "in the model"
     )
     (other / TRAINED).write_bytes(b"broken")
     refused(run("lavi.generate", "--checkpoint", other, *ask), "not a readable checkpoint")
@@ -346,12 +346,12 @@ def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_p
     single = f"data.train={scenes / 'validation'}"
     status, _, err = run(*fit, "--run", router, routed, rates, f"module.start_from={universal}", single)
     assert status == 0, err
-    viable.unlink()  # a run does not change when the files it was record from do
+    viable.unlink()  # a run does not change when the files it was built from do
     assert run("lavi.evaluate", "--checkpoint", router, universal, "--limit", 12)[0] == 0
     mean, full = (read_records(folder / "evaluation.jsonl")[0] for folder in (router, universal))
-    assert sum(mean.knobs["ways"].values()) == pytest.approx(1)
-    assert mean.knobs["timed way"] in mean.knobs["ways"]
-    assert mean.gflops_language < full.gflops_language or "(1, 2)" in mean.knobs["ways"]
+    assert sum(mean.knobs["routes"].values()) == pytest.approx(1)
+    assert mean.knobs["timed route"] in mean.knobs["routes"]
+    assert mean.gflops_language < full.gflops_language or "(1, 2)" in mean.knobs["routes"]
     refused(run("lavi.visor", "search", "--checkpoint", router, "--out", tmp_path / "x.json"), "has a router already")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from lavi.batch import Layout
 from lavi.data.tiling import AnyRes
 from lavi.efficiency.flops import closed_form, counted
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
@@ -403,8 +403,8 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
             fusion=ConcatFusion(),
             reducer=reducer(),
         ).eval()
-    point = Scenario(text=20, frames=2, batch=2).at(model)
-    closed, seen = closed_form(model, point), counted(model, point)
+    shape = Scenario(text=20, frames=2, batch=2).shape_for(model)
+    closed, seen = closed_form(model, shape), counted(model, shape)
     assert closed.prefill["reducer"] == pytest.approx(seen["reducer"], rel=0.01, abs=1)
     assert closed.language == pytest.approx(seen["reducer"] + seen["language"] + seen["fusion"], rel=0.01)
     assert closed.prefill["vision_encoder"] == pytest.approx(seen["vision_encoder"], rel=0.01)

@@ -446,7 +446,7 @@ def test_export_refuses_before_the_model_is_loaded(fit, run, tmp_path: Path, mon
     refused(run(*export, "there"), "there exists and is left as it is")
     refused(run(*export, "/"), "/ exists and is left as it is")
     refused(run(*export, "killed"), "killed.part is in the way")
-    refused(run(*export, "/proc/x/y"), "/proc/x/y cannot be made", "No such file or directory")
+    refused(run(*export, "/proc/x/y"), "/proc/x/y cannot be created", "No such file or directory")
     assert not Path("there.part").exists()
 
 
@@ -560,7 +560,10 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPa
 
 
 def test_output_that_nobody_reads_ends_quietly() -> None:
-    code = "from lavi.cli.entry import cli_entry_point\ncli_entry_point(lambda: [print('x' * 100000) for _ in range(100)] and 0)()"
+    code = (
+        "from lavi.cli.entry import cli_entry_point\n"
+        "cli_entry_point(lambda: [print('x' * 100000) for _ in range(100)] and 0)()"
+    )
     command = [sys.executable, "-c", code]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert started.stdout is not None

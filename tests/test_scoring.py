@@ -11,7 +11,7 @@ import torch
 from conftest import ask
 
 from lavi.batch import Batch, Layout, Sample
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.evaluation.scoring import SHUFFLED, PromptSizes, Scorer, Scores
 from lavi.fusion.lavi import LaViFusion
@@ -64,7 +64,7 @@ def scorer(build: Any) -> Scorer:
     model: Any = SimpleNamespace(
         processor=real.processor,
         room_behind=lambda length: 100,
-        fusion=SimpleNamespace(ways=Counter()),
+        fusion=SimpleNamespace(route_counts=Counter()),
         answer=answer,
         batches=batches,
     )

@@ -1,4 +1,4 @@
-"""Times that can be believed: turns, intervals, noise. With made-up times: no test here depends on a clock."""
+"""Times that can be believed: turns, intervals, noise. With scripted times: no test here depends on a clock."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lavi.efficiency import latency, measure
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import FEWEST, NOISE, estimate, ratio, values_outside
+from lavi.efficiency.figures import figures, sweep_rows, turns_rows, waited, write_csv
 from lavi.efficiency.latency import LONGEST, MOST, WARMUP, Clock, Contestant, half_the_threads, time_in_turns
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count
-from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record, check_writable
-from lavi.efficiency.report import figures, sweep_rows, turns_rows, waited, write_csv
-from lavi.efficiency.sweep import Sweep, run
+from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.sweep import Sweep, sweep_records
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -207,7 +207,7 @@ def test_every_run_of_decode_finds_a_cache_of_the_same_length(build, fusion: Cal
         ),
         with_kwargs=True,
     )
-    for contestant in latency.model_and_floor(model, PROMPT.at(model), device=CPU, within=torch.no_grad):
+    for contestant in latency.model_and_floor(model, PROMPT.shape_for(model), device=CPU, within=torch.no_grad):
         lengths.clear()
         with torch.no_grad():
             for _ in range(4):
@@ -219,17 +219,17 @@ def test_every_run_of_decode_finds_a_cache_of_the_same_length(build, fusion: Cal
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> ScriptedClock:
     """By which models are timed, on a machine with nothing else to do."""
-    made = ScriptedClock(32.0)
-    monkeypatch.setattr(measure, "clock_of", lambda _: made)
+    record = ScriptedClock(32.0)
+    monkeypatch.setattr(measure, "clock_of", lambda _: record)
     monkeypatch.setattr(measure.WaitMeter, "share", lambda _: 0.0)
-    return made
+    return record
 
 
 def measured_together(file: Path, **settings: Any) -> tuple[Record, Record]:
     """LaVi and its concatenation twin, in this order."""
     recipe = Recipe.load(file)
-    sweep = Sweep.parse("visual_tokens=16")
-    own, twin = run([recipe, concat_twin(recipe)], sweep, Scenario(text=12), device=CPU, **{"runs": 6} | settings)
+    sweep, settings = Sweep.parse("visual_tokens=16"), {"runs": 6} | settings
+    own, twin = sweep_records([recipe, concat_twin(recipe)], sweep, Scenario(text=12), device=CPU, **settings)
     return own, twin
 
 
@@ -277,10 +277,10 @@ def test_a_turn_does_not_cast_weights_anew(tiny_recipe: Path, clock: ScriptedClo
                 casts[tower[id(args[0])]] += 1
             return func(*args, **kwargs or {})
 
-    made = count(recipe, model, PROMPT)
+    record = count(recipe, model, PROMPT)
     with Casts():
-        measure.measure([Measurement(made, PROMPT, lambda: model)], device=CPU, runs=2, stages=["vision_encoder"])
-    assert not made.error
+        measure.measure([Measurement(record, PROMPT, lambda: model)], device=CPU, runs=2, stages=["vision_encoder"])
+    assert not record.error
     assert set(casts.values()) == {1}
 
 
@@ -319,11 +319,11 @@ def test_models_that_do_not_fit_together_are_timed_alone_and_say_so(
         return time_in_turns(contestants, *args, **settings)
 
     monkeypatch.setattr(measure, "time_in_turns", small)
-    for made in measured_together(tiny_recipe):
-        assert not made.error
-        assert made.knobs["timed alone"] == "all at once: out of memory"
-        assert made.ratios.keys() == {"floor"}
-        assert made.mib["peak"] > 0
+    for record in measured_together(tiny_recipe):
+        assert not record.error
+        assert record.knobs["timed alone"] == "all at once: out of memory"
+        assert record.ratios.keys() == {"floor"}
+        assert record.mib["peak"] > 0
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -336,15 +336,15 @@ def group_tokens_by_row(table: tuple[list[str], list[list[str]]]) -> dict[str, l
 
 def timed(method: str, milliseconds: float, *, reach: float = 0.05, times: float = 2.0, waited: float = 0.0) -> Record:
     """A record whose medians and ratios have intervals of this reach."""
-    made = Record(method, text_tokens=9, visual_tokens=16, visual_tokens_in_language=0, views=1, waited=waited)
-    made.flops, made.mib = {"vision_encoder": 1.0, "text_ffn": 1.0}, {"peak": 1.0}
+    record = Record(method, text_tokens=9, visual_tokens=16, visual_tokens_in_language=0, views=1, waited=waited)
+    record.flops, record.mib = {"vision_encoder": 1.0, "text_ffn": 1.0}, {"peak": 1.0}
     ends = [1 - reach, 1 + reach]
     for stage in ("first_token", "prefill", "decode", "floor_prefill"):
-        made.milliseconds[stage] = [milliseconds, milliseconds * 0.9, milliseconds * 1.1]
-        made.intervals[stage], made.turns[stage] = [milliseconds * end for end in ends], 15
+        record.milliseconds[stage] = [milliseconds, milliseconds * 0.9, milliseconds * 1.1]
+        record.intervals[stage], record.turns[stage] = [milliseconds * end for end in ends], 15
     for to in ("floor", "concat")[: 1 if method == "concat" else 2]:
-        made.ratios[to] = {stage: [times, *(times * end for end in ends)] for stage in ("first_token", "decode")}
-    return made
+        record.ratios[to] = {stage: [times, *(times * end for end in ends)] for stage in ("first_token", "decode")}
+    return record
 
 
 @pytest.mark.parametrize(
@@ -408,8 +408,8 @@ def test_ratios_of_a_busy_machine_hold_or_are_noisy(changes: dict[str, float], e
     quiet, other = timed("lavi", 4.0), timed("lavi", 9.0, **changes)
     assert busy.verdict(quiet, other, "floor", "decode")[1] == expected
     assert busy.verdict(quiet, other, "floor", "prefill")[1] == "not measured"
-    for made, load in ((quiet, "quiet"), (other, "busy")):
-        made.knobs["load"] = load
+    for record, load in ((quiet, "quiet"), (other, "busy")):
+        record.knobs["load"] = load
     assert {row[-1] for row in busy.busy_table([quiet, other])[1]} == {expected}
 
 
@@ -443,7 +443,7 @@ def test_a_file_for_records_is_tried_before_the_work(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--out", "there"], "there exists"),
-        (["--out", "tiny.yaml/x"], "cannot be made (Not a directory)"),
+        (["--out", "tiny.yaml/x"], "cannot be created (Not a directory)"),
         (["--runs", "0"], "--runs"),
         (["--text", "0"], "--text"),
         (["--at", "image"], "KNOB=VALUES"),

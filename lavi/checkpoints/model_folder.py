@@ -104,7 +104,7 @@ def _make_part(folder: Path) -> Path:
             "or choose another folder."
         ) from None
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({reason(error)}): choose another folder.") from None
+        raise UserError(f"{folder} cannot be created ({reason(error)}): choose another folder.") from None
     return part
 
 

@@ -130,7 +130,7 @@ def load_trained(module: nn.Module, file: Path) -> None:
         UserError: no such file, not readable, or not made by this recipe: names or shapes differ.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
-        load_into(_kept_in(weights, module), weights, file, reason="was made by another recipe")
+        load_into(_kept_in(weights, module), weights, file, reason="belongs to another recipe")
 
 
 def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
@@ -140,7 +140,7 @@ def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
         UserError: as :func:`load_trained`, or the run was trained by other ``ranks``.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
-        check_compatible(_kept_in(weights, module), weights, file, reason="was made by another recipe")
+        check_compatible(_kept_in(weights, module), weights, file, reason="belongs to another recipe")
         theirs = (weights.metadata() or {}).get(RANKS, ranks)
     if theirs != ranks:
         raise UserError(

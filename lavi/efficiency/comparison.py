@@ -54,16 +54,16 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     return ["", *names], rows
 
 
-def time_cell(made: Record, stage: str) -> str:
+def time_cell(record: Record, stage: str) -> str:
     """Milliseconds of a stage, with their spread."""
-    if stage not in made.milliseconds:
+    if stage not in record.milliseconds:
         return "-"
-    return "noisy" if made.time_is_noisy(stage) else "{:.2f} ({:.2f}-{:.2f})".format(*made.milliseconds[stage])
+    return "noisy" if record.time_is_noisy(stage) else "{:.2f} ({:.2f}-{:.2f})".format(*record.milliseconds[stage])
 
 
-def ratio_cell(made: Record, to: str, stage: str) -> str:
+def ratio_cell(record: Record, to: str, stage: str) -> str:
     """How many times as long as the floor's or concatenation's a stage takes, with the interval of that."""
-    found = made.ratio(to, stage)
+    found = record.ratio(to, stage)
     if found is None:
         return "-"
     return "noisy" if found.noisy else f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from lavi.efficiency.point import Point
+from lavi.efficiency.scenario import PromptShape
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import takes_attention_mask
@@ -46,18 +46,18 @@ class Flops:
         return sum(self.prefill.values())
 
 
-def closed_form(model: VisionLanguageModel, point: Point) -> Flops:
+def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
     """By formula, from the shapes of the weights."""
-    inside, layout, per_view = point.inside(model), point.layout, point.per_view
+    inside, layout, per_view = shape.visual_tokens_in_language(model), shape.layout, shape.per_view
     layers = len(model.language.layers)
     visual = model.fusion.visual_by_layer(inside, layers)
-    text = [point.text] * layers
-    with_visual = [point.text + count for count in visual]
+    text = [shape.text] * layers
+    with_visual = [shape.text + count for count in visual]
     language, alone = (language_flops(model.language, tokens=tokens) for tokens in (with_visual, text))
     prefill = {
-        "vision_encoder": model.vision.flops(point.encoded),
-        **({"reducer": point.encoded * model.reducer.flops()} if model.reducer is not None else {}),
-        **_flops(model.fusion.costs(point.text, layout, per_view)),
+        "vision_encoder": model.vision.flops(shape.encoded),
+        **({"reducer": shape.encoded * model.reducer.flops()} if model.reducer is not None else {}),
+        **_flops(model.fusion.costs(shape.text, layout, per_view)),
         "text_attention": alone["attention"],
         "text_ffn": alone["ffn"],
         "visual_attention": language["attention"] - alone["attention"],
@@ -73,7 +73,7 @@ def closed_form(model: VisionLanguageModel, point: Point) -> Flops:
         "visual_attention": after_visual["attention"] - after_text["attention"],
         "head": after_text["head"],
     }
-    rows = point.batch
+    rows = shape.batch
     return Flops(
         prefill={name: rows * flops for name, flops in prefill.items()},
         decode={name: rows * flops for name, flops in decode.items()},
@@ -118,19 +118,19 @@ def _keys(cache: Any, past: int, tokens: int) -> int:
     return past + tokens if not past or window is None else min(past, window - 1) + tokens
 
 
-def counted(model: VisionLanguageModel, point: Point) -> dict[str, float]:
+def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     """The same by torch's operator counter, on a model built on the meta device.
 
     Returns:
         ``vision_encoder``; ``reducer``; ``language``, the bare model with as many tokens in each layer; ``fusion``,
         what the method adds to it (less its ``uncounted`` part); ``decode``, one token more.
     """
-    batch, features = point.inputs(model, "meta")
-    pixels, token = point.pixels(model, "meta"), torch.ones(point.batch, 1, dtype=torch.long, device="meta")
+    batch, features = shape.inputs(model, "meta")
+    pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
     with torch.no_grad():
         encoder = _count(lambda: model.vision(pixels)) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
-        language = _bare(model, point)
+        language = _bare(model, shape)
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
             "vision_encoder": encoder,
@@ -141,17 +141,18 @@ def counted(model: VisionLanguageModel, point: Point) -> dict[str, float]:
         }
 
 
-def _bare(model: VisionLanguageModel, point: Point) -> float:
+def _bare(model: VisionLanguageModel, shape: PromptShape) -> float:
     """The bare language model; where layers differ in their tokens, each costs its share of a run with as many."""
     layers = len(model.language.layers)
-    lengths = Counter(point.text + count for count in model.fusion.visual_by_layer(point.inside(model), layers))
+    visual = model.fusion.visual_by_layer(shape.visual_tokens_in_language(model), layers)
+    lengths = Counter(shape.text + count for count in visual)
 
     def run(length: int) -> float:
-        ids = torch.ones(point.batch, length, dtype=torch.long, device="meta")
+        ids = torch.ones(shape.batch, length, dtype=torch.long, device="meta")
         return _count(lambda: model.language.hf(input_ids=ids, use_cache=True, logits_to_keep=1))
 
     config = model.language.hf.config
-    head = point.batch * linear_flops(1, config.hidden_size, config.vocab_size)
+    head = shape.batch * linear_flops(1, config.hidden_size, config.vocab_size)
     return head + sum(share * (run(length) - head) / layers for length, share in lengths.items())
 
 

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from lavi.efficiency.estimate import estimate, ratio
-from lavi.efficiency.point import Point
+from lavi.efficiency.scenario import PromptShape
 from lavi.model import VisionLanguageModel
 
 TURNS = 15
@@ -210,21 +210,21 @@ class WaitMeter:
 
 def model_and_floor(
     model: VisionLanguageModel,
-    point: Point,
+    shape: PromptShape,
     *,
     device: torch.device,
     outputs: Sequence[int] = (),
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Contestant, Contestant]:
-    """The stages of a model at a point, and those of its floor.
+    """The stages of a model on a prompt of this shape, and those of its floor.
 
     Args:
         outputs: lengths of answers to time from end to end.
         within: the context that the model runs in.
     """
-    batch, features = point.inputs(model, device)
-    pixels = point.pixels(model, device)
-    hf, token = model.language.hf, torch.ones(point.batch, 1, dtype=torch.long, device=device)
+    batch, features = shape.inputs(model, device)
+    pixels = shape.pixels(model, device)
+    hf, token = model.language.hf, torch.ones(shape.batch, 1, dtype=torch.long, device=device)
 
     def encoded() -> Any:
         return model.features(pixels) if len(pixels) else None
@@ -259,7 +259,7 @@ def model_and_floor(
         floor = stages(bare)
     if len(pixels):
         own["vision_encoder"] = encoded
-    if point.layout and point.layout.size != (0, 0):
-        image = Image.new("RGB", point.layout.size[::-1])
+    if shape.layout and shape.layout.size != (0, 0):
+        image = Image.new("RGB", shape.layout.size[::-1])
         own["preprocessing"] = lambda: model.tiling.views(image, model.vision)
     return Contestant(own, within), Contestant(floor, within)

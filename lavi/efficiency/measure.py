@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lavi.checkpoints.weight_files import versions
-from lavi.efficiency import record
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
 from lavi.efficiency.latency import (
@@ -28,8 +27,8 @@ from lavi.efficiency.latency import (
     time_in_turns,
 )
 from lavi.efficiency.memory import prefill_memory, weights_of
-from lavi.efficiency.point import Point, Scenario
-from lavi.efficiency.record import Record
+from lavi.efficiency.record import Record, current_commit, device_name
+from lavi.efficiency.scenario import PromptShape, Scenario
 from lavi.errors import UserError
 from lavi.loading.without_weights import without_weights
 from lavi.model import VisionLanguageModel
@@ -75,25 +74,25 @@ def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
 
 
 def count(
-    recipe: Recipe, model: VisionLanguageModel, scenario: Scenario, ways: Mapping[Hashable, int] | None = None
+    recipe: Recipe, model: VisionLanguageModel, scenario: Scenario, routes: Mapping[Hashable, int] | None = None
 ) -> Record:
     """FLOPs of one scenario. ``model`` may be on meta.
 
     Args:
-        ways: how often samples went each way through the decoder; the record is their mean, its knob ``ways`` has the
-            share of each.
+        routes: how many samples took each route through the decoder; the record is their mean, its knob ``routes`` has
+            the share of each.
     """
-    point = scenario.at(model)
-    flops = _mean(model, point, ways) if ways else closed_form(model, point)
-    total = sum(ways.values()) if ways else 0
+    shape = scenario.shape_for(model)
+    flops = _mean(model, shape, routes) if routes else closed_form(model, shape)
+    total = sum(routes.values()) if routes else 0
     return Record(
-        knobs={"ways": {str(way): number / total for way, number in ways.items()}} if ways else {},
+        knobs={"routes": {str(route): number / total for route, number in routes.items()}} if routes else {},
         method=method_name(recipe),
-        text_tokens=point.text,
-        visual_tokens=point.views * point.per_view,
-        visual_tokens_in_language=point.inside(model),
-        views=point.encoded,
-        batch=point.batch,
+        text_tokens=shape.text,
+        visual_tokens=shape.views * shape.per_view,
+        visual_tokens_in_language=shape.visual_tokens_in_language(model),
+        views=shape.encoded,
+        batch=shape.batch,
         flops=flops.prefill,
         flops_floor=flops.floor,
         flops_causal_discount=flops.causal_discount,
@@ -101,26 +100,27 @@ def count(
         dtype=str(model.language.hf.dtype).removeprefix("torch."),
         attention=model.language.attention,
         versions=versions(),
-        commit=record.commit(),
+        commit=current_commit(),
         seed=recipe.settings.get("seed"),
         recipe=recipe.source,
     )
 
 
-def _mean(model: VisionLanguageModel, point: Point, ways: Mapping[Hashable, int]) -> Flops:
-    total, found = sum(ways.values()), []
-    for way, number in ways.items():
-        with model.fusion.force_route(way):
-            found.append((number / total, closed_form(model, point)))
+def _mean(model: VisionLanguageModel, shape: PromptShape, routes: Mapping[Hashable, int]) -> Flops:
+    """The mean over routes, weighted by how many samples took each."""
+    total, by_route = sum(routes.values()), []
+    for route, number in routes.items():
+        with model.fusion.force_route(route):
+            by_route.append((number / total, closed_form(model, shape)))
 
     def mean(parts: Callable[[Flops], dict[str, float]]) -> dict[str, float]:
-        return {name: sum(share * parts(flops)[name] for share, flops in found) for name in parts(found[0][1])}
+        return {name: sum(share * parts(flops)[name] for share, flops in by_route) for name in parts(by_route[0][1])}
 
     return Flops(
         prefill=mean(lambda flops: flops.prefill),
         decode=mean(lambda flops: flops.decode),
-        causal_discount=sum(share * flops.causal_discount for share, flops in found),
-        floor=found[0][1].floor,
+        causal_discount=sum(share * flops.causal_discount for share, flops in by_route),
+        floor=by_route[0][1].floor,
     )
 
 
@@ -128,14 +128,14 @@ def _mean(model: VisionLanguageModel, point: Point, ways: Mapping[Hashable, int]
 class Measurement:
     """A counted record, and what is measured for it.
 
-    ``model`` gives the model, on any device, when it is needed. ``way``: that samples go through the decoder while they
-    are timed; by default the one that was counted.
+    ``model`` gives the model, on any device, when it is needed. ``route``: that samples take through the decoder while
+    they are timed; by default the fusion's ``default_route``.
     """
 
     record: Record
     scenario: Scenario
     model: Callable[[], VisionLanguageModel]
-    way: Hashable | None = None
+    route: Hashable | None = None
 
 
 def measure(
@@ -161,7 +161,7 @@ def measure(
     attempt = partial(_attempt, device=device, runs=runs, outputs=outputs, stages=stages, track=track)
     with half_the_threads(device):
         for measurement in measurements:
-            measurement.record.device = record.device_name(device)
+            measurement.record.device = device_name(device)
         problem = attempt(measurements)
         if problem and len(measurements) > 1:
             for measurement in measurements:
@@ -209,26 +209,26 @@ def _measure(
     track: Track,
 ) -> None:
     records = [measurement.record for measurement in measurements]
-    points = [one.scenario.at(model) for one, model in zip(measurements, models, strict=True)]
-    contexts = [partial(_computing, model, one.way, device) for one, model in zip(measurements, models, strict=True)]
+    shapes = [one.scenario.shape_for(model) for one, model in zip(measurements, models, strict=True)]
+    contexts = [partial(_computing, model, one.route, device) for one, model in zip(measurements, models, strict=True)]
     held = [weights_of(model) for model in models]
     contestants: list[Contestant] = []
     # As long as an outer autocast is open, an inner one keeps the weights that it has cast: no turn casts them anew.
     with torch.autocast(device.type, enabled=False):
-        for made, model, point, within, weights in zip(records, models, points, contexts, held, strict=True):
+        for record, model, shape, within, weights in zip(records, models, shapes, contexts, held, strict=True):
             with within():
-                made.mib = prefill_memory(model, point, device=device, others=sum(held) - weights)
-        for model, point, within in zip(models, points, contexts, strict=True):
-            for one in model_and_floor(model, point, device=device, outputs=outputs, within=within):
+                record.mib = prefill_memory(model, shape, device=device, others=sum(held) - weights)
+        for model, shape, within in zip(models, shapes, contexts, strict=True):
+            for one in model_and_floor(model, shape, device=device, outputs=outputs, within=within):
                 contestants.append(one if stages is None else one.only(stages))
         pairs, waiting = _pairs(records), WaitMeter()
         shortest = SHORTEST if device.type == "cpu" else 0.0
         turns = max(2, runs)  # percentiles want two
         times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
-    for made, own, floor in zip(records, times[::2], times[1::2], strict=True):
-        made.waited = waited
-        _note_times(made, own | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
+    for record, own, floor in zip(records, times[::2], times[1::2], strict=True):
+        record.waited = waited
+        _note_times(record, own | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
     for (first, second), name in pairs.items():
         ours, theirs = times[first], times[second]
         both = {stage: ratio(ours[stage], theirs[stage]) for stage in ours if stage in theirs}
@@ -239,32 +239,32 @@ def _pairs(records: Sequence[Record]) -> dict[tuple[int, int], str]:
     """The contestants that are compared, and what the other one is: each model (2 i) with its floor (2 i + 1), and with
     the first that concatenates."""
     pairs = {(2 * i, 2 * i + 1): "floor" for i in range(len(records))}
-    concat = next((i for i, made in enumerate(records) if made.method == "concat"), None)
+    concat = next((i for i, record in enumerate(records) if record.method == "concat"), None)
     if concat is not None:
         pairs |= {(2 * i, 2 * concat): "concat" for i in range(len(records)) if i != concat}
     return pairs
 
 
 @contextmanager
-def _computing(model: VisionLanguageModel, way: Hashable | None, device: torch.device) -> Iterator[None]:
-    """Tower and projector compute as the decoder does, and all samples go one way."""
+def _computing(model: VisionLanguageModel, route: Hashable | None, device: torch.device) -> Iterator[None]:
+    """Tower and projector compute in the decoder's dtype, and all samples take one route."""
     dtype = model.language.hf.dtype
     computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with computes, model.fusion.force_route(model.fusion.default_route if way is None else way):
+    with computes, model.fusion.force_route(model.fusion.default_route if route is None else route):
         yield
 
 
-def _note_times(made: Record, times: Mapping[str, Sequence[float]]) -> None:
+def _note_times(record: Record, times: Mapping[str, Sequence[float]]) -> None:
     for stage, milliseconds in times.items():
         middle, deciles = estimate(milliseconds), quantiles(milliseconds, n=10, method="inclusive")
-        made.milliseconds[stage] = [middle.median, deciles[0], deciles[8]]
-        made.intervals[stage] = [middle.low, middle.high]
-        made.turns[stage] = middle.count
+        record.milliseconds[stage] = [middle.median, deciles[0], deciles[8]]
+        record.intervals[stage] = [middle.low, middle.high]
+        record.turns[stage] = middle.count
 
 
-def saving(made: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:
+def saving(record: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:
     """Percent of the baseline's FLOPs that a method saves, and the ceiling: what fusion at no cost would save."""
-    vision = made.flops["vision_encoder"] / 1e9 if with_vision else 0.0
+    vision = record.flops["vision_encoder"] / 1e9 if with_vision else 0.0
     base = baseline.gflops_total if with_vision else baseline.gflops_language
-    own = made.gflops_total if with_vision else made.gflops_language
-    return 100 * (1 - own / base), 100 * (1 - (vision + made.flops_floor / 1e9) / base)
+    own = record.gflops_total if with_vision else record.gflops_language
+    return 100 * (1 - own / base), 100 * (1 - (vision + record.flops_floor / 1e9) / base)

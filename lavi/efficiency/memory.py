@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavi.efficiency.point import Point
+from lavi.efficiency.scenario import PromptShape
 from lavi.language.subsequence import LayeredCache
 from lavi.model import VisionLanguageModel
 
@@ -26,15 +26,15 @@ MIB = 2**20
 
 
 def prefill_memory(
-    model: VisionLanguageModel, point: Point, *, device: torch.device, others: float = 0.0
+    model: VisionLanguageModel, shape: PromptShape, *, device: torch.device, others: float = 0.0
 ) -> dict[str, float]:
     """Memory by class; the peak is the allocator's on a GPU, and summed from torch's profiler on the CPU.
 
     Args:
         others: bytes of other models on the device.
     """
-    batch, features = point.inputs(model, device)
-    pixels = point.pixels(model, device)
+    batch, features = shape.inputs(model, device)
+    pixels = shape.pixels(model, device)
 
     def run() -> tuple[object, ...]:
         seen = model.features(pixels) if len(pixels) else None

@@ -90,7 +90,7 @@ class Record:
         return cls(**json.loads(line))
 
 
-def write(records: Iterable[Record], file: Path) -> None:
+def write_records(records: Iterable[Record], file: Path) -> None:
     """Append records to a file of JSON lines.
 
     Raises:
@@ -111,12 +111,12 @@ def check_writable(file: Path) -> None:
         UserError: it cannot be written.
     """
     new = not file.exists()
-    write([], file)
+    write_records([], file)
     if new:
         file.unlink()
 
 
-def read(file: Path) -> list[Record]:
+def read_records(file: Path) -> list[Record]:
     """All records of a file."""
     return [Record.from_json(line) for line in file.read_text().splitlines() if line]
 
@@ -129,7 +129,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
-def commit() -> str:
+def current_commit() -> str:
     """The commit of the code that measured, if it runs from a checkout; ``+`` marks uncommitted changes."""
     here = Path(__file__).parent
     try:

@@ -13,8 +13,8 @@ import yaml
 
 from lavi.efficiency.latency import TURNS, Track
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, is_concat, measure
-from lavi.efficiency.point import Scenario
 from lavi.efficiency.record import Record
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError, nearest
 from lavi.model import VisionLanguageModel
 from lavi.recipe import TARGET, Recipe
@@ -154,7 +154,7 @@ class SweepPoint:
     scenario: Scenario
 
 
-def run(
+def sweep_records(
     recipes: Sequence[Recipe],
     sweep: Sweep,
     base: Scenario,
@@ -202,10 +202,10 @@ def _records(
             models.clear()
         measurements = []
         for number, point in points.items():
-            made = count(point.recipe, point.on_meta, point.scenario)
-            made.knobs = {"name": point.name, "knob": sweep.knob, "value": value, "position": position}
-            made.knobs["scenario"] = sweep.label(value, point.scenario)
-            measurements.append(Measurement(made, point.scenario, partial(model, number, point.recipe)))
+            record = count(point.recipe, point.on_meta, point.scenario)
+            record.knobs = {"name": point.name, "knob": sweep.knob, "value": value, "position": position}
+            record.knobs["scenario"] = sweep.label(value, point.scenario)
+            measurements.append(Measurement(record, point.scenario, partial(model, number, point.recipe)))
         if device is not None:
             measure(measurements, device=device, runs=runs, outputs=outputs)
         yield from (one.record for one in measurements)
@@ -223,7 +223,7 @@ def _points(
             try:
                 turned = sweep.recipe(value, recipe, len(model.language.layers))
                 at = build_on(turned, "meta") if sweep.turns_recipe else model
-                scenario.at(at).check(at, scenario)
+                scenario.shape_for(at).check(at, scenario)
             except UserError as error:
                 if leave_out is None:
                     raise

@@ -19,7 +19,7 @@ import torch
 from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
 from lavi.data.collator import EncodedSample
 from lavi.efficiency.comparison import CONTROLS
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError, one_line
 from lavi.metrics.answers import FamilyAccuracy, is_right
 from lavi.model import VisionLanguageModel

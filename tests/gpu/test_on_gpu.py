@@ -10,7 +10,7 @@ import torch
 from conftest import ask, awaken, collate
 
 from lavi.efficiency.measure import Measurement, build_on, count, measure
-from lavi.efficiency.point import Scenario
+from lavi.efficiency.scenario import Scenario
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion

@@ -53,63 +53,65 @@ SPREAD = ("low", "high")
 """Ends of what is drawn around a curve: the 10th and 90th percentile of times, the interval of a ratio."""
 
 
-def name(made: Record) -> str:
+def name(record: Record) -> str:
     """The line a record is a point of."""
-    return str(made.knobs.get("name", made.method))
+    return str(record.knobs.get("name", record.method))
 
 
-def where(made: Record) -> tuple[Any, ...]:
+def where(record: Record) -> tuple[Any, ...]:
     """What two records share that are set against each other."""
-    return made.knobs.get("knob"), json.dumps(made.knobs.get("value", made.visual_tokens))
+    return record.knobs.get("knob"), json.dumps(record.knobs.get("value", record.visual_tokens))
 
 
 def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
     """The first concatenation record of each point."""
     found: dict[tuple[Any, ...], Record] = {}
-    for made in records:
-        if made.method == "concat":
-            found.setdefault(where(made), made)
+    for record in records:
+        if record.method == "concat":
+            found.setdefault(where(record), record)
     return found
 
 
-def figures(made: Record) -> dict[str, float | None]:
+def figures(record: Record) -> dict[str, float | None]:
     """The curves a record is a point of; None where it was not measured, or measured as noise."""
     return {
-        "GFLOPs with vision encoder": made.gflops_total,
-        "GFLOPs without vision encoder": made.gflops_language,
-        "MFLOPs of one more token": sum(made.decode_flops.values()) / 1e6 if made.decode_flops else None,
-        **{curve: _time(made, stage) for curve, stage in STAGES.items()},
-        **{curve: _ratio(made, *of) for curve, of in RATIOS.items()},
-        "peak MiB above weights": made.mib.get("peak"),
+        "GFLOPs with vision encoder": record.gflops_total,
+        "GFLOPs without vision encoder": record.gflops_language,
+        "MFLOPs of one more token": sum(record.decode_flops.values()) / 1e6 if record.decode_flops else None,
+        **{curve: _time(record, stage) for curve, stage in STAGES.items()},
+        **{curve: _ratio(record, *of) for curve, of in RATIOS.items()},
+        "peak MiB above weights": record.mib.get("peak"),
     }
 
 
-def floors(made: Record) -> dict[str, float | None]:
+def floors(record: Record) -> dict[str, float | None]:
     """The same of the bare language model on the text alone, behind the same tower."""
-    language, vision = made.flops_floor / 1e9, made.flops.get("vision_encoder", 0.0) / 1e9
+    language, vision = record.flops_floor / 1e9, record.flops.get("vision_encoder", 0.0) / 1e9
     return {
         "GFLOPs with vision encoder": language + vision,
         "GFLOPs without vision encoder": language,
-        "MFLOPs of one more token": _floor_of_decoding(made),
-        **{curve: _time(made, f"floor_{stage}") for curve, stage in STAGES.items()},
-        **{curve: 1.0 if to == "floor" and made.ratio(to, stage) else None for curve, (to, stage) in RATIOS.items()},
+        "MFLOPs of one more token": _floor_of_decoding(record),
+        **{curve: _time(record, f"floor_{stage}") for curve, stage in STAGES.items()},
+        **{curve: 1.0 if to == "floor" and record.ratio(to, stage) else None for curve, (to, stage) in RATIOS.items()},
         "peak MiB above weights": None,
     }
 
 
-def _time(made: Record, stage: str) -> float | None:
-    if stage not in made.milliseconds or made.time_is_noisy(stage):
+def _time(record: Record, stage: str) -> float | None:
+    if stage not in record.milliseconds or record.time_is_noisy(stage):
         return None
-    return made.milliseconds[stage][0]
+    return record.milliseconds[stage][0]
 
 
-def _ratio(made: Record, to: str, stage: str) -> float | None:
-    found = made.ratio(to, stage)
+def _ratio(record: Record, to: str, stage: str) -> float | None:
+    found = record.ratio(to, stage)
     return None if found is None or found.noisy else found.median
 
 
-def _floor_of_decoding(made: Record) -> float | None:
-    parts = [made.decode_flops[part] for part in ("text_attention", "text_ffn", "head") if part in made.decode_flops]
+def _floor_of_decoding(record: Record) -> float | None:
+    parts = [
+        record.decode_flops[part] for part in ("text_attention", "text_ffn", "head") if part in record.decode_flops
+    ]
     return sum(parts) / 1e6 if parts else None
 
 
@@ -127,31 +129,35 @@ def sweep_tables(records: Sequence[Record]) -> list[Table]:
 
 def sweep_title(records: Sequence[Record]) -> str:
     """What the figures are of."""
-    device = next((made.device for made in records if made.device), "counted, not timed")
+    device = next((record.device for record in records if record.device), "counted, not timed")
     return f"{records[0].text_tokens} text tokens, batch {records[0].batch}; {UNIT}; attention in full; {device}"
 
 
 def sweep_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns, and one row a record: what it costs, what it saves against concatenation, and the ceiling of that."""
     base = baselines(records)
-    large = max(made.gflops_total for made in records) >= 1000
+    large = max(record.gflops_total for record in records) >= 1000
     scale, unit = (1e3, "TFLOPs") if large else (1.0, "GFLOPs")
-    timed = any(made.milliseconds or made.error for made in records)
+    timed = any(record.milliseconds or record.error for record in records)
     columns = ["", "method", "crops", "visual tokens", "in the LM", f"vision {unit}", f"LM {unit}"]
     columns += ["saved % (ceiling)", f"all {unit}", "saved % (ceiling)", "MFLOPs a token"]
     columns += ["ms first token", "ms a token", "peak MiB"] if timed else []
     rows = []
-    for made in records:
-        found = base.get(where(made))
-        saved = [_saved(made, found, with_vision=with_vision) for with_vision in (False, True)]
-        shown = figures(made)
-        row = [str(made.knobs.get("scenario", f"{made.visual_tokens} visual tokens")), name(made), str(made.views)]
-        row += [f"{made.visual_tokens:,}", f"{made.visual_tokens_in_language:,}"]
-        row += [_short(made.flops["vision_encoder"] / 1e9 / scale), _short(made.gflops_language / scale), saved[0]]
-        row += [_short(made.gflops_total / scale), saved[1], _short(shown["MFLOPs of one more token"])]
+    for record in records:
+        found = base.get(where(record))
+        saved = [_saved(record, found, with_vision=with_vision) for with_vision in (False, True)]
+        shown = figures(record)
+        row = [
+            str(record.knobs.get("scenario", f"{record.visual_tokens} visual tokens")),
+            name(record),
+            str(record.views),
+        ]
+        row += [f"{record.visual_tokens:,}", f"{record.visual_tokens_in_language:,}"]
+        row += [_short(record.flops["vision_encoder"] / 1e9 / scale), _short(record.gflops_language / scale), saved[0]]
+        row += [_short(record.gflops_total / scale), saved[1], _short(shown["MFLOPs of one more token"])]
         if timed:
-            row += ["noisy" if made.time_is_noisy(stage) else _short(shown[curve]) for curve, stage in STAGES.items()]
-            row += [made.error or _short(shown["peak MiB above weights"])]
+            row += ["noisy" if record.time_is_noisy(stage) else _short(shown[curve]) for curve, stage in STAGES.items()]
+            row += [record.error or _short(shown["peak MiB above weights"])]
         rows.append(row)
     return columns, rows
 
@@ -161,26 +167,26 @@ def turns_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     the floor and with concatenation."""
     columns = ["", "method", "stage", "ms (p10-p90)", "times the floor", "times concatenation", "turns"]
     rows = []
-    for made in records:
-        label = [str(made.knobs.get("scenario", f"{made.visual_tokens} visual tokens")), name(made)]
+    for record in records:
+        label = [str(record.knobs.get("scenario", f"{record.visual_tokens} visual tokens")), name(record)]
         for stage in STAGES.values():
-            if stage in made.turns:
-                ratios = [ratio_cell(made, to, stage) for to in ("floor", "concat")]
-                shown = [stage.replace("_", " "), time_cell(made, stage), *ratios, str(made.turns[stage])]
+            if stage in record.turns:
+                ratios = [ratio_cell(record, to, stage) for to in ("floor", "concat")]
+                shown = [stage.replace("_", " "), time_cell(record, stage), *ratios, str(record.turns[stage])]
                 rows.append([*label, *shown])
     return columns, rows
 
 
 def waited(records: Sequence[Record]) -> str:
     """What is said of a machine that had other things to do; empty if it had none."""
-    share = max((made.waited for made in records), default=0.0)
+    share = max((record.waited for record in records), default=0.0)
     return f"Other processes had the cores for up to {share:.0%} of the time." if share >= 0.05 else ""
 
 
-def _saved(made: Record, base: Record | None, *, with_vision: bool) -> str:
+def _saved(record: Record, base: Record | None, *, with_vision: bool) -> str:
     if base is None:
         return "-"
-    saved, ceiling = saving(made, base, with_vision=with_vision)
+    saved, ceiling = saving(record, base, with_vision=with_vision)
     return f"{saved:.1f} ({ceiling:.1f})"
 
 
@@ -195,30 +201,38 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
     """One row a record, one column a figure; FLOPs by component, and MACs beside their totals. Figures that say nothing
     stand there, too; their columns are named under ``noisy``."""
     rows = []
-    for made in records:
-        row: dict[str, Any] = {"name": name(made), "method": made.method, "scenario": made.knobs.get("scenario", "")}
-        row |= {key: getattr(made, key) for key in ("text_tokens", "batch", "views", "visual_tokens")}
-        row["visual_tokens_in_language"] = made.visual_tokens_in_language
-        row |= {f"flops {part}": value for part, value in made.flops.items()}
-        row |= {"flops": made.gflops_total * 1e9, "macs": made.gflops_total * 1e9 / 2, "flops floor": made.flops_floor}
-        row |= {f"decode flops {part}": value for part, value in made.decode_flops.items()}
-        row |= {f"ms {stage}": times[0] for stage, times in made.milliseconds.items()}
-        for to, ratios in made.ratios.items():
+    for record in records:
+        row: dict[str, Any] = {
+            "name": name(record),
+            "method": record.method,
+            "scenario": record.knobs.get("scenario", ""),
+        }
+        row |= {key: getattr(record, key) for key in ("text_tokens", "batch", "views", "visual_tokens")}
+        row["visual_tokens_in_language"] = record.visual_tokens_in_language
+        row |= {f"flops {part}": value for part, value in record.flops.items()}
+        row |= {
+            "flops": record.gflops_total * 1e9,
+            "macs": record.gflops_total * 1e9 / 2,
+            "flops floor": record.flops_floor,
+        }
+        row |= {f"decode flops {part}": value for part, value in record.decode_flops.items()}
+        row |= {f"ms {stage}": times[0] for stage, times in record.milliseconds.items()}
+        for to, ratios in record.ratios.items():
             for stage, ends in ratios.items():
                 row |= {f"{stage} / {to}{end}": value for end, value in zip(("", " low", " high"), ends, strict=True)}
-        row |= {f"MiB {kind}": value for kind, value in made.mib.items()} | {"noisy": "; ".join(_noisy(made))}
-        rows.append(row | {key: getattr(made, key) for key in ("error", "device", "dtype", "attention", "recipe")})
+        row |= {f"MiB {kind}": value for kind, value in record.mib.items()} | {"noisy": "; ".join(_noisy(record))}
+        rows.append(row | {key: getattr(record, key) for key in ("error", "device", "dtype", "attention", "recipe")})
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _noisy(made: Record) -> list[str]:
+def _noisy(record: Record) -> list[str]:
     """The figures of a spreadsheet that say nothing."""
-    ratios = [(to, stage) for to, stages in made.ratios.items() for stage in stages]
-    found = [f"ms {stage}" for stage in made.turns if made.time_is_noisy(stage)]
-    return found + [f"{stage} / {to}" for to, stage in ratios if (it := made.ratio(to, stage)) and it.noisy]
+    ratios = [(to, stage) for to, stages in record.ratios.items() for stage in stages]
+    found = [f"ms {stage}" for stage in record.turns if record.time_is_noisy(stage)]
+    return found + [f"{stage} / {to}" for to, stage in ratios if (it := record.ratio(to, stage)) and it.noisy]
 
 
 def draw(records: Sequence[Record], file: Path) -> None:
@@ -231,7 +245,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(5 * min(3, len(panels)), 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    labels = {x_of(made): _tick(made) for made in records}
+    labels = {x_of(record): _tick(record) for record in records}
     for number, curve in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, min(3, len(panels)), number)
         for line, points in lines.items():
@@ -253,29 +267,29 @@ def draw(records: Sequence[Record], file: Path) -> None:
 def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
     """Each line's points of each curve, in the order of x."""
     lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    for made in sorted(records, key=x_of):
-        of = [(name(made), figures(made))]
-        if made.method != "concat":
-            of.append((FLOOR, floors(made)))
+    for record in sorted(records, key=x_of):
+        of = [(name(record), figures(record))]
+        if record.method != "concat":
+            of.append((FLOOR, floors(record)))
         for line, values in of:
             points = lines.setdefault(line, {curve: [] for curve in CURVES})
             for curve, value in values.items():
-                points[curve].append((x_of(made), value))
+                points[curve].append((x_of(record), value))
     return lines
 
 
-def x_of(made: Record) -> float:
+def x_of(record: Record) -> float:
     """Where on the x axis a record stands: its knob's value; of an image, the side of a square as large; of what is no
     number, its position in the sweep."""
-    value = made.knobs.get("value", made.visual_tokens)
-    if made.knobs.get("knob") == "image":
+    value = record.knobs.get("value", record.visual_tokens)
+    if record.knobs.get("knob") == "image":
         return math.sqrt(value[0] * value[1])
-    return float(value) if isinstance(value, int | float) else float(made.knobs.get("position", 0))
+    return float(value) if isinstance(value, int | float) else float(record.knobs.get("position", 0))
 
 
-def _tick(made: Record) -> str:
-    value = made.knobs.get("value", made.visual_tokens)
-    return "x".join(map(str, value)) if made.knobs.get("knob") == "image" else str(value)
+def _tick(record: Record) -> str:
+    value = record.knobs.get("value", record.visual_tokens)
+    return "x".join(map(str, value)) if record.knobs.get("knob") == "image" else str(value)
 
 
 # --- in TensorBoard ---------------------------------------------------------------------------------------------------
@@ -314,16 +328,16 @@ def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] 
 def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[tuple[float, float]]:
     """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
     points = []
-    for made in sorted(records, key=x_of):
-        ours = made.method != "concat" if line == FLOOR else name(made) == line
-        if not ours or (floors if line == FLOOR else figures)(made)[curve] is None:
+    for record in sorted(records, key=x_of):
+        ours = record.method != "concat" if line == FLOOR else name(record) == line
+        if not ours or (floors if line == FLOOR else figures)(record)[curve] is None:
             continue
         if curve in STAGES:
             stage = STAGES[curve]
-            points.append((x_of(made), made.milliseconds[f"floor_{stage}" if line == FLOOR else stage][at]))
+            points.append((x_of(record), record.milliseconds[f"floor_{stage}" if line == FLOOR else stage][at]))
         elif curve in RATIOS:
             to, stage = RATIOS[curve]
-            points.append((x_of(made), 1.0 if line == FLOOR else made.ratios[to][stage][at]))
+            points.append((x_of(record), 1.0 if line == FLOOR else record.ratios[to][stage][at]))
     return points
 
 
@@ -333,7 +347,7 @@ def write_savings(records: Sequence[Record], folder: Path) -> None:
 
     base = baselines(records)
     for line in dict.fromkeys(map(name, records)):
-        shared = [made for made in records if name(made) == line and where(made) in base]
+        shared = [record for record in records if name(record) == line and where(record) in base]
         if not shared:
             continue
         last = max(shared, key=x_of)

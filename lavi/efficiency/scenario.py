@@ -1,4 +1,4 @@
-"""What a model is counted and measured at: a scenario as people name it, and the shapes it has for one model."""
+"""The prompt that a model is counted and timed with: a scenario as people name it, and its shapes in one model."""
 
 from __future__ import annotations
 
@@ -38,35 +38,35 @@ class Scenario:
             return f"{self.frames} frame{'s' if self.frames > 1 else ''}"
         return f"{self.visual_tokens or 0} visual tokens"
 
-    def at(self, model: VisionLanguageModel) -> Point:
-        """The shapes it has for a model."""
+    def shape_for(self, model: VisionLanguageModel) -> PromptShape:
+        """The shapes that this scenario has in a model."""
         tokens = model.feature_spec.tokens
         if not tokens:  # a control that shows none
             views = self.frames or 1
             if self.image is not None:
                 views = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)[1].views
-            return Point(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
+            return PromptShape(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
         if self.image is not None:
             _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)
-            return Point(self.text, self.batch, layout, tokens, layout.views)
+            return PromptShape(self.text, self.batch, layout, tokens, layout.views)
         if self.frames is not None:
-            return Point(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
+            return PromptShape(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
         if self.visual_tokens:
             encoded = math.ceil(self.visual_tokens / model.vision.tokens)
             if model.reducer is not None:
-                return Point(self.text, self.batch, Layout(), encoded * tokens, encoded)
-            return Point(self.text, self.batch, Layout(), self.visual_tokens, encoded)
-        return Point(self.text, self.batch)
+                return PromptShape(self.text, self.batch, Layout(), encoded * tokens, encoded)
+            return PromptShape(self.text, self.batch, Layout(), self.visual_tokens, encoded)
+        return PromptShape(self.text, self.batch)
 
 
 @dataclass(frozen=True)
-class Point:
-    """The shapes of a scenario for one model."""
+class PromptShape:
+    """The shapes of a scenario in one model."""
 
     text: int
-    """T, of one row."""
+    """T, text tokens of one row."""
     batch: int = 1
-    """B."""
+    """B, rows."""
     layout: Layout | None = None
     """How the views of a row's image belong together; None: it has none."""
     per_view: int = 0
@@ -79,40 +79,40 @@ class Point:
         """Views of a row whose features reach the fusion."""
         return self.layout.views if self.layout else 0
 
-    def inside(self, model: VisionLanguageModel) -> int:
+    def visual_tokens_in_language(self, model: VisionLanguageModel) -> int:
         """Visual tokens of a row that stand in the language model's sequence."""
         return model.fusion.tokens_in_language(self.layout, self.per_view) if self.layout else 0
 
     def check(self, model: VisionLanguageModel, name: object) -> None:
-        """Hold it against the positions of the language model.
+        """Check that the prompt fits into the positions of the language model.
 
         Raises:
-            UserError: it is longer.
+            UserError: it is longer than they are.
         """
-        inside, room = self.inside(model), model.language.context_length
-        if self.text + inside > room:
+        visual, room = self.visual_tokens_in_language(model), model.language.context_length
+        if self.text + visual > room:
             fusion = type(model.fusion).__name__
             raise UserError(
-                f"{name} is {self.text} text and {inside} visual tokens with {fusion}, more than the {room} positions "
+                f"{name} is {self.text} text and {visual} visual tokens with {fusion}, more than the {room} positions "
                 f"of its language model ({model.language.hf.config.model_type}): leave it out."
             )
 
     def inputs(self, model: VisionLanguageModel, device: torch.device | str) -> tuple[Batch, Tensor]:
         """A batch of ones, and the features (views of all rows, N, Dv) that its images have."""
         ids = torch.ones(self.batch, self.text, dtype=torch.long, device=device)
-        place = min(1, self.text - 1)
+        column = min(1, self.text - 1)
         batch = Batch(
             input_ids=ids,
             labels=ids,
             attention_mask=torch.ones(self.batch, self.text, dtype=torch.bool, device=device),
             pixels=torch.zeros(0, *model.vision.pixel_shape, device=device),
             spans=[(0, self.text)] * self.batch,
-            image_slots=[ImageSlot(row, place, self.layout) for row in range(self.batch)] if self.layout else [],
+            image_slots=[ImageSlot(row, column, self.layout) for row in range(self.batch)] if self.layout else [],
         )
         return batch, torch.zeros(
             self.batch * self.views, max(self.per_view, 1), model.feature_spec.width, device=device
         )
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
-        """What the tower encodes: (views of all rows, C, H, W)."""
+        """Pixels that the tower encodes: (views of all rows, C, H, W), zeros."""
         return torch.zeros(self.batch * self.encoded, *model.vision.pixel_shape, device=device)

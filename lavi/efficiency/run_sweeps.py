@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lavi.efficiency import record, report
-from lavi.efficiency.point import Scenario
-from lavi.efficiency.record import Record
-from lavi.efficiency.sweep import Sweep, run, with_baseline
+from lavi.efficiency import figures
+from lavi.efficiency.record import Record, write_records
+from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
 from lavi.errors import UserError
 from lavi.recipe import Recipe
 from lavi.report import console, track
 
 
-def profile(
+def run_sweeps(
     recipes: Sequence[Recipe],
     sweeps: Sequence[str],
     *,
@@ -36,48 +36,48 @@ def profile(
         out: a folder for ``records.jsonl``, ``records.csv``, ``KNOB.png`` and TensorBoard's files.
 
     Raises:
-        UserError: a sweep that cannot be read or that a model cannot take, or an ``out`` that exists or cannot be made:
-            all before the first sweep begins.
+        UserError: a sweep that cannot be read or that a model cannot take, or an ``out`` that exists or cannot
+            be created: all before the first sweep begins.
     """
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is left as it is: choose another folder for --out.")
-    parsed, base = [Sweep.parse(sweep) for sweep in sweeps], fixed(at, text)
+    parsed, base = [Sweep.parse(sweep) for sweep in sweeps], parse_scenario(at, text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
     against = with_baseline(recipes)
     planned = []
     for sweep in parsed:
         bar = partial(track, description=f"profiling over {sweep.knob}")
-        planned.append(run(against, sweep, base, device=device, runs=runs, track=bar))
+        planned.append(sweep_records(against, sweep, base, device=device, runs=runs, track=bar))
     if out is not None:
-        _make_folder(out)
+        _create_folder(out)
     everything = []
     for sweep, upcoming in zip(parsed, planned, strict=True):
         records = []
-        for made in upcoming:
-            records.append(made)
+        for record in upcoming:
+            records.append(record)
             if out is not None:  # at once: nothing is lost on a kill
-                record.write([made], out / "records.jsonl")
-        for shown in report.sweep_tables(records):
+                write_records([record], out / "records.jsonl")
+        for shown in figures.sweep_tables(records):
             console().print(shown)
         if out is not None:
-            report.draw(records, out / f"{sweep.knob}.png")
-            report.write_curves(records, out)
-            report.write_savings(records, out)
+            figures.draw(records, out / f"{sweep.knob}.png")
+            figures.write_curves(records, out)
+            figures.write_savings(records, out)
         everything += records
     if out is not None:
-        report.write_csv(everything, out / "records.csv")
+        figures.write_csv(everything, out / "records.csv")
         console().print(f"records, spreadsheet, pictures and curves: {out}   (tensorboard --logdir {out})")
     return everything
 
 
-def _make_folder(folder: Path) -> None:
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder for --out.") from None
+        raise UserError(f"{folder} cannot be created ({error.strerror}): choose another folder for --out.") from None
 
 
-def fixed(at: str, text: int) -> Scenario:
+def parse_scenario(at: str, text: int) -> Scenario:
     """The scenario that ``KNOB=VALUE`` names."""
     sweep = Sweep.parse(at)
     if sweep.knob not in ("visual_tokens", "image", "frames") or len(sweep.values) != 1:
