@@ -54,9 +54,11 @@ def main() -> None:
             continue
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
-        samples = recipe.build("data", processor=model.processor).samples("test", limit=args.limit)
-        scores = scoring.evaluate(model, track(samples, name, total=samples.expected), device=device)
-        record = measure.count(recipe, model, scores.typical, scores.routes)
+        data = recipe.build("data", processor=model.processor)
+        samples = data.samples("test", limit=args.limit)
+        watched = track(samples, name, total=samples.expected)
+        scores = scoring.evaluate(model, watched, metric=data.metric, device=device)
+        record = measure.count(recipe, model, scores.typical, scores.route_counts)
         record.accuracy, record.controls = scores.accuracy, scores.controls
         record.knobs |= scored | {"test_samples": scores.samples}
         there[name] = record

@@ -26,14 +26,14 @@ class Memory(pl.Callback):
             return
         state = (tensor for values in optimizer.state.values() for tensor in _tensors(values))
         gradients = (p.grad for p in module.parameters() if p.grad is not None)
-        found = {"weights": _mib(module.parameters()), "gradients": _mib(gradients), "optimiser": _mib(state)}
+        sizes = {"weights": _mib(module.parameters()), "gradients": _mib(gradients), "optimiser": _mib(state)}
         if (rss := resident()) is not None:
-            found["rss"] = rss
+            sizes["rss"] = rss
         if module.device.type == "cuda":
-            found["peak allocated"] = torch.cuda.max_memory_allocated(module.device) / MIB
-            found["peak reserved"] = torch.cuda.max_memory_reserved(module.device) / MIB
+            sizes["peak allocated"] = torch.cuda.max_memory_allocated(module.device) / MIB
+            sizes["peak reserved"] = torch.cuda.max_memory_reserved(module.device) / MIB
             torch.cuda.reset_peak_memory_stats(module.device)
-        module.log_dict({f"memory/{name}": size for name, size in found.items()})
+        module.log_dict({f"memory/{name}": size for name, size in sizes.items()})
 
 
 def _tensors(state: Any) -> Iterable[Tensor]:
@@ -45,7 +45,7 @@ def _mib(tensors: Iterable[Tensor]) -> float:
 
 
 def resident() -> float | None:
-    """MiB of memory that this process holds now; None where the system does not say."""
+    """MiB of memory of this process, now; None where the system does not say."""
     try:
         with open("/proc/self/status") as status:
             line = next(line for line in status if line.startswith("VmRSS"))

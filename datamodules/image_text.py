@@ -25,6 +25,8 @@ from lavi.config.types import Count, CountOrZero, ShareOrZero
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.processor import Processor
 from lavi.errors import UserError
+from lavi.metrics.answers import ExactMatch
+from lavi.metrics.base import AnswerMetric
 
 log = logging.getLogger("lavi")
 
@@ -51,6 +53,7 @@ class ImageTextData(pl.LightningDataModule):
         seed: of the order.
         validation_samples: at most this many.
         max_skipped: share of broken samples above which the run stops.
+        metric: scores answers; None: the share of answers that match exactly.
     """
 
     unsized = True
@@ -75,6 +78,7 @@ class ImageTextData(pl.LightningDataModule):
         seed: int = 0,
         validation_samples: Count | None = None,
         max_skipped: ShareOrZero = 0.01,
+        metric: AnswerMetric | None = None,
     ) -> None:
         super().__init__()
         self.processor = processor
@@ -84,6 +88,7 @@ class ImageTextData(pl.LightningDataModule):
         self.reading = Reading(video or FrameSampling(), caption_prompt)
         self.too_long = too_long
         self.validation_samples, self.max_skipped = validation_samples, max_skipped
+        self.metric = ExactMatch() if metric is None else metric
         self.progress = Progress()
         self.counts: Counter[str] = Counter()
         """Samples that this rank was given, by source, and those ``skipped``, since the run began."""

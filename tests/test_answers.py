@@ -1,14 +1,30 @@
-"""Which answers are right, and their share by family and level."""
+"""Metrics of answers, their mean by family and level, and a metric of one's own in a recipe."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lavi.batch import IGNORE, Answer, Batch
-from lavi.metrics.answers import FamilyAccuracy, groups, is_right, right_under_teacher_forcing
+from lavi.errors import UserError
+from lavi.metrics.answers import ExactMatch
+from lavi.metrics.base import AnswerMetric, GroupedMean, groups_of
+from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
+from lavi.recipe import Recipe
+
+
+class WordOverlap(AnswerMetric):
+    """Share of the words of either that an answer and the truth have in common."""
+
+    def score(self, answer: str, truth: str) -> float:
+        ours, theirs = set(answer.split()), set(truth.split())
+        return len(ours & theirs) / max(1, len(ours | theirs))
 
 
 def batch_of(labels: torch.Tensor, answers: list[Answer]) -> Batch:
@@ -16,51 +32,59 @@ def batch_of(labels: torch.Tensor, answers: list[Answer]) -> Batch:
     return Batch(labels, labels, torch.ones_like(labels), torch.zeros(0), [(0, columns)] * rows, [], answers)
 
 
-def test_an_answer_is_right_where_each_of_its_tokens_is_the_likeliest() -> None:
-    """By the logits one column before, whatever is said elsewhere in its row."""
+def test_an_answer_is_correct_where_each_of_its_tokens_is_the_likeliest() -> None:
+    """By the logits one column before, whatever is predicted elsewhere in its row."""
     labels = torch.tensor([[IGNORE, 1, 2, IGNORE, 3, 3], [IGNORE, IGNORE, IGNORE, 2, 1, 0]])
     answers = [Answer(0, 1, 3, "colour", "easy"), Answer(0, 4, 6, "count", "easy"), Answer(1, 3, 6, "count", "hard")]
     batch = batch_of(labels, answers)
     foretold = one_hot(labels.roll(-1, 1).clamp(min=0), 4).float()
-    assert right_under_teacher_forcing(foretold, batch) == [True, True, True]
+    assert correct_under_teacher_forcing(foretold, batch) == [True, True, True]
     wrong = {(0, 0): [False, True, True], (0, 1): [False, True, True], (0, 3): [True, False, True]}
     wrong |= {(0, 4): [True, False, True], (1, 2): [True, True, False], (1, 4): [True, True, False]}
     wrong |= {(0, 2): [True] * 3, (0, 5): [True] * 3, (1, 0): [True] * 3, (1, 5): [True] * 3}
-    for place, expected in wrong.items():
+    for index, expected in wrong.items():
         logits = foretold.clone()
-        logits[place] = logits[place].roll(1)
-        assert right_under_teacher_forcing(logits, batch) == expected
-    assert groups(answers) == [("colour", "easy"), ("count", "easy"), ("count", "hard")]
+        logits[index] = logits[index].roll(1)
+        assert correct_under_teacher_forcing(logits, batch) == expected
+    assert groups_of(answers) == [("colour", "easy"), ("count", "easy"), ("count", "hard")]
 
 
-def test_shares_are_of_all_answers_by_level_and_by_family() -> None:
-    metric = FamilyAccuracy()
+def test_means_are_of_all_scores_by_level_and_by_family() -> None:
+    metric = GroupedMean()
     assert metric.compute() == {}
     metric.update([], [])
     assert metric.compute() == {}
-    metric.update([True, False, True], [("colour", "easy"), ("colour", "easy"), ("count", "hard")])
-    metric.update([True], [("colour", "hard")])
-    expected = {"all": 75.0, "family/colour": 200 / 3, "family/count": 100.0, "level/easy": 50.0, "level/hard": 100.0}
+    metric.update([True, False, 1.0], [("colour", "easy"), ("colour", "easy"), ("count", "hard")])
+    metric.update([0.25], [("colour", "hard")])
+    expected = {"all": 56.25, "family/colour": 125 / 3, "family/count": 100.0, "level/easy": 50.0, "level/hard": 62.5}
     assert metric.compute() == pytest.approx(expected)
     assert list(metric.compute()) == sorted(expected)
     with pytest.raises(ValueError, match="zip"):
         metric.update([True, False], [("colour", "easy")])
 
 
-def test_ranks_that_saw_different_families_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, other = FamilyAccuracy(), FamilyAccuracy()
+def test_the_group_of_all_is_counted_once() -> None:
+    """Where data name no families: the mean over all is not counted again as that of a family."""
+    metric = GroupedMean()
+    metric.update([1, 0], [("all", "all"), ("colour", "all")])
+    assert metric.compute() == {"all": 50.0, "family/all": 100.0, "family/colour": 0.0, "level/all": 50.0}
+
+
+def test_ranks_that_have_different_families_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = GroupedMean(), GroupedMean()
     mine.update([True], [("colour", "easy")])
     other.update([False, True], [("count", "easy"), ("colour", "hard")])
-    mine.seen = torch.cat([*mine.seen, *other.seen])  # type: ignore[assignment]  # what torchmetrics makes of "cat"
+    for state in ("group_ids", "scores"):  # what torchmetrics makes of "cat"
+        setattr(mine, state, torch.cat([*getattr(mine, state), *getattr(other, state)]))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
     def gather(into: list[dict[int, str]], own: dict[int, str]) -> None:
-        into[:] = [own, other.names]
+        into[:] = [own, other.group_names]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     # torchmetrics would gather by itself: what is counted here is what it hands to compute
-    assert FamilyAccuracy.compute(mine) == pytest.approx(
+    assert GroupedMean.compute(mine) == pytest.approx(
         {
             "all": 200 / 3,
             "family/colour": 100.0,
@@ -71,21 +95,88 @@ def test_ranks_that_saw_different_families_count_together(monkeypatch: pytest.Mo
     )
 
 
-def test_what_ranks_saw_is_laid_end_to_end() -> None:
-    metric = FamilyAccuracy()
+def test_scores_of_ranks_are_laid_end_to_end() -> None:
+    metric, other = GroupedMean(), GroupedMean()
     metric.update([True, False], [("colour", "easy"), ("count", "easy")])
-    other = FamilyAccuracy()
     other.update([True], [("colour", "easy")])
     metric.merge_state(other)
     assert metric.compute()["family/colour"] == 100.0
     assert metric.compute()["all"] == pytest.approx(200 / 3)
-    assert metric._reductions["seen"] is dim_zero_cat
+    assert {metric._reductions[state] for state in ("group_ids", "scores")} == {dim_zero_cat}
+
+
+def test_a_rank_without_scores_exchanges_tensors_of_the_same_types() -> None:
+    """Else ranks would wait for each other, or read what the others sent as other numbers."""
+
+    def types_of(metric: GroupedMean) -> list[Any]:
+        sent: list[Any] = []
+
+        def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+            sent.append((tensor.dtype, tensor.ndim))
+            return [tensor]
+
+        metric.sync(dist_sync_fn=gather, distributed_available=lambda: True)
+        return sent
+
+    full = GroupedMean()
+    full.update([True, False], [("colour", "easy"), ("count", "easy")])
+    assert types_of(GroupedMean()) == types_of(full) == [(torch.long, 1), (torch.float32, 1)]
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"),
-    [("Red", True), (" red\n", True), ("RED", True), ("red.", False), ("re d", False), ("", False), ("blue", False)],
+    ("answer", "score"),
+    [("Red", 1), (" red\n", 1), ("RED", 1), ("red.", 0), ("re d", 0), ("", 0), ("blue", 0)],
 )
-def test_an_answer_is_right_but_for_case_and_outer_blanks(answer: str, right: bool) -> None:
-    assert is_right(answer, "red") == is_right(answer, " ReD ") == right
-    assert is_right("", "")
+def test_an_answer_matches_whatever_its_case_and_outer_blanks(answer: str, score: float) -> None:
+    metric = ExactMatch()
+    assert metric.score(answer, "red") == metric.score(answer, " ReD ") == score
+    assert metric.score("", "") == 1
+    assert (metric.name, metric.label) == ("ExactMatch", "right")
+
+
+def test_answers_are_scored_against_their_own_truths() -> None:
+    metric = WordOverlap()
+    metric.update_answers(["a red circle", "two"], ["red circle", "three"], [("colour", "easy"), ("count", "hard")])
+    assert metric.compute() == pytest.approx(
+        {"all": 100 / 3, "family/colour": 200 / 3, "family/count": 0.0, "level/easy": 200 / 3, "level/hard": 0.0}
+    )
+    with pytest.raises(ValueError, match="zip"):
+        metric.update_answers(["red"], ["red", "blue"], [("all", "all")] * 2)
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
+def test_a_score_is_a_number_from_0_to_1(score: float) -> None:
+    metric = WordOverlap()
+    metric.score = lambda answer, truth: score  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=rf"WordOverlap.score gives {score} for the answer 'x' and the truth 'y'"):
+        metric.update_answers(["x"], ["y"], [("all", "all")])
+
+
+def test_a_metric_of_ones_own_is_named_in_a_recipe_and_scores_a_run(run, tiny_recipe: Path) -> None:  # type: ignore[no-untyped-def]
+    """Its sentence, its record and its table carry its name; its groups are those of the exact match."""
+    from lavi.efficiency.record import read_records
+
+    named = "data.metric={_target_: test_answers.WordOverlap}"
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", named, "trainer.max_steps=3")[0] == 0
+    status, out, err = run("lavi.evaluate", "--checkpoint", "out", "--limit", 4)
+    assert status == 2
+    assert "--trust" in err
+    status, out, err = run("lavi.evaluate", "--checkpoint", "out", "--limit", 4, "--trust")
+    assert status == 0, err
+    assert " % WordOverlap of " in out
+    assert "held-out score (%)" in out
+    (record,) = read_records(Path("out/evaluation.jsonl"))
+    assert record.knobs["metric"] == "WordOverlap"
+    assert 0 <= record.accuracy["all"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("lavi.metrics.base.GroupedMean", r"'data\.metric' must be AnswerMetric \| None, not lavi\.metrics"),
+        ("lavi.metrics.base.AnswerMetric", "it is only a contract: name a class that meets it"),
+    ],
+)
+def test_what_scores_no_answers_is_refused(tiny_recipe: Path, metric: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Recipe.load(tiny_recipe, [f"data.metric={{_target_: {metric}}}"])

@@ -10,13 +10,14 @@ import yaml
 from conftest import ask, collate, image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.samples import draw, first_question
+from callbacks.samples import colour_of, draw, first_question
 from callbacks.throughput import Throughput
 from lavi.batch import Sample, Video
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.scenario import Scenario
 from lavi.fit import train
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.answers import ExactMatch
 from lavi.recipe import Recipe
 from lavi.training.module import VisionLanguageModule
 
@@ -31,7 +32,11 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None
         ask(5, "how many?", answer="two"),
     ]
     model = build(LaViFusion(every=2))
-    figure = draw([first_question(model, sample) for sample in samples], ["red", "second", "yes", "the circle", "one"])
+    figure = draw(
+        [first_question(model, sample) for sample in samples],
+        ["red", "second", "yes", "the circle", "one"],
+        ExactMatch(),
+    )
     drawn = [axes for axes in figure.axes if axes.images]  # type: ignore[attr-defined]
     assert [axes.get_title().splitlines()[1] for axes in drawn] == [
         "truth: red   answer: red",
@@ -41,8 +46,14 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None
         "truth: two   answer: one",
     ]
     assert ["what colour" in axes.get_title() for axes in drawn] == [True, False, False, False, False]
+    colours = [axes.title.get_color().removeprefix("tab:") for axes in drawn]
+    assert colours == ["green", "red", "green", "green", "red"]
     widths = [axes.images[0].get_array().shape[1] for axes in drawn]
     assert widths[:2] == [40, 84]  # two images side by side
+
+
+def test_a_colour_is_of_the_score() -> None:
+    assert [colour_of(score) for score in (0.0, 0.01, 0.99, 1.0)] == ["tab:red", *["tab:orange"] * 2, "tab:green"]
 
 
 @pytest.mark.parametrize(
@@ -50,8 +61,8 @@ def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None
 )
 def test_whatever_is_said_can_be_drawn(build, text: str) -> None:  # type: ignore[no-untyped-def]
     """A figure is drawn when it is saved; what people say is no formula."""
-    shown = first_question(build(LaViFusion(every=2)), ask(1, text[:100], answer=text))
-    figure = draw([shown], [text])
+    question = first_question(build(LaViFusion(every=2)), ask(1, text[:100], answer=text))
+    figure = draw([question], [text], ExactMatch())
     figure.savefig(io.BytesIO())  # type: ignore[attr-defined]
     (axes,) = [axes for axes in figure.axes if axes.images]  # type: ignore[attr-defined]
     assert axes.get_title().startswith(text[:10])
@@ -62,10 +73,10 @@ def test_the_first_question_is_asked_with_the_images_before_it(build) -> None:  
     model = build(LaViFusion(every=2))
     later = ask(1, "what colour?", answer="red").messages + ask(2, "and here?", answer="blue").messages
     large = Sample("s", later, [image(1).resize((2000, 1000)), image(2)])
-    shown = first_question(model, large)
-    assert (shown.question, shown.truth) == ("what colour?", "red")
-    assert len(shown.prompt.layouts) == 1
-    assert shown.picture.size == (320, 160)
+    question = first_question(model, large)
+    assert (question.text, question.truth) == ("what colour?", "red")
+    assert len(question.prompt.layouts) == 1
+    assert question.picture.size == (320, 160)
 
 
 def test_throughput_and_memory_are_logged(tiny_recipe: Path, tmp_path: Path) -> None:

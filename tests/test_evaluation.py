@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +13,19 @@ from PIL import Image
 
 from lavi.batch import Batch, Sample, Video
 from lavi.errors import UserError
-from lavi.evaluation.scoring import PromptSizes, evaluate, prompts_of, with_images_of_others
+from lavi.evaluation.scoring import PromptSizes, Scores, prompts_of, with_images_of_others
+from lavi.evaluation.scoring import evaluate as evaluate_with
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.answers import ExactMatch
 from lavi.model import VisionLanguageModel
 
 CPU = torch.device("cpu")
 IMAGE = {"type": "image"}
+
+
+def evaluate(model: VisionLanguageModel, samples: Iterable[Sample]) -> Scores:
+    """The share of answers that match exactly."""
+    return evaluate_with(model, samples, metric=ExactMatch(), device=CPU)
 
 
 def said(text: str) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def test_a_prompt_has_what_was_said_and_shown_before_its_answer() -> None:
 def test_scores_and_controls_are_of_the_right_images(seeing: VisionLanguageModel) -> None:
     """Who names the image it sees has all answers right, none with the images of others, none without."""
     samples = [two_turns(f"s{n}", 2 * n, 2 * n + 1) for n in range(5)] + [ask("hello?", answer="nothing", key="text")]
-    scores = evaluate(seeing, samples, device=CPU)
+    scores = evaluate(seeing, samples)
     assert scores.accuracy == pytest.approx(
         {
             "all": 100.0,
@@ -88,12 +95,12 @@ def test_scores_and_controls_are_of_the_right_images(seeing: VisionLanguageModel
 
 def test_a_wrong_answer_counts_as_wrong(seeing: VisionLanguageModel) -> None:
     samples = [ask(1, "what?", answer="c1"), ask(2, "what?", answer="C2 "), ask(3, "what?", answer="c4")]
-    assert evaluate(seeing, samples, device=CPU).accuracy["all"] == pytest.approx(200 / 3)
+    assert evaluate(seeing, samples).accuracy["all"] == pytest.approx(200 / 3)
 
 
 def test_no_prompt_holds_its_answer(seeing: VisionLanguageModel) -> None:
     samples = [ask(n, "what?", answer=f"answer {n} is it") for n in range(3)]
-    evaluate(seeing, samples, device=CPU)
+    evaluate(seeing, samples)
     assert len(seeing.asked) == 9  # type: ignore[arg-type]
     assert not any("is it" in prompt for prompt in seeing.asked)  # type: ignore[union-attr]
 
@@ -113,7 +120,7 @@ def test_a_prompt_that_fills_the_context_is_answered_alone(
     long = ask("circle " * 240, answer="a")
     length = seeing.processor.encode(next(prompts_of(long))[0], prompt=True).length
     assert context - 16 < length < context
-    evaluate(seeing, [short, long, short], device=CPU)
+    evaluate(seeing, [short, long, short])
     alone = [one for one in asked if one[1] == length]
     assert set(alone) == {(1, length, context - length + 1)}
     assert {tokens for _, columns, tokens in asked if columns < length} == {16}
@@ -132,7 +139,7 @@ def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
 
     monkeypatch.setattr(seeing.vision, "preprocess", preprocess)
     broken = Sample("broken", ask(0, "what?", answer="c0").messages, [Image.new("RGB", (7, 7))])
-    scores = evaluate(seeing, [ask(1, "what?", answer="c1"), broken, ask(2, "what?", answer="c2")], device=CPU)
+    scores = evaluate(seeing, [ask(1, "what?", answer="c1"), broken, ask(2, "what?", answer="c2")])
     assert (scores.samples, scores.answers, scores.shuffled_answers) == (2, 2, 2)
     assert scores.left_out == {"of width 7": 1}
     assert scores.accuracy["all"] == 100
@@ -145,13 +152,13 @@ def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
     large = Sample("large", ask(0, "what?", answer="c0").messages, [image(1).resize((90, 90))])
     wordy = ask(2, "circle " * 100, answer="c2", key="wordy")
     monkeypatch.setattr(seeing, "answer", lambda batch, **_: ["c0"] * len(batch))
-    scores = evaluate(seeing, [large, wordy], device=CPU)
+    scores = evaluate(seeing, [large, wordy])
     assert (scores.answers, scores.shuffled_answers) == (2, 1)
 
 
 def test_a_score_is_of_at_least_one_question(seeing: VisionLanguageModel) -> None:
     with pytest.raises(UserError, match="not one question to score"):
-        evaluate(seeing, [], device=CPU)
+        evaluate(seeing, [])
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 17])
@@ -204,7 +211,7 @@ def test_nothing_is_kept_of_a_sample_that_was_scored(
     pixels = torch.zeros(seeing.vision.pixel_shape)
     monkeypatch.setattr(seeing.vision, "preprocess", lambda image: pixels)
     samples = Counted(200 if most > 10 else 20, size)
-    assert evaluate(seeing, samples, device=CPU).samples == samples.count
+    assert evaluate(seeing, samples).samples == samples.count
     assert samples.most <= most
 
 

@@ -19,7 +19,8 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
-from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
+from lavi.metrics.base import GroupedMean, groups_of
+from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.training.module import VisionLanguageModule, summed_loss
 from lavi.training.optim import MuonAdamW
 from lavi.training.startup import what_trains
@@ -142,7 +143,7 @@ def test_validation_is_of_all_tokens_and_all_answers(build) -> None:
     (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
     with torch.no_grad():
         sums = [summed_loss(module.model(batch), batch.labels) for batch in batches]
-        right = [r for batch in batches for r in right_under_teacher_forcing(module.model(batch), batch)]
+        right = [r for batch in batches for r in correct_under_teacher_forcing(module.model(batch), batch)]
     assert found["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
     assert found["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
     assert "val/accuracy" in trainer.progress_bar_metrics
@@ -316,16 +317,16 @@ def test_accuracy_counts_whole_answers_by_family(build) -> None:
     model = build(ConcatFusion())
     batch = collate(model, [ask(1, "what?", answer="red"), ask(2, "what?", answer="the first of all")])
     logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0).roll(-1, 1), len(model.chat.tokenizer)).float()
-    assert right_under_teacher_forcing(logits, batch) == [True, True]
+    assert correct_under_teacher_forcing(logits, batch) == [True, True]
     wrong = logits.clone()
     wrong[1, batch.answers[1].stop - 2] = 0  # its end token alone
-    assert right_under_teacher_forcing(wrong, batch) == [True, False]
-    metric = FamilyAccuracy()
+    assert correct_under_teacher_forcing(wrong, batch) == [True, False]
+    metric = GroupedMean()
     metric.update([True, False, True], [("colour", "easy"), ("colour", "easy"), ("count", "hard")])
     metric.update([False], [("count", "hard")])
     expected = {"all": 50.0, "family/colour": 50.0, "family/count": 50.0, "level/easy": 50.0, "level/hard": 50.0}
     assert metric.compute() == expected
-    assert groups(batch.answers) == [("all", "all")] * 2
+    assert groups_of(batch.answers) == [("all", "all")] * 2
     metric.reset()
     assert metric.compute() == {}
 

@@ -15,14 +15,15 @@ from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.evaluation.scoring import SHUFFLED, PromptSizes, Scorer, Scores
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.answers import ExactMatch
 
 
 def sizes_of(*prompts: tuple[int, list[Layout]]) -> PromptSizes:
     """Of prompts of so many ids and these images."""
     sizes = PromptSizes()
     for length, layouts in prompts:
-        ready: Any = SimpleNamespace(encoded=SimpleNamespace(ids=[0] * length), layouts=layouts)
-        sizes.add(ready)
+        prompt: Any = SimpleNamespace(encoded=SimpleNamespace(ids=[0] * length), layouts=layouts)
+        sizes.add(prompt)
     return sizes
 
 
@@ -68,7 +69,7 @@ def scorer(build: Any) -> Scorer:
         answer=answer,
         batches=batches,
     )
-    return Scorer(model, torch.device("cpu"), batch_size=2, without_images=True)
+    return Scorer(model, ExactMatch(), torch.device("cpu"), ExactMatch(), batch_size=2)
 
 
 def test_prompts_are_answered_so_many_at_a_time_and_padded_on_the_left(scorer: Scorer) -> None:
@@ -82,7 +83,7 @@ def test_prompts_are_answered_so_many_at_a_time_and_padded_on_the_left(scorer: S
     assert all(stop == batch.input_ids.shape[1] for batch in batches for _, stop in batch.spans)
     assert {tokens for _, tokens in scorer.model.batches} == {16}  # type: ignore[union-attr]
     assert scorer.prompts == 5
-    assert scorer.right.compute()["all"] == scorer.right_without.compute()["all"] == 80.0
+    assert scorer.metric.compute()["all"] == scorer.metric_without_images.compute()["all"] == 80.0  # type: ignore[union-attr]
     assert scorer.sizes.images == [1] * 5
 
 
@@ -104,12 +105,12 @@ def test_what_cannot_be_asked_is_counted_by_cause(scorer: Scorer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shuffled", "words"),
+    ("label", "shuffled", "words"),
     [
-        (5, "75.0 % right of 5 answers in 3 samples"),
-        (4, "75.0 % right of 5 answers (in the control with other images 4) in 3 samples"),
+        ("right", 5, "75.0 % right of 5 answers in 3 samples"),
+        ("WordOverlap", 4, f"75.0 % WordOverlap of 5 answers (in the control with {SHUFFLED} 4) in 3 samples"),
     ],
 )
-def test_scores_say_what_they_are_of(shuffled: int, words: str) -> None:
-    scores = Scores({"all": 75.0}, {}, Counter(), 3, 5, shuffled, Counter(), Scenario(5))
-    assert str(scores) == words.replace("other images", SHUFFLED)
+def test_scores_name_their_metric_and_their_numbers(label: str, shuffled: int, words: str) -> None:
+    scores = Scores("M", label, {"all": 75.0}, {}, Counter(), 3, 5, shuffled, Counter(), Scenario(5))
+    assert str(scores) == words

@@ -8,7 +8,10 @@ from lavi.efficiency.measure import saving
 from lavi.efficiency.record import Record
 
 CONTROLS = ("shuffled images", "no image")
-"""What a run is asked besides the questions about their own images."""
+"""Names of the controls: the questions about the images of other samples, and about no image."""
+
+EXACT = "ExactMatch"
+"""The metric of records that name none."""
 
 
 def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
@@ -18,13 +21,19 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
         return [name, *cells]
 
     rows = []
+    metrics = [r.knobs.get("metric", EXACT) for r in records]
+    if set(metrics) != {EXACT}:
+        rows.append(row("metric", metrics))
+    overall = "held-out accuracy" if set(metrics) == {EXACT} else "held-out score"
     for group in sorted({g for r in records for g in r.accuracy}, key=_group_order):
-        rows.append(row(f"{_group_name(group)} (%)", [f"{r.accuracy.get(group, float('nan')):.1f}" for r in records]))
+        rows.append(
+            row(f"{_group_name(group, overall)} (%)", [f"{r.accuracy.get(group, float('nan')):.1f}" for r in records])
+        )
     for control in CONTROLS:
         for group in ("level/easy", "all"):
             if all(group in r.controls.get(control, {}) for r in records):
                 cells = [f"{r.controls[control][group]:.1f}" for r in records]
-                rows.append(row(f"control, {control}: {_group_name(group)} (%)", cells))
+                rows.append(row(f"control, {control}: {_group_name(group, overall)} (%)", cells))
     if len({r.knobs.get("answers") for r in records}) > 1:
         rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
@@ -63,15 +72,15 @@ def time_cell(record: Record, stage: str) -> str:
 
 def ratio_cell(record: Record, to: str, stage: str) -> str:
     """How many times as long as the floor's or concatenation's a stage takes, with the interval of that."""
-    found = record.ratio(to, stage)
-    if found is None:
+    ratio = record.ratio(to, stage)
+    if ratio is None:
         return "-"
-    return "noisy" if found.noisy else f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
+    return "noisy" if ratio.noisy else f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def _group_order(group: str) -> tuple[int, str]:
     return {"all": 0, "level": 1}.get(group.split("/")[0], 2), group
 
 
-def _group_name(group: str) -> str:
-    return {"all": "held-out accuracy"}.get(group, group.split("/")[-1].replace("_", " "))
+def _group_name(group: str, overall: str) -> str:
+    return overall if group == "all" else group.split("/")[-1].replace("_", " ")

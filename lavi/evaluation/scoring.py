@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
@@ -21,14 +22,15 @@ from lavi.data.collator import EncodedSample
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError, one_line
-from lavi.metrics.answers import FamilyAccuracy, is_right
+from lavi.metrics.base import AnswerMetric
 from lavi.model import VisionLanguageModel
 
 SHUFFLED, NO_IMAGE = CONTROLS
 WINDOW = 64
-"""Samples that exchange their images at a time."""
+"""Samples that exchange their images with each other."""
 LARGEST_WINDOW = 256 * 2**20
-"""Bytes of decoded images above which fewer do; of pixels, above which fewer prompts are answered at a time."""
+"""Bytes of decoded images above which fewer samples exchange theirs; of pixels, above which fewer prompts are answered
+at a time."""
 
 
 class Expected(NamedTuple):
@@ -40,7 +42,7 @@ class Expected(NamedTuple):
 
 
 def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
-    """For each answer of a conversation all that was said and shown before it, and the answer."""
+    """For each answer of a conversation the conversation before it, with its images, and the answer."""
     for index in sample.answers:
         answer = sample.messages[index]
         family, level = answer.get("family", "all"), answer.get("level", "all")
@@ -51,40 +53,42 @@ def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
 
 
 def with_images_of_others(samples: Iterable[Sample], *, window: int = WINDOW) -> Iterator[Sample]:
-    """The samples with the images of others that have as many, of the same kinds: of those half a window away.
+    """The samples with each other's images: of one half a window away that has as many, of the same kinds.
 
     A sample without images stays as it is; one whose number or kinds of images no other has is left out.
     """
     waiting: dict[tuple[type, ...], list[Sample]] = {}
     spare: dict[tuple[type, ...], Sequence[Visual]] = {}
+    """Images of a sample that was exchanged before, for one that is left alone at the end."""
     for sample in samples:
         kinds = tuple(type(visual) for visual in sample.images)
         if not kinds:
             yield sample
             continue
-        same = waiting.setdefault(kinds, [])
-        same.append(sample)
-        full = len(same) == window or sum(map(_bytes, same)) > LARGEST_WINDOW / len(waiting)
-        if full and len(same) > 1:
-            spare[kinds] = same[0].images
-            yield from _exchanged(same)
-            same.clear()
-    for kinds, same in waiting.items():
-        if len(same) > 1:
-            yield from _exchanged(same)
-        elif same and kinds in spare:
-            yield replace(same[0], images=spare[kinds])
+        alike = waiting.setdefault(kinds, [])
+        alike.append(sample)
+        full = len(alike) == window or sum(map(_image_bytes, alike)) > LARGEST_WINDOW / len(waiting)
+        if full and len(alike) > 1:
+            spare[kinds] = alike[0].images
+            yield from _exchange_images(alike)
+            alike.clear()
+    for kinds, alike in waiting.items():
+        if len(alike) > 1:
+            yield from _exchange_images(alike)
+        elif alike and kinds in spare:
+            yield replace(alike[0], images=spare[kinds])
 
 
-def _exchanged(samples: Sequence[Sample]) -> Iterator[Sample]:
+def _exchange_images(samples: Sequence[Sample]) -> Iterator[Sample]:
     half = len(samples) // 2
     for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True):
         yield replace(sample, images=other.images)
 
 
-def _bytes(sample: Sample) -> int:
-    """Of its decoded images."""
-    images = [one for seen in sample.images for one in (seen.frames if isinstance(seen, Video) else [seen])]
+def _image_bytes(sample: Sample) -> int:
+    """Bytes of the decoded images and frames of a sample."""
+    visuals = sample.images
+    images = [image for visual in visuals for image in (visual.frames if isinstance(visual, Video) else [visual])]
     return sum(3 * image.width * image.height for image in images)
 
 
@@ -93,99 +97,100 @@ def _bytes(sample: Sample) -> int:
 
 @dataclass
 class Scorer:
-    """Answers prompts as they come, many at a time, and counts the answers that are right.
+    """Answers prompts, many at a time, and scores the answers.
 
     Args:
-        without_images: answer each prompt also without its images.
+        metric: scores the answers; one of its own, not shared with another scorer.
+        metric_without_images: scores the answers to the same prompts without their images; None: they are not asked.
     """
 
     model: VisionLanguageModel
+    metric: AnswerMetric
     device: torch.device
-    without_images: bool = False
+    metric_without_images: AnswerMetric | None = None
     batch_size: int = 128
     max_new_tokens: int = 16
-    right: FamilyAccuracy = field(default_factory=FamilyAccuracy)
-    right_without: FamilyAccuracy = field(default_factory=FamilyAccuracy)
-    routes: Counter[Hashable] = field(default_factory=Counter)
-    """How often samples went each way through the decoder, as they were answered with their images."""
+    route_counts: Counter[Hashable] = field(default_factory=Counter)
+    """How many samples took each route through the decoder, as they were answered with their images."""
     prompts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
-    """Samples that could not be asked, by cause."""
+    """Samples that could not be encoded, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
     _waiting: list[tuple[EncodedSample, Expected]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
+        encode = self.model.processor.encode
         try:
-            asked = [(self.model.processor.encode(prompt, prompt=True), one) for prompt, one in prompts_of(sample)]
+            encoded = [(encode(prompt, prompt=True), expected) for prompt, expected in prompts_of(sample)]
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a sample comes from elsewhere: whatever it does, it is one sample
             self.left_out[getattr(error, "cause", one_line(error))] += 1
             return False
-        for ready, expected in asked:
-            self.sizes.add(ready)
+        for prompt, expected in encoded:
+            self.sizes.add(prompt)
             self.prompts += 1
-            fills_context = self._tokens_behind(ready) < self.max_new_tokens
+            fills_context = self._answer_room(prompt) < self.max_new_tokens
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
-            self._waiting.append((ready, expected))
-            size = sum(ready.pixels.nbytes for ready, _ in self._waiting)
+            self._waiting.append((prompt, expected))
+            size = sum(waiting.pixels.nbytes for waiting, _ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         return True
 
-    def _tokens_behind(self, ready: EncodedSample) -> int:
-        """Of the longest answer to a prompt."""
-        return min(self.max_new_tokens, self.model.room_behind(ready.length))
+    def _answer_room(self, prompt: EncodedSample) -> int:
+        """Tokens of the longest answer to a prompt."""
+        return min(self.max_new_tokens, self.model.room_behind(prompt.length))
 
     def finish(self) -> None:
-        """Answer what is waiting."""
+        """Answer the prompts that are waiting."""
         if not self._waiting:
             return
-        expected = [one for _, one in self._waiting]
-        tokens = min(self._tokens_behind(ready) for ready, _ in self._waiting)
-        batch = self.model.processor.collate([ready for ready, _ in self._waiting], pad_left=True)
+        prompts, expected = zip(*self._waiting, strict=True)
+        tokens = min(map(self._answer_room, prompts))
+        batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()
-        self._count(expected, batch, tokens, self.right)
-        self.routes.update(self.model.fusion.route_counts)
-        if self.without_images:
-            self._count(expected, batch.without_images(), tokens, self.right_without)
+        self._score(expected, batch, tokens, self.metric)
+        self.route_counts.update(self.model.fusion.route_counts)
+        if self.metric_without_images is not None:
+            self._score(expected, batch.without_images(), tokens, self.metric_without_images)
 
-    def _count(self, expected: Sequence[Expected], batch: Batch, tokens: int, accuracy: FamilyAccuracy) -> None:
+    def _score(self, expected: Sequence[Expected], batch: Batch, tokens: int, metric: AnswerMetric) -> None:
         try:
             answers = self.model.answer(batch.to(self.device), max_new_tokens=tokens)
         except Exception as error:
             error.add_note(f"It was in samples {', '.join(batch.keys[:8])} ...")
             raise
-        right = [is_right(answer, one.truth) for answer, one in zip(answers, expected, strict=True)]
-        accuracy.update(right, [(one.family, one.level) for one in expected])
+        truths, groups = [e.truth for e in expected], [(e.family, e.level) for e in expected]
+        metric.update_answers(answers, truths, groups)
 
 
 @dataclass
 class PromptSizes:
-    """How large prompts are: what the typical one is found by."""
+    """How large the prompts of a split are, to name a typical one."""
 
     text: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     views: list[int] = field(default_factory=list)
     layouts: Counter[Layout] = field(default_factory=Counter)
 
-    def add(self, ready: EncodedSample) -> None:
-        """Note one prompt."""
-        self.text.append(len(ready.encoded.ids))
-        self.images.append(len(ready.layouts))
-        self.views.append(sum(layout.views for layout in ready.layouts))
-        self.layouts.update(ready.layouts)
+    def add(self, prompt: EncodedSample) -> None:
+        """Count one prompt."""
+        self.text.append(len(prompt.encoded.ids))
+        self.images.append(len(prompt.layouts))
+        self.views.append(sum(layout.views for layout in prompt.layouts))
+        self.layouts.update(prompt.layouts)
 
     def typical(self, tokens: int) -> Scenario:
-        """A prompt as these are, in the median: its text, and one image of their size, or a video of their frames.
+        """The median prompt: its text tokens, and an image of the median size or a video of the median length.
 
-        Where prompts have several of them, as many visual tokens as the tower gives for all their views.
+        Where prompts have no image or several: the visual tokens of the median number of views instead.
 
         Args:
-            tokens: of a view, as the tower gives them.
+            tokens: visual tokens of a view, as the tower gives them.
         """
         text = int(median(self.text))
         if int(median(self.images)) != 1:
@@ -200,56 +205,68 @@ class PromptSizes:
 
 @dataclass
 class Scores:
-    """What came of an evaluation: percent right by group, of the samples and of the controls."""
+    """The result of an evaluation: percent by group, of the samples and of the controls."""
 
+    metric: str
+    """Name of the metric."""
+    label: str
+    """What the percents are of, in a sentence."""
     accuracy: dict[str, float]
     controls: dict[str, dict[str, float]]
-    routes: Counter[Hashable]
-    """How often samples went each way through the decoder; empty: there is one."""
+    route_counts: Counter[Hashable]
+    """How many samples took each route through the decoder; empty: there is one route."""
     samples: int
     answers: int
     shuffled_answers: int
     """Answers of the control with other images; fewer where nobody has images to exchange, or theirs do not fit."""
     left_out: Counter[str]
-    """Samples that could not be asked, by cause."""
+    """Samples that could not be encoded, by cause."""
     typical: Scenario
 
     def __str__(self) -> str:
         fewer = self.answers - self.shuffled_answers
         control = f" (in the control with {SHUFFLED} {self.shuffled_answers})" if fewer else ""
-        return f"{self.accuracy['all']:.1f} % right of {self.answers} answers{control} in {self.samples} samples"
+        return f"{self.accuracy['all']:.1f} % {self.label} of {self.answers} answers{control} in {self.samples} samples"
 
 
-def evaluate(model: VisionLanguageModel, samples: Iterable[Sample], *, device: torch.device) -> Scores:
+def evaluate(
+    model: VisionLanguageModel, samples: Iterable[Sample], *, metric: AnswerMetric, device: torch.device
+) -> Scores:
     """Score a model on samples and on the controls: their images exchanged among them, and none at all.
+
+    Args:
+        metric: scores the answers; it is copied, not changed.
 
     Raises:
         UserError: there is not one question.
     """
-    asked = Scorer(model, device, without_images=True)
-    shuffled = Scorer(model, device)
+    own = Scorer(model, deepcopy(metric), device, metric_without_images=deepcopy(metric))
+    shuffled = Scorer(model, deepcopy(metric), device)
     count = 0
 
     def scored() -> Iterator[Sample]:
         nonlocal count
         for sample in samples:
-            if asked.add(sample):
+            if own.add(sample):
                 count += 1
                 yield sample
 
     for sample in with_images_of_others(scored()):
         shuffled.add(sample)
-    asked.finish()
+    own.finish()
     shuffled.finish()
-    if not asked.prompts:
+    if not own.prompts:
         raise UserError("there is not one question to score: the data have no usable sample.")
+    assert own.metric_without_images is not None
     return Scores(
-        accuracy=asked.right.compute(),
-        controls={SHUFFLED: shuffled.right.compute(), NO_IMAGE: asked.right_without.compute()},
-        routes=asked.routes,
+        metric=metric.name,
+        label=metric.label or metric.name,
+        accuracy=own.metric.compute(),
+        controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: own.metric_without_images.compute()},
+        route_counts=own.route_counts,
         samples=count,
-        answers=asked.prompts,
+        answers=own.prompts,
         shuffled_answers=shuffled.prompts,
-        left_out=asked.left_out,
-        typical=asked.sizes.typical(model.vision.tokens),
+        left_out=own.left_out,
+        typical=own.sizes.typical(model.vision.tokens),
     )

@@ -15,7 +15,8 @@ from lavi.checkpoints.weight_files import start_from as start_from_run
 from lavi.config.paths import home_path
 from lavi.config.types import Positive, PositiveOrZero, ShareOrZero
 from lavi.errors import UserError
-from lavi.metrics.answers import FamilyAccuracy, groups, right_under_teacher_forcing
+from lavi.metrics.base import GroupedMean, groups_of
+from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.training.optim import MuonAdamW, adamw, parameter_groups, part_of_each, rate_at_share, rate_at_step
 from lavi.training.sharding import shard
@@ -75,7 +76,7 @@ class VisionLanguageModule(pl.LightningModule):
             parameter.requires_grad_(name in self.part_of)
         if checkpointing:
             checkpoint_layers(model.language.hf)
-        self.accuracy = {"train": FamilyAccuracy(), "val": FamilyAccuracy()}
+        self.accuracy = {"train": GroupedMean(), "val": GroupedMean()}
         self._window: tuple[Tensor, Tensor] | None = None
         """Trained tokens of the micro-batches since the last step of the optimizer, and the mean of their loss."""
 
@@ -145,7 +146,7 @@ class VisionLanguageModule(pl.LightningModule):
             loss = loss + value
         weight, mean = self._weigh(total, loss.detach())
         self.log("train/loss", mean, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        self.accuracy["train"].update(right_under_teacher_forcing(logits.detach(), batch), groups(batch.answers))
+        self.accuracy["train"].update(correct_under_teacher_forcing(logits.detach(), batch), groups_of(batch.answers))
         return loss * weight
 
     def _weigh(self, tokens: Tensor, loss: Tensor) -> tuple[Tensor | float, Tensor]:
@@ -194,7 +195,7 @@ class VisionLanguageModule(pl.LightningModule):
         logits = self.model(batch)
         loss, tokens = summed_loss(logits, batch.labels)
         self.log("val/loss", loss / tokens.clamp(min=1), batch_size=int(tokens), sync_dist=True)
-        self.accuracy["val"].update(right_under_teacher_forcing(logits, batch), groups(batch.answers))
+        self.accuracy["val"].update(correct_under_teacher_forcing(logits, batch), groups_of(batch.answers))
 
     def on_validation_epoch_end(self) -> None:
         self._log_accuracy("val")

@@ -20,7 +20,7 @@ import torch
 from lavi.batch import Batch
 from lavi.checkpoints.weight_files import TRAINED
 from lavi.errors import UserError
-from lavi.metrics.answers import right_under_teacher_forcing
+from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.report import track
 from lavi.visor.files import Configuration
@@ -64,7 +64,7 @@ def answer_correct(
 ) -> Iterator[tuple[str, list[bool]]]:
     """For each sample its key, and which of its answers are right."""
     for batch in batches:
-        said = right_under_teacher_forcing(model(batch.to(device)), batch)
+        said = correct_under_teacher_forcing(model(batch.to(device)), batch)
         rows: list[list[bool]] = [[] for _ in batch.keys]
         for is_right, answer in zip(said, batch.answers, strict=True):
             rows[answer.row].append(is_right)

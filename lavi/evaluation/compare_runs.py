@@ -1,0 +1,111 @@
+"""Runs scored on their test split and timed in one process, side by side: what ``python -m lavi.evaluate`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lavi.checkpoints.run_folder import load_run
+from lavi.efficiency.comparison import side_by_side
+from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.figures import waited
+from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.evaluation.scoring import Scores, evaluate
+from lavi.report import console, table, track
+
+RECORDS = "evaluation.jsonl"
+"""The file of a run folder that an evaluation is appended to."""
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run's scores, what is to be timed of it, and the count of its concatenation twin on the same prompt."""
+
+    folder: Path
+    scores: Scores
+    measurement: Measurement
+    twin: Record
+
+    @property
+    def record(self) -> Record:
+        return self.measurement.record
+
+
+def compare_runs(
+    folders: Sequence[Path],
+    *,
+    overrides: Sequence[str],
+    trust: bool,
+    limit: int | None,
+    device: torch.device,
+    out: Path | None,
+) -> list[Record]:
+    """Score runs one after the other, time them in turns, write their records and print the comparison.
+
+    Args:
+        overrides: changes to the runs' recipes.
+        trust: build whatever the runs' recipes name.
+        limit: score at most this many test samples.
+        out: a file of JSON lines that gets all records besides the run folders.
+
+    Raises:
+        UserError: no such run, no test data, not one question, or a file that cannot be written.
+    """
+    for file in [*([out] if out else []), *(folder / RECORDS for folder in folders if folder.is_dir())]:
+        check_writable(file)
+    runs = [score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device) for folder in folders]
+    records = [run.record for run in runs]
+    try:
+        measure([run.measurement for run in runs], device=device, track=partial(track, description="timing in turns"))
+    finally:  # what was scored is kept, whatever the timing comes to
+        for run in runs:
+            write_records([run.record], run.folder / RECORDS)
+        if out:
+            write_records(records, out)
+    _print_comparison(runs)
+    return records
+
+
+def score_run(
+    folder: Path, *, overrides: Sequence[str], trust: bool, limit: int | None, device: torch.device
+) -> ScoredRun:
+    """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both."""
+    recipe, model = load_run(folder, overrides=list(overrides), trust=trust)
+    model.to(device)
+    data = recipe.build("data", processor=model.processor)
+    samples = data.samples("test", limit=limit)
+    watched = track(samples, f"{folder.name}: answering", total=samples.expected)
+    scores = evaluate(model, watched, metric=data.metric, device=device)
+    record = count(recipe, model, scores.typical, scores.route_counts)
+    record.accuracy, record.controls = scores.accuracy, scores.controls
+    record.knobs |= {"run": folder.name, "test_samples": scores.samples, "answers": scores.answers}
+    record.knobs["metric"] = scores.metric
+    if left_out := samples.left_out + scores.left_out:
+        record.knobs["left_out"] = dict(left_out)
+    usual = max(scores.route_counts, key=scores.route_counts.__getitem__, default=None)
+    if usual is not None:
+        record.knobs["timed route"] = str(usual)
+    console().print(f"{folder}: {scores}")
+    for cause, number in left_out.items():
+        console().print(f"  left out: {number} x {cause}")
+    twin = concat_twin(recipe)
+    return ScoredRun(
+        folder,
+        scores,
+        Measurement(record, scores.typical, partial(model.to, device), usual),
+        count(twin, build_on(twin, "meta"), scores.typical),
+    )
+
+
+def _print_comparison(runs: Sequence[ScoredRun]) -> None:
+    records, last = [run.record for run in runs], runs[-1].scores
+    prompt = f"an image of {last.typical}" if last.typical.image else str(last.typical)
+    title = f"{last.samples} test samples; one prompt of {last.typical.text} text tokens and {prompt}"
+    columns, rows = side_by_side(records, runs[0].twin)
+    console().print(table(f"{title}; 1 multiply-add = 2 FLOPs; {records[0].device}", columns, rows))
+    console().print(" ".join(filter(None, [NOTE, waited(records)])))
