@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lavi.checkpoints.run_folder import RECIPE
+from lavi.checkpoints.model_folder import RECIPE
 from lavi.config.types import Count, CountOrZero
 from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS

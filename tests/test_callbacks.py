@@ -15,11 +15,11 @@ from callbacks.throughput import Throughput
 from lavi.batch import Sample, Video
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.scenario import Scenario
-from lavi.fit import train
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import ExactMatch
 from lavi.recipe import Recipe
 from lavi.training.module import VisionLanguageModule
+from lavi.training.run import train
 
 
 def test_every_sample_is_drawn_with_its_question_truth_and_answer(build) -> None:  # type: ignore[no-untyped-def]
@@ -85,7 +85,7 @@ def test_throughput_and_memory_are_logged(tiny_recipe: Path, tmp_path: Path) -> 
         "memory={_target_: callbacks.memory.Memory}",
     ]
     recipe = Recipe.load(tiny_recipe, [f"callbacks.{one}" for one in named])
-    assert train(recipe, tmp_path / "run", None, 100) == 0
+    assert train(recipe, tmp_path / "run", save_every=100) == 0
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
     assert last["train/device/samples_per_sec"] > 0
@@ -128,8 +128,8 @@ def test_samples_are_counted_by_source_and_go_on_counting(tiny_recipe: Path, sce
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(tiny_recipe.read_text())
-    train(Recipe.load(tiny_recipe, ["trainer.max_steps=3", "trainer.limit_val_batches=0"]), run, None, 3)
-    train(Recipe.load(tiny_recipe), run, run / "last.ckpt", 3)
+    train(Recipe.load(tiny_recipe, ["trainer.max_steps=3", "trainer.limit_val_batches=0"]), run, save_every=3)
+    train(Recipe.load(tiny_recipe), run, resume_from=run / "last.ckpt", save_every=3)
     events = EventAccumulator(str(run))
     events.Reload()
     counts = {name: [event.value for event in events.Scalars(f"samples/{name}")] for name in ("some", "few", "skipped")}

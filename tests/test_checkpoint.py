@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from lavi import export, fit
 from lavi.checkpoints.keep_run import KeepRun
-from lavi.checkpoints.model_folder import FUSION, build, from_pretrained, save_pretrained
-from lavi.checkpoints.run_folder import LAST, RECIPE, TRAINED, load_run
+from lavi.checkpoints.model_folder import FUSION, RECIPE, build, from_pretrained, save_pretrained
+from lavi.checkpoints.run_folder import LAST, load_run
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.recipe import Recipe
@@ -72,7 +73,7 @@ class Final(KeepRun):
 
 def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 trains fusion and language, stage 2 the fusion alone; its run says the same when stage 1 is gone."""
-    monkeypatch.setattr("lavi.checkpoints.keep_run.KeepRun", Final)
+    monkeypatch.setattr("lavi.training.run.KeepRun", Final)
     assert train("one") == 0
     assert torch.equal(logits("one"), Final.said)
     start = ["module.start_from=one", "module.learning_rate.language=null"]
@@ -96,7 +97,7 @@ def test_a_later_stage_lacks_nothing_of_an_earlier_one(train, monkeypatch: pytes
 
 
 def test_adapters_start_around_what_was_trained_before(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lavi.checkpoints.keep_run.KeepRun", Final)
+    monkeypatch.setattr("lavi.training.run.KeepRun", Final)
     assert train("one") == 0
     assert train("two", "module.start_from=one", LORA, "module.learning_rate.vision=2e-4") == 0
     q_proj = "model.language.hf.model.layers.0.self_attn.q_proj"

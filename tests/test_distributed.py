@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lavi import fit
 from lavi.batch import Batch, Position
-from lavi.checkpoints.run_folder import TRAINED, load_run
+from lavi.checkpoints.run_folder import load_run
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.data.processor import Processor
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,9 @@ from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 
-from lavi.checkpoints.run_folder import LAST, RECIPE, TRAINED
+from lavi.checkpoints.model_folder import RECIPE
+from lavi.checkpoints.run_folder import LAST
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.efficiency.record import Record, read_records
 
 ROOT = Path(__file__).parent.parent

@@ -187,7 +187,7 @@ def test_a_fit_starts_from_another_run_once(build, monkeypatch: pytest.MonkeyPat
     module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3}, start_from="~/runs/first")
     module.trainer = SimpleNamespace(precision="32-true")  # type: ignore[assignment]
     starts: list[Any] = []
-    monkeypatch.setattr("lavi.training.module.start_from_run", lambda of, run: starts.append((of, run)) or {"fusion.x"})
+    monkeypatch.setattr("lavi.training.module.load_start", lambda of, run: starts.append((of, run)) or {"fusion.x"})
     module.setup("validate")
     assert not starts
     module.setup("fit")

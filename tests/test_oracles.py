@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch
-from lavi.checkpoints.run_folder import load_trained
-from lavi.checkpoints.weight_files import saved_parameter_names, write_state
+from lavi.checkpoints.trained_weights import load_trained, saved_parameter_names
+from lavi.checkpoints.weight_files import write_state
 from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion

@@ -258,7 +258,7 @@ def test_right_and_likely_are_told_sample_by_sample(real: Any) -> None:
 
 
 def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
-    from lavi.checkpoints.weight_files import TRAINED
+    from lavi.checkpoints.trained_weights import TRAINED
 
     (tmp_path / TRAINED).write_bytes(b"one")
     first = offline.fingerprint(tmp_path)

@@ -25,7 +25,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lavi.checkpoints import model_folder, run_folder
 from lavi.checkpoints.keep_run import KeepRun
-from lavi.checkpoints.run_folder import LAST, LOCK, RECIPE, TRAINED, new_run_folder, remove_unused, step_of
+from lavi.checkpoints.model_folder import RECIPE
+from lavi.checkpoints.run_folder import LAST, LOCK, new_run_folder, remove_unused, step_of
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.checkpoints.weight_files import replacing
 from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError
@@ -294,10 +296,10 @@ def test_a_run_folder_that_is_removed_while_it_trains(fit) -> None:  # type: ign
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/run", "link/run", "x" * 300])
-def test_a_run_folder_that_cannot_be_made(run, tiny_recipe: Path, tmp_path: Path, place: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_folder_that_cannot_be_created(run, tiny_recipe: Path, tmp_path: Path, place: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nothing")
-    refused(run("lavi.fit", "--recipe", tiny_recipe, "--run", place), "no run folder can be made at", place, "--run")
+    refused(run("lavi.fit", "--recipe", tiny_recipe, "--run", place), "no run folder can be created at", place, "--run")
 
 
 @pytest.mark.parametrize("taken", ["folder", "file", "dangling link"])

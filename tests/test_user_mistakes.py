@@ -298,7 +298,7 @@ def test_mistakes_on_a_command_line(run, tiny_recipe: Path, line: tuple, monkeyp
 
     command, status, *words = line
     if line in EARLY:
-        monkeypatch.setattr("lavi.checkpoints.model_folder.build", build)
+        monkeypatch.setattr("lavi.training.run.build", build)
     result = run(*shlex.split(command))
     assert result[0] == status, result[2]
     refused(result, *words)

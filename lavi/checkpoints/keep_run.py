@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,27 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors import SafetensorError
 
 from lavi.checkpoints.model_folder import RECIPE
-from lavi.checkpoints.run_folder import DATA, LAST, RANKS, cannot_write, check_trained, failed_write, log
-from lavi.checkpoints.weight_files import (
+from lavi.checkpoints.run_folder import LAST, cannot_write
+from lavi.checkpoints.trained_weights import (
     INHERITED,
+    RANKS,
     TRAINED,
-    open_safetensors,
-    replacing,
-    save_state,
+    check_trained,
+    inherited_names,
     saved_parameter_names,
+    step_of_trained,
 )
-from lavi.errors import UserError
+from lavi.checkpoints.weight_files import replacing, save_state
+from lavi.errors import UserError, reason
 from lavi.recipe import Recipe
+
+log = logging.getLogger("lavi")
+
+DATA = "data_of_ranks"
+"""Key of a checkpoint: the state of each rank's data module."""
 
 
 class KeepRun(Checkpoint):
@@ -51,7 +60,7 @@ class KeepRun(Checkpoint):
     # --- the folder
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Settle on the folder that the first rank has made, and may have numbered; hold the run against the recipe."""
+        """Take over the folder that the first rank created, and may have numbered; check a resumed run's weights."""
         self.folder = trainer.strategy.broadcast(self.folder)
         trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         self._io = FirstRankIO(self._write)
@@ -143,12 +152,12 @@ class KeepRun(Checkpoint):
         keep = saved_parameter_names(module)
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
         checkpoint["recipe"] = self.recipe.yaml()
-        checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(getattr(module, INHERITED, ()))
+        checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(inherited_names(module))
         if (data := _data_of(trainer)) is not None:
             checkpoint[DATA] = _of_every_rank(data.state_dict())
 
     def _write(self, checkpoint: dict[str, Any]) -> None:
-        """Both files of a checkpoint, each in its place when it is whole; :data:`TRAINED` first: all runs have it."""
+        """Write both files of a checkpoint; each replaces the one before when it is whole, :data:`TRAINED` first."""
         header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
         header[INHERITED] = json.dumps(checkpoint[INHERITED])
         with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
@@ -157,14 +166,13 @@ class KeepRun(Checkpoint):
                 torch.save(checkpoint, stream)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Give each rank its own place in the data back; Lightning knows that of the first rank only."""
-        places, data = checkpoint.get(DATA), _data_of(trainer)
-        if places is not None and data is not None:
-            data.load_state_dict(places[trainer.global_rank])
-        with open_safetensors(self.folder / TRAINED) as weights:
-            trained = (weights.metadata() or {}).get("step")
-        if trainer.is_global_zero and trained != str(self.saved_step):
-            log.warning("%s is of step %s; the run goes on from step %d.", TRAINED, trained, self.saved_step)
+        """Give each rank its own position in the data back; Lightning knows that of the first rank only."""
+        states, data = checkpoint.get(DATA), _data_of(trainer)
+        if states is not None and data is not None:
+            data.load_state_dict(states[trainer.global_rank])
+        step = step_of_trained(self.folder / TRAINED)
+        if trainer.is_global_zero and step != str(self.saved_step):
+            log.warning("%s is of step %s; the run goes on from step %d.", TRAINED, step, self.saved_step)
 
     # --- when something goes wrong
 
@@ -182,7 +190,7 @@ class KeepRun(Checkpoint):
         return f"This was {'in the validation ' * trainer.validating}after step {trainer.global_step}{some}{more}."
 
     def what_is_safe(self) -> str:
-        """One sentence."""
+        """One sentence on the last checkpoint."""
         if self.saved_step is None:
             return "No checkpoint had been written yet."
         if not (self.folder / LAST).is_file():
@@ -193,10 +201,23 @@ class KeepRun(Checkpoint):
         )
 
     def farewell(self, trainer: pl.Trainer) -> str:
-        """What to say when the run was stopped."""
+        """The last sentence of a run that was stopped."""
         if self.saved_step != trainer.global_step:
             return f"interrupted after step {trainer.global_step}. {self.what_is_safe()}"
         return f"stopped at step {self.saved_step}, saved. Go on with: python -m lavi.fit --resume {self.folder}"
+
+
+def failed_write(write: Callable[[], None]) -> str | None:
+    """Why the system did not let ``write`` write; None if it did."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return reason(error)
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        return reason(error)  # what torch.save makes of it
+    return None
 
 
 class FirstRankIO(TorchCheckpointIO):
@@ -215,7 +236,10 @@ class FirstRankIO(TorchCheckpointIO):
 
 
 def _ranks(trainer: pl.Trainer) -> str:
-    """How many there are, and whether each holds a part of the weights: what optimiser and data were saved for."""
+    """``1 rank``, ``2 ranks``, or ``2 sharded ranks`` where each holds a part of the weights.
+
+    The states of optimiser and data are of these ranks alone.
+    """
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     return f"{trainer.world_size} {'sharded ' if sharded else ''}rank{'s' if trainer.world_size > 1 else ''}"
 
@@ -225,7 +249,7 @@ def _data_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
 
 
 def _of_every_rank(mine: Any) -> list[Any]:
-    """What each rank has, in their order."""
+    """The value of each rank, in their order."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [mine]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()

@@ -87,7 +87,7 @@ def check_new_folder(folder: Path) -> None:
     """Whether :func:`save_pretrained` will be able to make a folder.
 
     Raises:
-        UserError: it exists, or it cannot be made.
+        UserError: it exists, or it cannot be created.
     """
     _make_part(folder).rmdir()
 

@@ -1,4 +1,4 @@
-"""Files of weights: what a model keeps, the versions that wrote it, and reading it back only where it fits."""
+"""Files of weights (safetensors): written whole, with the versions that wrote them; read only where they fit."""
 
 from __future__ import annotations
 
@@ -14,27 +14,23 @@ import torch
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lavi.errors import UserError, nearest
-from lavi.language.lora import original_name
+from lavi.errors import UserError
 
-TRAINED = "trained.safetensors"
-"""What a run keeps, in its folder."""
-INHERITED = "inherited"
-"""Where a module, and the header of its checkpoint, name the parameters that the run it started from brought."""
 PACKAGES = ("lavi", "torch", "lightning", "transformers", "peft", "open_clip_torch", "webdataset")
+"""Those whose versions are written into headers and records."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {}
+    """Versions of the packages that decide a result, where they are installed."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @contextmanager
@@ -78,16 +74,6 @@ def write_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
         save_state(state, part, **header)
 
 
-def trained_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that train, each shared one once (tied embeddings have two names)."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def saved_parameter_names(module: nn.Module) -> set[str]:
-    """Names of what differs from the original checkpoints: what trains, and what another run brought."""
-    return trained_names(module) | getattr(module, INHERITED, set())
-
-
 @contextmanager
 def open_safetensors(file: Path, *, instead: str = "") -> Iterator[Any]:
     """A file of weights, open for reading.
@@ -114,61 +100,35 @@ def _refuse_newer(file: Path, header: Mapping[str, str]) -> None:
         raise UserError(f"{file} was written by lavi {theirs}, and this is lavi {ours}: upgrade lavi to read it.")
 
 
-def check_compatible(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
-    """Hold the names and shapes in an open file against those ``wanted``; loads nothing.
+def check_compatible(parameters: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
+    """Check that an open file has the weights of all ``parameters``, in their shapes, and no others; loads nothing.
 
     Raises:
-        UserError: they differ, for ``reason``.
+        UserError: it does not; ``reason`` says what that means.
     """
-    given = set(weights.keys())
-    for kind, names in (("lacks", set(wanted) - given), ("has besides", given - set(wanted))):
+    stored = set(weights.keys())
+    for kind, names in (("lacks", set(parameters) - stored), ("has besides", stored - set(parameters))):
         if names:
             some = ", ".join(sorted(names)[:3])
             raise UserError(f"{file} {reason}: it {kind} {len(names)} parameters ({some} ...).")
-    for name, tensor in wanted.items():
+    for name, tensor in parameters.items():
         check_shape(tensor, weights, name, file, reason=reason)
 
 
 def check_shape(tensor: Tensor, weights: Any, name: str, file: Path, *, reason: str) -> None:
-    """Hold one weight of an open file against the one it is for.
+    """Check that one weight of an open file has the shape of the parameter it is for.
 
     Raises:
-        UserError: its shape is another one, for ``reason``.
+        UserError: it has another; ``reason`` says what that means.
     """
     shape = weights.get_slice(name).get_shape()
     if list(tensor.shape) != shape:
         raise UserError(f"{file} {reason}: {name} is {shape} in the file, {list(tensor.shape)} in the model.")
 
 
-def load_into(wanted: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
-    """:func:`check_compatible`, then copy the weights of an open file into ``wanted``."""
-    check_compatible(wanted, weights, file, reason=reason)
+def load_into(parameters: Mapping[str, Tensor], weights: Any, file: Path, *, reason: str) -> None:
+    """:func:`check_compatible`, then copy the weights of an open file into ``parameters``."""
+    check_compatible(parameters, weights, file, reason=reason)
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in parameters.items():
             tensor.copy_(weights.get_tensor(name))
-
-
-def start_from(module: nn.Module, run: Path) -> set[str]:
-    """Load what ``run`` trained (and what it had started from) into the parameters of ``module``; their names.
-
-    Adapters do not matter to the names: a run that trained a language model is a start for adapters around it.
-
-    Raises:
-        UserError: not a run folder, or ``module`` has no such parameter, or one of another shape.
-    """
-    mine = {original_name(name): (name, parameter) for name, parameter in module.named_parameters()}
-    found: dict[str, Tensor] = {}
-    file = run / TRAINED
-    with open_safetensors(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
-        for name in weights.keys():  # noqa: SIM118
-            if original_name(name) not in mine:
-                near = "give model.language the same lora." if ".lora_" in name else nearest(name, mine)
-                raise UserError(f"{run} has trained '{name}', which the model of this recipe lacks: {near}")
-            own, parameter = mine[original_name(name)]
-            check_shape(parameter, weights, name, file, reason="is no start for this recipe")
-            found[own] = weights.get_tensor(name)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in found:
-                parameter.copy_(found[name])
-    return set(found)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE, Batch
-from lavi.checkpoints.weight_files import start_from as start_from_run
+from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
 from lavi.config.types import Positive, PositiveOrZero, ShareOrZero
 from lavi.errors import UserError
@@ -22,7 +22,7 @@ from lavi.training.optim import MuonAdamW, adamw, parameter_groups, part_of_each
 from lavi.training.sharding import shard
 
 
-class VisionLanguageModule(pl.LightningModule):
+class VisionLanguageModule(StartsFromRun, pl.LightningModule):
     """Trains a :class:`VisionLanguageModel` on the tokens of its answers.
 
     Stages are recipes, each starting from the run before it. As LLaVA-1.5 does it, with LoRA in the second::
@@ -50,7 +50,8 @@ class VisionLanguageModule(pl.LightningModule):
         UserError: an unknown part, or nothing that trains.
     """
 
-    # A checkpoint holds what was trained; the rest comes from the recipe (checkpoint.py checks the exact set).
+    # A checkpoint holds the trained weights, and the recipe names where the others are from; the exact set of names is
+    # checked by lavi.checkpoints.trained_weights.
     strict_loading = False
 
     def __init__(
@@ -69,8 +70,6 @@ class VisionLanguageModule(pl.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay, self.warmup, self.muon = weight_decay, warmup, muon
         self.start_from, self.checkpointing = start_from, checkpointing
-        self.inherited: set[str] = set()
-        """Names of the parameters that ``start_from`` brought."""
         self.part_of = part_of_each(model, learning_rate, {f"language.{name}" for name in model.language.adapters})
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.part_of)
@@ -93,7 +92,7 @@ class VisionLanguageModule(pl.LightningModule):
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
         if stage == "fit" and self.start_from is not None and not self.inherited:
-            self.inherited = start_from_run(self, home_path(self.start_from))
+            self.inherit(load_start(self, home_path(self.start_from)))
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy made a mesh of ranks for it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lavi.checkpoints.weight_files import saved_parameter_names
+from lavi.checkpoints.trained_weights import saved_parameter_names
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -25,12 +25,12 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is kept, whole, on the first rank; the rest of a model that fits in shards only is never gathered."""
+        """The weights that a checkpoint keeps, whole, on the first rank; the rest is never gathered."""
         state = {}
         assert self.lightning_module is not None
-        kept = saved_parameter_names(self.lightning_module)
+        saved = saved_parameter_names(self.lightning_module)
         for name, parameter in self.lightning_module.named_parameters():
-            if name in kept:
+            if name in saved:
                 whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
                 if self.is_global_zero:
                     state[name] = whole.cpu()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from lavi.batch import Batch
-from lavi.checkpoints.weight_files import TRAINED
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.errors import UserError
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
