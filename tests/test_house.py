@@ -1,4 +1,4 @@
-"""The rooms: who may import whom, and what importing costs."""
+"""The rooms: who may import whom, what importing costs, and how long files and functions are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PACKAGES = ("lavi", "datamodules", "callbacks")
+
+LONGEST_FILE, LONGEST_FUNCTION, REPEATED = 450, 60, 10
+"""Lines of a file, lines of a function, and lines of code that may not stand twice."""
 
 
 def modules_in(root: Path) -> dict[str, Path]:
@@ -98,6 +101,66 @@ def test_lavi_never_names_the_rooms_that_recipes_name() -> None:
 def test_a_batch_knows_nothing_of_lavi() -> None:
     """It is what every room hands on: whatever it imported, all of them would."""
     assert not imported_by(ROOT / "lavi" / "batch.py", modules_in(ROOT))
+
+
+def sources_in(root: Path) -> dict[str, str]:
+    """The text of each file that the limits are for, by its path."""
+    files = sorted(file for package in (*PACKAGES, "benchmarks") for file in (root / package).rglob("*.py"))
+    return {file.relative_to(root).as_posix(): file.read_text() for file in files}
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions above the limit, counted from their first decorator to their last line."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    counts = []
+    for function in functions:
+        first = min(node.lineno for node in (*function.decorator_list, function))
+        counts.append((function.name, (function.end_lineno or first) - first + 1))
+    return [f"{name}: {count} lines" for name, count in counts if count > LONGEST_FUNCTION]
+
+
+def code_lines(source: str) -> list[tuple[int, str]]:
+    """The lines of code with their numbers: no imports, docstrings, comments and blank lines."""
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text or isinstance(node, ast.Import | ast.ImportFrom):
+            skipped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = [(number, line.strip()) for number, line in enumerate(source.splitlines(), start=1)]
+    return [(number, line) for number, line in lines if line and number not in skipped and not line.startswith("#")]
+
+
+def repeated_blocks(sources: Mapping[str, str]) -> list[str]:
+    """Where a block of code begins that stands elsewhere, too, as ``file:line = file:line``."""
+    first: dict[tuple[str, ...], str] = {}
+    twins = []
+    for name, source in sources.items():
+        lines = code_lines(source)
+        for start in range(len(lines) - REPEATED + 1):
+            block = tuple(line for _, line in lines[start : start + REPEATED])
+            at = f"{name}:{lines[start][0]}"
+            if first.setdefault(block, at) != at:
+                twins.append(f"{first[block]} = {at}")
+    return twins
+
+
+def test_files_and_functions_are_short() -> None:
+    sources = sources_in(ROOT)
+    assert {name: count for name, text in sources.items() if (count := text.count("\n")) > LONGEST_FILE} == {}
+    assert {name: long for name, text in sources.items() if (long := long_functions(text))} == {}
+
+
+def test_no_block_of_code_stands_twice() -> None:
+    assert repeated_blocks(sources_in(ROOT)) == []
+
+
+def test_a_long_function_and_a_repeated_block_are_found() -> None:
+    body = "\n".join(f"    step({number})\n    # a comment\n" for number in range(REPEATED))
+    planted = {"a.py": f'def first():\n    """Steps."""\n{body}', "b.py": f"import os\n\n\ndef second():\n{body}"}
+    assert repeated_blocks(planted) == ["a.py:3 = b.py:5"]
+    steps = "    step()\n" * (LONGEST_FUNCTION - 1)
+    assert long_functions(f"def third():\n{steps}") == []
+    assert long_functions(f"@cached\ndef third():\n{steps}") == ["third: 61 lines"]
 
 
 def test_importing_lavi_is_light() -> None:

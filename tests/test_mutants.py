@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mutants import mutants_of
+from mutant_sources import mutants_of
 
 SOURCE = '''"""A docstring."""
 import math
@@ -23,19 +23,23 @@ def larger(a: int = 3, b: "int | None" = None) -> int:
 
 def joined(parts, device):
     return zip(parts, zeros(2, device="cpu"), strict=True)
+
+
+def moved(parts, device):
+    return ordered(parts.to(device), reverse=False, key=joined)
 '''
 
 
 def test_what_is_for_the_reader_is_not_changed() -> None:
-    found = mutants_of("larger", SOURCE, sample=1000, seed=0)
-    assert {mutant.line for mutant in found} == {6, 8, 9, 10, 14}
-    changes = {(mutant.before, mutant.after) for mutant in found}
+    mutants = mutants_of("larger", SOURCE, sample=1000, seed=0)
+    assert {mutant.line for mutant in mutants} == {6, 8, 9, 10, 14, 18}
+    changes = {(mutant.before, mutant.after) for mutant in mutants}
     assert ("return a if a >= b else b", "return a if a > b else b") in changes
     assert ("if b is None:", "if b is not None:") in changes
     assert ('raise ValueError("no 7")', "raise ValueError(None)") in changes
     assert not any("XX" in after or ("cpu" not in after and "zeros(" in after) for _, after in changes)
     assert all("strict=True" in after for _, after in changes if "zip(" in after)
-    for mutant in found:
+    for mutant in mutants:
         lines = SOURCE.splitlines()
         changed = mutant.source.splitlines()
         assert lines[mutant.line - 1].strip() == mutant.before
@@ -44,6 +48,20 @@ def test_what_is_for_the_reader_is_not_changed() -> None:
             *changed[: mutant.line - 1],
             *changed[mutant.line :],
         ]
+
+
+def test_what_no_test_can_notice_is_not_planted() -> None:
+    """None is as false as False, and one device is the only one; all else of these calls is changed."""
+    mutants = mutants_of("larger", SOURCE, sample=1000, seed=0)
+    call = "return ordered({}, reverse={}, key={})"
+    assert {mutant.after for mutant in mutants if mutant.line == 18} == {
+        call.format("None", "False", "joined"),
+        call.format("parts.to(device)", "True", "joined"),
+        call.format("parts.to(device)", "False", "None"),
+        "return ordered(reverse=False, key=joined)",
+        "return ordered(parts.to(device), key=joined)",
+        "return ordered(parts.to(device), reverse=False, )",
+    }
 
 
 def test_a_draw_depends_on_the_seed_alone() -> None:
@@ -85,20 +103,20 @@ why = "equal ones are equal"
 def test_faults_that_no_test_notices_are_listed_and_tried_again_when_tests_change(tmp_path: Path) -> None:
     def run() -> dict[str, object]:
         command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "mutants.py")]
-        command += ["--config", "mutants.toml", "--work", "work", "--out", "out/found.jsonl"]
+        command += ["--config", "mutants.toml", "--work", "work", "--out", "out/record.jsonl"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-        return json.loads((tmp_path / "out" / "found.jsonl").read_text())
+        return json.loads((tmp_path / "out" / "record.jsonl").read_text())
 
     work = tmp_path / "work" / "small.jsonl"
     (tmp_path / "small.py").write_text(SMALL)
     (tmp_path / "test_small.py").write_text(TESTS.format(value=0))
     (tmp_path / "mutants.toml").write_text(CONFIG)
-    found = run()
-    assert (found["mutants"], found["killed"], found["survived"], found["equivalent"]) == (5, 3, 1, 1)
-    assert found["percent"] == 75.0
-    survivors = {made["after"]: made["equivalent"] for made in found["survivors"]}  # type: ignore[attr-defined]
+    record = run()
+    assert (record["mutants"], record["killed"], record["survived"], record["equivalent"]) == (5, 3, 1, 1)
+    assert record["percent"] == 75.0
+    survivors = {survivor["after"]: survivor["equivalent"] for survivor in record["survivors"]}  # type: ignore[attr-defined]
     assert survivors == {"return 3 * x": None, "return a if a > b else b": "equal ones are equal"}
-    page = (tmp_path / "out" / "found_survivors.md").read_text()
+    page = (tmp_path / "out" / "record_survivors.md").read_text()
     assert "line 7, not noticed\n\n```diff\n-return 2 * x\n+return 3 * x\n```" in page
     assert "equivalent: equal ones are equal" in page
     assert (tmp_path / "small.py").read_text() == SMALL
@@ -111,8 +129,8 @@ def test_faults_that_no_test_notices_are_listed_and_tried_again_when_tests_chang
     assert again.startswith(tried[: tried.rstrip("\n").rfind("\n") + 1])  # the whole ones were kept
 
     (tmp_path / "test_small.py").write_text(TESTS.format(value=5))
-    found = run()
-    assert (found["killed"], found["survived"], found["equivalent"], found["percent"]) == (4, 0, 1, 100.0)
+    record = run()
+    assert (record["killed"], record["survived"], record["equivalent"], record["percent"]) == (4, 0, 1, 100.0)
     assert work.read_text().startswith(again)
 
 
