@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks.efficiency import Efficiency
 from lavi.batch import Layout, Sample, Video
 from lavi.efficiency.figures import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
-from lavi.efficiency.flops import closed_form, counted
+from lavi.efficiency.flops import closed_form, counted, language_flops
 from lavi.efficiency.latency import Clock
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, saving
 from lavi.efficiency.record import Record, read_records, write_records
@@ -32,6 +32,8 @@ from lavi.fusion.pruning import FastV, PyramidDrop
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
+from lavi.reduction.base import Reducer
+from lavi.reduction.resampler import PerceiverResampler
 from lavi.vision.hf import HFVision
 from lavi.visor.fusion import VisorFusion
 
@@ -75,13 +77,11 @@ SIZES = {"small": (TOWER, QWEN2, -1), "7B": (SIGLIP_SO400M, QWEN2_7B, -2)}
 
 @pytest.fixture
 def on_meta(tokenizer: str):  # type: ignore[no-untyped-def]
-    def make(fusion: Fusion, size: str) -> VisionLanguageModel:
-        tower, language, layer = SIZES[size]
+    def make(fusion: Fusion, size: str, reducer: Reducer | None = None) -> VisionLanguageModel:
+        tower, config, layer = SIZES[size]
         with torch.device("meta"):
-            vision = HFVision(config=tower, layer=layer)
-            return VisionLanguageModel(
-                vision=vision, language=LanguageModel(config=language, tokenizer=tokenizer), fusion=fusion
-            ).eval()
+            vision, language = HFVision(config=tower, layer=layer), LanguageModel(config=config, tokenizer=tokenizer)
+            return VisionLanguageModel(vision=vision, language=language, fusion=fusion, reducer=reducer).eval()
 
     return make
 
@@ -172,6 +172,70 @@ def test_a_planted_error_is_seen(on_meta, monkeypatch: pytest.MonkeyPatch, part:
     monkeypatch.setattr(model.fusion, "costs", wrong)
     apart = difference(model, Scenario(text=50, visual_tokens=64))
     assert apart["fusion" if part == "prefill" else "decode"] > 0.01
+
+
+@pytest.mark.parametrize("name", ["concat", "fastv", "lavi"])
+def test_the_breakdown_names_each_part(on_meta, name: str) -> None:
+    """Text and visual tokens apart: what a model costs without its image, and what the image adds."""
+    model, scenario = on_meta(FUSIONS[name](), "small"), Scenario(text=10, visual_tokens=64, batch=3)
+    flops, blind = (closed_form(model, s.shape_for(model)) for s in (scenario, Scenario(text=10, batch=3)))
+    own = {"lavi": {"generator", "modulation"}, "concat": {"projector"}, "fastv": {"projector", "ranking"}}[name]
+    parts = {"text_attention", "text_ffn", "visual_attention", "visual_ffn", "head"}
+    assert set(flops.prefill) == {"vision_encoder", *own, *parts}
+    assert set(flops.decode) - own == {"text_attention", "text_ffn", "visual_attention", "head"}
+    for part in ("text_attention", "text_ffn", "head"):
+        assert flops.prefill[part] == blind.prefill[part] > 0
+        assert flops.decode[part] == blind.decode[part] > 0
+    assert flops.floor == blind.floor == sum(flops.prefill[part] for part in ("text_attention", "text_ffn", "head"))
+    inside = scenario.shape_for(model).visual_tokens_in_language(model)
+    visual = model.fusion.visual_by_layer(inside, len(model.language.layers))
+    whole = language_flops(model.language, tokens=[10 + count for count in visual])
+    assert flops.prefill["visual_attention"] == pytest.approx(3 * whole["attention"] - flops.prefill["text_attention"])
+    assert flops.prefill["visual_ffn"] == pytest.approx(3 * whole["ffn"] - flops.prefill["text_ffn"])
+    keys = 4.0 * sum(visual) * model.language.attention_width  # a token reads them, and computes nothing else for them
+    assert flops.decode["visual_attention"] == pytest.approx(3 * keys)
+    assert flops.language + flops.prefill["vision_encoder"] == flops.total == sum(flops.prefill.values())
+
+
+@pytest.mark.parametrize("tokens", [[10] * 4, [10, 20, 20, 30]], ids=str)
+def test_every_matrix_of_a_layer_meets_every_token(on_meta, tokens: list[int]) -> None:
+    language = on_meta(ConcatFusion(), "small").language
+    layer, config, flops = language.layers[0], language.hf.config, language_flops(language, tokens=tokens)
+    matrices = {name: sum(p.numel() for p in m.parameters() if p.ndim == 2) for name, m in layer.named_children()}
+    assert flops["ffn"] == 2 * sum(tokens) * matrices["mlp"]
+    assert flops["scores"] == 4 * sum(count**2 for count in tokens) * language.attention_width
+    assert flops["attention"] - flops["scores"] == 2 * sum(tokens) * matrices["self_attn"]
+    assert flops["head"] == 2 * config.hidden_size * config.vocab_size
+    behind = language_flops(language, tokens=[1] * 4, past=tokens)
+    assert behind["scores"] == 4 * sum(count + 1 for count in tokens) * language.attention_width
+
+
+@pytest.mark.parametrize(
+    ("past", "tokens", "keys"),
+    [(0, 20, 20), (3, 1, 4), (7, 1, 8), (8, 1, 8), (20, 1, 8), (20, 3, 10), (6, 3, 9)],
+)
+def test_a_sliding_window_keeps_no_more_of_the_past(build, past: int, tokens: int, keys: int) -> None:
+    """Of a window of 8 a new token reads itself and the last 7 before it; a prompt is counted in full."""
+    with torch.device("meta"):
+        model = build(ConcatFusion(), family="mistral", sliding_window=8, pad_token_id=None)
+    layers = len(model.language.layers)
+    flops = language_flops(model.language, tokens=[tokens] * layers, past=[past] * layers)
+    assert flops["scores"] == 4 * tokens * keys * layers * model.language.attention_width
+
+
+@pytest.mark.parametrize("scenario", [Scenario(text=20, frames=2, batch=2), Scenario(text=20)], ids=str)
+def test_the_reducer_is_a_part_of_its_own(on_meta, scenario: Scenario) -> None:
+    model = on_meta(ConcatFusion(), "small", reducer=PerceiverResampler(tokens=4, heads=4))
+    shape = scenario.shape_for(model)
+    closed, by_operator = closed_form(model, shape), counted(model, shape)
+    images = shape.batch * shape.encoded
+    assert closed.prefill["reducer"] == images * model.reducer.flops()
+    assert by_operator["reducer"] == pytest.approx(closed.prefill["reducer"], rel=0.01)
+    assert by_operator["vision_encoder"] == pytest.approx(closed.prefill["vision_encoder"], rel=0.01)
+    assert (by_operator["reducer"] > 0) == (by_operator["vision_encoder"] > 0) == (images > 0)
+    bare = on_meta(ConcatFusion(), "small")
+    assert "reducer" not in closed_form(bare, scenario.shape_for(bare)).prefill
+    assert counted(bare, scenario.shape_for(bare))["reducer"] == 0
 
 
 PUBLISHED = {  # width x height or frames: crops, visual tokens, vision and language TFLOPs, ceilings with and without
