@@ -26,7 +26,7 @@ from datamodules.tokenizer import train_tokenizer
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOISE, NOTE
-from lavi.efficiency.figures import name
+from lavi.efficiency.figures import line_name
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.efficiency.scenario import Scenario
@@ -73,7 +73,7 @@ def busy_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
                 cells = [ratio_cell(record, to, stage) for record in (before, after)]
                 if cells != ["-", "-"]:
                     label = f"{stage.replace('_', ' ')}, times {what}"
-                    rows.append([name(before), label, *cells, *verdict(before, after, to, stage)])
+                    rows.append([line_name(before), label, *cells, *verdict(before, after, to, stage)])
     return columns, rows
 
 

@@ -38,7 +38,7 @@ class Mutant:
 
 
 class Sites(cst.CSTVisitor):
-    """Collects what can be changed: pairs of a node and what may stand in its place."""
+    """Collects what can be changed: pairs of a node and another for it."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -69,7 +69,7 @@ class Sites(cst.CSTVisitor):
 
 
 def is_noticeable(node: cst.CSTNode, other: cst.CSTNode) -> bool:
-    """Whether a test could notice ``other`` in the place of ``node``."""
+    """Whether a test could notice ``other`` instead of ``node``."""
     if unchanged_arguments(node) != unchanged_arguments(other):
         return False
     if not isinstance(node, cst.Call) or not isinstance(other, cst.Call) or len(node.args) != len(other.args):

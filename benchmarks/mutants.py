@@ -142,9 +142,9 @@ def main() -> None:
     for module, tests in args.modules.items():
         records[module] = measure(module, tests, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = [records[name] for name in args.config["modules"] if name in records]
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        args.out.with_name(args.out.stem + "_survivors.md").write_text(page(kept))
+        lines = [records[name] for name in args.config["modules"] if name in records]
+        args.out.write_text("".join(json.dumps(record) + "\n" for record in lines))
+        args.out.with_name(args.out.stem + "_survivors.md").write_text(page(lines))
     _show([records[module] for module in args.modules])
 
 

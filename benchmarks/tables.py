@@ -25,7 +25,7 @@ from verify_visor import speed_table as visor_speed_table
 
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
-from lavi.efficiency.figures import sweep_rows, sweep_title, turns_rows, waited
+from lavi.efficiency.figures import sweep_rows, sweep_title, turns_rows, waiting_note
 from lavi.efficiency.record import Record, read_records
 from lavi.report import markdown
 
@@ -50,7 +50,7 @@ def comparison(records: list[Record]) -> str:
 
 def of_turns(records: list[Record]) -> list[str]:
     """What stands below times that were taken in turns."""
-    return [NOTE, *filter(None, [waited(records)])] if any(record.turns for record in records) else []
+    return [NOTE, *filter(None, [waiting_note(records)])] if any(record.turns for record in records) else []
 
 
 def generators(records: list[Record]) -> str:
@@ -121,18 +121,20 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "visor_scenes": visor_scenes,
     "visor_scenes_scratch": visor_scenes,
 }
-"""How a file of records becomes a table; :func:`comparison` where nothing is said."""
+"""How a file of records becomes a table; :func:`comparison` if it is not named."""
 
 
 def render(text: str) -> str:
     """The text with every table record anew."""
 
-    def fill(found: re.Match[str]) -> str:
-        file = ROOT / "benchmarks" / "results" / f"{found[2].partition('.')[0]}.jsonl"
-        if found[2] == "dataloader":  # records of its own: nothing of a model was measured
-            return found[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + found[3]
+    def fill(marker: re.Match[str]) -> str:
+        file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
+        if marker[2] == "dataloader":  # records of its own: nothing of a model was measured
+            return (
+                marker[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + marker[3]
+            )
         records = read_records(file)
-        return found[1] + KINDS.get(found[2], comparison)(records) + found[3]
+        return marker[1] + KINDS.get(marker[2], comparison)(records) + marker[3]
 
     return TABLE.sub(fill, text)
 

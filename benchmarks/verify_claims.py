@@ -80,16 +80,16 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     columns += ["saved, no encoder % (ceiling)", "-94.0 %", "saved % (ceiling)", "-94.0 %", "over the floor %"]
     columns += ["efficient tower: saved %"]
     rows = []
-    for scenario, own in lavi.items():
+    for scenario, record in lavi.items():
         other = base[scenario]
         row = [scenario, f"{other.views} / {other.visual_tokens_in_language:,}"]
         row += [f"{other.flops['vision_encoder'] / 1e12:.2f}", f"{other.gflops_language / 1e3:.2f}"]
-        row += [f"{own.gflops_total / 1e3:.2f}"]
+        row += [f"{record.gflops_total / 1e3:.2f}"]
         for with_vision in (False, True):
-            saved, ceiling = saving(own, other, with_vision=with_vision)
+            saved, ceiling = saving(record, other, with_vision=with_vision)
             row += [f"{saved:.1f} ({ceiling:.1f})", "PASS" if saved >= FLOPS else "FAIL"]
-        floor = own.flops["vision_encoder"] + own.flops_floor
-        row += [f"{100 * (own.gflops_total * 1e9 / floor - 1):.2f}"]
+        floor = record.flops["vision_encoder"] + record.flops_floor
+        row += [f"{100 * (record.gflops_total * 1e9 / floor - 1):.2f}"]
         row += [f"{saving(efficient[scenario], other, with_vision=True)[0]:.1f}"]
         rows.append(row)
     return columns, rows
@@ -149,39 +149,39 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     base, lavi = (of(measured, file) for file in (BASELINE, LAVI))
     columns = ["input", "stage", "LLaVA-OneVision", "LaVi", "floor", "LLaVA-OneVision / LaVi", "LaVi / floor", "claim"]
     rows = []
-    for scenario, own in lavi.items():
+    for scenario, record in lavi.items():
         other = base[scenario]
-        for stage in own.milliseconds:
-            if f"floor_{stage}" not in own.milliseconds or stage not in other.milliseconds:
+        for stage in record.milliseconds:
+            if f"floor_{stage}" not in record.milliseconds or stage not in other.milliseconds:
                 continue
-            times = [(other, stage), (own, stage), (own, f"floor_{stage}")]
-            faster, shown = times_as_fast(own, other, stage)
-            over_floor = ratio_cell(own, "floor", stage)
-            if stage not in own.turns:
-                over_floor = f"{own.milliseconds[stage][0] / own.milliseconds[f'floor_{stage}'][0]:.2f}"
+            times = [(other, stage), (record, stage), (record, f"floor_{stage}")]
+            faster, shown = times_as_fast(record, other, stage)
+            over_floor = ratio_cell(record, "floor", stage)
+            if stage not in record.turns:
+                over_floor = f"{record.milliseconds[stage][0] / record.milliseconds[f'floor_{stage}'][0]:.2f}"
             row = [scenario, f"ms {stage.replace('_', ' ')}", *(milliseconds(record, name) for record, name in times)]
             claimed = _verdict(faster, SPEED, f"{SPEED}x", full) if stage.startswith("end_to_end") else ""
             rows.append([*row, shown, over_floor, claimed])
         for kind, label in (("peak", "MiB above weights"), ("allocated", "MiB with weights")):
-            if kind in own.mib and kind in other.mib:
-                ratio = other.mib[kind] / own.mib[kind]
-                row = [scenario, label, f"{other.mib[kind]:.0f}", f"{own.mib[kind]:.0f}", "", f"{ratio:.2f}", ""]
+            if kind in record.mib and kind in other.mib:
+                ratio = other.mib[kind] / record.mib[kind]
+                row = [scenario, label, f"{other.mib[kind]:.0f}", f"{record.mib[kind]:.0f}", "", f"{ratio:.2f}", ""]
                 rows.append([*row, _verdict(ratio, 1 / MEMORY, "half the memory", full)])
     return columns, rows
 
 
-def times_as_fast(own: Record, concat: Record, stage: str) -> tuple[float | None, str]:
+def times_as_fast(record: Record, concat: Record, stage: str) -> tuple[float | None, str]:
     """How many times as fast as concatenation a stage is: the number (None if there is none), and how it is shown.
 
     Of records of before timing in turns it is the ratio of the medians.
     """
-    if own is concat or stage not in own.turns:
-        value = concat.milliseconds[stage][0] / own.milliseconds[stage][0]
+    if record is concat or stage not in record.turns:
+        value = concat.milliseconds[stage][0] / record.milliseconds[stage][0]
         return value, f"{value:.2f}"
-    found = own.ratio("concat", stage)
-    if found is None or found.noisy:
-        return None, ratio_cell(own, "concat", stage)
-    return 1 / found.median, f"{1 / found.median:.2f} ({1 / found.high:.2f}-{1 / found.low:.2f})"
+    ratio = record.ratio("concat", stage)
+    if ratio is None or ratio.noisy:
+        return None, ratio_cell(record, "concat", stage)
+    return 1 / ratio.median, f"{1 / ratio.median:.2f} ({1 / ratio.high:.2f}-{1 / ratio.low:.2f})"
 
 
 def milliseconds(record: Record, stage: str) -> str:
@@ -189,10 +189,10 @@ def milliseconds(record: Record, stage: str) -> str:
     return "noisy" if record.time_is_noisy(stage) else f"{record.milliseconds[stage][0]:.1f}"
 
 
-def _verdict(value: float | None, wanted: float, claim: str, full: bool) -> str:
+def _verdict(value: float | None, threshold: float, claim: str, full: bool) -> str:
     if not full:
         return f"no GPU figure ({claim})"
-    return f"noisy ({claim})" if value is None else f"{'PASS' if value >= wanted else 'FAIL'} ({claim})"
+    return f"noisy ({claim})" if value is None else f"{'PASS' if value >= threshold else 'FAIL'} ({claim})"
 
 
 @cli_entry_point

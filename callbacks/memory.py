@@ -16,7 +16,7 @@ class Memory(pl.Callback):
     """Logs MiB of weights, gradients and optimiser state on this rank; the process's own memory; on a GPU its peaks.
 
     ``memory/rss`` that grows from epoch to epoch is a leak in reading data. ``memory/peak allocated`` is the most that
-    tensors held since the last log, ``memory/peak reserved`` what the allocator had taken for them.
+    tensors took since the last log, ``memory/peak reserved`` what the allocator had reserved for them.
     """
 
     def on_before_optimizer_step(

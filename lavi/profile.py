@@ -52,9 +52,8 @@ def arguments() -> argparse.Namespace:
         help="visual_tokens=0..7290, image=384x384,640x480, frames=1..128, batch=1,8, layers=1,7,28, text=50,500, or a "
         "key of the recipe; may be repeated (default: image=384x384,640x480,1024x1024)",
     )
-    parser.add_argument(
-        "--at", default="image=1024x1024", metavar="KNOB=VALUE", help="what is seen in sweeps of another knob"
-    )
+    shown = "the image, the video or the number of visual tokens in sweeps of another knob"
+    parser.add_argument("--at", default="image=1024x1024", metavar="KNOB=VALUE", help=shown)
     parser.add_argument("--text", type=whole_number(1), default=50, metavar="TOKENS", help="text tokens of the prompt")
     parser.add_argument("--measure", action="store_true", help="time and memory on this machine, too")
     parser.add_argument("--runs", type=whole_number(1), default=20, help="timed runs of each stage")

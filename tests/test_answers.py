@@ -140,6 +140,7 @@ def test_answers_are_scored_against_their_own_truths() -> None:
     assert metric.compute() == pytest.approx(
         {"all": 100 / 3, "family/colour": 200 / 3, "family/count": 0.0, "level/easy": 200 / 3, "level/hard": 0.0}
     )
+    assert (metric.name, metric.label) == ("WordOverlap", "")
     with pytest.raises(ValueError, match="zip"):
         metric.update_answers(["red"], ["red", "blue"], [("all", "all")] * 2)
 

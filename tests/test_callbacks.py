@@ -104,14 +104,14 @@ def test_training_flops_are_three_forwards_where_weights_train(build) -> None:  
     model = build(LaViFusion(every=2))
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
     batch = collate(model, [ask(1, "what colour?", answer="red"), ask("what?", answer="nothing")])
-    width, found = batch.input_ids.shape[1], Throughput().flops(module, batch)
+    width, flops = batch.input_ids.shape[1], Throughput().flops(module, batch)
     seeing = closed_form(model, Scenario(width, image=(40, 40)).shape_for(model))
     blind = closed_form(model, Scenario(width).shape_for(model))
-    wanted = seeing.prefill["vision_encoder"] + 3 * (seeing.language + blind.language)
-    assert found == pytest.approx(wanted)
+    expected = seeing.prefill["vision_encoder"] + 3 * (seeing.language + blind.language)
+    assert flops == pytest.approx(expected)
     frozen = VisionLanguageModule(build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})
     ratio = Throughput().flops(frozen, batch) - seeing.prefill["vision_encoder"]
-    assert ratio == pytest.approx((wanted - seeing.prefill["vision_encoder"]) * 2 / 3)
+    assert ratio == pytest.approx((expected - seeing.prefill["vision_encoder"]) * 2 / 3)
 
 
 def test_samples_are_counted_by_source_and_go_on_counting(tiny_recipe: Path, scenes: Path, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_what_another_recipe_made_is_refused(train, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_model_in_a_folder_needs_nothing_else(train, lora: bool, scenes: Path, tmp_path: Path) -> None:
-    """Neither the run, nor the tokenizer and checkpoints it was made from; and its language model is ordinary."""
+    """Neither the run, nor the tokenizer and checkpoints it was built from; and its language model is ordinary."""
     tokenizer = shutil.copytree(scenes / "tokenizer", tmp_path / "tokenizer")
     rates = "module.learning_rate={fusion: 1e-3, language: 1e-3, vision: 1e-3}"
     assert train("run", rates, f"model.language.tokenizer={tokenizer}", *([LORA] if lora else [])) == 0

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, QWEN2, TOWER, ask, image
+from conftest import FAMILIES, QWEN2, TOWER, ask, image, small
 from PIL import Image
 from sizes import QWEN2_7B, SIGLIP_SO400M
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.efficiency import Efficiency
 from lavi.batch import Layout, Sample, Video
-from lavi.efficiency.figures import draw, sweep_tables, where, write_csv, write_curves, write_savings, x_of
+from lavi.efficiency.figures import draw_curves, point_of, sweep_tables, write_csv, write_curves, write_savings, x_value
 from lavi.efficiency.flops import closed_form, counted, language_flops
 from lavi.efficiency.latency import Clock
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, saving
@@ -36,21 +36,22 @@ from lavi.reduction.base import Reducer
 from lavi.reduction.resampler import PerceiverResampler
 from lavi.vision.hf import HFVision
 from lavi.visor.fusion import VisorFusion
+from lavi.visor.readers import ModulationReader
 
 FUSIONS = {
     "concat": ConcatFusion,
     "lavi": LaViFusion,
-    "lavi-all": lambda: LaViFusion(every=1, bottleneck=32),
-    "lavi-mlp": lambda: LaViFusion(generator="mlp", depth=2),
-    "lavi-conv": lambda: LaViFusion(generator="conv", depth=2),
-    "lavi-pooled": lambda: LaViFusion(generator="pooled", targets=["attention", "ffn", "final"]),
+    "lavi-all": lambda: LaViFusion(every=1, generator=small(bottleneck=32)),
+    "lavi-mlp": lambda: LaViFusion(generator=small("mlp", depth=2, bottleneck=64)),
+    "lavi-conv": lambda: LaViFusion(generator=small("conv", depth=2, bottleneck=64)),
+    "lavi-pooled": lambda: LaViFusion(targets=["attention", "ffn", "final"], generator=small("pooled", bottleneck=64)),
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", targets=["ffn"]),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "cross-attention-alone": lambda: CrossAttentionFusion(fraction=0.5, ffn=0),
     "visor": lambda: VisorFusion(cross_attention=2, self_attention=2),
     "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
     "visor-fixed": lambda: VisorFusion(cross_attention=[0], self_attention=[1, 2, 3], configuration=[2]),
-    "visor-modulation": lambda: VisorFusion(cross_attention=2, self_attention=1, read="modulation"),
+    "visor-modulation": lambda: VisorFusion(cross_attention=2, self_attention=1, reader=ModulationReader()),
     "visor-routed": lambda: VisorFusion(
         cross_attention=[0], self_attention=[2], configurations=[[], [2]], configuration="none", router="token"
     ),
@@ -352,14 +353,14 @@ def test_memory_by_class(tiny_recipe: Path) -> None:
     recipe, scenario = Recipe.load(tiny_recipe), Scenario(text=12, visual_tokens=16, batch=2)
     model = build_on(recipe, "cpu")
     mib = measured(recipe, model, scenario).mib
-    found = {name: round(size * 2**20) for name, size in mib.items()}
+    sizes = {name: round(size * 2**20) for name, size in mib.items()}
     layers, rows, tokens, heads, head_width = 4, 2, 12, QWEN2["num_key_value_heads"], 8
-    assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
-    assert found["kv_cache"] == layers * 2 * rows * tokens * heads * head_width * 4
-    assert found["visual_features"] == rows * 16 * model.vision.width * 4
-    assert found["visual_cache"] == 2 * rows * 16 * 2 * 16 * 4  # 2 generators, keys and values of width 16
-    assert found["logits"] == rows * model.language.hf.config.vocab_size * 4
-    assert found["peak"] > found["kv_cache"] + found["visual_cache"]
+    assert sizes["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert sizes["kv_cache"] == layers * 2 * rows * tokens * heads * head_width * 4
+    assert sizes["visual_features"] == rows * 16 * model.vision.width * 4
+    assert sizes["visual_cache"] == 2 * rows * 16 * 2 * 16 * 4  # 2 generators, keys and values of width 16
+    assert sizes["logits"] == rows * model.language.hf.config.vocab_size * 4
+    assert sizes["peak"] > sizes["kv_cache"] + sizes["visual_cache"]
 
 
 def test_memory_grows_with_the_tokens_in_the_language_model(tiny_recipe: Path) -> None:
@@ -458,8 +459,8 @@ def test_a_sweep_of_a_key_leaves_concatenation_as_it_is(tiny_recipe: Path) -> No
     assert [record.method for record in records] == ["lavi", "concat"] * 2
     assert records[2].flops["modulation"] == 2 * records[0].flops["modulation"]
     assert records[1].flops == records[3].flops
-    assert where(records[0]) == where(records[1]) != where(records[2])
-    assert [x_of(record) for record in records] == [0, 0, 1, 1]
+    assert point_of(records[0]) == point_of(records[1]) != point_of(records[2])
+    assert [x_value(record) for record in records] == [0, 0, 1, 1]
     with pytest.raises(UserError, match="is unknown to"):
         list(sweep_records([recipe, concat_twin(recipe)], Sweep.parse("model.fusion.evry=1"), Scenario()))
 
@@ -512,7 +513,7 @@ def test_a_report_is_a_table_a_spreadsheet_and_a_picture(tiny_recipe: Path, tmp_
     rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
     assert [row["scenario"] for row in rows] == ["40x30", "40x30", "64x64", "64x64"]
     assert float(rows[0]["flops"]) == pytest.approx(2 * float(rows[0]["macs"]))
-    draw(records, tmp_path / "r.png")
+    draw_curves(records, tmp_path / "r.png")
     with Image.open(tmp_path / "r.png") as picture:
         assert min(picture.size) > 300
 

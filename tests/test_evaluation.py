@@ -53,10 +53,10 @@ def seeing(build, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:  # ty
 
     def answer(batch: Batch, **_: Any) -> list[str]:
         asked.extend(model.chat.tokenizer.decode(row) for row in batch.input_ids)
-        seen: list[str] = ["nothing"] * len(batch)
-        for place, view in zip(batch.image_slots, batch.pixels, strict=True):
-            seen[place.row] = f"c{number[float(view.sum())]}"
-        return seen
+        visible: list[str] = ["nothing"] * len(batch)
+        for slot, view in zip(batch.image_slots, batch.pixels, strict=True):
+            visible[slot.row] = f"c{number[float(view.sum())]}"
+        return visible
 
     monkeypatch.setattr(model, "answer", answer)
     return model
@@ -91,6 +91,7 @@ def test_scores_and_controls_are_of_the_right_images(seeing: VisionLanguageModel
         assert control["family/colour"] == control["family/other"] == 0
         assert control["family/all"] == 100  # it asked about no image
     assert (scores.samples, scores.answers, scores.shuffled_answers) == (6, 11, 11)
+    assert (scores.metric, scores.label) == ("ExactMatch", "right")
 
 
 def test_a_wrong_answer_counts_as_wrong(seeing: VisionLanguageModel) -> None:
@@ -183,7 +184,7 @@ def test_a_sample_whose_images_nobody_can_take_is_left_out() -> None:
 
 
 class Counted:
-    """How many samples are there at most at a time, as they are made one after the other."""
+    """How many samples are there at most at a time, when one is drawn after the other."""
 
     def __init__(self, count: int, size: tuple[int, int] = (8, 8)) -> None:
         self.count, self.size = count, size

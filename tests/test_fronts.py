@@ -321,14 +321,14 @@ def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_p
     search = ("lavi.visor", "search", "--checkpoint", universal, "--keep", "0.01", "--samples", 24)
     status, _, err = run(*search, "--out", viable)
     assert status == 0, err
-    found = json.loads(viable.read_text())
-    assert set(found["scores"]) == {"none", "1", "2", "1,2"}
-    nothing = {"batches": 0, "samples": 0, "answers": 0, "right": dict.fromkeys(found["scores"], 0)}
-    viable.write_text(json.dumps({"about": found["about"]} | nothing))
+    scored = json.loads(viable.read_text())
+    assert set(scored["scores"]) == {"none", "1", "2", "1,2"}
+    nothing = {"batches": 0, "samples": 0, "answers": 0, "right": dict.fromkeys(scored["scores"], 0)}
+    viable.write_text(json.dumps({"about": scored["about"]} | nothing))
     label = ("lavi.visor", "label", "--checkpoint", universal, "--configurations", viable, "--out", labels)
     refused(run(*label), "not finished")
     assert run(*search, "--out", viable)[0] == 0
-    assert json.loads(viable.read_text()) == found
+    assert json.loads(viable.read_text()) == scored
     refused(run(*search[:-1], 12, "--out", viable), "another samples")
     refused(run(*label), "have several")
     labels.unlink()

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import ask, awaken, collate
+from conftest import ask, awaken, collate, small
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ def test_each_token_weighs_the_same_however_rows_are_batched(build) -> None:
 
 
 def test_parts_that_are_not_named_are_frozen(build) -> None:
-    module = VisionLanguageModule(build(LaViFusion(bottleneck=16)), learning_rate={"fusion": 1e-3})
+    module = VisionLanguageModule(build(LaViFusion(generator=small())), learning_rate={"fusion": 1e-3})
     trained = {name.split(".")[1] for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {"fusion"}
     module.train()
@@ -68,7 +68,7 @@ def owner(name: str) -> str | None:
 
 
 def test_the_most_specific_name_sets_the_rate(build) -> None:
-    model = build(LaViFusion(every=2, bottleneck=16))
+    model = build(LaViFusion(every=2, generator=small()))
     module = VisionLanguageModule(model, learning_rate=RATES, weight_decay=0.1)
     assert {name: module.part_of.get(name) for name, _ in model.named_parameters()} == {
         name: owner(name) for name, _ in model.named_parameters()
@@ -91,16 +91,16 @@ class SharesOfPeak(pl.Callback):
     """The rates that a run's optimizer steps with, each as a share of its group's own."""
 
     def __init__(self, peaks: dict[str, float]) -> None:
-        self.peaks, self.found = peaks, list[set[float]]()
+        self.peaks, self.shares = peaks, list[set[float]]()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
-        self.found.append({round(g["lr"] / self.peaks[g["name"].split("/")[0]], 6) for g in optimizer.param_groups})
+        self.shares.append({round(g["lr"] / self.peaks[g["name"].split("/")[0]], 6) for g in optimizer.param_groups})
 
 
 def test_the_rates_of_a_run_rise_and_then_fall_to_a_hundredth(build) -> None:
     """Those of all parts alike, step by step."""
     peaks = {"fusion": 1e-3, "language": 2e-4}
-    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate=peaks, warmup=0.2)
+    module = VisionLanguageModule(build(LaViFusion(every=2, generator=small())), learning_rate=peaks, warmup=0.2)
     batch = collate(module.model, [ask(1, "what?", answer="red")])
     shares = SharesOfPeak(peaks)
     settings: dict[str, Any] = dict.fromkeys(
@@ -108,8 +108,8 @@ def test_the_rates_of_a_run_rise_and_then_fall_to_a_hundredth(build) -> None:
     )
     trainer = pl.Trainer(accelerator="cpu", max_steps=20, max_epochs=-1, callbacks=[shares], **settings)
     trainer.fit(module, DataLoader([batch] * 4, batch_size=None))
-    assert all(len(found) == 1 for found in shares.found)
-    steps = [found.pop() for found in shares.found]
+    assert all(len(alike) == 1 for alike in shares.shares)
+    steps = [alike.pop() for alike in shares.shares]
     assert steps[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert steps[4] == pytest.approx(1.0)
     assert steps[4:] == sorted(set(steps[4:]), reverse=True)
@@ -120,12 +120,12 @@ def test_the_rates_of_a_run_rise_and_then_fall_to_a_hundredth(build) -> None:
 
 
 def test_by_default_nothing_decays_and_adamw_trains_all(build) -> None:
-    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3})
+    module = VisionLanguageModule(build(LaViFusion(every=2, generator=small())), learning_rate={"fusion": 1e-3})
     module.trainer = SimpleNamespace(estimated_stepping_batches=200, callbacks=[])  # type: ignore[assignment]
-    made = module.configure_optimizers()
-    assert type(made["optimizer"]) is torch.optim.AdamW
-    assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0.0}
-    share = made["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    optimizers = module.configure_optimizers()
+    assert type(optimizers["optimizer"]) is torch.optim.AdamW
+    assert {group["weight_decay"] for group in optimizers["optimizer"].param_groups} == {0.0}
+    share = optimizers["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert [share(step) for step in (0, 5)] == pytest.approx([1 / 6, 1.0])  # 3 % of the steps
     assert not any(getattr(layer, "gradient_checkpointing", False) for layer in module.model.language.layers)
     muon = VisionLanguageModule(module.model, learning_rate={"fusion": 1e-3}, muon=2.0)
@@ -135,17 +135,17 @@ def test_by_default_nothing_decays_and_adamw_trains_all(build) -> None:
 
 def test_validation_is_of_all_tokens_and_all_answers(build) -> None:
     """However they are batched: each token weighs the same."""
-    module = VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3})
+    module = VisionLanguageModule(build(LaViFusion(every=2, generator=small())), learning_rate={"fusion": 1e-3})
     one, long = ask(1, "what?", answer="red"), ask("which?", answer="the first of the two images")
     batches = [collate(module.model, samples) for samples in ([one], [long, one])]
     settings: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **settings)
-    (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    (metrics,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
     with torch.no_grad():
         sums = [summed_loss(module.model(batch), batch.labels) for batch in batches]
         right = [r for batch in batches for r in correct_under_teacher_forcing(module.model(batch), batch)]
-    assert found["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
-    assert found["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
+    assert metrics["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
+    assert metrics["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
     assert "val/accuracy" in trainer.progress_bar_metrics
 
 
@@ -224,7 +224,7 @@ def test_tied_weights_are_one(build) -> None:
 )
 def test_a_part_that_is_none_is_answered_with_the_nearest(build, name: str, near: str) -> None:
     with pytest.raises(UserError, match=f"names '{name}': did you mean {near}"):
-        VisionLanguageModule(build(LaViFusion(bottleneck=16)), learning_rate={name: 1e-3})
+        VisionLanguageModule(build(LaViFusion(generator=small())), learning_rate={name: 1e-3})
 
 
 def test_something_has_to_train(build) -> None:
@@ -233,7 +233,7 @@ def test_something_has_to_train(build) -> None:
 
 
 def test_what_is_frozen_inside_a_part_that_trains_rests(build) -> None:
-    model = build(LaViFusion(every=2, bottleneck=16))
+    model = build(LaViFusion(every=2, generator=small()))
     module = VisionLanguageModule(model, learning_rate=RATES)
     module.train()
     resting = {name for name, m in model.named_modules() if not m.training}
@@ -246,7 +246,7 @@ def test_what_is_frozen_inside_a_part_that_trains_rests(build) -> None:
 
 
 def test_the_table_shows_each_named_part(build) -> None:
-    model = build(LaViFusion(every=2, bottleneck=16))
+    model = build(LaViFusion(every=2, generator=small()))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(what_trains(VisionLanguageModule(model, learning_rate=RATES | {"language.hf.lm_head": 2e-5})))
     rows = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
@@ -274,7 +274,7 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    "fusion", [lambda: LaViFusion(layers=[1, 3], bottleneck=16), ConcatFusion], ids=["lavi", "concat"]
+    "fusion", [lambda: LaViFusion(layers=[1, 3], generator=small()), ConcatFusion], ids=["lavi", "concat"]
 )
 @pytest.mark.parametrize("rates", [{"fusion": 1e-3}, {"fusion": 1e-3, "language": 1e-3}], ids=["frozen", "trained"])
 def test_checkpointing_recomputes_and_changes_no_gradient(build, fusion: Any, rates: dict[str, float]) -> None:

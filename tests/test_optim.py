@@ -59,9 +59,9 @@ def test_orthogonalised_lifts_all_singular_values(shape: tuple[int, int]) -> Non
         torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
     )
     values = torch.logspace(0, -2, min(shape))
-    found = torch.linalg.svdvals(orthogonalised(left @ values.diag() @ right))
-    assert found.min() > 0.6
-    assert found.max() < 1.3
+    orthogonal = torch.linalg.svdvals(orthogonalised(left @ values.diag() @ right))
+    assert orthogonal.min() > 0.6
+    assert orthogonal.max() < 1.3
 
 
 def test_without_muon_it_is_adamw() -> None:
@@ -167,6 +167,12 @@ def test_rates_that_cannot_be_are_refused(rates: dict[str, float | None], words:
         part_of_each(Reader(), rates)
 
 
+def test_a_shared_module_is_a_part_by_any_of_its_names() -> None:
+    model = Reader()
+    model.alias = model.body_of_another
+    assert part_of_each(model, {"alias": 1.0}) == {"body_of_another.weight": "alias"}
+
+
 def test_a_shared_parameter_has_all_its_names() -> None:
     model = Reader()
     names = {tuple(names): parameter for names, parameter in every_name(model)}
@@ -179,7 +185,7 @@ def test_a_shared_parameter_has_all_its_names() -> None:
 def test_groups_are_what_muon_trains_other_matrices_and_vectors_that_never_decay(muon: float | None) -> None:
     model = Reader()
     rates: dict[str, float | None] = {"text": 1.0, "body": 2.0, "body.second": None}
-    found = parameter_groups(model, part_of_each(model, rates), rates, weight_decay=0.1, muon=muon)
+    groups = parameter_groups(model, part_of_each(model, rates), rates, weight_decay=0.1, muon=muon)
     body, text = model.body["first"], model.text
     matrix = ("body/muon", "muon", 6.0) if muon else ("body/matrices", "adamw", 2.0)
     expected = [
@@ -187,9 +193,9 @@ def test_groups_are_what_muon_trains_other_matrices_and_vectors_that_never_decay
         (*matrix, 0.1, body.weight),
         ("body/vectors", "adamw", 2.0, 0.0, body.bias),
     ]
-    seen = [(g["name"], g["kind"], g["lr"], g["weight_decay"], *g["params"]) for g in found]
-    assert [group[:4] for group in seen] == [group[:4] for group in expected]
-    assert all(mine[4] is other[4] for mine, other in zip(seen, expected, strict=True))
+    settings = [(g["name"], g["kind"], g["lr"], g["weight_decay"], *g["params"]) for g in groups]
+    assert [group[:4] for group in settings] == [group[:4] for group in expected]
+    assert all(mine[4] is other[4] for mine, other in zip(settings, expected, strict=True))
 
 
 def test_orthogonalised_is_the_nearest_and_as_wide_as_it_was() -> None:
@@ -197,10 +203,10 @@ def test_orthogonalised_is_the_nearest_and_as_wide_as_it_was() -> None:
     for shape in ((3, 7), (7, 3)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         for scale in (1.0, 1e4, 1e-4):
-            found = orthogonalised(scale * matrix)
-            assert found.shape == matrix.shape
+            orthogonal = orthogonalised(scale * matrix)
+            assert orthogonal.shape == matrix.shape
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-            core = left.T @ found @ right.T
+            core = left.T @ orthogonal @ right.T
             torch.testing.assert_close(core, core.diag().diag(), atol=1e-4, rtol=1e-4)
             assert core.diag().min() > 0.6
     assert (orthogonalised(torch.zeros(2, 3)) == 0).all()

@@ -260,19 +260,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         "lavi.checkpoints.weight_files.save_file": _as_safetensors_says_it,
         "lavi.checkpoints.weight_files.os.fsync": _no_room,
     }
-    for place, fake in full.items():
+    for function, fake in full.items():
 
-        def full_at_three(self: KeepRun, checkpoint: dict[str, Any], place: str = place, fake: Any = fake) -> None:
+        def full_at_three(
+            self: KeepRun, checkpoint: dict[str, Any], function: str = function, fake: Any = fake
+        ) -> None:
             with monkeypatch.context() as patch:
                 if checkpoint["global_step"] == 3:
-                    patch.setattr(place, fake)
+                    patch.setattr(function, fake)
                 write(self, checkpoint)
 
         with monkeypatch.context() as patch:
             patch.setattr(KeepRun, "_write", full_at_three)
-            said = fit("run", "--save-every", 2, max_steps=3) if place == "torch.save" else resume("run")
-        refused(said, "the checkpoint of step 3 cannot be written into", "(No space left on device)", "make room")
-        refused(said, "last.ckpt of step 2 is intact: go on with python -m lavi.fit --resume")
+            result = fit("run", "--save-every", 2, max_steps=3) if function == "torch.save" else resume("run")
+        refused(result, "the checkpoint of step 3 cannot be written into", "(No space left on device)", "make room")
+        refused(result, "last.ckpt of step 2 is intact: go on with python -m lavi.fit --resume")
         assert not list((tmp_path / "run").glob("*.part"))
         assert step_of(tmp_path / "run" / LAST) == 2
     assert resume("run")[0] == 0
@@ -285,21 +287,23 @@ def test_other_files_on_a_full_disk(fit, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("lavi.checkpoints.weight_files.os.fsync", _no_room)
     else:
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", _no_room)
-    said = fit("run")
-    refused(said, f"cannot be written into {tmp_path / 'run'} (No space left on device): make room there")
+    result = fit("run")
+    refused(result, f"cannot be written into {tmp_path / 'run'} (No space left on device): make room there")
     assert not list((tmp_path / "run").glob("*.part"))
 
 
 def test_a_run_folder_that_is_removed_while_it_trains(fit) -> None:  # type: ignore[no-untyped-def]
-    said = fit("run", acting(at=2, do="remove_folder"), "--save-every", 2)
-    refused(said, "run has been removed", "last.ckpt is gone")
+    result = fit("run", acting(at=2, do="remove_folder"), "--save-every", 2)
+    refused(result, "run has been removed", "last.ckpt is gone")
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/run", "link/run", "x" * 300])
-def test_a_run_folder_that_cannot_be_created(run, tiny_recipe: Path, tmp_path: Path, place: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/y", "file/run", "link/run", "x" * 300])
+def test_a_run_folder_that_cannot_be_created(run, tiny_recipe: Path, tmp_path: Path, folder: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nothing")
-    refused(run("lavi.fit", "--recipe", tiny_recipe, "--run", place), "no run folder can be created at", place, "--run")
+    refused(
+        run("lavi.fit", "--recipe", tiny_recipe, "--run", folder), "no run folder can be created at", folder, "--run"
+    )
 
 
 @pytest.mark.parametrize("taken", ["folder", "file", "dangling link"])

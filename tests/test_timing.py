@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lavi.efficiency import latency, measure
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import FEWEST, NOISE, estimate, ratio, values_outside
-from lavi.efficiency.figures import figures, sweep_rows, turns_rows, waited, write_csv
+from lavi.efficiency.figures import curve_values, sweep_rows, turns_rows, waiting_note, write_csv
 from lavi.efficiency.latency import LONGEST, MOST, WARMUP, Clock, Contestant, half_the_threads, time_in_turns
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count
 from lavi.efficiency.record import Record, check_writable
@@ -78,11 +78,11 @@ def test_the_interval_holds_the_median_in_95_of_100_draws(count: int) -> None:
 
 @given(TIMES, st.randoms())
 def test_an_interval_lies_around_its_median_whatever_the_order(times: list[float], random: Any) -> None:
-    found = estimate(times)
-    assert min(times) <= found.low <= found.median <= found.high <= max(times)
-    assert found.median == median(times)
+    interval = estimate(times)
+    assert min(times) <= interval.low <= interval.median <= interval.high <= max(times)
+    assert interval.median == median(times)
     random.shuffle(times)
-    assert estimate(times) == found
+    assert estimate(times) == interval
 
 
 @given(TIMES, st.sampled_from([0.001, 0.5, 4.0, 1024.0]))
@@ -113,9 +113,9 @@ def test_of_few_runs_nobody_can_say(times: list[float]) -> None:
 @given(st.lists(st.tuples(st.floats(1.0, 2.0), st.floats(0.1, 50.0)), min_size=6, max_size=45))
 def test_what_slows_both_of_a_turn_leaves_their_ratio(turns: list[tuple[float, float]]) -> None:
     ours, theirs = ([factor * one * slowed for one, slowed in turns] for factor in (3.0, 1.5))
-    found = ratio(ours, theirs)
-    assert (found.median, found.low, found.high) == pytest.approx((2, 2, 2))
-    assert not found.noisy
+    between = ratio(ours, theirs)
+    assert (between.median, between.low, between.high) == pytest.approx((2, 2, 2))
+    assert not between.noisy
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
@@ -367,8 +367,8 @@ def test_tables_say_noisy_and_records_keep_the_numbers(
     _, rows = turns_rows([own, concat])
     assert rows[1] == ["16 visual tokens", "lavi", "decode", milliseconds, times, times, "15"]
     assert (sweep_rows([own, concat])[1][0][-2] == "noisy") == (milliseconds == "noisy")
-    assert (figures(own)["ms of one more token"] is None) == (milliseconds == "noisy")
-    assert (figures(own)["one more token, times concatenation"] is None) == (times == "noisy")
+    assert (curve_values(own)["ms of one more token"] is None) == (milliseconds == "noisy")
+    assert (curve_values(own)["one more token, times concatenation"] is None) == (times == "noisy")
     write_csv([own], tmp_path / "r.csv")
     (row,) = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
     assert (row["ms decode"], row["decode / concat"]) == ("4.0", "2.0")
@@ -379,8 +379,8 @@ def test_tables_say_noisy_and_records_keep_the_numbers(
     again = Record.from_json(own.to_json())
     assert again.milliseconds["decode"][0] == 4.0
     assert again.ratios["concat"]["decode"][0] == 2.0
-    assert waited([own, concat]) == ("" if own.waited == 0 else f"{waited([own])}")
-    assert ("50%" in waited([own])) == (own.waited == 0.5)
+    assert waiting_note([own, concat]) == ("" if own.waited == 0 else f"{waiting_note([own])}")
+    assert ("50%" in waiting_note([own])) == (own.waited == 0.5)
 
 
 def test_records_without_turns_show_what_they_have() -> None:
@@ -447,7 +447,7 @@ def test_a_file_for_records_is_tried_before_the_work(tmp_path: Path) -> None:
         (["--runs", "0"], "--runs"),
         (["--text", "0"], "--text"),
         (["--at", "image"], "KNOB=VALUES"),
-        (["--at", "batch=2"], "what is seen"),
+        (["--at", "batch=2"], "--at is one of visual_tokens=N"),
         (["--at", "image=axb"], "sizes such as"),
         (["--sweep", "visual_tokens=1,x"], "whole numbers"),
         (["--sweep", "text=20", "--sweep", "text=9999"], "more than the 256 positions"),
@@ -473,10 +473,10 @@ def test_evaluate_tries_where_its_records_go_before_it_scores(run, tmp_path: Pat
 
 
 def test_the_share_of_waiting_is_of_the_thread_that_times() -> None:
-    wall, own = iter([0.0, 10.0]), iter([1.0, 5.0])
-    assert latency.WaitMeter(wall=wall.__next__, own=own.__next__).share() == pytest.approx(0.6)
-    wall, own = iter([0.0, 10.0]), iter([0.0, 12.0])
-    assert latency.WaitMeter(wall=wall.__next__, own=own.__next__).share() == 0
+    wall, thread = iter([0.0, 10.0]), iter([1.0, 5.0])
+    assert latency.WaitMeter(wall=wall.__next__, thread=thread.__next__).share() == pytest.approx(0.6)
+    wall, thread = iter([0.0, 10.0]), iter([0.0, 12.0])
+    assert latency.WaitMeter(wall=wall.__next__, thread=thread.__next__).share() == 0
 
 
 def test_the_interval_of_thousands_of_turns_is_known() -> None:

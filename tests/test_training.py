@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import ask, awaken, collate
+from conftest import ask, awaken, collate, small
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -63,7 +63,7 @@ def gradients(
     build: Any, sizes: list[int], accumulate: int, *, rate: float = 1e-3, samples: Sequence[Sample] = SAMPLES
 ) -> tuple[list[dict[str, Tensor]], Any]:
     """Of a run over the samples in micro-batches of these sizes; and what it logged last."""
-    model = build(AddedLoss(every=2, bottleneck=16))
+    model = build(AddedLoss(every=2, generator=small()))
     awaken(model.fusion)
     module = VisionLanguageModule(model, learning_rate={"fusion": rate, "language": rate})
     left = list(samples)
@@ -102,21 +102,23 @@ def test_every_step_has_a_window_of_its_own(build) -> None:
 def rates(module: VisionLanguageModule, trainer: Any, steps: int) -> list[float]:
     """Of each step, which takes a second."""
     module.trainer = trainer
-    made = module.configure_optimizers()
-    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    found = []
+    optimizers = module.configure_optimizers()
+    optimizer, schedule = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
+    per_step = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        per_step.append(optimizer.param_groups[0]["lr"])
         for timer in trainer.callbacks:
             timer.now += 1
         optimizer.step()
         schedule.step()
-    return found
+    return per_step
 
 
 @pytest.fixture
 def module(build) -> VisionLanguageModule:
-    return VisionLanguageModule(build(LaViFusion(every=2, bottleneck=16)), learning_rate={"fusion": 1e-3}, warmup=0.1)
+    return VisionLanguageModule(
+        build(LaViFusion(every=2, generator=small())), learning_rate={"fusion": 1e-3}, warmup=0.1
+    )
 
 
 class Seconds(Timer):
@@ -134,22 +136,22 @@ ONE_RANK = SimpleNamespace(broadcast=lambda value: value)
 
 
 def test_the_rate_rises_and_falls_to_a_hundredth_of_its_peak(module: VisionLanguageModule) -> None:
-    found = rates(module, SimpleNamespace(estimated_stepping_batches=20, callbacks=[]), 21)
-    assert found[0] == pytest.approx(0.5e-3)
-    assert found[1] == max(found) == pytest.approx(1e-3)
-    assert found[1:] == sorted(found[1:], reverse=True)
-    assert found[20] == pytest.approx(1e-5)
+    rate = rates(module, SimpleNamespace(estimated_stepping_batches=20, callbacks=[]), 21)
+    assert rate[0] == pytest.approx(0.5e-3)
+    assert rate[1] == max(rate) == pytest.approx(1e-3)
+    assert rate[1:] == sorted(rate[1:], reverse=True)
+    assert rate[20] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("estimate", [float("inf"), -1])
 def test_the_rate_follows_the_clock_where_time_ends_the_run(module: VisionLanguageModule, estimate: float) -> None:
     timer = Seconds(20)
     clocked = SimpleNamespace(estimated_stepping_batches=estimate, callbacks=[timer], strategy=ONE_RANK)
-    found = rates(module, clocked, 21)
-    assert found[2] == max(found) == pytest.approx(1e-3)
-    assert found[:3] == sorted(found[:3])
-    assert found[2:] == sorted(found[2:], reverse=True)
-    assert found[20] == pytest.approx(1e-5)
+    rate = rates(module, clocked, 21)
+    assert rate[2] == max(rate) == pytest.approx(1e-3)
+    assert rate[:3] == sorted(rate[:3])
+    assert rate[2:] == sorted(rate[2:], reverse=True)
+    assert rate[20] == pytest.approx(1e-5)
 
 
 def test_whichever_ends_the_run_first_decides_its_rate(module: VisionLanguageModule) -> None:
@@ -168,11 +170,11 @@ def test_whichever_ends_the_run_first_decides_its_rate(module: VisionLanguageMod
 def test_a_streams_steps_are_counted_without_making_its_loader(
     module: VisionLanguageModule, limit: float, epochs: int, most: int, steps: int
 ) -> None:
-    """A loader that is made before a checkpoint is restored would begin to read from the start."""
+    """A loader that is created before a checkpoint is restored would begin to read from the start."""
     stream = SimpleNamespace(unsized=True)
     settings = {"limit_train_batches": limit, "max_epochs": epochs, "max_steps": most, "accumulate_grad_batches": 2}
-    found = rates(module, SimpleNamespace(datamodule=stream, callbacks=[], **settings), steps + 1)
-    assert found == rates(module, SimpleNamespace(estimated_stepping_batches=steps, callbacks=[]), steps + 1)
+    rate = rates(module, SimpleNamespace(datamodule=stream, callbacks=[], **settings), steps + 1)
+    assert rate == rates(module, SimpleNamespace(estimated_stepping_batches=steps, callbacks=[]), steps + 1)
 
 
 def test_a_run_whose_end_nothing_names_is_refused(module: VisionLanguageModule) -> None:
@@ -182,7 +184,7 @@ def test_a_run_whose_end_nothing_names_is_refused(module: VisionLanguageModule) 
 
 def test_the_trainer_counts_the_steps_of_epochs(build) -> None:
     """Three epochs of five batches, two to a step: nine steps, and the rate has fallen at the end."""
-    model = build(LaViFusion(every=2, bottleneck=16))
+    model = build(LaViFusion(every=2, generator=small()))
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
     batches = [collate(model, [sample]) for sample in SAMPLES]
     seen: list[float] = []
@@ -222,7 +224,7 @@ class Logged(Logger):
 
 def test_a_step_logs_the_groups_that_it_has(build) -> None:
     """What an earlier step had is not said again."""
-    model = build(LaViFusion(every=2, bottleneck=16))
+    model = build(LaViFusion(every=2, generator=small()))
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
     colours, counts = ask(1, "what?", answer="red"), ask(2, "how many?", answer="two")
     colours.messages[1]["family"], counts.messages[1]["family"] = "colour", "count"

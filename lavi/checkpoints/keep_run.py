@@ -65,7 +65,7 @@ class KeepRun(Checkpoint):
         trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         self._io = FirstRankIO(self._write)
         trainer.strategy.checkpoint_io = self._io
-        if self.saved_step is not None:  # before a strategy that shards loads what no callback has seen
+        if self.saved_step is not None:  # before a strategy that shards loads the checkpoint past all callbacks
             check_trained(module, self.folder / TRAINED, ranks=_ranks(trainer))
 
     def _write_recipe(self) -> None:

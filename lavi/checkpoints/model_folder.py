@@ -178,7 +178,7 @@ def from_pretrained(folder: str | Path, *, trust: bool = False) -> VisionLanguag
 
 
 def _resolved(node: Any, folder: Path) -> Any:
-    """A recipe's node with the paths that are inside ``folder`` made whole."""
+    """A recipe's node whose paths inside ``folder`` begin with it."""
     if isinstance(node, dict):
         return {key: _resolved(value, folder) for key, value in node.items()}
     if isinstance(node, list):

@@ -7,7 +7,7 @@ runs/name/recipe.yaml            the resolved recipe
           events.out.tfevents    TensorBoard
           run.lock               while a process trains into the folder
 
-A checkpoint is written as *.part and takes the place of the one before it when it is on the disk.
+A checkpoint is written as *.part and replaces the one before it when it is on the disk.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with suppress(OSError):
-                file.unlink()  # while it is held: whoever opened it meanwhile sees that and tries again
+                file.unlink()  # while it is locked: a process that opened it meanwhile sees that and tries again
             lock.release()
 
 

@@ -1,4 +1,4 @@
-"""Records as people look at them: a table, a spreadsheet, curves on paper, curves in TensorBoard."""
+"""Records as tables for the terminal, as a spreadsheet, and as curves: drawn and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ SPREAD = ("low", "high")
 """Ends of what is drawn around a curve: the 10th and 90th percentile of times, the interval of a ratio."""
 
 
-def name(record: Record) -> str:
-    """The line a record is a point of."""
+def line_name(record: Record) -> str:
+    """The name of the line that a record is a point of."""
     return str(record.knobs.get("name", record.method))
 
 
-def where(record: Record) -> tuple[Any, ...]:
-    """What two records share that are set against each other."""
+def point_of(record: Record) -> tuple[Any, ...]:
+    """Knob and value of a record: records of one point are compared with each other."""
     return record.knobs.get("knob"), json.dumps(record.knobs.get("value", record.visual_tokens))
 
 
 def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
     """The first concatenation record of each point."""
-    found: dict[tuple[Any, ...], Record] = {}
+    concat: dict[tuple[Any, ...], Record] = {}
     for record in records:
         if record.method == "concat":
-            found.setdefault(where(record), record)
-    return found
+            concat.setdefault(point_of(record), record)
+    return concat
 
 
-def figures(record: Record) -> dict[str, float | None]:
-    """The curves a record is a point of; None where it was not measured, or measured as noise."""
+def curve_values(record: Record) -> dict[str, float | None]:
+    """The value of a record on each curve; None where it was not measured, or is noisy."""
     return {
         "GFLOPs with vision encoder": record.gflops_total,
         "GFLOPs without vision encoder": record.gflops_language,
@@ -84,8 +84,8 @@ def figures(record: Record) -> dict[str, float | None]:
     }
 
 
-def floors(record: Record) -> dict[str, float | None]:
-    """The same of the bare language model on the text alone, behind the same tower."""
+def floor_values(record: Record) -> dict[str, float | None]:
+    """The values of the bare language model on the text alone, behind the same tower."""
     language, vision = record.flops_floor / 1e9, record.flops.get("vision_encoder", 0.0) / 1e9
     return {
         "GFLOPs with vision encoder": language + vision,
@@ -104,8 +104,8 @@ def _time(record: Record, stage: str) -> float | None:
 
 
 def _ratio(record: Record, to: str, stage: str) -> float | None:
-    found = record.ratio(to, stage)
-    return None if found is None or found.noisy else found.median
+    ratio = record.ratio(to, stage)
+    return None if ratio is None or ratio.noisy else ratio.median
 
 
 def _floor_of_decoding(record: Record) -> float | None:
@@ -124,11 +124,11 @@ def sweep_tables(records: Sequence[Record]) -> list[Table]:
         return []
     tables = [table(sweep_title(records), *sweep_rows(records))]
     columns, rows = turns_rows(records)
-    return [*tables, table(f"{NOTE} {waited(records)}".strip(), columns, rows)] if rows else tables
+    return [*tables, table(f"{NOTE} {waiting_note(records)}".strip(), columns, rows)] if rows else tables
 
 
 def sweep_title(records: Sequence[Record]) -> str:
-    """What the figures are of."""
+    """The prompt, the unit and the device of the figures."""
     device = next((record.device for record in records if record.device), "counted, not timed")
     return f"{records[0].text_tokens} text tokens, batch {records[0].batch}; {UNIT}; attention in full; {device}"
 
@@ -144,20 +144,17 @@ def sweep_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     columns += ["ms first token", "ms a token", "peak MiB"] if timed else []
     rows = []
     for record in records:
-        found = base.get(where(record))
-        saved = [_saved(record, found, with_vision=with_vision) for with_vision in (False, True)]
-        shown = figures(record)
-        row = [
-            str(record.knobs.get("scenario", f"{record.visual_tokens} visual tokens")),
-            name(record),
-            str(record.views),
-        ]
+        twin = base.get(point_of(record))
+        saved = [_saved(record, twin, with_vision=with_vision) for with_vision in (False, True)]
+        values = curve_values(record)
+        row = [*_label(record), str(record.views)]
         row += [f"{record.visual_tokens:,}", f"{record.visual_tokens_in_language:,}"]
         row += [_short(record.flops["vision_encoder"] / 1e9 / scale), _short(record.gflops_language / scale), saved[0]]
-        row += [_short(record.gflops_total / scale), saved[1], _short(shown["MFLOPs of one more token"])]
+        row += [_short(record.gflops_total / scale), saved[1], _short(values["MFLOPs of one more token"])]
         if timed:
-            row += ["noisy" if record.time_is_noisy(stage) else _short(shown[curve]) for curve, stage in STAGES.items()]
-            row += [record.error or _short(shown["peak MiB above weights"])]
+            for curve, stage in STAGES.items():
+                row.append("noisy" if record.time_is_noisy(stage) else _short(values[curve]))
+            row += [record.error or _short(values["peak MiB above weights"])]
         rows.append(row)
     return columns, rows
 
@@ -168,19 +165,23 @@ def turns_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     columns = ["", "method", "stage", "ms (p10-p90)", "times the floor", "times concatenation", "turns"]
     rows = []
     for record in records:
-        label = [str(record.knobs.get("scenario", f"{record.visual_tokens} visual tokens")), name(record)]
         for stage in STAGES.values():
             if stage in record.turns:
                 ratios = [ratio_cell(record, to, stage) for to in ("floor", "concat")]
-                shown = [stage.replace("_", " "), time_cell(record, stage), *ratios, str(record.turns[stage])]
-                rows.append([*label, *shown])
+                cells = [stage.replace("_", " "), time_cell(record, stage), *ratios, str(record.turns[stage])]
+                rows.append([*_label(record), *cells])
     return columns, rows
 
 
-def waited(records: Sequence[Record]) -> str:
-    """What is said of a machine that had other things to do; empty if it had none."""
+def waiting_note(records: Sequence[Record]) -> str:
+    """A sentence on how busy the machine was with other processes; empty if it was not."""
     share = max((record.waited for record in records), default=0.0)
     return f"Other processes had the cores for up to {share:.0%} of the time." if share >= 0.05 else ""
+
+
+def _label(record: Record) -> list[str]:
+    """The first cells of a row: scenario and line."""
+    return [str(record.knobs.get("scenario", f"{record.visual_tokens} visual tokens")), line_name(record)]
 
 
 def _saved(record: Record, base: Record | None, *, with_vision: bool) -> str:
@@ -198,12 +199,14 @@ def _short(value: float | None) -> str:
 
 
 def write_csv(records: Sequence[Record], file: Path) -> None:
-    """One row a record, one column a figure; FLOPs by component, and MACs beside their totals. Figures that say nothing
-    stand there, too; their columns are named under ``noisy``."""
+    """One row a record, one column a figure; FLOPs by component, and MACs beside their totals.
+
+    Noisy figures stand there, too; their columns are named under ``noisy``.
+    """
     rows = []
     for record in records:
         row: dict[str, Any] = {
-            "name": name(record),
+            "name": line_name(record),
             "method": record.method,
             "scenario": record.knobs.get("scenario", ""),
         }
@@ -229,13 +232,13 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
 
 
 def _noisy(record: Record) -> list[str]:
-    """The figures of a spreadsheet that say nothing."""
+    """The columns of a record's noisy figures."""
     ratios = [(to, stage) for to, stages in record.ratios.items() for stage in stages]
-    found = [f"ms {stage}" for stage in record.turns if record.time_is_noisy(stage)]
-    return found + [f"{stage} / {to}" for to, stage in ratios if (it := record.ratio(to, stage)) and it.noisy]
+    times = [f"ms {stage}" for stage in record.turns if record.time_is_noisy(stage)]
+    return times + [f"{stage} / {to}" for to, stage in ratios if (it := record.ratio(to, stage)) and it.noisy]
 
 
-def draw(records: Sequence[Record], file: Path) -> None:
+def draw_curves(records: Sequence[Record], file: Path) -> None:
     """The curves of one sweep: a line a method, the bare language model dashed below them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -245,7 +248,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(5 * min(3, len(panels)), 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    labels = {x_of(record): _tick(record) for record in records}
+    labels = {x_value(record): _tick(record) for record in records}
     for number, curve in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, min(3, len(panels)), number)
         for line, points in lines.items():
@@ -267,19 +270,19 @@ def draw(records: Sequence[Record], file: Path) -> None:
 def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
     """Each line's points of each curve, in the order of x."""
     lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    for record in sorted(records, key=x_of):
-        of = [(name(record), figures(record))]
+    for record in sorted(records, key=x_value):
+        of = [(line_name(record), curve_values(record))]
         if record.method != "concat":
-            of.append((FLOOR, floors(record)))
+            of.append((FLOOR, floor_values(record)))
         for line, values in of:
             points = lines.setdefault(line, {curve: [] for curve in CURVES})
             for curve, value in values.items():
-                points[curve].append((x_of(record), value))
+                points[curve].append((x_value(record), value))
     return lines
 
 
-def x_of(record: Record) -> float:
-    """Where on the x axis a record stands: its knob's value; of an image, the side of a square as large; of what is no
+def x_value(record: Record) -> float:
+    """The x of a record: its knob's value; of an image, the side of a square of the same area; of a value that is no
     number, its position in the sweep."""
     value = record.knobs.get("value", record.visual_tokens)
     if record.knobs.get("knob") == "image":
@@ -328,16 +331,16 @@ def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] 
 def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[tuple[float, float]]:
     """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
     points = []
-    for record in sorted(records, key=x_of):
-        ours = record.method != "concat" if line == FLOOR else name(record) == line
-        if not ours or (floors if line == FLOOR else figures)(record)[curve] is None:
+    for record in sorted(records, key=x_value):
+        ours = record.method != "concat" if line == FLOOR else line_name(record) == line
+        if not ours or (floor_values if line == FLOOR else curve_values)(record)[curve] is None:
             continue
         if curve in STAGES:
             stage = STAGES[curve]
-            points.append((x_of(record), record.milliseconds[f"floor_{stage}" if line == FLOOR else stage][at]))
+            points.append((x_value(record), record.milliseconds[f"floor_{stage}" if line == FLOOR else stage][at]))
         elif curve in RATIOS:
             to, stage = RATIOS[curve]
-            points.append((x_of(record), 1.0 if line == FLOOR else record.ratios[to][stage][at]))
+            points.append((x_value(record), 1.0 if line == FLOOR else record.ratios[to][stage][at]))
     return points
 
 
@@ -346,13 +349,13 @@ def write_savings(records: Sequence[Record], folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     base = baselines(records)
-    for line in dict.fromkeys(map(name, records)):
-        shared = [record for record in records if name(record) == line and where(record) in base]
+    for line in dict.fromkeys(map(line_name, records)):
+        shared = [record for record in records if line_name(record) == line and point_of(record) in base]
         if not shared:
             continue
-        last = max(shared, key=x_of)
+        last = max(shared, key=x_value)
         saved = {
-            f"saved %/{kind} vision encoder": saving(last, base[where(last)], with_vision=kind == "with")[0]
+            f"saved %/{kind} vision encoder": saving(last, base[point_of(last)], with_vision=kind == "with")[0]
             for kind in ("with", "without")
         }
         what: dict[str, Any] = {

@@ -41,7 +41,7 @@ TURNS = 15
 MOST = 3
 """Times as many turns, at most, where figures are noisy."""
 LONGEST = 30_000.0
-"""Milliseconds of a stage's runs, after which it gets no more turns than asked for."""
+"""Milliseconds of a stage's runs, after which it gets no more turns than :data:`TURNS` or the number named."""
 WARMUP = 3
 """Runs of each stage that are not timed."""
 SHORTEST = 20.0
@@ -71,7 +71,7 @@ class HostClock(Clock):
 
 
 class DeviceClock(Clock):
-    """Events of a GPU, so that what it was given and has not done yet counts."""
+    """Events of a GPU: work that was queued and is not done yet counts."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -174,7 +174,7 @@ def _passes(contestant: Contestant, stage: str, clock: Clock, shortest: float) -
 
 def _any_noisy(times: Mapping[int, Sequence[float]], pairs: Collection[tuple[int, int]]) -> bool:
     estimates = [estimate(milliseconds) for milliseconds in times.values()]
-    return any(one.noisy for one in [*estimates, *(ratio(times[own], times[other]) for own, other in pairs)])
+    return any(one.noisy for one in [*estimates, *(ratio(times[first], times[second]) for first, second in pairs)])
 
 
 @contextmanager
@@ -194,18 +194,18 @@ class WaitMeter:
     """How long the thread that times had no core, because other processes had them.
 
     Args:
-        wall, own: clocks in seconds, of the world and of what this thread computes.
+        wall, thread: clocks in seconds, of the time that passes and of what this thread computes.
     """
 
     def __init__(
-        self, wall: Callable[[], float] = time.perf_counter, own: Callable[[], float] = time.thread_time
+        self, wall: Callable[[], float] = time.perf_counter, thread: Callable[[], float] = time.thread_time
     ) -> None:
-        self.wall, self.own = wall, own
-        self.began, self.had = wall(), own()
+        self.wall, self.thread = wall, thread
+        self.began, self.computed = wall(), thread()
 
     def share(self) -> float:
-        """Of the time since this was made, if the thread had something to compute all along."""
-        return max(0.0, 1 - (self.own() - self.had) / (self.wall() - self.began))
+        """Share of the time since the start without a core, for a thread that had work all along."""
+        return max(0.0, 1 - (self.thread() - self.computed) / (self.wall() - self.began))
 
 
 def model_and_floor(
@@ -255,11 +255,11 @@ def model_and_floor(
         return {"prefill": start, "first_token": lambda: (encoded(), start()), "decode": decode, **answers}
 
     with torch.no_grad(), within():
-        own = {"fusion": lambda: model.fusion(batch, features, model.language), **stages(prefill)}
+        stages_of_model = {"fusion": lambda: model.fusion(batch, features, model.language), **stages(prefill)}
         floor = stages(bare)
     if len(pixels):
-        own["vision_encoder"] = encoded
+        stages_of_model["vision_encoder"] = encoded
     if shape.layout and shape.layout.size != (0, 0):
         image = Image.new("RGB", shape.layout.size[::-1])
-        own["preprocessing"] = lambda: model.tiling.views(image, model.vision)
-    return Contestant(own, within), Contestant(floor, within)
+        stages_of_model["preprocessing"] = lambda: model.tiling.views(image, model.vision)
+    return Contestant(stages_of_model, within), Contestant(floor, within)

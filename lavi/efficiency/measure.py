@@ -1,4 +1,4 @@
-"""A recipe and a scenario in, a record out: the way of every measurement."""
+"""From a recipe and a scenario to a record: counted, and measured on a device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 
 def concat_twin(recipe: Recipe) -> Recipe:
-    """The same recipe with all tokens concatenated in place of its fusion: what every method is measured against."""
+    """The same recipe with all tokens concatenated in place of its fusion: the baseline of every method."""
     twin = recipe.replaced("model.fusion", dict(CONCAT))
     if twin.settings["model"].get("reducer") is not None:
         twin = twin.replaced("model.reducer", None)
@@ -62,7 +62,7 @@ def is_concat(recipe: Recipe) -> bool:
 def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
     """A model of this recipe on ``device`` with random weights; on ``meta`` in a second even at full size.
 
-    Adapters are left out: an answer is given by the weights they were merged into.
+    Adapters are left out: a model answers with the weights they were merged into.
     """
     if recipe.settings["model"]["language"].get("lora") is not None:
         recipe = recipe.replaced("model.language.lora", None)
@@ -172,7 +172,7 @@ def measure(
 
 
 def _attempt(measurements: Sequence[Measurement], *, device: torch.device, **settings: Any) -> str:
-    """Measure, or say what was in the way. On a GPU models stay only if all of several found room there."""
+    """Measure; the reason if that failed. On a GPU models stay only where several fit at once."""
     problem, models = "", []
     try:
         for measurement in measurements:
@@ -211,13 +211,13 @@ def _measure(
     records = [measurement.record for measurement in measurements]
     shapes = [one.scenario.shape_for(model) for one, model in zip(measurements, models, strict=True)]
     contexts = [partial(_computing, model, one.route, device) for one, model in zip(measurements, models, strict=True)]
-    held = [weights_of(model) for model in models]
+    sizes = [weights_of(model) for model in models]
     contestants: list[Contestant] = []
     # As long as an outer autocast is open, an inner one keeps the weights that it has cast: no turn casts them anew.
     with torch.autocast(device.type, enabled=False):
-        for record, model, shape, within, weights in zip(records, models, shapes, contexts, held, strict=True):
+        for record, model, shape, within, weights in zip(records, models, shapes, contexts, sizes, strict=True):
             with within():
-                record.mib = prefill_memory(model, shape, device=device, others=sum(held) - weights)
+                record.mib = prefill_memory(model, shape, device=device, others=sum(sizes) - weights)
         for model, shape, within in zip(models, shapes, contexts, strict=True):
             for one in model_and_floor(model, shape, device=device, outputs=outputs, within=within):
                 contestants.append(one if stages is None else one.only(stages))
@@ -226,9 +226,9 @@ def _measure(
         turns = max(2, runs)  # percentiles want two
         times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
-    for record, own, floor in zip(records, times[::2], times[1::2], strict=True):
+    for record, plain, floor in zip(records, times[::2], times[1::2], strict=True):
         record.waited = waited
-        _note_times(record, own | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
+        _note_times(record, plain | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
     for (first, second), name in pairs.items():
         ours, theirs = times[first], times[second]
         both = {stage: ratio(ours[stage], theirs[stage]) for stage in ours if stage in theirs}
@@ -266,5 +266,5 @@ def saving(record: Record, baseline: Record, *, with_vision: bool) -> tuple[floa
     """Percent of the baseline's FLOPs that a method saves, and the ceiling: what fusion at no cost would save."""
     vision = record.flops["vision_encoder"] / 1e9 if with_vision else 0.0
     base = baseline.gflops_total if with_vision else baseline.gflops_language
-    own = record.gflops_total if with_vision else record.gflops_language
-    return 100 * (1 - own / base), 100 * (1 - (vision + record.flops_floor / 1e9) / base)
+    gflops = record.gflops_total if with_vision else record.gflops_language
+    return 100 * (1 - gflops / base), 100 * (1 - (vision + record.flops_floor / 1e9) / base)

@@ -5,7 +5,7 @@ visual_features   what the tower gives
 visual_cache      what the fusion keeps of the images for the tokens to come
 kv_cache          of the language model, behind the prompt
 logits            of the tokens that get any
-peak              the most that was held above the weights, all of these and every activation among them
+peak              the most memory above the weights: all of these, and every activation
 allocated, reserved (on a GPU)   the allocator's own peaks, weights included, less other models' weights
 """
 
@@ -37,22 +37,22 @@ def prefill_memory(
     pixels = shape.pixels(model, device)
 
     def run() -> tuple[object, ...]:
-        seen = model.features(pixels) if len(pixels) else None
-        return seen, *model.prefill(batch, features)
+        encoded = model.features(pixels) if len(pixels) else None
+        return encoded, *model.prefill(batch, features)
 
     with torch.no_grad():
         _, out, vision = run()
-        own, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
-        held = {
+        keys_values, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
+        tensors_of = {
             "visual_features": [features],
             "visual_cache": [*vision.cached_tensors(), *beside],  # type: ignore[attr-defined]
-            "kv_cache": own,
+            "kv_cache": keys_values,
             "logits": [out.logits],  # type: ignore[attr-defined]
         }
-        found = {"weights": weights_of(model)} | {name: _bytes(tensors) for name, tensors in held.items()}
-        del out, vision, held, own, beside
-        found |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": _peak_cpu(run)}
-    return {name: size / MIB for name, size in found.items()}
+        sizes = {"weights": weights_of(model)} | {name: _bytes(tensors) for name, tensors in tensors_of.items()}
+        del out, vision, tensors_of, keys_values, beside
+        sizes |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": _peak_cpu(run)}
+    return {name: size / MIB for name, size in sizes.items()}
 
 
 def weights_of(model: VisionLanguageModel) -> float:
@@ -61,7 +61,7 @@ def weights_of(model: VisionLanguageModel) -> float:
 
 
 def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of the language model's own attention, and what its layers keep of what they read beside it."""
+    """Keys and values of the language model's own attention, and the tensors that its layers cache besides."""
     if isinstance(cache, LayeredCache):
         return cache.keys_values(), cache.cached_tensors()
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)], []
@@ -88,9 +88,9 @@ def _peak_cpu(run: Callable[[], object]) -> float:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library reports that there is no GPU, as an error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    held = peak = 0.0
+    now = peak = 0.0
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        now += event.nbytes()
+        peak = max(peak, now)
     return peak

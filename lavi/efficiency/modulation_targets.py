@@ -1,4 +1,4 @@
-"""Which norms of a decoder vision can enter: found, chosen and refused, as a table."""
+"""A table of a decoder's norms: those that a fusion modulates, and those that cannot be modulated."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def show_targets(recipe: Recipe) -> RenderableType:
     vision: VisionBackbone = recipe.build("model.vision")
     fusion: Fusion = recipe.build("model.fusion")
     # Found and named before the fusion opens anything: what it refuses is what people come here to see.
-    found = norm_targets(language.hf)
-    classes = {target: type(target.norm).__name__ for target in found}
+    targets = norm_targets(language.hf)
+    classes = {target: type(target.norm).__name__ for target in targets}
     title = f"Norms of {type(language.hf).__name__} ({len(language.layers)} layers, width {language.width})"
     inside = _norms_inside(language)
-    verdicts, notes = _refusals(found, language.width)
+    verdicts, notes = _refusals(targets, language.width)
     try:
         fusion.bind(language, vision.feature_spec)
     except UserError as error:
         notes.append(f"this recipe cannot be built: {error}")
     else:
         chosen = {(t.layer, t.name) for t in fusion.modulated_norms}
-        verdicts |= {target: "chosen" for target in found if (target.layer, target.name) in chosen}
-        notes.append(added(fusion, language))
+        verdicts |= {target: "chosen" for target in targets if (target.layer, target.name) in chosen}
+        notes.append(parameters_added(fusion, language))
     rows = []
-    for alike in _alike(found, verdicts):
+    for alike in _alike(targets, verdicts):
         first = alike[0]
         layers = "after the layers" if first.role == "final" else ranges([t.layer for t in alike])
         role = {"both": "attention and ffn", "final": "the head"}.get(first.role, first.role)
@@ -49,15 +49,15 @@ def show_targets(recipe: Recipe) -> RenderableType:
             [layers, first.name, classes[first], f"{first.position} {role}", verdicts.get(first, "left as it is")]
         )
     rows += [[layers, name, kind, "inside a branch", "never touched"] for name, (layers, kind) in inside.items()]
-    columns = ["layers", "norm", "class", "what it does (found by probing)", "verdict"]
+    columns = ["layers", "norm", "class", "what it does (by probing)", "verdict"]
     return Group(table(title, columns, rows), *map(Text, notes))
 
 
-def _refusals(found: Sequence[NormTarget], width: int) -> tuple[dict[NormTarget, str], list[str]]:
+def _refusals(targets: Sequence[NormTarget], width: int) -> tuple[dict[NormTarget, str], list[str]]:
     """The norms that cannot be modulated, and why, each reason once."""
     verdicts: dict[NormTarget, str] = {}
     notes: dict[str, str] = {}
-    for target in found:
+    for target in targets:
         try:
             kind_of_norm(target, width)
         except UserError as error:
@@ -78,16 +78,16 @@ def _norms_inside(language: LanguageModel) -> dict[str, tuple[str, str]]:
     return {name: (ranges(of), kinds[name]) for name, of in layers.items()}
 
 
-def added(fusion: nn.Module, language: nn.Module) -> str:
+def parameters_added(fusion: nn.Module, language: nn.Module) -> str:
     """The parameters a fusion adds, and their share of the language model's."""
-    own, base = (sum(p.numel() for p in module.parameters()) for module in (fusion, language))
-    return f"parameters added: {own:,} ({100 * own / base:.2f} % of the language model's {base:,})"
+    added, base = (sum(p.numel() for p in module.parameters()) for module in (fusion, language))
+    return f"parameters added: {added:,} ({100 * added / base:.2f} % of the language model's {base:,})"
 
 
-def _alike(found: Sequence[NormTarget], verdicts: dict[NormTarget, str]) -> list[list[NormTarget]]:
+def _alike(targets: Sequence[NormTarget], verdicts: dict[NormTarget, str]) -> list[list[NormTarget]]:
     """Norms of the same name, role and verdict, over the layers."""
     groups: dict[tuple[object, ...], list[NormTarget]] = {}
-    for target in found:
+    for target in targets:
         groups.setdefault((target.name, target.role, target.position, verdicts.get(target)), []).append(target)
     return list(groups.values())
 

@@ -25,7 +25,7 @@ class Record:
     stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number; ``intervals``: [low,
     high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was timed in the same turns),
     stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the timing in which other
-    processes had the cores. All are kept of noisy figures, too. ``mib``: memory by class. ``accuracy``: percent by
+    processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class. ``accuracy``: percent by
     group. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a point could not be
     measured. What was not measured is empty; records of before timing in turns have no turns, intervals and ratios.
     """

@@ -1,4 +1,4 @@
-"""Sweeps over recipes, shown on the terminal and kept in a folder: what ``python -m lavi.profile`` does."""
+"""Sweeps over recipes, shown on the terminal and written into a folder: what ``python -m lavi.profile`` does."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_sweeps(
         for shown in figures.sweep_tables(records):
             console().print(shown)
         if out is not None:
-            figures.draw(records, out / f"{sweep.knob}.png")
+            figures.draw_curves(records, out / f"{sweep.knob}.png")
             figures.write_curves(records, out)
             figures.write_savings(records, out)
         everything += records
@@ -81,5 +81,5 @@ def parse_scenario(at: str, text: int) -> Scenario:
     """The scenario that ``KNOB=VALUE`` names."""
     sweep = Sweep.parse(at)
     if sweep.knob not in ("visual_tokens", "image", "frames") or len(sweep.values) != 1:
-        raise UserError(f"what is seen is one of visual_tokens=N, image=WIDTHxHEIGHT or frames=N, not '{at}'.")
+        raise UserError(f"--at is one of visual_tokens=N, image=WIDTHxHEIGHT or frames=N, not '{at}'.")
     return sweep.scenario(sweep.values[0], Scenario(text=text))

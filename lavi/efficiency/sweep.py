@@ -1,4 +1,4 @@
-"""One knob turned, everything else held: the way from recipes to the records that curves are drawn from."""
+"""Sweeps: recipes counted and measured while one knob takes one value after the other."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Sweep:
     def recipe(self, value: Any, recipe: Recipe, layers: int) -> Recipe:
         """The recipe at one value, of a language model of so many ``layers``.
 
-        What is concatenation has no place for the keys of other methods, and stays as it is.
+        A recipe that concatenates has no keys of other methods, and stays as it is.
         """
         if "." in self.knob:
             try:
@@ -93,8 +93,10 @@ class Sweep:
             return recipe
         if value == 0 or value > layers:
             raise UserError(f"layers={value}: the fusion works in 1 to {layers} layers of this language model.")
-        kept = {key: setting for key, setting in fusion.items() if key not in ("every", "layers", "fraction", "where")}
-        return recipe.replaced("model.fusion", kept | {TARGET: fusion[TARGET], "fraction": value / layers})
+        others = {
+            key: setting for key, setting in fusion.items() if key not in ("every", "layers", "fraction", "where")
+        }
+        return recipe.replaced("model.fusion", others | {TARGET: fusion[TARGET], "fraction": value / layers})
 
     @property
     def turns_recipe(self) -> bool:
@@ -168,11 +170,11 @@ def sweep_records(
     """Count every recipe at every value, value by value; with a ``device``, measure all recipes of a value there, in
     turns.
 
-    All points are held against the models at once, before anybody asks for the first record.
+    All points are checked against the models at once, before the first record.
 
     Args:
         track: draws a progress bar over the values.
-        leave_out: is told of a value that a model cannot take, and the sweep goes on without it.
+        leave_out: is called with the error of a value that a model cannot take; the sweep goes on without it.
 
     Raises:
         UserError: a value that one of the models cannot take, without ``leave_out``.

@@ -12,7 +12,7 @@ import torch
 from lavi.checkpoints.run_folder import load_run
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
-from lavi.efficiency.figures import waited
+from lavi.efficiency.figures import waiting_note
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.evaluation.scoring import Scores, evaluate
@@ -108,4 +108,4 @@ def _print_comparison(runs: Sequence[ScoredRun]) -> None:
     title = f"{last.samples} test samples; one prompt of {last.typical.text} text tokens and {prompt}"
     columns, rows = side_by_side(records, runs[0].twin)
     console().print(table(f"{title}; 1 multiply-add = 2 FLOPs; {records[0].device}", columns, rows))
-    console().print(" ".join(filter(None, [NOTE, waited(records)])))
+    console().print(" ".join(filter(None, [NOTE, waiting_note(records)])))

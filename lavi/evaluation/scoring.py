@@ -100,8 +100,8 @@ class Scorer:
     """Answers prompts, many at a time, and scores the answers.
 
     Args:
-        metric: scores the answers; one of its own, not shared with another scorer.
-        metric_without_images: scores the answers to the same prompts without their images; None: they are not asked.
+        metric: scores the answers; not shared with another scorer.
+        metric_without_images: scores the answers to the same prompts without images; None: those are not answered.
     """
 
     model: VisionLanguageModel
@@ -240,33 +240,33 @@ def evaluate(
     Raises:
         UserError: there is not one question.
     """
-    own = Scorer(model, deepcopy(metric), device, metric_without_images=deepcopy(metric))
+    plain = Scorer(model, deepcopy(metric), device, metric_without_images=deepcopy(metric))
     shuffled = Scorer(model, deepcopy(metric), device)
     count = 0
 
     def scored() -> Iterator[Sample]:
         nonlocal count
         for sample in samples:
-            if own.add(sample):
+            if plain.add(sample):
                 count += 1
                 yield sample
 
     for sample in with_images_of_others(scored()):
         shuffled.add(sample)
-    own.finish()
+    plain.finish()
     shuffled.finish()
-    if not own.prompts:
+    if not plain.prompts:
         raise UserError("there is not one question to score: the data have no usable sample.")
-    assert own.metric_without_images is not None
+    assert plain.metric_without_images is not None
     return Scores(
         metric=metric.name,
         label=metric.label or metric.name,
-        accuracy=own.metric.compute(),
-        controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: own.metric_without_images.compute()},
-        route_counts=own.route_counts,
+        accuracy=plain.metric.compute(),
+        controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: plain.metric_without_images.compute()},
+        route_counts=plain.route_counts,
         samples=count,
-        answers=own.prompts,
+        answers=plain.prompts,
         shuffled_answers=shuffled.prompts,
-        left_out=own.left_out,
-        typical=own.sizes.typical(model.vision.tokens),
+        left_out=plain.left_out,
+        typical=plain.sizes.typical(model.vision.tokens),
     )

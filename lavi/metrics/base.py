@@ -26,8 +26,8 @@ def groups_of(answers: Iterable[Answer]) -> list[Group]:
 class GroupedMean(Metric):
     """Mean score in percent: over all, per level (easy, hard ...) and per question family.
 
-    :meth:`compute` gives ``{"all": x, "level/easy": x, "family/colour": x, ...}``. Ranks add up their scores; they need
-    not have seen the same families.
+    :meth:`compute` gives ``{"all": x, "level/easy": x, "family/colour": x, ...}``. The scores of all ranks
+    count; they need not have the same families.
     """
 
     full_state_update = False
@@ -49,10 +49,13 @@ class GroupedMean(Metric):
             for name in dict.fromkeys(("all", f"level/{level}", f"family/{family}"))
         ]
         self.group_ids.append(torch.tensor([number for number, _ in rows], dtype=torch.long, device=self.device))
-        self.scores.append(torch.tensor([score for _, score in rows], dtype=torch.float32, device=self.device))
+        self.scores.append(torch.tensor([score for _, score in rows], device=self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the scores of all ranks. One that has none gives none: torchmetrics would give a tensor of floats."""
+        """Gather the scores of all ranks; called before each :meth:`compute`, on one rank, too.
+
+        A state is never an empty list: torchmetrics would exchange a tensor of floats instead, whatever others have.
+        """
         if not len(self.scores):
             self.update([], [])
         super().sync(*args, **kwargs)
@@ -81,16 +84,14 @@ class GroupedMean(Metric):
 
 def _joined(state: Tensor | list[Tensor]) -> Tensor:
     """A state as one tensor: torchmetrics joins it when ranks exchange it."""
-    if isinstance(state, Tensor):
-        return state
-    return torch.cat(state) if state else torch.zeros(0)
+    return state if isinstance(state, Tensor) else torch.cat(state)
 
 
 class AnswerMetric(GroupedMean, ABC):
     """Scores whole answers. A recipe names it as ``data.metric``; a subclass needs :meth:`score` alone."""
 
-    label: str | None = None
-    """What the percents are of, in a sentence such as ``75.0 % right of 5 answers``; None: the name of the class."""
+    label = ""
+    """What the percents are of, in a sentence such as ``75.0 % right of 5 answers``; empty: the name of the class."""
 
     @abstractmethod
     def score(self, answer: str, truth: str) -> float:

@@ -31,7 +31,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         stage2.yaml     model: {language: {lora: {rank: 128, alpha: 256}}}
                         module: {learning_rate: {fusion: 2e-5, language: 2e-4}, start_from: runs/stage1}
 
-    What a run started from is kept in its own checkpoints, also where it is frozen: the earlier run may be deleted.
+    The weights of the run it started from are in its own checkpoints, also frozen ones: that run may be deleted.
 
     Args:
         model: what is trained.
@@ -80,7 +80,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Trained tokens of the micro-batches since the last step of the optimizer, and the mean of their loss."""
 
     def setup(self, stage: str) -> None:
-        """Load the run to start from; a run that goes on has (and has ``inherited``) all of that itself.
+        """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
             UserError: a precision in which all weights are cast.
@@ -95,12 +95,12 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             self.inherit(load_start(self, home_path(self.start_from)))
 
     def configure_model(self) -> None:
-        """Shard the model, where the strategy made a mesh of ranks for it."""
+        """Shard the model, where the strategy has a mesh of ranks for it."""
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
 
     def train(self, mode: bool = True) -> VisionLanguageModule:
-        """What is frozen stays in evaluation mode, also inside a part that trains."""
+        """Frozen modules stay in evaluation mode, also inside a part that trains."""
         super().train(mode)
         for part in self.model.children():
             _eval_frozen_modules(part)
@@ -123,9 +123,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         torch.manual_seed(self._seed + step * self.trainer.world_size + self.trainer.global_rank)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """The loss a token of this batch, over all ranks; an accumulated micro-batch weighs as much as its tokens do.
+        """The mean loss of this batch's trained tokens, over all ranks; a micro-batch weighs as much as its tokens.
 
-        What a fusion adds to the loss is weighed alike.
+        A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
         logits = self.model(batch, added)
@@ -255,15 +255,15 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
 def _known_steps(trainer: pl.Trainer) -> int | None:
     """The steps of a whole run; None where its length is not given in steps.
 
-    The trainer's own estimate makes the loader. A stream would then begin to read before a strategy that restores its
-    checkpoint late has said where it stands.
+    The trainer's own estimate creates the loader. A stream would then begin to read before a strategy that restores its
+    checkpoint late has restored the position in the data.
     """
     batches = getattr(trainer, "limit_train_batches", None)
     epochs = getattr(trainer, "max_epochs", None) or -1
     if getattr(getattr(trainer, "datamodule", None), "unsized", False) and epochs > 0:
         of_epochs = -(-batches // trainer.accumulate_grad_batches) * epochs if isinstance(batches, int) else -1
-        given = [steps for steps in (of_epochs, trainer.max_steps) if steps > 0]
-        return min(given, default=None)
+        limits = [steps for steps in (of_epochs, trainer.max_steps) if steps > 0]
+        return min(limits, default=None)
     estimate = trainer.estimated_stepping_batches
     return int(estimate) if 0 < estimate < float("inf") else None
 

@@ -57,13 +57,13 @@ def orthogonalised(matrix: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, as the step of a matrix (Jordan et al., 2024), of the size AdamW's steps have.
+    """Orthogonalised momentum as the step of a matrix (Jordan et al., 2024), of the size AdamW's steps have.
 
     The same steps as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, but for :func:`orthogonalised`'s precision.
 
     Args:
         groups: parameter groups of matrices, with ``params``, ``lr`` and ``weight_decay``.
-        momentum: share of the running mean of gradients that is kept, of Nesterov's kind.
+        momentum: share of the running mean of gradients in its next value, of Nesterov's kind.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float = 0.95) -> None:
@@ -75,11 +75,11 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
-                state, kept = self.state[matrix], group["momentum"]
+                state, momentum = self.state[matrix], group["momentum"]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - kept)
-                step = orthogonalised(matrix.grad.lerp(mean, kept))
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                step = orthogonalised(matrix.grad.lerp(mean, momentum))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 # the entries of an orthogonal (a, b) have the mean square 1 / max(a, b); AdamW's have about 0.2 ** 2
                 matrix.add_(step.to(matrix.dtype), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
@@ -88,14 +88,14 @@ class Muon(torch.optim.Optimizer):
 class MuonAdamW(torch.optim.Optimizer):
     """Steps each parameter group by its ``kind``: ``muon`` or ``adamw``.
 
-    Trainers and schedules take one optimizer; Muon is made for the matrices of hidden layers only.
+    Trainers and schedules take one optimizer; Muon is for the matrices of hidden layers only.
 
     Args:
         groups: parameter groups with ``params``, ``lr``, ``weight_decay`` and ``kind``.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {"kind": "adamw"})
+        super().__init__(groups, {})
         self._share()
 
     def _share(self) -> None:
@@ -156,22 +156,22 @@ def part_of_each(model: nn.Module, rates: Mapping[str, float | None], adapters: 
         if part not in known:
             raise UserError(f"module.learning_rate names '{part}': {_nearest_part(part, known)}")
     adapting = {part for part in rates for name in adapters if inside(name, part)}
-    found = {}
+    part_of = {}
     for names, _ in every:
         name, chosen = names[0], _most_specific(names, rates)
         if chosen and rates[chosen] is not None and (chosen not in adapting or name in adapters):
-            found[name] = chosen
-    if not found:
+            part_of[name] = chosen
+    if not part_of:
         raise UserError(f"module.learning_rate ({dict(rates)}) names nothing that has parameters to train.")
-    return found
+    return part_of
 
 
 def every_name(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all its names; the first is that of ``named_parameters``."""
-    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    names: dict[int, tuple[list[str], nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(found.values())
+        names.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(names.values())
 
 
 def inside(name: str, part: str) -> bool:

@@ -1,7 +1,7 @@
 """Training a small tower from dense labels: each patch names what it shows.
 
-This made the built-in tower (``recipes/scenes/vision_tower.yaml``). Chosen here: at this size a contrastive objective
-needs far more data than labels at each patch.
+The built-in tower was trained so (``recipes/scenes/vision_tower.yaml``). Chosen here: at this size a contrastive
+objective needs far more data than labels at each patch.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> Renderab
     batch = next(iter(batches))
     start, stop = batch.spans[0]
     tokenizer = model.chat.tokenizer
-    images = [place.column for place in batch.image_slots if place.row == 0]
+    images = [slot.column for slot in batch.image_slots if slot.row == 0]
     text = Text()
     is_trained = (batch.labels[0] != IGNORE).tolist()
     # Tokens of one kind are decoded together: a character may be in several.
