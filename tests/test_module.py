@@ -181,6 +181,7 @@ def test_on_two_ranks_each_token_of_both_weighs_the_same(build, monkeypatch: pyt
         {"train/loss": mean + 0.25, "train/loss/size": 0.25}
     )
     assert all(how["sync_dist"] and how["batch_size"] == 2 for _, how in logged.values())
+    assert [name for name, (_, how) in logged.items() if how.get("prog_bar")] == ["train/loss"]
 
 
 def test_a_fit_starts_from_another_run_once(build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,11 @@ def test_whichever_ends_the_run_first_decides_its_rate(module: VisionLanguageMod
     slow = SimpleNamespace(estimated_stepping_batches=20, callbacks=[timer], strategy=ONE_RANK)
     by_steps = SimpleNamespace(estimated_stepping_batches=20, callbacks=[])
     assert rates(module, slow, 21) == rates(module, by_steps, 21)
+    timer = Seconds(15)  # behind the steps until the fourth, before them from there on
+    both = rates(module, SimpleNamespace(estimated_stepping_batches=20, callbacks=[timer], strategy=ONE_RANK), 15)
+    timer = Seconds(15)
+    clocked = SimpleNamespace(estimated_stepping_batches=float("inf"), callbacks=[timer], strategy=ONE_RANK)
+    assert both == rates(module, by_steps, 15)[:4] + rates(module, clocked, 15)[4:]
     timer = Seconds(20)
     quick = SimpleNamespace(estimated_stepping_batches=1000, callbacks=[timer], strategy=ONE_RANK)
     assert rates(module, quick, 21)[20] == pytest.approx(1e-5)
@@ -239,4 +244,16 @@ def test_a_step_logs_the_groups_that_it_has(build) -> None:
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     families = [name.rpartition("/")[2] for step in range(4) for name in logged.steps[step] if "family" in name]
     assert families == ["colour", "count", "count", "colour"]
+    assert not any(
+        name.endswith("/all") for values in logged.steps.values() for name in values
+    )  # of data without levels
     assert all({"train/accuracy", "train/loss"} <= set(logged.steps[step]) for step in range(4))
+
+
+def test_scores_that_nobody_logs_are_not_collected(build) -> None:
+    model = build(LaViFusion(every=2))
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
+    batches = [collate(model, [sample]) for sample in SAMPLES]
+    trainer = pl.Trainer(logger=False, log_every_n_steps=0, **QUIET, max_epochs=1)
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert module.accuracy["train"].scores == []
