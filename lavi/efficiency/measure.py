@@ -40,7 +40,7 @@ CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 
 def concat_twin(recipe: Recipe) -> Recipe:
-    """The same recipe with all tokens concatenated in place of its fusion: the baseline of every method."""
+    """The same recipe with all tokens concatenated instead of its fusion: the baseline of every method."""
     twin = recipe.replaced("model.fusion", dict(CONCAT))
     if twin.settings["model"].get("reducer") is not None:
         twin = twin.replaced("model.reducer", None)
