@@ -25,6 +25,7 @@ from lavi.batch import Answer, Sample
 from lavi.fusion.base import Fusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.nn.delta_generators import AttentionDeltas, ConvDeltas, DeltaGenerator, MLPDeltas, PooledDeltas
 from lavi.vision.hf import HFVision
 
 TOWER = {
@@ -139,6 +140,19 @@ def build(tokenizer: str):  # type: ignore[no-untyped-def]
     return make
 
 
+GENERATORS: dict[str, type[DeltaGenerator]] = {
+    "attention": AttentionDeltas,
+    "mlp": MLPDeltas,
+    "conv": ConvDeltas,
+    "pooled": PooledDeltas,
+}
+
+
+def small(kind: str = "attention", **settings: int) -> DeltaGenerator:
+    """A delta generator for small models."""
+    return GENERATORS[kind](**{"bottleneck": 16, **settings})
+
+
 def awaken(fusion: Fusion, seed: int = 1) -> None:
     """Leave the zero start: random numbers in every parameter of the fusion."""
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +212,11 @@ def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
                 "config": QWEN2,
                 "tokenizer": str(scenes / "tokenizer"),
             },
-            "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
+            "fusion": {
+                "_target_": "lavi.fusion.lavi.LaViFusion",
+                "every": 2,
+                "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
+            },
         },
         "module": {
             "_target_": "lavi.training.module.VisionLanguageModule",

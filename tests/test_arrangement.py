@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import awaken
+from conftest import awaken, small
 
 from lavi.batch import Answer, Batch, ImageSlot, Layout
 from lavi.errors import UserError
@@ -26,7 +26,7 @@ from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.layers import chosen_layers, spread_layers
 from lavi.fusion.pruning import PruningFusion
-from lavi.nn.delta_generators import AttentionDeltas
+from lavi.nn.delta_generators import AttentionDeltas, ConvDeltas, MLPDeltas
 from lavi.nn.formulas import modulation_flops
 from lavi.visor.fusion import VisorFusion
 
@@ -105,7 +105,7 @@ def test_a_token_sees_the_images_before_it_in_its_conversation() -> None:
 
 
 def test_text_alone_is_the_text_as_it_is() -> None:
-    context = ColumnContext(column=group_tokens_by_row(RIGHT, [2, 1, 3, 2]).column)
+    context = ColumnContext(visual={}, column=group_tokens_by_row(RIGHT, [2, 1, 3, 2]).column)
     plain = text_only_input(RIGHT, context)
     assert plain.input_ids is RIGHT.input_ids
     assert plain.attention_mask is RIGHT.attention_mask
@@ -240,7 +240,7 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
     batch = batch_of([(0, 6), (0, 5)], places)
     features = torch.randn(4, 16, 24)
     cross = build(CrossAttentionFusion(fraction=0.5, ffn=0))
-    lavi = build(LaViFusion(every=2, bottleneck=16))
+    lavi = build(LaViFusion(every=2, generator=small()))
     assert sorted(cross.fusion.blocks) == sorted(lavi.fusion.generators) == ["1", "3"]
     for model in (cross, lavi):
         awaken(model.fusion)
@@ -262,11 +262,13 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
 
 
 def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:  # type: ignore[no-untyped-def]
-    lavi, cross = build(LaViFusion(generator="mlp")).fusion, build(CrossAttentionFusion()).fusion
+    lavi, cross = build(LaViFusion()).fusion, build(CrossAttentionFusion()).fusion
     assert list(lavi.generators) == list(cross.blocks) == ["3"]
-    made = lavi.generators["3"]
-    assert (made.bottleneck, made.heads, made.depth, made.outputs) == (64, 4, 1, 4)
-    assert type(build(LaViFusion()).fusion.generators["3"]) is AttentionDeltas
+    generator = lavi.generators["3"]
+    assert type(generator) is AttentionDeltas
+    assert (generator.bottleneck, generator.heads, generator.outputs) == (64, 4, 4)
+    assert (MLPDeltas().depth, ConvDeltas().depth, MLPDeltas().bottleneck, ConvDeltas().bottleneck) == (1, 1, 64, 64)
+    assert lavi.where == "spread"
     block = cross.blocks["3"]
     assert (block.heads, block.ffn_width, block.width) == (4, 128, 32)
     assert lavi.views.image.num_embeddings == cross.views.image.num_embeddings == 8

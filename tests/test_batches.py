@@ -44,14 +44,14 @@ ALTERNATES = (
 @pytest.fixture(scope="module")
 def small(tokenizer: str) -> Processor:
     """Of a model with a tower and a tokenizer, whose template takes questions and answers in turns alone."""
-    from conftest import QWEN2, TOWER
+    from conftest import QWEN2, TOWER, small
 
     from lavi.language.load import LanguageModel
     from lavi.model import VisionLanguageModel
     from lavi.vision.hf import HFVision
 
     language = LanguageModel(config=QWEN2, tokenizer=tokenizer)
-    model = VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=LaViFusion(bottleneck=16))
+    model = VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=LaViFusion(generator=small()))
     strict = AutoTokenizer.from_pretrained(tokenizer)
     strict.chat_template = ALTERNATES
     model.processor.chat = Chat(strict)

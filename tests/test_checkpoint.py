@@ -139,7 +139,10 @@ def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixtu
     refused("module.start_from=gone", words="there is no gone/trained.safetensors: give module.start_from a run folder")
     refused("module.start_from=one", words="lacks: give model.language the same lora.")
     refused(
-        "module.start_from=one", LORA, "model.fusion.bottleneck=8", words="is no start for this recipe: model.fusion"
+        "module.start_from=one",
+        LORA,
+        "model.fusion.generator.bottleneck=8",
+        words="is no start for this recipe: model.fusion",
     )
     refused(
         "module.start_from=one",
@@ -249,10 +252,11 @@ def test_a_folder_that_does_not_fit_is_refused(folder: Path, build: Any) -> None
 
     write(fusion=recipe["model"]["fusion"] | {"every": 4})
     refused(r"fusion.safetensors does not fit the model of its recipe: it has besides .* parameters \(fusion")
-    write(fusion=recipe["model"]["fusion"] | {"bottleneck": 8})
+    generator = recipe["model"]["fusion"]["generator"]
+    write(fusion=recipe["model"]["fusion"] | {"generator": generator | {"bottleneck": 8}})
     refused(r"does not fit .*: fusion.generators.* in the file, .* in the model")
-    write(fusion=recipe["model"]["fusion"] | {"botleneck": 8})
-    refused("'model.fusion.botleneck' is unknown .* did you mean 'bottleneck'")
+    write(fusion=recipe["model"]["fusion"] | {"evry": 8})
+    refused("'model.fusion.evry' is unknown .* did you mean 'every'")
     write(fusion={"_target_": "os.system"})
     refused("wants to build 'os.system'.*--trust")
     write(_target_="lavi.vision.hf.HFVision")

@@ -144,7 +144,11 @@ def single(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Single:
             "_target_": "lavi.model.VisionLanguageModel",
             "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
             "language": language,
-            "fusion": {"_target_": "lavi.fusion.lavi.LaViFusion", "every": 2, "bottleneck": 16},
+            "fusion": {
+                "_target_": "lavi.fusion.lavi.LaViFusion",
+                "every": 2,
+                "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
+            },
         },
         "module": {
             "_target_": "lavi.training.module.VisionLanguageModule",

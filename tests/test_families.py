@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, TOWER, ask, awaken, collate
+from conftest import FAMILIES, GENERATORS, TOWER, ask, awaken, collate, small
 from torch import Tensor
 
 from lavi.errors import UserError
@@ -17,7 +17,6 @@ from lavi.fusion.layers import spread_layers
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import norm_targets
 from lavi.model import VisionLanguageModel
-from lavi.nn.delta_generators import GENERATORS
 from lavi.vision.hf import HFVision
 
 FEEDS_BOTH_APART = {"attention": "feeds", "ffn": "feeds"}
@@ -121,7 +120,7 @@ def test_a_family_without_the_kernel_says_which_one_to_take(tokenizer: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [*GENERATORS, "concat"])
 def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) -> None:
-    fusion: Fusion = ConcatFusion() if kind == "concat" else LaViFusion(every=2, bottleneck=16, generator=kind)
+    fusion: Fusion = ConcatFusion() if kind == "concat" else LaViFusion(every=2, generator=small(kind))
     model = build(fusion, family=family)
     awaken(model.fusion)
     prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which image has the red circle?", 3), ask("hi")]
@@ -134,7 +133,7 @@ def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_torch_compile_breaks_no_graph(build, family: str, kind: str) -> None:
-    model = build(LaViFusion(every=2, bottleneck=16, generator=kind), family=family)
+    model = build(LaViFusion(every=2, generator=small(kind)), family=family)
     awaken(model.fusion)
     batch = collate(model, [ask(1, "what colour is the circle?")])
 

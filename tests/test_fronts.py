@@ -250,7 +250,7 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     settings: dict[str, Any] = yaml.safe_load((other / RECIPE).read_text())
-    settings["model"]["fusion"]["bottleneck"] = 8
+    settings["model"]["fusion"]["generator"]["bottleneck"] = 8
     (other / RECIPE).write_text(yaml.safe_dump(settings))
     refused(
         run("lavi.generate", "--checkpoint", other, *ask), "belongs to another recipe", "in the file", "in the model"

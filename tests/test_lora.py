@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy
+from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy, small
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +22,7 @@ from lavi.training.module import VisionLanguageModule, summed_loss
 from lavi.vision.hf import HFVision
 
 SETTINGS = {"rank": 4, "alpha": 8, "dropout": 0.0}
-FUSIONS = {"lavi": lambda: LaViFusion(every=2, bottleneck=16), "concat": ConcatFusion}
+FUSIONS = {"lavi": lambda: LaViFusion(every=2, generator=small()), "concat": ConcatFusion}
 SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a square?", answer="yes")]
 
 

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from conftest import GENERATORS
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavi.errors import UserError
 from lavi.nn.cross_attention import GatedCrossAttention
-from lavi.nn.delta_generators import GENERATORS, DeltaGenerator, on_grid
+from lavi.nn.delta_generators import DeltaGenerator, on_grid
 from lavi.nn.modulated_norm import ModulatedNorm, normalise
 from lavi.nn.view_embedding import ViewEmbedding
 
@@ -28,9 +29,10 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def generator(kind: str, **changes: int) -> DeltaGenerator:
-    settings = {"width": WIDTH, "vision_width": VISION, "outputs": 3, "bottleneck": R, "heads": HEADS, "depth": 2}
-    return randomised(GENERATORS[kind](**settings | changes))  # type: ignore[return-value]
+def generator(kind: str, *, outputs: int = 3, **changes: int) -> DeltaGenerator:
+    settings = {"attention": {"heads": HEADS}, "mlp": {"depth": 2}, "conv": {"depth": 2}, "pooled": {}}[kind]
+    unbound = GENERATORS[kind](**{"bottleneck": R, **settings, **changes})
+    return randomised(unbound.bound(width=WIDTH, vision_width=VISION, outputs=outputs))  # type: ignore[return-value]
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
@@ -116,7 +118,7 @@ def test_a_generator_computes_what_its_picture_says(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_starts_at_zero_and_works_in_fp32(kind: str) -> None:
-    made = GENERATORS[kind](width=WIDTH, vision_width=VISION, outputs=2, bottleneck=R)
+    made = GENERATORS[kind](bottleneck=R).bound(width=WIDTH, vision_width=VISION, outputs=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         slots = made.visual(draw(1, 48, VISION).bfloat16(), GRID)
         found = made(draw(1, 3, WIDTH).bfloat16(), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
@@ -131,8 +133,8 @@ def test_a_generator_starts_at_zero_and_works_in_fp32(kind: str) -> None:
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_costs_what_a_counter_of_operators_sees(kind: str) -> None:
     views, text = 3, 5
-    for changes in ({}, {"outputs": 1, "depth": 1, "heads": 4}):
-        made = generator(kind, **changes)
+    other = {"attention": {"heads": 4}, "mlp": {"depth": 1}, "conv": {"depth": 1}, "pooled": {"bottleneck": 4}}[kind]
+    for made in (generator(kind), generator(kind, outputs=1, **other)):
         with FlopCounterMode(display=False) as once:
             slots = made.visual(draw(views, 48, VISION), GRID)
         assert once.get_total_flops() == views * made.slots_flops(48)

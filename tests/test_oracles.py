@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken, collate, greedy
+from conftest import FAMILIES, ask, awaken, collate, greedy, small
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -25,24 +25,27 @@ from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
 from lavi.training.module import VisionLanguageModule, summed_loss
 from lavi.visor.fusion import VisorFusion
+from lavi.visor.readers import ModulationReader
+
+
+def lavi_of(kind: str) -> LaViFusion:
+    return LaViFusion(every=2, generator=small(kind))
+
 
 FUSIONS = {
-    **{
-        f"lavi-{kind}": partial(LaViFusion, every=2, bottleneck=16, generator=kind)
-        for kind in ("attention", "mlp", "conv", "pooled")
-    },
-    "lavi-attention-norm": lambda: LaViFusion(every=1, targets=["attention"], bottleneck=16),
-    "lavi-ffn-norm": lambda: LaViFusion(every=2, targets=["ffn"], bottleneck=16),
-    "lavi-final-norm": lambda: LaViFusion(targets=["final"], bottleneck=16),
+    **{f"lavi-{kind}": partial(lavi_of, kind) for kind in ("attention", "mlp", "conv", "pooled")},
+    "lavi-attention-norm": lambda: LaViFusion(every=1, targets=["attention"], generator=small()),
+    "lavi-ffn-norm": lambda: LaViFusion(every=2, targets=["ffn"], generator=small()),
+    "lavi-final-norm": lambda: LaViFusion(targets=["final"], generator=small()),
     "lavi-all-norms": lambda: LaViFusion(fraction=0.5, targets=["attention", "ffn", "final"], per_target=True),
-    "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", bottleneck=16),
-    "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", bottleneck=16),
+    "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", generator=small()),
+    "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", generator=small()),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "cross-attention-alone": lambda: CrossAttentionFusion(layers=[0, 3], ffn=0, heads=2),
     "visor": lambda: VisorFusion(cross_attention=2, self_attention=1),
     "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
     "visor-self": lambda: VisorFusion(cross_attention=0, self_attention=[1, 2]),
-    "visor-modulation": lambda: VisorFusion(cross_attention=[2, 3], self_attention=[0], read="modulation"),
+    "visor-modulation": lambda: VisorFusion(cross_attention=[2, 3], self_attention=[0], reader=ModulationReader()),
     "visor-routed": lambda: VisorFusion(
         cross_attention=[0, 2], self_attention=[1, 3], configurations=[[], [1], [3], [1, 3]], router="token"
     ),
@@ -263,15 +266,19 @@ def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
     hidden, mask = torch.randn(1, 2, 32), torch.ones(1, 2, 1, dtype=torch.bool)
     for parameters, each in (("both", 2), ("scale", 1), ("shift", 1)):
         for per_target in (False, True):
-            fusion = build(LaViFusion(every=4, parameters=parameters, per_target=per_target, generator="pooled")).fusion
+            fusion = build(
+                LaViFusion(
+                    every=4, parameters=parameters, per_target=per_target, generator=small("pooled", bottleneck=64)
+                )
+            ).fusion
             assert list(fusion.generators) == (["3-0", "3-1"] if per_target else ["3"])
             for number, generator in enumerate(fusion.generators.values()):
                 values = torch.arange(generator.outputs) + number * generator.outputs
                 with torch.no_grad():
                     generator.deltas.bias.copy_(values.repeat_interleave(32))
             visual = {key: torch.zeros(1, 1, 64) for key in fusion.generators}
-            found = fusion.deltas(3, hidden, visual, mask)
-            assert len(found) == len(fusion.targets[3]) == 2
+            found = fusion.plan.deltas(3, hidden, visual, mask)
+            assert len(found) == len(fusion.plan.norms[3]) == 2
             numbers = [None if part is None else float(part.unique()) for pair in found for part in pair]
             expected = {"both": [0, 1, 2, 3], "scale": [0, None, 1, None], "shift": [None, 0, None, 1]}[parameters]
             assert numbers == expected
@@ -284,14 +291,14 @@ def test_the_final_norm_s_deltas_depend_on_what_it_gets(build) -> None:
     awaken(model.fusion)
     batch = collate(model, SAMPLES)
     with torch.no_grad():
-        context = model.fusion(batch, model.features(batch.pixels), model.language).vision.at(
+        context = model.fusion(batch, model.features(batch.pixels), model.language).vision.for_step(
             0, batch.input_ids.shape[1]
         )
     norm = model.language.hf.model.norm
     hidden = torch.randn(*batch.input_ids.shape, model.language.width, requires_grad=True)
     with context.during_stack():
         found = norm(hidden)
-    (deltas,) = model.fusion.deltas(4, hidden, context.visual, context.mask)
+    (deltas,) = model.fusion.plan.deltas(4, hidden, context.visual, context.mask)
     with modulated([norm], [deltas]):
         expected = norm(hidden)
     assert not torch.equal(expected, norm(hidden))
@@ -347,7 +354,7 @@ def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_pat
         expected |= {f"model.fusion.views.{table}.weight" for table in ("image", "row", "column", "frame")}
         assert set(kept) == expected
     elif name == "concat":
-        assert set(kept) == {f"model.fusion.projector.{layer}.{key}" for layer in (0, 2) for key in KINDS}
+        assert set(kept) == {f"model.fusion.projector.layers.{layer}.{key}" for layer in (0, 2) for key in KINDS}
     write_state(kept, tmp_path / "trained.safetensors")
     other = VisionLanguageModule(build(FUSIONS[name](), family=family), learning_rate={"fusion": 1e-3})
     load_trained(other, tmp_path / "trained.safetensors")

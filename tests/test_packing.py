@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken
+from conftest import FAMILIES, ask, awaken, small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,8 +30,8 @@ from lavi.visor.fusion import VisorFusion
 
 FUSIONS: dict[str, Any] = {
     "concat": ConcatFusion,
-    "lavi": lambda: LaViFusion(every=2, bottleneck=16),
-    "lavi-pooled": lambda: LaViFusion(every=2, bottleneck=16, generator="pooled"),
+    "lavi": lambda: LaViFusion(every=2, generator=small()),
+    "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
 }
 CASES = [(family, name) for family in FAMILIES for name in ("concat", "lavi")]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lavi.batch import Layout
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept
+from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept_count
 from lavi.language import ranking
 
 SAMPLES = [
@@ -114,13 +114,13 @@ def test_ranking_costs_one_query_s_scores_in_its_layers(build) -> None:  # type:
 def test_scores_are_computed_in_ranking_layers_alone(build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(FastV(layer=2, keep=0.5))
     shapes = []
-    look = ranking.Ranking.look
+    look = ranking.Ranking.record_scores
 
     def spied(self, query, key, **kwargs):  # type: ignore[no-untyped-def]
         look(self, query, key, **kwargs)
         shapes.append(self.scores.shape)
 
-    monkeypatch.setattr(ranking.Ranking, "look", spied)
+    monkeypatch.setattr(ranking.Ranking, "record_scores", spied)
     batch = collate(model, SAMPLES)
     with torch.no_grad():
         model(batch)
@@ -138,8 +138,8 @@ def test_the_kernel_comes_back_after_an_error(build) -> None:
 
 
 def test_shares_never_drop_all() -> None:
-    assert [kept(count, 0.01) for count in (0, 1, 16)] == [0, 1, 1]
-    assert [kept(count, 0.5) for count in (16, 7, 5)] == [8, 4, 2]  # to the nearest, a half to the even one
+    assert [kept_count(count, 0.01) for count in (0, 1, 16)] == [0, 1, 1]
+    assert [kept_count(count, 0.5) for count in (16, 7, 5)] == [8, 4, 2]  # to the nearest, a half to the even one
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_child_changes_only_its_lines(tiny_recipe: Path) -> None:
     assert recipe.settings["model"]["fusion"] == {
         "_target_": "lavi.fusion.lavi.LaViFusion",
         "every": 1,
-        "bottleneck": 16,
+        "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
     }
     assert recipe.settings["trainer"]["max_steps"] == 3
     assert recipe.settings["name"] == "tiny"
@@ -158,10 +158,10 @@ def test_a_mapping_on_the_command_line_takes_the_place_of_the_old_one(tiny_recip
     concat = "model.fusion={_target_: lavi.fusion.concat.ConcatFusion, newline: true}"
     recipe = Recipe.load(tiny_recipe, [concat])
     assert recipe.settings["model"]["fusion"] == {"_target_": "lavi.fusion.concat.ConcatFusion", "newline": True}
-    again = concat.replace("concat.ConcatFusion, newline: true", "lavi.LaViFusion, bottleneck: 8")
+    again = concat.replace("concat.ConcatFusion, newline: true", "lavi.LaViFusion, every: 3")
     assert Recipe.load(tiny_recipe, [again]).settings["model"]["fusion"] == {
         "_target_": "lavi.fusion.lavi.LaViFusion",
-        "bottleneck": 8,
+        "every": 3,
     }
     # In a file that extends another one it is merged.
     merged = Recipe.load(child(tiny_recipe, "module:\n  learning_rate: {fusion: 1e-4}\n"))

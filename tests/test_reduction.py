@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QWEN2, TOWER, ask, awaken, collate
+from conftest import QWEN2, TOWER, ask, awaken, collate, small
 from torch import nn
 
 from lavi.batch import Layout
@@ -47,7 +47,7 @@ REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
 FUSIONS = {
     "concat": ConcatFusion,
     "lavi": partial(LaViFusion, every=2),
-    "lavi-conv": partial(LaViFusion, every=2, generator="conv"),
+    "lavi-conv": lambda: LaViFusion(every=2, generator=small("conv")),
     "cross": partial(CrossAttentionFusion, every=2),
     "visor": partial(VisorFusion, cross_attention=1, self_attention=1),
     "fastv": partial(FastV, layer=1, keep=0.5),

@@ -32,7 +32,7 @@ class Scripted:
         self.read: list[tuple[int, ...]] = []
 
     def __call__(self, batch: Batch) -> Tensor:
-        way = self.fusion.forced
+        way = self.fusion.forced_route
         self.read.append(way)
         logits = torch.full((*batch.labels.shape, 50), -50.0)
         for answer in batch.answers:

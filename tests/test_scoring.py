@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ask
+from conftest import ask, small
 
 from lavi.batch import Batch, Layout, Sample
 from lavi.efficiency.scenario import Scenario
@@ -55,7 +55,7 @@ def test_the_typical_prompt(prompts: list[tuple[int, list[Layout]]], expected: S
 @pytest.fixture
 def scorer(build: Any) -> Scorer:
     """Of a model that always says red; it remembers the batches that it was asked."""
-    real = build(LaViFusion(every=2, bottleneck=16))
+    real = build(LaViFusion(every=2, generator=small()))
     batches: list[tuple[Batch, int]] = []
 
     def answer(batch: Batch, *, max_new_tokens: int) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -363,7 +364,7 @@ def data(build, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Builds a data module over shards that a test writes."""
 
     def make(*, workers: int = 0, **settings: Any) -> ImageTextData:
-        model = build(LaViFusion(bottleneck=16))
+        model = build(LaViFusion(generator=small()))
         return ImageTextData(
             model.processor, **({"train": str(tmp_path), "workers": workers, "batch_size": 2} | settings)
         )
@@ -425,7 +426,7 @@ def read_batches(module: ImageTextData, count: int) -> list[list[str]]:
 @pytest.mark.parametrize("bucket", [1, 7])
 def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers: int, stop: int, bucket: int) -> None:
     """Also behind the end of an epoch (60 batches), in the middle of a bucket, and with readers taking turns."""
-    processor = build(LaViFusion(bottleneck=16)).processor
+    processor = build(LaViFusion(generator=small())).processor
 
     def fresh() -> ImageTextData:
         settings = {"batch_size": 4, "workers": workers, "shuffle": 25, "seed": 3, "bucket": bucket}
@@ -463,14 +464,14 @@ def _int_keys(found: dict[str, Any]) -> dict[Any, Any]:
 
 
 def test_another_number_of_readers_is_refused(build, scenes: Path) -> None:
-    processor = build(LaViFusion(bottleneck=16)).processor
+    processor = build(LaViFusion(generator=small())).processor
     state = ImageTextData(processor, train=str(scenes / "train"), workers=2).state_dict()
     with pytest.raises(UserError, match=r"data.workers=2, not 0.*Resume with data.workers=2"):
         ImageTextData(processor, train=str(scenes / "train")).load_state_dict(state)
 
 
 def test_batches_hold_what_the_contract_says(build, scenes: Path) -> None:
-    processor = build(LaViFusion(bottleneck=16)).processor
+    processor = build(LaViFusion(generator=small())).processor
     batch = next(iter(ImageTextData(processor, train=str(scenes / "train"), batch_size=16).stream("train")))
     rows, width = batch.input_ids.shape
     assert batch.labels.shape == batch.attention_mask.shape == (rows, width) == (16, width)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def processor(build) -> Processor:  # type: ignore[no-untyped-def]
-    return build(LaViFusion(bottleneck=16)).processor
+    return build(LaViFusion(generator=small())).processor
 
 
 def said(key: str, count: int, folder: Path, *, per_shard: int = 10, name: str = "data") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import QWEN2, ask, awaken, collate
+from conftest import QWEN2, ask, awaken, collate, small
 from conftest import TOWER as SMALL_TOWER
 from PIL import Image
 from torch import Tensor
@@ -85,7 +85,7 @@ def theirs(ours: VisionLanguageModel) -> LlavaOnevisionForConditionalGeneration:
     model.model.vision_tower.load_state_dict(ours.vision.tower.state_dict())  # type: ignore[attr-defined]
     model.model.language_model.load_state_dict(ours.language.hf.model.state_dict())
     model.lm_head.load_state_dict(ours.language.hf.lm_head.state_dict())
-    first, _, second = ours.fusion.projector  # type: ignore[misc]
+    first, _, second = ours.fusion.projector.layers  # type: ignore[misc]
     model.model.multi_modal_projector.linear_1.load_state_dict(first.state_dict())
     model.model.multi_modal_projector.linear_2.load_state_dict(second.state_dict())
     with torch.no_grad():
@@ -165,11 +165,11 @@ def test_the_published_counts(size: tuple[int, int]) -> None:
     width, height = size
     rows, columns = AnyRes().grid((height, width), (384, 384))
     layout = Layout(1 + rows * columns, (rows, columns), (height, width))
-    assert (layout.views, TileArrangement((27, 27)).count(layout, 729, newline=True)) == PUBLISHED[size]
+    assert (layout.views, TileArrangement((27, 27), newline=True)(layout, 729)) == PUBLISHED[size]
 
 
 def test_32_frames_are_6273_tokens() -> None:
-    assert TileArrangement((27, 27)).count(Layout(32, video=True), 729, newline=True) == 6273
+    assert TileArrangement((27, 27), newline=True)(Layout(32, video=True), 729) == 6273
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -177,14 +177,14 @@ def test_32_frames_are_6273_tokens() -> None:
 def test_as_many_tokens_as_counted(size: tuple[int, int], newline: bool) -> None:
     rows, columns = AnyRes().grid((size[1], size[0]), (SIDE, SIDE))
     layout = Layout(1 + rows * columns, (rows, columns), (size[1], size[0]))
-    packing = TileArrangement((3, 3), budget=2)
-    packed = packing.arrange(torch.randn(layout.views, 9, 8), layout, torch.zeros(8) if newline else None)
-    assert len(packed) == packing.count(layout, 9, newline=newline) > 9
+    arrangement = TileArrangement((3, 3), budget=2, newline=newline)
+    arranged = arrangement.arrange(torch.randn(layout.views, 9, 8), layout, torch.zeros(8) if newline else None)
+    assert len(arranged) == arrangement(layout, 9) > 9
 
 
 def test_rows_of_every_layout_answer_as_they_would_alone(ours: VisionLanguageModel) -> None:
     lavi = VisionLanguageModel(
-        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, bottleneck=16), tiling=AnyRes()
+        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, generator=small()), tiling=AnyRes()
     ).eval()
     samples = [ask(0, "what colour is the circle?", answer="red", key=str(size)) for size in SIZES[:4]]
     for sample, size in zip(samples, SIZES, strict=False):
@@ -203,7 +203,7 @@ def test_rows_of_every_layout_answer_as_they_would_alone(ours: VisionLanguageMod
 def test_lavi_tells_tiles_and_frames_apart(ours: VisionLanguageModel) -> None:
     """The same pixels in another tile, or in another frame, are another image."""
     model = VisionLanguageModel(
-        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, bottleneck=16), tiling=AnyRes()
+        vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, generator=small()), tiling=AnyRes()
     ).eval()
     awaken(model.fusion)
     batch = question([picture((48, 48))], model)

@@ -163,7 +163,11 @@ NUMBERS = [
         "weights.a' must be a number",
     ),
     ("model.fusion.every=0", 2, "'model.fusion.every' must be a whole number from 1, not 0"),
-    ("model.fusion.bottleneck=0", 2, "'model.fusion.bottleneck' must be a whole number from 1, not 0"),
+    (
+        "model.fusion.generator.bottleneck=0",
+        2,
+        "'model.fusion.generator.bottleneck' must be a whole number from 1, not 0",
+    ),
     ("model.fusion.heads=0", 2, "'model.fusion.heads' must be a whole number from 1, not 0"),
     ("model.fusion.max_images=0", 2, "'model.fusion.max_images' must be a whole number from 1, not 0"),
     ("model.fusion.fraction=0", 2, "'model.fusion.fraction' must be a number above 0 and at most 1, not 0"),
@@ -233,7 +237,7 @@ CONFIGURATIONS = [
 
 ONCE_IT_IS_BUILT = [
     ("trainer.precision=bf16-true", 2, "trainer.precision=bf16-true casts every weight", "set bf16-mixed"),
-    ("model.fusion.heads=3", 2, "bottleneck (16) must be a multiple of its heads, 3"),
+    ("model.fusion.generator.heads=3", 2, "bottleneck (16) must be a multiple of its heads, 3"),
     ("model.fusion.layers='[9]'", 2, "layers [9]", "0 to 3"),
     ("model.fusion.layers='[]'", 2, "layers []"),
     ("model.fusion='{_target_: lavi.fusion.cross_attention.CrossAttentionFusion, heads: 5}'", 2, "5 heads must divide"),

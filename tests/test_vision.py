@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import QWEN2, ask, collate
+from conftest import QWEN2, ask, collate, small
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -668,9 +668,9 @@ def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
 # --- inside a model ---------------------------------------------------------------------------------------------------
 
 FUSIONS = {
-    "attention": lambda: LaViFusion(every=2, bottleneck=16),
-    "mlp": lambda: LaViFusion(every=2, bottleneck=16, generator="mlp"),
-    "conv": lambda: LaViFusion(every=2, bottleneck=16, generator="conv"),
+    "attention": lambda: LaViFusion(every=2, generator=small()),
+    "mlp": lambda: LaViFusion(every=2, generator=small("mlp")),
+    "conv": lambda: LaViFusion(every=2, generator=small("conv")),
     "concat": ConcatFusion,
 }
 SMALL = [name for name in TOWER_NAMES if not name.startswith("timm") and name != "EVA"]

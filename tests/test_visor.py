@@ -15,8 +15,10 @@ from test_oracles import bare_logits, row
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.training.module import summed_loss
-from lavi.visor.fusion import VisorContext, VisorFusion
+from lavi.visor.context import VisorContext
+from lavi.visor.fusion import VisorFusion
 from lavi.visor.offline import answer_probability
+from lavi.visor.readers import AttentionReader, ModulationReader, Reader
 
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),
@@ -47,10 +49,12 @@ def test_with_self_attention_everywhere_it_is_concatenation(build, family: str, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("read", ["attention", "modulation"])
+@pytest.mark.parametrize("reader", [AttentionReader, ModulationReader])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_self_attention_it_starts_as_the_language_model(build, family: str, read: str, dtype: str) -> None:
-    model = build(VisorFusion(cross_attention=2, self_attention=0, read=read), family=family, dtype=dtype)  # type: ignore[arg-type]
+def test_without_self_attention_it_starts_as_the_language_model(
+    build, family: str, reader: type[Reader], dtype: str
+) -> None:
+    model = build(VisorFusion(cross_attention=2, self_attention=0, reader=reader()), family=family, dtype=dtype)
     batch = collate(model, SAMPLES)
     with torch.no_grad():
         assert torch.equal(model(batch), bare_logits(model, batch))
@@ -73,17 +77,17 @@ def test_rows_that_go_different_ways_answer_as_they_do_alone(build, router: str)
     with torch.no_grad():
         for seed in range(50):  # a router that is sure of one way tests nothing
             awaken(model.fusion.router, seed)
-            model.fusion.routed.clear()
+            model.fusion.route_counts.clear()
             together = model(batch)
-            if len(model.fusion.routed) > 1:
+            if len(model.fusion.route_counts) > 1:
                 break
-        ways = Counter(model.fusion.routed)
-        model.fusion.routed.clear()
+        ways = Counter(model.fusion.route_counts)
+        model.fusion.route_counts.clear()
         for index, prompt in enumerate(PROMPTS):
             alone = model(collate(model, [prompt], prompt=True))[0]
             torch.testing.assert_close(row(together, batch, index), alone, atol=2e-5, rtol=1e-4)
     assert len(ways) > 1, "all rows went one way"
-    assert model.fusion.routed == ways
+    assert model.fusion.route_counts == ways
     answers = model.generate(batch, max_new_tokens=6, eos_token_id=None)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         alone = collate(model, [prompt], prompt=True)
@@ -106,10 +110,10 @@ def test_a_routed_row_is_the_fixed_configuration(build, family: str) -> None:
             expected = fixed(batch)
             with model.fusion.force_route(configuration):
                 assert torch.equal(model(batch), expected)
-            model.fusion.router[3].weight.zero_()
-            model.fusion.router[3].bias.copy_(torch.eye(4)[model.fusion.viable.index(configuration)])
+            model.fusion.router.network[3].weight.zero_()
+            model.fusion.router.network[3].bias.copy_(torch.eye(4)[model.fusion.viable.index(configuration)])
             assert torch.equal(model(batch), expected)
-            model.fusion.router[3].weight.normal_()
+            model.fusion.router.network[3].weight.normal_()
 
 
 def test_rows_go_different_ways_in_bf16(build) -> None:
@@ -118,17 +122,17 @@ def test_rows_go_different_ways_in_bf16(build) -> None:
     with torch.no_grad():
         for seed in range(50):
             awaken(model.fusion.router, seed)
-            model.fusion.routed.clear()
+            model.fusion.route_counts.clear()
             logits = model(batch)
-            if len(model.fusion.routed) > 1:
+            if len(model.fusion.route_counts) > 1:
                 break
-    assert len(model.fusion.routed) > 1
+    assert len(model.fusion.route_counts) > 1
     assert logits.isfinite().all()
 
 
 def test_the_router_stands_where_the_ways_part(build) -> None:
     model = build(routed(configurations=[[1], [1, 3]]))
-    assert model.fusion.routes_at == 3
+    assert model.fusion.router.before_layer == 3
     awaken(model.fusion)
     batch = collate(model, PROMPTS, prompt=True)
     fixed = build(VisorFusion(cross_attention=[0, 2], self_attention=[1, 3], configuration=[1]))
@@ -212,16 +216,18 @@ def test_the_router_learns_its_labels(build, tmp_path: Path) -> None:
     model.eval()
     with torch.no_grad():
         for sample, way in zip(SAMPLES, wanted.values(), strict=True):
-            model.fusion.routed.clear()
+            model.fusion.route_counts.clear()
             model(collate(model, [sample]))
-            assert list(model.fusion.routed) == [tuple(way)]
+            assert list(model.fusion.route_counts) == [tuple(way)]
 
 
 def test_while_a_router_learns_the_cheapest_way_serves(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps({"key": key, "configuration": [1, 3]}) + "\n" for key in "abc"))
     refined: list[int] = []
-    monkeypatch.setattr(VisorContext, "_refined", lambda self, layer, call, text, *_: refined.append(layer) or text)
+    monkeypatch.setattr(
+        VisorContext, "_refine", lambda self, arranged, layer, call, text, *_: refined.append(layer) or text
+    )
     model = build(routed(labels=str(file)))
     with torch.no_grad():
         model.train()(collate(model, SAMPLES), {})

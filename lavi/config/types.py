@@ -10,10 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Annotated, Any
 
 
 @dataclass(frozen=True)

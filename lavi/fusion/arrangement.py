@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -14,13 +14,13 @@ from lavi.batch import Batch
 from lavi.language.context import DecoderInput, VisualContext
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ColumnContext(VisualContext):
     """What layers read of the images: tokens that stand beside the text, each before one of its columns."""
 
-    visual: dict[str, Tensor] = field(default_factory=dict)
+    visual: dict[str, Tensor]
     """(B, M, E) each."""
-    column: Tensor = None  # type: ignore[assignment]
+    column: Tensor
     """(B, M): the text column each token stands before."""
     start: Tensor | None = None
     """(B, T): the column at which each text token's conversation begins; None: a row is one conversation."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,18 @@ class Cost:
 
     flops: float
     uncounted: float = 0.0
+
+
+TokenCounter = Callable[[Layout, int], int]
+"""The visual tokens of an image in the language model's sequence, of its layout and the tokens of each view.
+
+It goes to processes that read data: a function of a module, or an object of numbers alone.
+"""
+
+
+def no_tokens(layout: Layout, per_view: int) -> int:
+    """Of fusions that put nothing into the sequence."""
+    return 0
 
 
 class Fusion(nn.Module, ABC):
@@ -76,9 +88,14 @@ class Fusion(nn.Module, ABC):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         """Arrange one batch; ``features`` (views, N, Dv) stand in the order of ``batch.pixels``."""
 
-    @abstractmethod
+    @property
+    def token_counter(self) -> TokenCounter:
+        """How many visual tokens of an image stand in the language model's sequence; by default none does."""
+        return no_tokens
+
     def tokens_in_language(self, layout: Layout, per_view: int) -> int:
         """How many visual tokens of an image, ``per_view`` of each view, stand in the language model's sequence."""
+        return self.token_counter(layout, per_view)
 
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
         """How many visual tokens each decoder layer works on, of ``inside`` that stand in the sequence."""

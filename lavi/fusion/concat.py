@@ -15,35 +15,34 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count
 from lavi.fusion.arrangement import conversation_ids, splice, splice_tokens
-from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.base import Cost, Fusion, TokenCounter
 from lavi.fusion.tile_arrangement import TileArrangement
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
-from lavi.nn.formulas import linear_flops
+from lavi.nn.projectors import MLPProjector, Projector
 from lavi.vision.base import FeatureSpec
 
 
 class ConcatFusion(Fusion):
-    """A two-layer GELU projector (LLaVA-1.5), then the visual tokens are spliced into the text.
+    """A projector, then the visual tokens are spliced into the text.
 
     Args:
+        projector: features to the language model's width; by default LLaVA-1.5's, two layers and a GELU.
         newline: a learned embedding ends each row of a tiled image's grid, and every other image (LLaVA-OneVision).
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``).
     """
 
     packs = True
 
-    def __init__(self, *, newline: bool = False, budget: Count = 9) -> None:
+    def __init__(self, *, projector: Projector | None = None, newline: bool = False, budget: Count = 9) -> None:
         super().__init__()
+        self.projector = projector or MLPProjector()
         self.has_newline, self.budget = newline, budget
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
-        self.widths = (features.width, language.width)
-        self.tile_arrangement = TileArrangement(features.grid, budget=self.budget)
-        self.projector = nn.Sequential(
-            nn.Linear(features.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
-        )
+        self.tile_arrangement = TileArrangement(features.grid, budget=self.budget, newline=self.has_newline)
+        self.projector.bind(features.width, language.width)
         self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
 
@@ -69,10 +68,10 @@ class ConcatFusion(Fusion):
             empty.append(self.newline[None][:0].to(projected))
         return torch.cat([*empty, *packed]), [len(tokens) for tokens in packed]
 
-    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
-        return self.tile_arrangement.count(layout, per_view, newline=self.has_newline)
+    @property
+    def token_counter(self) -> TokenCounter:
+        return self.tile_arrangement
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        vision_width, width = self.widths
         visual = 0 if decoding or layout is None else layout.views * per_view
-        return {"projector": Cost(linear_flops(visual, vision_width, width) + linear_flops(visual, width, width))}
+        return {"projector": Cost(self.projector.flops(visual))}

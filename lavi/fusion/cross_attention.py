@@ -92,14 +92,13 @@ class CrossAttentionFusion(Fusion):
             features.device
         )
         visual = rows.gather(tokens)  # (B, M, Dv)
-        seen = {}
+        keys_values = {}
         for layer, block in self.blocks.items():
-            seen[f"{layer} key"], seen[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(visual)
-        context = CrossAttentionContext(fusion=self, visual=seen, column=rows.column)
+            keys_values[f"{layer} key"], keys_values[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(
+                visual
+            )
+        context = CrossAttentionContext(blocks=self.blocks, visual=keys_values, column=rows.column)
         return text_only_input(batch, context)
-
-    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
-        return 0
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         visual = layout.views * per_view if layout else 0
@@ -110,13 +109,13 @@ class CrossAttentionFusion(Fusion):
         return {"cross_attention": Cost(flops)}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CrossAttentionContext(ColumnContext):
     """Keys and values for each block."""
 
-    fusion: CrossAttentionFusion = None  # type: ignore[assignment]
+    blocks: nn.ModuleDict
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         assert self.mask is not None
-        seen = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
-        return call(self.fusion.blocks[str(layer)](hidden, seen, self.mask), **kwargs)
+        keys_values = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
+        return call(self.blocks[str(layer)](hidden, keys_values, self.mask), **kwargs)

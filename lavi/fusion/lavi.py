@@ -17,7 +17,7 @@ bottleneck, ``dbeta`` also on RMS norms, several images, tiles and frames, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -34,7 +34,7 @@ from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
-from lavi.nn.delta_generators import GENERATORS, DeltaGenerator
+from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
@@ -52,10 +52,7 @@ class LaViFusion(Fusion):
         targets: which norms, by what they feed; where a family has none that feeds it (OLMo-2), the norm that closes
             it. ``final`` is the norm before the head.
         parameters: what is modulated: the scale, the shift, or both (the paper's ablation).
-        generator: what makes the deltas (the paper's Table 4, and ``pooled`` as a control).
-        bottleneck: width of a generator.
-        heads: of the attention generator.
-        depth: blocks of the mixer and the convolution generator.
+        generator: what makes the deltas, one for each layer; by default attention (the paper's Table 4).
         per_target: a generator for each norm, instead of one for all of its layer's.
         max_images: images of one conversation told apart by an embedding; later ones share the last.
 
@@ -74,10 +71,7 @@ class LaViFusion(Fusion):
         where: Literal["first", "last", "spread"] = "spread",
         targets: list[Literal["attention", "ffn", "final"]] | None = None,
         parameters: Literal["both", "scale", "shift"] = "both",
-        generator: Literal["attention", "mlp", "conv", "pooled"] = "attention",
-        bottleneck: Count = 64,
-        heads: Count = 4,
-        depth: Count = 1,
+        generator: DeltaGenerator | None = None,
         per_target: bool = False,
         max_images: Count = 8,
     ) -> None:
@@ -87,51 +81,50 @@ class LaViFusion(Fusion):
         self.every, self.wanted_layers, self.fraction, self.where = every, layers, fraction, where
         self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
-        self.kind, self.bottleneck, self.heads, self.depth = generator, bottleneck, heads, depth
+        self.generator = generator or AttentionDeltas()
         self.per_target, self.max_images = per_target, max_images
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
-        self.width, self.final = language.width, len(language.layers)
-        self.grid = features.grid or (1, max(1, features.tokens))
-        found = norm_targets(language.hf)
+        self.width, self.grid = language.width, features.grid or (1, max(1, features.tokens))
+        norms = self._choose_norms(language)
+        final = len(language.layers)
+        open_decoder(language.hf, [layer for layer in norms if layer != final])
+        for target in (target for targets in norms.values() for target in targets):
+            open_norm(target, language.width)
+        self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.generators = nn.ModuleDict()
+        for layer, targets in norms.items():
+            shares = [1] * len(targets) if self.per_target else [len(targets)]
+            for number, share in enumerate(shares):
+                self.generators[f"{layer}-{number}" if self.per_target else str(layer)] = self.generator.bound(
+                    width=language.width,
+                    vision_width=features.width,
+                    outputs=share * (self.scale + self.shift),
+                )
+        self.plan = ModulationPlan(norms, self.generators, final, scale=self.scale, shift=self.shift)
+
+    def _choose_norms(self, language: LanguageModel) -> dict[int, list[NormTarget]]:
+        """The norms to modulate, by layer; the one before the head under the number of layers."""
+        all_norms, layers = norm_targets(language.hf), len(language.layers)
         inside = [target for target in self.wanted_targets if target != "final"]
-        layers = []
+        chosen: list[int] = []
         if inside:
-            layers = chosen_layers(
-                self.final,
+            chosen = chosen_layers(
+                layers,
                 every=self.every,
                 layers=self.wanted_layers,
                 fraction=self.fraction,
                 where=self.where,
                 method="LaVi",
             )
-        self.targets = {layer: norms_of(found, layer, inside) for layer in layers}
+        norms = {layer: norms_of(all_norms, layer, inside) for layer in chosen}
         if "final" in self.wanted_targets:
-            self.targets[self.final] = norms_of(found, self.final, ["final"])
-        self.targets = {layer: targets for layer, targets in self.targets.items() if targets}
-        open_decoder(language.hf, [layer for layer in self.targets if layer != self.final])
-        for target in self.modulated_norms:
-            open_norm(target, language.width)
-        self.views = ViewEmbedding(features.width, images=self.max_images)
-        self.generators = nn.ModuleDict()
-        for layer, targets in self.targets.items():
-            for name, count in self._generators_of(layer, len(targets)):
-                self.generators[name] = GENERATORS[self.kind](
-                    width=language.width,
-                    vision_width=features.width,
-                    outputs=count * (self.scale + self.shift),
-                    bottleneck=self.bottleneck,
-                    heads=self.heads,
-                    depth=self.depth,
-                )
+            norms[layers] = norms_of(all_norms, layers, ["final"])
+        return {layer: targets for layer, targets in norms.items() if targets}
 
     @property
     def modulated_norms(self) -> list[NormTarget]:
-        return [target for targets in self.targets.values() for target in targets]
-
-    def _generators_of(self, layer: int, norms: int) -> list[tuple[str, int]]:
-        """Names of a layer's generators, and how many norms each serves."""
-        return [(f"{layer}-{i}", 1) for i in range(norms)] if self.per_target else [(str(layer), norms)]
+        return [target for targets in self.plan.norms.values() for target in targets]
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
@@ -139,22 +132,10 @@ class LaViFusion(Fusion):
         tokens = features.float() + self.views(view_indices(batch, features.device))  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
         per_view = next(iter(slots.values())).shape[1]
-        rows = group_tokens_by_row(batch, [place.views * per_view for place in batch.image_slots]).to(features.device)
-        visual = {name: rows.gather(slot) for name, slot in slots.items()}
-        context = LaViContext(fusion=self, visual=visual, column=rows.column)
-        return text_only_input(batch, context)
-
-    def deltas(self, layer: int, hidden: Tensor, visual: dict[str, Tensor], mask: Tensor) -> list[Deltas]:
-        """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
-        norms = len(self.targets[layer])
-        made = [
-            self.generators[name](hidden, visual[name], mask) for name, _ in self._generators_of(layer, norms)
-        ]  # (B, T, outputs, D) each
-        parts = iter(torch.cat(made, dim=2).unbind(2))
-        return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in range(norms)]
-
-    def tokens_in_language(self, layout: Layout, per_view: int) -> int:
-        return 0
+        counts = [slot.views * per_view for slot in batch.image_slots]
+        rows = group_tokens_by_row(batch, counts).to(features.device)
+        visual = {name: rows.gather(slot) for name, slot in slots.items()}  # (B, M, E) each
+        return text_only_input(batch, LaViContext(plan=self.plan, visual=visual, column=rows.column))
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         views = layout.views if layout else 0
@@ -167,23 +148,54 @@ class LaViFusion(Fusion):
         return {"generator": Cost(generators), "modulation": Cost(modulation, uncounted=modulation)}
 
 
-@dataclass
+@dataclass(frozen=True)
+class ModulationPlan:
+    """Which norms are modulated, and which generators make their deltas.
+
+    Args:
+        norms: by layer; the one before the head under :attr:`final`.
+        generators: named ``LAYER``, or ``LAYER-NUMBER`` of several; those of a layer make the deltas of its norms one after
+            the other.
+        final: the number of layers.
+        scale, shift: which deltas there are of each norm.
+    """
+
+    norms: Mapping[int, Sequence[NormTarget]]
+    generators: nn.ModuleDict
+    final: int
+    scale: bool
+    shift: bool
+
+    def modules(self, layer: int) -> list[ModulatedNorm]:
+        """The norms of a layer themselves."""
+        return [cast(ModulatedNorm, target.norm) for target in self.norms[layer]]
+
+    def deltas(self, layer: int, hidden: Tensor, visual: Mapping[str, Tensor], mask: Tensor) -> list[Deltas]:
+        """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
+        deltas = [generator(hidden, visual[name], mask) for name, generator in self._of_layer(layer)]
+        parts = iter(torch.cat(deltas, dim=2).unbind(2))  # (B, T, D) each, of (B, T, outputs, D)
+        return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in self.norms[layer]]
+
+    def _of_layer(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, one) for name, one in self.generators.items() if name.partition("-")[0] == str(layer))
+
+
+@dataclass(kw_only=True)
 class LaViContext(ColumnContext):
     """What the images left for each generator, and which of it each token may see."""
 
-    fusion: LaViFusion = None  # type: ignore[assignment]
+    plan: ModulationPlan
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         assert self.mask is not None
-        norms = [cast(ModulatedNorm, target.norm) for target in self.fusion.targets[layer]]
-        with modulated(norms, self.fusion.deltas(layer, hidden, self.visual, self.mask)):
+        with modulated(self.plan.modules(layer), self.plan.deltas(layer, hidden, self.visual, self.mask)):
             return call(hidden, **kwargs)
 
     def during_stack(self) -> AbstractContextManager[object]:
-        final = self.fusion.final
-        if final not in self.fusion.targets:
+        plan, mask = self.plan, self.mask
+        if plan.final not in plan.norms:
             return nullcontext()
-        norm = cast(ModulatedNorm, self.fusion.targets[final][0].norm)
-        assert self.mask is not None
-        mask = self.mask  # the final norm's input is known only when the norm is called
-        return modulated([norm], [lambda hidden: self.fusion.deltas(final, hidden, self.visual, mask)[0]])
+        assert mask is not None  # the final norm's input is known only when the norm is called
+        return modulated(
+            plan.modules(plan.final), [lambda hidden: plan.deltas(plan.final, hidden, self.visual, mask)[0]]
+        )

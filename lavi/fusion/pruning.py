@@ -5,19 +5,19 @@
 
 Concatenation with any number of such stages; FastV has one, behind the second layer, PyramidDrop three. Each sample
 keeps its own tokens. Pruned tokens are in no later layer's cache. Scores are computed for one query in the ranking
-layers alone, so fused attention stays in use. Chosen here: in training and teacher forcing the asking token is
-the last one before the first answer, so in a conversation of several questions the first one decides; an answer that is
+layers alone, so fused attention stays in use. Chosen here: in training and under teacher forcing the query is the last
+token before the first answer, so in a conversation of several questions the first one decides; an answer that is
 generated is ranked by its own question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lavi.batch import Batch, Layout
@@ -29,8 +29,9 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.ranking import Ranking, ranking_in
-from lavi.language.subsequence import LayeredCache, Span, check_kernel, layer_kwargs_for_subset, take
+from lavi.language.subsequence import ArrangedCall, AttentionKind, LayeredCache, take
 from lavi.language.surgery import open_decoder
+from lavi.nn.projectors import Projector
 from lavi.vision.base import FeatureSpec
 
 
@@ -39,7 +40,7 @@ class PruningFusion(ConcatFusion):
 
     Args:
         stages: after layer (from 0) -> the share of the visual tokens still there that is kept, above 0 and at most 1.
-        newline, budget: as in :class:`~lavi.fusion.concat.ConcatFusion`.
+        projector, newline, budget: as in :class:`~lavi.fusion.concat.ConcatFusion`.
 
     Raises:
         UserError: no such layer, or a share out of range.
@@ -47,8 +48,15 @@ class PruningFusion(ConcatFusion):
 
     packs = False
 
-    def __init__(self, *, stages: dict[int, Share], newline: bool = False, budget: Count = 9) -> None:
-        super().__init__(newline=newline, budget=budget)
+    def __init__(
+        self,
+        *,
+        stages: dict[int, Share],
+        projector: Projector | None = None,
+        newline: bool = False,
+        budget: Count = 9,
+    ) -> None:
+        super().__init__(projector=projector, newline=newline, budget=budget)
         for layer, keep in stages.items():
             if not 0 < keep <= 1:
                 raise UserError(f"pruning after layer {layer} keeps a share above 0 and at most 1, not {keep}.")
@@ -56,58 +64,55 @@ class PruningFusion(ConcatFusion):
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         super().bind(language, features)
-        self.layers = list(language.layers)  # a list: they stay the language model's, not the fusion's
-        self.depth, self.kernel = len(self.layers), language.attention
-        self.sliding = LayeredCache(language.hf.config)
+        layers, attention = list(language.layers), AttentionKind.of(language.attention, language.hf.config)
         self.key_width = language.attention_width
-        if wrong := [layer for layer in self.stages if not 0 <= layer < self.depth - 1]:
+        if wrong := [layer for layer in self.stages if not 0 <= layer < len(layers) - 1]:
             raise UserError(
-                f"pruning after layers {wrong}: the language model has layers to prune before in 0 to {self.depth - 2}."
+                f"pruning after layers {wrong}: the language model has layers to prune before in 0 to "
+                f"{len(layers) - 2}."
             )
         if self.stages:
-            check_kernel(self.kernel, self.sliding, "pruning")
-            open_decoder(language.hf, range(self.depth))
+            attention.check("pruning")
+            open_decoder(language.hf, range(len(layers)))
+        self.plan = PruningPlan(self.stages, layers, attention)
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        made = super().forward(batch, features, language)
+        inputs = super().forward(batch, features, language)
         if not self.stages:
-            return made
-        columns = made.vision.text_columns
+            return inputs
+        columns, valid = inputs.vision.text_columns, inputs.attention_mask
         assert columns is not None
-        device, length = columns.device, made.attention_mask.shape[1]
-        text = torch.zeros(len(batch), length + 1, dtype=torch.bool, device=device)  # the last one for padding
-        text.scatter_(1, columns.masked_fill(~batch.attention_mask, length), True)
-        text = text[:, :length]
+        device, length = columns.device, valid.shape[1]
+        is_text = torch.zeros(len(batch), length + 1, dtype=torch.bool, device=device)  # the last one for padding
+        is_text.scatter_(1, columns.masked_fill(~batch.attention_mask, length), True)
         counts = [0] * len(batch)
-        for place in batch.image_slots:
-            counts[place.row] += self.tokens_in_language(place.layout, features.shape[1])
-        asking = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
+        for slot in batch.image_slots:
+            counts[slot.row] += self.tokens_in_language(slot.layout, features.shape[1])
+        queries = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
         context = PruningContext(
             text_columns=columns,
-            fusion=self,
+            plan=self.plan,
             length=length,
-            valid=made.attention_mask,
-            visual=made.attention_mask & ~text,
-            columns=columns,
-            asking=columns.gather(1, asking)[:, 0],
-            counts=counts,
-            texts=[stop - start for start, stop in batch.spans],
+            valid=valid,
+            visual=valid & ~is_text[:, :length],
+            query=columns.gather(1, queries)[:, 0],
+            visual_counts=counts,
+            text_counts=[stop - start for start, stop in batch.spans],
             pads_left=all(stop == batch.input_ids.shape[1] for _, stop in batch.spans),
         )
-        return replace(made, vision=context)
+        return replace(inputs, vision=context)
 
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
-        found, left = [], inside
+        counts, left = [], inside
         for layer in range(layers):
-            found.append(left)
-            left = kept(left, self.stages.get(layer, 1.0))
-        return found
+            counts.append(left)
+            left = kept_count(left, self.stages.get(layer, 1.0))
+        return counts
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        inside = self.tokens_in_language(layout, per_view) if layout else 0
-        ranked = (
-            [] if decoding or layout is None else [self.visual_by_layer(inside, self.depth)[k] for k in self.stages]
-        )
+        inside = 0 if decoding or layout is None else self.tokens_in_language(layout, per_view)
+        by_layer = self.visual_by_layer(inside, self.plan.depth)
+        ranked = [by_layer[layer] for layer in self.stages] if inside else []
         ranking = sum(2.0 * (text + visual) * self.key_width for visual in ranked)
         return super().costs(text, layout, per_view, decoding=decoding) | {"ranking": Cost(ranking)}
 
@@ -115,8 +120,16 @@ class PruningFusion(ConcatFusion):
 class FastV(PruningFusion):
     """One stage: behind the first ``layer`` layers (the paper's K) a share ``keep`` of the visual tokens stays."""
 
-    def __init__(self, *, layer: Count = 2, keep: Share = 0.5, newline: bool = False, budget: Count = 9) -> None:
-        super().__init__(stages={layer - 1: keep}, newline=newline, budget=budget)
+    def __init__(
+        self,
+        *,
+        layer: Count = 2,
+        keep: Share = 0.5,
+        projector: Projector | None = None,
+        newline: bool = False,
+        budget: Count = 9,
+    ) -> None:
+        super().__init__(stages={layer - 1: keep}, projector=projector, newline=newline, budget=budget)
 
 
 class PyramidDrop(PruningFusion):
@@ -127,8 +140,16 @@ class PyramidDrop(PruningFusion):
         keep: the paper's lambda.
     """
 
-    def __init__(self, *, stages: Count = 4, keep: Share = 0.5, newline: bool = False, budget: Count = 9) -> None:
-        super().__init__(stages={}, newline=newline, budget=budget)
+    def __init__(
+        self,
+        *,
+        stages: Count = 4,
+        keep: Share = 0.5,
+        projector: Projector | None = None,
+        newline: bool = False,
+        budget: Count = 9,
+    ) -> None:
+        super().__init__(stages={}, projector=projector, newline=newline, budget=budget)
         if stages < 2 or not 0 < keep <= 1:
             raise UserError(
                 f"PyramidDrop has at least 2 stages and keeps above 0 and at most 1, not {stages} and {keep}."
@@ -142,9 +163,28 @@ class PyramidDrop(PruningFusion):
         super().bind(language, features)
 
 
-def kept(count: int, share: float) -> int:
+def kept_count(count: int, share: float) -> int:
     """How many of ``count`` visual tokens a stage keeps; at least one."""
     return max(1, round(share * count)) if count else 0
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Where tokens are ranked and dropped.
+
+    Args:
+        stages: after layer -> the share that is kept.
+        layers: the L layers of the language model.
+    """
+
+    stages: Mapping[int, float]
+    layers: Sequence[nn.Module]
+    attention: AttentionKind
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.layers)
 
 
 @dataclass
@@ -155,51 +195,54 @@ class Columns:
     """(B, n) into the arranged sequence."""
     valid: Tensor | None
     """(B, n); None: all."""
-    counts: list[int]
+    visual_counts: list[int]
     """Visual tokens of each row."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PruningContext(VisualContext):
     """The arranged prompt, and which of its columns each layer of this call works on."""
 
-    fusion: PruningFusion = None  # type: ignore[assignment]
-    length: int = 0
+    plan: PruningPlan
+    length: int
     """S, of the arranged prompt."""
-    valid: Tensor = None  # type: ignore[assignment]
+    valid: Tensor
     """(B, S)."""
-    visual: Tensor = None  # type: ignore[assignment]
+    visual: Tensor
     """(B, S): the visual tokens among them."""
-    columns: Tensor = None  # type: ignore[assignment]
-    """(B, T): where the text stands."""
-    asking: Tensor = None  # type: ignore[assignment]
+    query: Tensor
     """(B,): the column of the token whose attention ranks."""
-    counts: list[int] = field(default_factory=list)
-    texts: list[int] = field(default_factory=list)
-    pads_left: bool = False
+    visual_counts: list[int]
+    """Visual tokens of each row."""
+    text_counts: list[int]
+    """Text tokens of each row's prompt."""
+    pads_left: bool
     past: int = 0
-    now: int = 0
-    """Tokens of this call."""
+    new_tokens: int = 0
     stages: dict[int, Columns] = field(default_factory=dict)
     """For each layer behind a stage, until the next: what is left. Made while the prompt is read."""
 
     def for_step(self, past: int, length: int) -> Self:
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
-        return replace(self, past=past, now=length, stages={})
+        return replace(self, past=past, new_tokens=length, stages={})
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 
     def for_generation(self, copies: int) -> Self:
-        def repeat(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(copies, dim=0)
-
-        names = ("valid", "visual", "columns", "asking")
-        tensors: dict[str, Any] = {name: repeat(getattr(self, name)) for name in names}
-        lists: dict[str, Any] = {
-            name: [n for n in getattr(self, name) for _ in range(copies)] for name in ("counts", "texts")
+        tensors: dict[str, Any] = {
+            name: getattr(self, name).repeat_interleave(copies, dim=0) for name in ("valid", "visual", "query")
         }
-        return replace(self, text_columns=None, **tensors, **lists)
+        counts: dict[str, Any] = {
+            name: [count for count in getattr(self, name) for _ in range(copies)]
+            for name in ("visual_counts", "text_counts")
+        }
+        return replace(self, text_columns=None, **tensors, **counts)
+
+    @property
+    def arranged(self) -> ArrangedCall:
+        """This call on the arranged sequence."""
+        return ArrangedCall(length=self.length, past=self.past, new_tokens=self.new_tokens)
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         stages: dict[int, Columns] = self.stages
@@ -207,70 +250,66 @@ class PruningContext(VisualContext):
             stages = kwargs["past_key_values"].kept["stages"]
         elif isinstance(cache := kwargs.get("past_key_values"), LayeredCache):
             cache.kept["stages"] = stages
-        here = max((k for k in stages if k < layer), default=None)
-        columns = stages[here] if here is not None else None
+        stage = max((after for after in stages if after < layer), default=None)
+        columns = stages[stage] if stage is not None else None
         if columns is not None:
-            kwargs = layer_kwargs_for_subset(
-                kwargs,
-                columns.index,
-                columns.valid,
-                Span(self.length, self.past, self.now),
-                cache=self.fusion.sliding,
-                layer=layer,
-                kernel=self.fusion.kernel,
-                dtype=hidden.dtype,
+            kwargs = self.arranged.layer_kwargs(
+                kwargs, columns.index, columns.valid, attention=self.plan.attention, layer=layer, dtype=hidden.dtype
             )
-        keep = self.fusion.stages.get(layer)
-        if keep is None or self.past or not any(self.counts):
+        if layer not in self.plan.stages or self.past or not any(self.visual_counts):
             out = call(hidden, **kwargs)
         else:
-            before = columns or Columns(self._all(hidden.device), self._padding(), self.counts)
-            at = (before.index == self.asking[:, None]).int().argmax(1)
-            ranking = Ranking(self.fusion.kernel, at=at, columns=before.index, valid=before.valid)
-            with ranking_in(self.fusion.layers[layer], ranking):
-                out = call(hidden, **kwargs)
-            assert ranking.scores is not None
-            places, stages[layer] = self._pruned(before, ranking.scores, keep)
-            out = take(out, places)
-        if layer == self.fusion.depth - 1 and not self.past and stages:  # the stack wants back what it gave (GPT-2)
+            out, stages[layer] = self._rank_and_drop(layer, call, hidden, columns or self._all_columns(), kwargs)
+        if layer == self.plan.depth - 1 and not self.past and stages:
+            # The stack wants back the sequence that it gave (GPT-2), where the text is read from: what was pruned is 0.
             return self._spread(out, stages[max(stages)])
         return out
 
-    def _all(self, device: torch.device) -> Tensor:
-        """Every column of this call: the prompt's, and what was said behind it without a cache."""
-        return torch.arange(self.now, device=device).expand(len(self.counts), -1)
+    def _rank_and_drop(
+        self, layer: int, call: Callable[..., Tensor], hidden: Tensor, before: Columns, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Columns]:
+        """A layer's output (B, n, D) at the columns that stay behind it, and these columns."""
+        query = (before.index == self.query[:, None]).int().argmax(1)  # (B,)
+        ranking = Ranking(self.plan.attention.kernel, at=query, columns=before.index, valid=before.valid)
+        with ranking_in(self.plan.layers[layer], ranking):
+            out = call(hidden, **kwargs)
+        assert ranking.scores is not None
+        indices, columns = self._pruned(before, ranking.scores, self.plan.stages[layer])
+        return take(out, indices), columns
 
-    def _padding(self) -> Tensor | None:
-        full = max(self.texts[row] + count for row, count in enumerate(self.counts))
-        if all(text + count == full for text, count in zip(self.texts, self.counts, strict=True)):
-            return None
-        return torch.cat([self.valid, self.valid.new_ones(len(self.valid), self.now - self.length)], dim=1)
+    def _all_columns(self) -> Columns:
+        """Every column of this call: the prompt's, and what was said behind it without a cache."""
+        rows = list(zip(self.text_counts, self.visual_counts, strict=True))
+        is_padded = len({text + visual for text, visual in rows}) > 1
+        index = torch.arange(self.new_tokens, device=self.valid.device).expand(len(rows), -1)
+        return Columns(index, self.arranged.valid(self.valid) if is_padded else None, self.visual_counts)
 
     def _pruned(self, before: Columns, scores: Tensor, share: float) -> tuple[Tensor, Columns]:
-        """The places (B, n) among the columns before that stay, and the columns they are."""
-        behind = self.now - self.length
+        """Which (B, n) of the columns before stay, and the columns they are."""
+        behind = self.arranged.behind
         visual = torch.cat([self.visual, self.visual.new_zeros(len(self.visual), behind)], dim=1)
         visual = take(visual, before.index)  # (B, n before)
         visual = visual if before.valid is None else visual & before.valid
-        counts = [kept(count, share) for count in before.counts]
-        wanted = torch.tensor(counts, device="cpu").to(scores.device)[:, None]
+        counts = [kept_count(count, share) for count in before.visual_counts]
+        most = torch.tensor(counts, device="cpu").to(scores.device)[:, None]
         order = scores.masked_fill(~visual, -1.0).argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
-        stays = torch.where(visual, rank < wanted, torch.ones_like(visual))
+        stays = torch.where(visual, rank < most, torch.ones_like(visual))
         stays = stays if before.valid is None else stays & before.valid
-        lengths = [text + count + behind for text, count in zip(self.texts, counts, strict=True)]
+        lengths = [text + count + behind for text, count in zip(self.text_counts, counts, strict=True)]
         longest = max(lengths)
         if self.pads_left:
-            places = stays.long().argsort(dim=1, stable=True)[:, -longest:]
+            indices = stays.long().argsort(dim=1, stable=True)[:, -longest:]
         else:
-            places = (~stays).long().argsort(dim=1, stable=True)[:, :longest]
-        valid = None if min(lengths) == longest else take(stays, places)
-        return places, Columns(take(before.index, places), valid, counts)
+            indices = (~stays).long().argsort(dim=1, stable=True)[:, :longest]
+        valid = None if min(lengths) == longest else take(stays, indices)
+        return indices, Columns(take(before.index, indices), valid, counts)
 
     def _spread(self, out: Tensor, columns: Columns) -> Tensor:
-        """(B, n, D) to (B, S, D), where the text is read from: pruned columns hold nothing."""
-        wide = out.new_zeros(out.shape[0], self.now + 1, out.shape[2])
-        index = columns.index if columns.valid is None else columns.index.masked_fill(~columns.valid, self.now)
-        return wide.scatter(1, index[..., None].expand_as(out), out)[:, : self.now]
+        """(B, n, D) to (B, S, D)."""
+        index = columns.index
+        if columns.valid is not None:
+            index = index.masked_fill(~columns.valid, self.new_tokens)
+        return self.arranged.join((out, index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +11,49 @@ from torch import Tensor, nn
 from lavi.batch import Layout
 from lavi.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-from lavi.data.tiling import Grid
+Grid = tuple[int, int]
+"""Rows and columns."""
 
 
+@dataclass(frozen=True)
 class TileArrangement:
-    """The features of one image's views to one sequence of visual tokens.
+    """The features of one image's views to one sequence of visual tokens; called, it counts them.
 
     Args:
-        grid: rows and columns of the features of one view; None: they lie on no grid (a reducer took them off it), and
-            all tokens of all views stand one after the other.
+        view_grid: rows and columns of the features of one view; None: they lie on no grid (a reducer took them off it),
+            and all tokens of all views stand one after the other.
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``max_9``); they are shrunk
             bilinearly, and only if they exceed it by 1.1 in each direction.
+        newline: one more token ends each row of the tiles' grid, or else the image.
     """
 
-    def __init__(self, grid: Grid | None, *, budget: int = 9) -> None:
-        self._grid, self.budget = grid, budget
+    view_grid: Grid | None
+    budget: int = 9
+    newline: bool = False
 
     @property
     def grid(self) -> Grid:
         """Of tokens that lie on one."""
-        assert self._grid is not None
-        return self._grid
+        assert self.view_grid is not None
+        return self.view_grid
 
-    def count(self, layout: Layout, per_view: int, *, newline: bool) -> int:
+    def __call__(self, layout: Layout, per_view: int) -> int:
         """How many tokens :meth:`arrange` gives for views of ``per_view`` tokens."""
         if (other := self._at_scale(per_view)) is not None:
-            return other.count(layout, per_view, newline=newline)
+            return other(layout, per_view)
         if not per_view:
             return 0
-        if self._grid is None:
-            return layout.views * per_view + newline
+        if self.view_grid is None:
+            return layout.views * per_view + self.newline
         if layout.video:
-            return layout.views * math.prod(self.frame_grid) + newline
+            return layout.views * math.prod(self.frame_grid) + self.newline
         if layout.tiles is None:
-            return per_view + newline
+            return per_view + self.newline
         rows, columns = self.shrunk(*self.kept(layout)[1])
-        return per_view + rows * (columns + newline)
+        return per_view + rows * (columns + self.newline)
 
     def arrange(self, features: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
-        """(views, N, D) to (n, D); ``newline`` (D,) ends each row of the tiles' grid, or else the image.
+        """(views, N, D) to (n, D), with the embedding (D,) of the ``newline`` token.
 
         Raises:
             UserError: the views of a tiled image or of a video are more than their grid.
@@ -61,7 +63,7 @@ class TileArrangement:
         end = [newline[None].to(features)] if newline is not None else []
         if not features.shape[1]:
             return features.flatten(0, 1)
-        if self._grid is None:
+        if self.view_grid is None:
             return torch.cat([features.flatten(0, 1), *end])
         if (layout.video or layout.tiles) and features.shape[1] != math.prod(self.grid):
             raise UserError(
@@ -81,9 +83,9 @@ class TileArrangement:
     def _at_scale(self, per_view: int) -> TileArrangement | None:
         """Of views at another scale of the same square grid (matryoshka pooling draws one each step)."""
         side = math.isqrt(per_view)
-        if self._grid is None or per_view < 1 or side * side != per_view or self._grid[0] != self._grid[1]:
+        if self.view_grid is None or per_view < 1 or side * side != per_view or self.view_grid[0] != self.view_grid[1]:
             return None
-        return TileArrangement((side, side), budget=self.budget) if side != self._grid[0] else None
+        return replace(self, view_grid=(side, side)) if side != self.view_grid[0] else None
 
     @property
     def frame_grid(self) -> Grid:

@@ -10,7 +10,7 @@ its cache holds these columns alone, while to the stack the cache looks as long 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -91,17 +91,32 @@ def window_of(cache: DynamicCache, layer: int) -> int | None:
     return getattr(cache.layers[layer], "sliding_window", None)
 
 
-def check_kernel(kernel: str, cache: DynamicCache, method: str) -> None:
-    """Refuse attention kernels whose masks cannot be made here.
+@dataclass(frozen=True)
+class AttentionKind:
+    """The attention of a language model: its kernel, and the sliding window of each layer in tokens (None: all)."""
 
-    Raises:
-        UserError: such a kernel; or flash attention in a model with sliding windows, which it counts in the tokens it
-            gets, not in those of the sequence.
-    """
-    if kernel == "flash_attention_2" and any(window_of(cache, layer) for layer in range(len(cache.layers))):
-        raise UserError(f"{method} in a model with sliding windows needs language.attention=sdpa, not '{kernel}'.")
-    if kernel not in KERNELS:
-        raise UserError(f"{method} works with the attention kernels {', '.join(KERNELS)}, not '{kernel}'.")
+    kernel: str
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, kernel: str, config: PretrainedConfig) -> Self:
+        """Of the language model with this configuration."""
+        cache = DynamicCache(config=config)
+        return cls(kernel, tuple(window_of(cache, layer) for layer in range(len(cache.layers))))
+
+    def check(self, method: str) -> None:
+        """Refuse what masks cannot be made for here.
+
+        Raises:
+            UserError: another kernel than :data:`KERNELS`; or flash attention in a model with sliding windows, which it
+                counts in the tokens it gets, not in those of the sequence.
+        """
+        if self.kernel == "flash_attention_2" and any(self.windows):
+            raise UserError(
+                f"{method} in a model with sliding windows needs language.attention=sdpa, not '{self.kernel}'."
+            )
+        if self.kernel not in KERNELS:
+            raise UserError(f"{method} works with the attention kernels {', '.join(KERNELS)}, not '{self.kernel}'.")
 
 
 def take(tensor: Tensor, columns: Tensor) -> Tensor:
@@ -136,71 +151,101 @@ def causal_mask(
     return allowed
 
 
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one call in the arranged sequence."""
+@dataclass(frozen=True, kw_only=True)
+class ArrangedCall:
+    """One call of the decoder on a sequence whose prompt a fusion arranged, as layers see it that work on a part.
+
+    Columns are counted in the arranged sequence. Where columns (B, n) are given, :attr:`length` among them is padding.
+    """
 
     length: int
-    """S, of the prompt."""
+    """S, of the arranged prompt."""
     past: int
     """Columns that are cached."""
-    now: int
+    new_tokens: int
     """Tokens of this call: all of the sequence while nothing is cached."""
 
-    def behind(self, rows: int, device: torch.device) -> Tensor:
-        """(rows, new): columns of what was said behind the prompt, up to this call's end."""
-        return torch.arange(self.length, self.past + self.now, device=device).expand(rows, -1)
+    @property
+    def behind(self) -> int:
+        """Tokens behind the prompt that this call reads together with it; 0 where the prompt is cached."""
+        return 0 if self.past else self.new_tokens - self.length
 
+    def columns_behind(self, rows: int, device: torch.device) -> Tensor:
+        """(rows, k): the columns behind the prompt, up to the end of this call."""
+        return torch.arange(self.length, self.past + self.new_tokens, device=device).expand(rows, -1)
 
-def layer_kwargs_for_subset(
-    kwargs: dict[str, Any],
-    columns: Tensor,
-    valid: Tensor | None,
-    span: Span,
-    *,
-    cache: DynamicCache,
-    layer: int,
-    kernel: str,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """The arguments of a layer that works on some columns only: its positions, its mask.
+    def columns(self, of_prompt: Tensor) -> Tensor:
+        """Columns (B, n) of the prompt, and (B, n + k) those behind it in this call; its length is padding."""
+        if not self.behind:
+            return of_prompt
+        behind = self.columns_behind(len(of_prompt), of_prompt.device)
+        return torch.cat([self.with_padding(of_prompt), behind], dim=1)
 
-    Args:
-        kwargs: what the stack made for the arranged sequence.
-        columns: (B, n) of this call; behind a cached prompt, those of the prompt.
-        valid: (B, n) which of them are no padding; None: all.
-        cache: says how each layer's attention slides.
+    def with_padding(self, of_prompt: Tensor) -> Tensor:
+        """Columns (B, n) of the prompt alone, padding as :meth:`join` wants it: the length of this call."""
+        return of_prompt.masked_fill(of_prompt == self.length, self.new_tokens)
 
-    Raises:
-        UserError: positions come as a bias on the attention, which is not made anew here.
-    """
-    if kwargs.get("alibi") is not None:
-        raise UserError(
-            "language models with ALiBi positions cannot work on a part of a sequence: take another family."
-        )
-    queries = columns
-    changed: dict[str, Any] = {"attention_mask": None}
-    if span.past:
-        behind = span.behind(len(columns), columns.device)
-        queries, columns = behind[:, -span.now :], torch.cat([columns, behind], dim=1)
-        valid = None if valid is None else torch.cat([valid, valid.new_ones(behind.shape)], dim=1)
-    else:
-        if isinstance(kwargs.get("position_ids"), Tensor):
-            changed["position_ids"] = take(kwargs["position_ids"], columns)
-        if kwargs.get("position_embeddings") is not None:
-            changed["position_embeddings"] = tuple(take(part, columns) for part in kwargs["position_embeddings"])
-    window = window_of(cache, layer)
-    if window is not None and span.past + span.now <= window:
-        window = None
-    if window is not None and span.past:  # its cache keeps no more
-        kept = window - 1 + span.now
-        columns, valid = columns[:, -kept:], None if valid is None else valid[:, -kept:]
-    if valid is not None or window is not None or (span.past and span.now > 1):
-        mask = causal_mask(queries, columns, valid, window=window, kernel=kernel, dtype=dtype)
-        changed["attention_mask"] = mask
-    elif kernel == "eager" and not span.past:  # the only kernel that does not know what causal means
-        changed["attention_mask"] = causal_mask(queries, columns, None, window=None, kernel=kernel, dtype=dtype)
-    return kwargs | changed
+    def valid(self, of_prompt: Tensor | None) -> Tensor | None:
+        """Which columns (B, n) of the prompt are no padding, and (B, n + k) those behind it; None: all."""
+        if of_prompt is None or not self.behind:
+            return of_prompt
+        return torch.cat([of_prompt, of_prompt.new_ones(len(of_prompt), self.behind)], dim=1)
+
+    def join(self, *parts: tuple[Tensor, Tensor]) -> Tensor:
+        """Parts (B, n, D), each at its columns (B, n), as one sequence (B, new tokens, D); zero where none is."""
+        first = parts[0][0]
+        joined = first.new_zeros(first.shape[0], self.new_tokens + 1, first.shape[2])  # the last column takes padding
+        for part, columns in parts:
+            joined = joined.scatter(1, columns[..., None].expand_as(part), part)
+        return joined[:, : self.new_tokens]
+
+    def layer_kwargs(
+        self,
+        kwargs: dict[str, Any],
+        columns: Tensor,
+        valid: Tensor | None,
+        *,
+        attention: AttentionKind,
+        layer: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Any]:
+        """The arguments of a layer that works on some columns only: its positions, its mask.
+
+        Args:
+            kwargs: what the stack made for the arranged sequence.
+            columns: (B, n) of this call; behind a cached prompt, those of the prompt.
+            valid: (B, n) which of them are no padding; None: all.
+
+        Raises:
+            UserError: positions come as a bias on the attention, which is not made anew here.
+        """
+        if kwargs.get("alibi") is not None:
+            raise UserError(
+                "language models with ALiBi positions cannot work on a part of a sequence: take another family."
+            )
+        queries, kernel = columns, attention.kernel
+        changed: dict[str, Any] = {"attention_mask": None}
+        if self.past:
+            behind = self.columns_behind(len(columns), columns.device)
+            queries, columns = behind[:, -self.new_tokens :], torch.cat([columns, behind], dim=1)
+            valid = None if valid is None else torch.cat([valid, valid.new_ones(behind.shape)], dim=1)
+        else:
+            if isinstance(kwargs.get("position_ids"), Tensor):
+                changed["position_ids"] = take(kwargs["position_ids"], columns)
+            if kwargs.get("position_embeddings") is not None:
+                changed["position_embeddings"] = tuple(take(part, columns) for part in kwargs["position_embeddings"])
+        window = attention.windows[layer]
+        if window is not None and self.past + self.new_tokens <= window:
+            window = None
+        if window is not None and self.past:  # its cache keeps no more
+            kept = window - 1 + self.new_tokens
+            columns, valid = columns[:, -kept:], None if valid is None else valid[:, -kept:]
+        if valid is not None or window is not None or (self.past and self.new_tokens > 1):
+            mask = causal_mask(queries, columns, valid, window=window, kernel=kernel, dtype=dtype)
+            changed["attention_mask"] = mask
+        elif kernel == "eager" and not self.past:  # the only kernel that does not know what causal means
+            changed["attention_mask"] = causal_mask(queries, columns, None, window=None, kernel=kernel, dtype=dtype)
+        return kwargs | changed
 
 
 def rows_only(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     V (views, N, Dv) -- visual, once an image --> slots (views, S, E) -- gathered by row --> (B, M, E) --+
     h (B, T, D) -----------------------------------------------------------------------------------------+
-                                                            look --> SiLU --> 0-init --> deltas (B, T, outputs, D)
+                                                          attend --> SiLU --> 0-init --> deltas (B, T, outputs, D)
 
-What differs between the four is what an image leaves in its slots, and how a token looks at them:
+What differs between the four is what an image leaves in its slots, and how a token reads them:
 
     attention   a key and a value for each visual token              the token attends to them (the paper's choice)
     mlp         one vector: an MLP over tokens, an MLP over channels  added to the token's own query
@@ -14,13 +14,16 @@ What differs between the four is what an image leaves in its slots, and how a to
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
 
@@ -37,26 +40,36 @@ class DeltaGenerator(nn.Module, ABC):
     Chosen here: the bottleneck, the norms on both inputs, and fp32 throughout (a delta of 2^-9 on a weight of 1 is
     lost in bf16).
 
+    A recipe names one with its own arguments; a fusion binds a copy of it for each layer. One of one's own overrides
+    :meth:`make`, :meth:`slots`, :meth:`attend` and their FLOPs.
+
     Args:
-        width: D of the hidden states.
-        vision_width: Dv of the visual tokens.
-        outputs: how many deltas of width D a token gets.
         bottleneck: r, the generator's own width, far below D.
-        heads: of the attention.
-        depth: blocks of the mixer and of the convolution.
     """
 
-    def __init__(
-        self, *, width: int, vision_width: int, outputs: int, bottleneck: int, heads: int = 4, depth: int = 1
-    ) -> None:
+    width: int
+    """D of the hidden states."""
+    vision_width: int
+    """Dv of the visual tokens."""
+    outputs: int
+    """How many deltas of width D a token gets."""
+    vision_norm: nn.LayerNorm
+    deltas: nn.Linear
+
+    def __init__(self, *, bottleneck: Count = 64) -> None:
         super().__init__()
-        self.width, self.vision_width, self.outputs = width, vision_width, outputs
-        self.bottleneck, self.heads, self.depth = bottleneck, heads, depth
-        self.vision_norm = nn.LayerNorm(vision_width)
-        self.deltas = nn.Linear(bottleneck, outputs * width)
-        nn.init.zeros_(self.deltas.weight)
-        nn.init.zeros_(self.deltas.bias)
-        self.make()
+        self.bottleneck = bottleneck
+
+    def bound(self, *, width: int, vision_width: int, outputs: int) -> Self:
+        """A copy with parameters of its own, for hidden states of width D and visual tokens of width Dv."""
+        generator = copy.deepcopy(self)
+        generator.width, generator.vision_width, generator.outputs = width, vision_width, outputs
+        generator.vision_norm = nn.LayerNorm(vision_width)
+        generator.deltas = nn.Linear(generator.bottleneck, outputs * width)
+        nn.init.zeros_(generator.deltas.weight)
+        nn.init.zeros_(generator.deltas.bias)
+        generator.make()
+        return generator
 
     def visual(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E)."""
@@ -96,22 +109,32 @@ class DeltaGenerator(nn.Module, ABC):
 
     @abstractmethod
     def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
-        """FLOPs of ``text`` tokens looking at the slots of ``views`` views."""
+        """FLOPs of ``text`` tokens reading the slots of ``views`` views."""
 
     def flops(self, text: int, *, views: int, per_view: int) -> float:
         """FLOPs of the deltas of ``text`` tokens that see ``views`` of ``per_view`` tokens; the slots not counted."""
-        look = self.attend_flops(text, views=views, per_view=per_view)
-        return look + linear_flops(text, self.bottleneck, self.outputs * self.width)
+        reading = self.attend_flops(text, views=views, per_view=per_view)
+        return reading + linear_flops(text, self.bottleneck, self.outputs * self.width)
 
 
 class AttentionDeltas(DeltaGenerator):
-    """Each token attends to the visual tokens (LaVi, Table 4: its choice)."""
+    """Each token attends to the visual tokens (LaVi, Table 4: its choice).
+
+    Args:
+        bottleneck: r, shared out among the heads.
+        heads: of the attention.
+
+    Raises:
+        UserError: the bottleneck is no multiple of the heads.
+    """
+
+    def __init__(self, *, bottleneck: Count = 64, heads: Count = 4) -> None:
+        super().__init__(bottleneck=bottleneck)
+        if bottleneck % heads:
+            raise UserError(f"the generator's bottleneck ({bottleneck}) must be a multiple of its heads, {heads}.")
+        self.heads = heads
 
     def make(self) -> None:
-        if self.bottleneck % self.heads:
-            raise UserError(
-                f"the generator's bottleneck ({self.bottleneck}) must be a multiple of its heads, {self.heads}."
-            )
         self.text_norm = nn.RMSNorm(self.width)
         self.query = nn.Linear(self.width, self.bottleneck, bias=False)
         self.key_value = nn.Linear(self.vision_width, 2 * self.bottleneck, bias=False)
@@ -175,9 +198,17 @@ class MLPDeltas(_OneVector):
     """In the spirit of MLP-Mixer: an MLP over the tokens of a fixed grid, an MLP over channels (LaVi, Table 4).
 
     Chosen here: pooling to :attr:`SIDE` x :attr:`SIDE` tokens first, so that the token MLP fits any grid.
+
+    Args:
+        bottleneck: r.
+        depth: blocks, each an MLP over the tokens and one over the channels.
     """
 
     SIDE = 4
+
+    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1) -> None:
+        super().__init__(bottleneck=bottleneck)
+        self.depth = depth
 
     def make(self) -> None:
         super().make()
@@ -201,9 +232,18 @@ class MLPDeltas(_OneVector):
 
 
 class ConvDeltas(_OneVector):
-    """In the spirit of ConvMixer: depthwise, then pointwise convolutions over the visual grid (LaVi, Table 4)."""
+    """In the spirit of ConvMixer: depthwise, then pointwise convolutions over the visual grid (LaVi, Table 4).
+
+    Args:
+        bottleneck: r.
+        depth: blocks, each a depthwise and a pointwise convolution.
+    """
 
     KERNEL = 3
+
+    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1) -> None:
+        super().__init__(bottleneck=bottleneck)
+        self.depth = depth
 
     def make(self) -> None:
         super().make()
@@ -224,14 +264,6 @@ class ConvDeltas(_OneVector):
         r = self.bottleneck
         block = linear_flops(per_view, self.KERNEL**2, r) + linear_flops(per_view, r, r)
         return linear_flops(per_view, self.vision_width, r) + self.depth * block
-
-
-GENERATORS: dict[str, type[DeltaGenerator]] = {
-    "attention": AttentionDeltas,
-    "mlp": MLPDeltas,
-    "conv": ConvDeltas,
-    "pooled": PooledDeltas,
-}
 
 
 def _mlp(width: int) -> nn.Sequential:

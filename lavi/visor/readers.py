@@ -5,65 +5,110 @@ Either keeps something of V once an image, reads it before or while the layer ru
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Self, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lavi.fusion.base import Cost
-from lavi.language.surgery import NormTarget, modulated
+from lavi.language.surgery import NormTarget, modulated, norms_of, open_norm
 from lavi.nn.cross_attention import GatedCrossAttention
-from lavi.nn.delta_generators import AttentionDeltas
+from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 
+Kept = tuple[Tensor, ...]
+"""What a reader keeps of V for the tokens to come."""
 
-class AttentionReader(GatedCrossAttention):
-    """Gated cross-attention in front of the layer (the paper's)."""
 
-    def keep(self, visual: Tensor) -> tuple[Tensor, ...]:
-        """V (B, M, D) to keys and values."""
-        return self.keys_values(visual)
+class Reader(nn.Module, ABC):
+    """Built unbound from a recipe; each reading layer gets a bound copy."""
 
-    def read(
-        self, text: Tensor, kept: tuple[Tensor, ...], mask: Tensor
-    ) -> tuple[Tensor, AbstractContextManager[object]]:
-        """The text (B, T, D) after reading, and what holds while its layer runs; ``mask`` (B, T, M)."""
+    needs_norms = False
+    """Whether it works on the norms of the layer."""
+    modulated_norms: Sequence[NormTarget] = ()
+    """The norms that it modulates."""
+
+    def bound(self, config: PretrainedConfig, width: int, norms: Sequence[NormTarget], layer: int) -> Self:
+        """A copy with parameters of its own, for a layer of a language model of width D.
+
+        Args:
+            norms: all norms of the language model, where :attr:`needs_norms`.
+        """
+        reader = copy.deepcopy(self)
+        reader.make(config, width, norms_of(norms, layer, ["attention", "ffn"]) if self.needs_norms else [])
+        return reader
+
+    @abstractmethod
+    def make(self, config: PretrainedConfig, width: int, norms: Sequence[NormTarget]) -> None:
+        """Make the parameters for a layer of width D; ``norms`` are the layer's."""
+
+    @abstractmethod
+    def keep(self, visual: Tensor) -> Kept:
+        """What is kept of V (B, M, D)."""
+
+    @abstractmethod
+    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
+        """The text (B, T, D) as the layer gets it, and what holds while the layer runs; ``mask`` (B, T, M)."""
+
+    @abstractmethod
+    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
+        """FLOPs of ``text`` tokens that read ``visual`` tokens; ``decoding``: what is kept is there."""
+
+
+class AttentionReader(Reader):
+    """Gated cross-attention in front of the layer (the paper's; that the gate starts at zero is chosen here)."""
+
+    def make(self, config: PretrainedConfig, width: int, norms: Sequence[NormTarget]) -> None:
+        self.attention = GatedCrossAttention(width=width, vision_width=width, heads=config.num_attention_heads)
+
+    def keep(self, visual: Tensor) -> Kept:
+        return self.attention.keys_values(visual)
+
+    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
         key, value = kept
-        return self(text, (key, value), mask), nullcontext()
+        return self.attention(text, (key, value), mask), nullcontext()
 
     def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
-        """FLOPs of ``text`` tokens that read ``visual`` tokens; ``decoding``: what is kept is there."""
-        once = 0.0 if decoding else self.keys_values_flops(visual)
-        return {"cross_attention": Cost(self.flops(text, visual) + once)}
+        once = 0.0 if decoding else self.attention.keys_values_flops(visual)
+        return {"cross_attention": Cost(self.attention.flops(text, visual) + once)}
 
 
-class ModulationReader(AttentionDeltas):
-    """LaVi's deltas on the norms of the layer (chosen here)."""
+class ModulationReader(Reader):
+    """LaVi's deltas on the norms of the layer (chosen here).
 
-    targets: list[NormTarget]
-    """The norms, one pair of deltas each."""
+    Args:
+        generator: what makes the deltas; by default attention.
+    """
 
-    def keep(self, visual: Tensor) -> tuple[Tensor, ...]:
-        """V (B, M, D) to the generator's slots."""
-        return (self.visual(visual, (1, visual.shape[1])),)
+    needs_norms = True
 
-    def read(
-        self, text: Tensor, kept: tuple[Tensor, ...], mask: Tensor
-    ) -> tuple[Tensor, AbstractContextManager[object]]:
-        """The text (B, T, D) as it is, and the deltas that hold while its layer runs; ``mask`` (B, T, M)."""
-        parts = iter(self(text, kept[0], mask).unbind(2))
-        deltas: list[Deltas] = [(next(parts), next(parts)) for _ in self.targets]
-        return text, modulated([cast(ModulatedNorm, target.norm) for target in self.targets], deltas)
+    def __init__(self, *, generator: DeltaGenerator | None = None) -> None:
+        super().__init__()
+        self.generator = generator or AttentionDeltas()
+
+    def make(self, config: PretrainedConfig, width: int, norms: Sequence[NormTarget]) -> None:
+        for target in norms:
+            open_norm(target, width)
+        self.modulated_norms, self.width = norms, width
+        self.generator = self.generator.bound(width=width, vision_width=width, outputs=2 * len(norms))
+
+    def keep(self, visual: Tensor) -> Kept:
+        return (self.generator.visual(visual, (1, visual.shape[1])),)
+
+    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
+        parts = iter(self.generator(text, kept[0], mask).unbind(2))
+        deltas: list[Deltas] = [(next(parts), next(parts)) for _ in self.modulated_norms]
+        return text, modulated([cast(ModulatedNorm, target.norm) for target in self.modulated_norms], deltas)
 
     def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
-        """FLOPs of ``text`` tokens that read ``visual`` tokens; ``decoding``: what is kept is there."""
-        once = 0.0 if decoding else self.slots_flops(visual)
-        modulation = modulation_flops(len(self.targets), text, self.width)
+        once = 0.0 if decoding else self.generator.slots_flops(visual)
+        modulation = modulation_flops(len(self.modulated_norms), text, self.width)
         return {
-            "generator": Cost(self.flops(text, views=1, per_view=visual) + once),
+            "generator": Cost(self.generator.flops(text, views=1, per_view=visual) + once),
             "modulation": Cost(modulation, uncounted=modulation),
         }
-
-
-Reader = AttentionReader | ModulationReader

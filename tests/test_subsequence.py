@@ -11,11 +11,10 @@ from transformers import MistralConfig, Qwen2Config
 
 from lavi.errors import UserError
 from lavi.language.subsequence import (
+    ArrangedCall,
+    AttentionKind,
     LayeredCache,
-    Span,
     causal_mask,
-    check_kernel,
-    layer_kwargs_for_subset,
     rows_only,
     take,
     window_of,
@@ -85,16 +84,20 @@ def arguments(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def narrow(columns: Tensor, valid: Tensor | None, span: Span, *, config: Any = PLAIN, kernel: str = "sdpa") -> Any:
-    cache = LayeredCache(config)
-    return layer_kwargs_for_subset(
-        arguments(), columns, valid, span, cache=cache, layer=1, kernel=kernel, dtype=torch.float32
-    )
+def call_of(length: int, past: int, new_tokens: int) -> ArrangedCall:
+    return ArrangedCall(length=length, past=past, new_tokens=new_tokens)
+
+
+def kwargs_of(
+    columns: Tensor, valid: Tensor | None, call: ArrangedCall, *, config: Any = PLAIN, kernel: str = "sdpa"
+) -> Any:
+    attention = AttentionKind.of(kernel, config)
+    return call.layer_kwargs(arguments(), columns, valid, attention=attention, layer=1, dtype=torch.float32)
 
 
 def test_a_prompt_s_columns_keep_their_positions() -> None:
     columns = torch.tensor([[0, 2, 3], [1, 4, 5]])
-    found = narrow(columns, None, Span(length=6, past=0, now=6))
+    found = kwargs_of(columns, None, call_of(6, 0, 6))
     assert found["past_key_values"] == "a cache"
     assert found["position_ids"].tolist() == columns.tolist()
     cos, sin = arguments()["position_embeddings"]
@@ -102,16 +105,9 @@ def test_a_prompt_s_columns_keep_their_positions() -> None:
         assert torch.equal(found["position_embeddings"][0][row], cos[0, columns[row]])
         assert torch.equal(found["position_embeddings"][1][row], sin[row, columns[row]])
     assert found["attention_mask"] is None  # plain causal attention: the kernel's own
-    without = layer_kwargs_for_subset(
-        arguments(position_ids=None, position_embeddings=None),
-        columns,
-        None,
-        Span(6, 0, 6),
-        cache=LayeredCache(PLAIN),
-        layer=0,
-        kernel="sdpa",
-        dtype=torch.float32,
-    )
+    bare = arguments(position_ids=None, position_embeddings=None)
+    attention = AttentionKind.of("sdpa", PLAIN)
+    without = call_of(6, 0, 6).layer_kwargs(bare, columns, None, attention=attention, layer=0, dtype=torch.float32)
     assert without["position_ids"] is without["position_embeddings"] is None
 
 
@@ -123,11 +119,11 @@ def test_each_new_token_attends_to_the_kept_columns_before_it(
     kernel: str, config: Any, padded: bool, past: int, now: int
 ) -> None:
     """Against the definition, in columns of the whole sequence; no mask is one that allows all."""
-    span = Span(length=min(6, past or 6), past=past, now=now)
+    span = call_of(min(6, past or 6), past, now)
     kept = torch.tensor([[0, 1, 2], [0, 1, 2]]) if span.length == 3 else torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5]])
     valid = torch.ones_like(kept, dtype=torch.bool)
     valid[0, 0] = False
-    found = narrow(kept, valid if padded else None, span, config=config, kernel=kernel)["attention_mask"]
+    found = kwargs_of(kept, valid if padded else None, span, config=config, kernel=kernel)["attention_mask"]
     behind = list(range(span.length, past + now)) if past else []
     window = 4 if config is WINDOWED and past + now > 4 else None
     for row in range(2):
@@ -150,36 +146,57 @@ def test_only_what_needs_a_mask_gets_one() -> None:
     """Kernels are faster without."""
     columns = torch.tensor([[0, 2, 3, 5]] * 2)
     for config, window in ((PLAIN, False), (WINDOWED, True)):
-        assert (narrow(columns, None, Span(6, 0, 6), config=config)["attention_mask"] is None) == (not window)
-        assert (narrow(columns, None, Span(6, 6, 1), config=config)["attention_mask"] is None) == (not window)
-        assert narrow(columns, None, Span(6, 6, 1), config=config, kernel="eager")["attention_mask"] is None or window
-    assert narrow(torch.tensor([[0, 1, 3]] * 2), None, Span(4, 0, 4), config=WINDOWED)["attention_mask"] is None
-    assert narrow(columns, None, Span(6, 6, 2))["attention_mask"] is not None
+        assert (kwargs_of(columns, None, call_of(6, 0, 6), config=config)["attention_mask"] is None) == (not window)
+        assert (kwargs_of(columns, None, call_of(6, 6, 1), config=config)["attention_mask"] is None) == (not window)
+        assert (
+            kwargs_of(columns, None, call_of(6, 6, 1), config=config, kernel="eager")["attention_mask"] is None
+            or window
+        )
+    assert kwargs_of(torch.tensor([[0, 1, 3]] * 2), None, call_of(4, 0, 4), config=WINDOWED)["attention_mask"] is None
+    assert kwargs_of(columns, None, call_of(6, 6, 2))["attention_mask"] is not None
 
 
 def test_positions_that_are_a_bias_are_refused() -> None:
     with pytest.raises(UserError, match="ALiBi"):
-        layer_kwargs_for_subset(
+        call_of(6, 0, 6).layer_kwargs(
             {"alibi": torch.zeros(1)},
             SIX,
             None,
-            Span(6, 0, 6),
-            cache=LayeredCache(PLAIN),
+            attention=AttentionKind.of("sdpa", PLAIN),
             layer=0,
-            kernel="sdpa",
             dtype=torch.float32,
         )
 
 
+def test_parts_of_a_sequence_are_joined_at_their_columns() -> None:
+    """Also where a call reads on behind its prompt; the prompt's length as a column is padding."""
+    call, cached = call_of(4, 0, 6), call_of(4, 4, 1)
+    columns = torch.tensor([[0, 3], [1, 4]])
+    assert call.columns(columns).tolist() == [[0, 3, 4, 5], [1, 6, 4, 5]]
+    assert cached.columns(columns) is columns
+    assert call.valid(None) is None
+    valid = torch.tensor([[True, False], [True, True]])
+    assert call.valid(valid).tolist() == [[True, False, True, True], [True, True, True, True]]  # type: ignore[union-attr]
+    assert cached.valid(valid) is valid
+    text, visual = draw(2, 4, 3), draw(2, 1, 3)
+    joined = call.join((text, call.columns(columns)), (visual, call.with_padding(torch.tensor([[2], [4]]))))
+    assert joined.shape == (2, 6, 3)
+    for row, (places, given) in enumerate([({0: 0, 3: 1, 4: 2, 5: 3}, {2: 0}), ({1: 0, 4: 2, 5: 3}, {})]):
+        for column in range(6):
+            expected = text[row, places[column]] if column in places else torch.zeros(3)
+            expected = visual[row, given[column]] if column in given else expected
+            assert torch.equal(joined[row, column], expected)
+
+
 def test_kernels_whose_masks_are_not_made_here_are_refused() -> None:
     for kernel in ("sdpa", "eager", "flash_attention_2"):
-        check_kernel(kernel, LayeredCache(PLAIN), "x")
+        AttentionKind.of(kernel, PLAIN).check("x")
     for kernel in ("sdpa", "eager"):
-        check_kernel(kernel, LayeredCache(WINDOWED), "x")
+        AttentionKind.of(kernel, WINDOWED).check("x")
     with pytest.raises(UserError, match="in a model with sliding windows needs"):
-        check_kernel("flash_attention_2", LayeredCache(WINDOWED), "pruning")
+        AttentionKind.of("flash_attention_2", WINDOWED).check("pruning")
     with pytest.raises(UserError, match=r"works with the attention kernels sdpa, eager, .*not 'flex'"):
-        check_kernel("flex", LayeredCache(PLAIN), "pruning")
+        AttentionKind.of("flex", PLAIN).check("pruning")
 
 
 def test_rows_of_a_batch_take_their_part_of_what_is_per_row() -> None:
