@@ -94,7 +94,7 @@ OVERRIDES = [
     ("model.fusion._target_=lavi.fusion.lavy.LaViFusion", 2, "did you mean 'lavi.fusion.lavi'?"),
     ("model.fusion._target_=lavi.fusion..lavi", 2, "must be a dotted path to a class"),
     ("model.fusion._target_=lavi.fusion.base.Fusion", 2, "is only a contract"),
-    ("model.fusion._target_=lavi.visor.fusion.KERNEL", 2, "it is no class"),
+    ("model.fusion._target_=lavi.visor.positions.KERNEL", 2, "it is no class"),
     ("extends=other.yaml", 2, "a recipe has no section 'extends'"),
 ]
 
@@ -168,7 +168,7 @@ NUMBERS = [
         2,
         "'model.fusion.generator.bottleneck' must be a whole number from 1, not 0",
     ),
-    ("model.fusion.heads=0", 2, "'model.fusion.heads' must be a whole number from 1, not 0"),
+    ("model.fusion.generator.heads=0", 2, "'model.fusion.generator.heads' must be a whole number from 1, not 0"),
     ("model.fusion.max_images=0", 2, "'model.fusion.max_images' must be a whole number from 1, not 0"),
     ("model.fusion.fraction=0", 2, "'model.fusion.fraction' must be a number above 0 and at most 1, not 0"),
     (CONCAT % ", budget: 0", 2, "'model.fusion.budget' must be a whole number from 1, not 0"),

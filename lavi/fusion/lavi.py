@@ -154,8 +154,8 @@ class ModulationPlan:
 
     Args:
         norms: by layer; the one before the head under :attr:`final`.
-        generators: named ``LAYER``, or ``LAYER-NUMBER`` of several; those of a layer make the deltas of its norms one after
-            the other.
+        generators: named ``LAYER``, or ``LAYER-NUMBER`` of several; those of a layer make the deltas of its norms, one
+            after the other.
         final: the number of layers.
         scale, shift: which deltas there are of each norm.
     """
