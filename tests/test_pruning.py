@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from conftest import FAMILIES, ask, awaken, collate
@@ -13,6 +16,7 @@ from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept_count
 from lavi.language import ranking
+from lavi.nn.projectors import MLPProjector
 
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),
@@ -157,3 +161,34 @@ def test_shares_never_drop_all() -> None:
 def test_what_cannot_be_is_refused(build, make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=message):
         build(make())
+
+
+def test_pruning_takes_what_concatenation_takes(build) -> None:  # type: ignore[no-untyped-def]
+    for make in (partial(PruningFusion, stages={1: 0.5}), FastV, PyramidDrop):
+        projector = MLPProjector()
+        fusion = build(make(projector=projector, newline=True, budget=2)).fusion
+        assert fusion.projector is projector
+        assert (fusion.tile_arrangement.budget, fusion.tile_arrangement.newline) == (2, True)
+        assert "projector" in fusion.costs(3, Layout(), 16)
+
+
+def test_only_rows_of_unequal_length_are_padded(build) -> None:  # type: ignore[no-untyped-def]
+    """A kernel is faster without a mask; text and visual tokens count alike."""
+    model = build(PruningFusion(stages={0: 0.5}))
+    for samples, is_padded in (
+        ([ask(1, "what?"), ask(2, "what?")], False),
+        ([ask(1, "what?"), ask("what?")], True),
+        ([ask(1, "what?"), ask(1, "what colour is the circle?")], True),
+    ):
+        batch = collate(model, samples, prompt=True)
+        with torch.no_grad():
+            context: Any = model.fusion(batch, model.features(batch.pixels), model.language).vision
+        length = context.length
+        columns = context.for_step(0, length)._all_columns()
+        assert (columns.valid is not None) == is_padded
+        assert columns.index.tolist() == [list(range(length))] * 2
+
+
+def test_a_pyramid_that_keeps_all_has_no_stage(build) -> None:  # type: ignore[no-untyped-def]
+    assert build(PyramidDrop(keep=1.0)).fusion.stages == {}
+    assert build(PyramidDrop(keep=0.5)).fusion.stages == {0: 0.5, 1: 0.5, 2: 0.5}
