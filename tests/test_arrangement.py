@@ -119,12 +119,12 @@ def test_text_alone_is_the_text_as_it_is() -> None:
 
 
 def test_views_are_numbered_in_their_conversation() -> None:
-    places = [ImageSlot(0, 1, TILED), ImageSlot(0, 2, FILM), ImageSlot(0, 4), ImageSlot(1, 0)]
-    batch = batch_of([(0, 6), (0, 6)], places, packed=[[(0, 3), (3, 6)], [(0, 6)]])
+    slots = [ImageSlot(0, 1, TILED), ImageSlot(0, 2, FILM), ImageSlot(0, 4), ImageSlot(1, 0)]
+    batch = batch_of([(0, 6), (0, 6)], slots, packed=[[(0, 3), (3, 6)], [(0, 6)]])
     tiles = [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 2, 0], [0, 2, 1, 0], [0, 2, 2, 0]]
     frames = [[1, 0, 0, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
-    found = view_indices(batch, torch.device("cpu"))
-    assert found.tolist() == [*tiles, *frames, [0, 0, 0, 0], [0, 0, 0, 0]]
+    result = view_indices(batch, torch.device("cpu"))
+    assert result.tolist() == [*tiles, *frames, [0, 0, 0, 0], [0, 0, 0, 0]]
     batch.packed = None
     assert view_indices(batch, torch.device("cpu"))[8].tolist() == [2, 0, 0, 0]
     nothing = view_indices(batch.without_images(), torch.device("cpu"))
@@ -186,13 +186,13 @@ def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> N
     sequences: list[list[int]] = []
     first = [18, 20, 21, 24]  # of each image's tokens, behind the text of three rows of six
     for row, (start, stop) in enumerate(batch.spans):
-        made: list[int] = []
+        tokens: list[int] = []
         for column in range(start, stop):
-            for place, begin, count in zip(batch.image_slots, first, counts, strict=True):
-                if (place.row, place.column) == (row, column):
-                    made += range(begin, begin + count)
-            made.append(row * width + column)
-        sequences.append(made)
+            for slot, begin, count in zip(batch.image_slots, first, counts, strict=True):
+                if (slot.row, slot.column) == (row, column):
+                    tokens += range(begin, begin + count)
+            tokens.append(row * width + column)
+        sequences.append(tokens)
     longest = max(map(len, sequences))
     left = batch is LEFT
     expected = [[-1] * (longest - len(s)) + s if left else s + [-1] * (longest - len(s)) for s in sequences]
@@ -206,12 +206,12 @@ def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> N
     assert embeds.dtype == text.dtype
     assert mask.tolist() == [[source >= 0 for source in row] for row in expected]
     for row, sources in enumerate(expected):
-        for place, source in enumerate(sources):
-            assert embeds[row, place].tolist() == (flat[source].tolist() if source >= 0 else [0, 0])
+        for slot, source in enumerate(sources):
+            assert embeds[row, slot].tolist() == (flat[source].tolist() if source >= 0 else [0, 0])
     of_each = conversation_ids(batch, counts, order)
     numbers = [int(n) for n in text_conversation_ids(batch).flatten()]
-    for place, count in zip(batch.image_slots, counts, strict=True):
-        numbers += [batch.conversation_of(place)[1]] * count
+    for slot, count in zip(batch.image_slots, counts, strict=True):
+        numbers += [batch.conversation_of(slot)[1]] * count
     assert of_each.tolist() == [[numbers[source] if source >= 0 else -1 for source in row] for row in expected]
 
 
@@ -236,8 +236,8 @@ def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # 
 
 def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[no-untyped-def]
     """What the images leave for each block or generator: of the features and the views' embeddings together."""
-    places = [ImageSlot(0, 1, FILM), ImageSlot(1, 2)]
-    batch = batch_of([(0, 6), (0, 5)], places)
+    slots = [ImageSlot(0, 1, FILM), ImageSlot(1, 2)]
+    batch = batch_of([(0, 6), (0, 5)], slots)
     features = torch.randn(4, 16, 24)
     cross = build(CrossAttentionFusion(fraction=0.5, ffn=0))
     lavi = build(LaViFusion(every=2, generator=small()))
@@ -251,8 +251,8 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
         for layer in ("1", "3"):
             if model is cross:
                 key, value = fusion.blocks[layer].keys_values(fusion.norm(seen).flatten(0, 1)[None])
-                found = [context.visual[f"{layer} {part}"] for part in ("key", "value")]
-                for whole, of_rows in ((key, found[0]), (value, found[1])):
+                result = [context.visual[f"{layer} {part}"] for part in ("key", "value")]
+                for whole, of_rows in ((key, result[0]), (value, result[1])):
                     torch.testing.assert_close(of_rows[0], whole[0, :, :48])
                     torch.testing.assert_close(of_rows[1, :, :16], whole[0, :, 48:])
             else:

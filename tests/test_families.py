@@ -34,18 +34,18 @@ ROLES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roles_are_found_by_probing(build, family: str) -> None:
     model = build(ConcatFusion(), family=family)
-    found = norm_targets(model.language.hf)
+    targets = norm_targets(model.language.hf)
     for layer in range(4):
-        of_layer = [t for t in found if t.layer == layer]
-        best = {t.role: t.place for t in sorted(of_layer, key=lambda t: t.place)}  # "feeds" wins over "closes"
+        of_layer = [t for t in targets if t.layer == layer]
+        best = {t.role: t.position for t in sorted(of_layer, key=lambda t: t.position)}  # "feeds" wins over "closes"
         assert best == ROLES[family]
-    assert [t.role for t in found if t.layer == 4] == ["final"]
+    assert [t.role for t in targets if t.layer == 4] == ["final"]
 
 
 def test_a_closing_norm_is_used_only_where_none_feeds(build) -> None:
     for family, place in (("gemma2", "feeds"), ("olmo2", "closes")):
         chosen = build(LaViFusion(every=2), family=family).fusion.modulated_norms
-        assert {(t.layer, t.role, t.place) for t in chosen} == {
+        assert {(t.layer, t.role, t.position) for t in chosen} == {
             (layer, role, place) for layer in (1, 3) for role in ("attention", "ffn")
         }
 

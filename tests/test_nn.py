@@ -56,24 +56,24 @@ def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
     return down(gelu(up(layer_norm(x, x.shape[-1:], norm.weight, norm.bias))))
 
 
-def slots_of(made: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
+def slots_of(module: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
     """What one view (N, Dv) leaves."""
-    x = layer_norm(features, (VISION,), made.vision_norm.weight, made.vision_norm.bias)
+    x = layer_norm(features, (VISION,), module.vision_norm.weight, module.vision_norm.bias)
     if kind == "attention":
-        return made.key_value(x)
+        return module.key_value(x)
     if kind == "pooled":
-        return made.down(x).mean(0, keepdim=True)
+        return module.down(x).mean(0, keepdim=True)
     if kind == "mlp":  # 6 x 8 to 4 x 4: means over rows 0-1, 1-2, 3-4, 4-5 and pairs of columns
         rows = [(0, 2), (1, 3), (3, 5), (4, 6)]
         x = x.reshape(*GRID, VISION)
         x = torch.stack([x[a:b, 2 * c : 2 * c + 2].mean((0, 1)) for a, b in rows for c in range(4)])
-        x = made.down(x)
-        for tokens, channels in zip(made.over_tokens, made.over_channels, strict=True):
+        x = module.down(x)
+        for tokens, channels in zip(module.over_tokens, module.over_channels, strict=True):
             x = x + mlp(tokens, x.T).T
             x = x + mlp(channels, x)
         return x.mean(0, keepdim=True)
-    x = made.down(x).reshape(*GRID, R)
-    for depthwise, pointwise in zip(made.depthwise, made.pointwise, strict=True):
+    x = module.down(x).reshape(*GRID, R)
+    for depthwise, pointwise in zip(module.depthwise, module.pointwise, strict=True):
         wide = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
         near = sum(
             wide[i : i + GRID[0], j : j + GRID[1]] * depthwise.weight[:, 0, i, j] for i in range(3) for j in range(3)
@@ -86,10 +86,10 @@ def slots_of(made: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_computes_what_its_picture_says(kind: str) -> None:
     """One view after the other, one token after the other, each with the slots that it sees and no others."""
-    made = generator(kind)
+    module = generator(kind)
     features = draw(3, 48, VISION)
-    slots = made.visual(features, GRID)  # (3, S, E)
-    torch.testing.assert_close(slots, torch.stack([slots_of(made, kind, view) for view in features]))
+    slots = module.visual(features, GRID)  # (3, S, E)
+    torch.testing.assert_close(slots, torch.stack([slots_of(module, kind, view) for view in features]))
     per_view = slots.shape[1]
     row = slots.reshape(1, 3 * per_view, -1).repeat(2, 1, 1)
     hidden = draw(2, 4, WIDTH)
@@ -97,51 +97,51 @@ def test_a_generator_computes_what_its_picture_says(kind: str) -> None:
     mask[0, 1, :per_view] = True
     mask[0, 2, : 2 * per_view] = True
     mask[0, 3] = mask[1, 2:] = True
-    found = made(hidden, row, mask)
-    assert found.shape == (2, 4, 3, WIDTH)
-    assert found.dtype == torch.float32
+    result = module(hidden, row, mask)
+    assert result.shape == (2, 4, 3, WIDTH)
+    assert result.dtype == torch.float32
     eps = torch.finfo(torch.float32).eps
     for at in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 2)]:
         seen = row[at[0]][mask[at]]
         if not len(seen):
-            assert (found[at] == 0).all()
+            assert (result[at] == 0).all()
             continue
         own = 0.0
         if kind != "pooled":
-            own = made.query(rms(hidden[at], made.text_norm.weight, eps))
+            own = module.query(rms(hidden[at], module.text_norm.weight, eps))
         if kind == "attention":
             read = attended(own[None], *seen.chunk(2, dim=-1), heads=HEADS)[0]
         else:
             read = seen.mean(0) + own
-        torch.testing.assert_close(found[at], made.deltas(silu(read)).reshape(3, WIDTH), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[at], module.deltas(silu(read)).reshape(3, WIDTH), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_starts_at_zero_and_works_in_fp32(kind: str) -> None:
-    made = GENERATORS[kind](bottleneck=R).bound(width=WIDTH, vision_width=VISION, outputs=2)
+    module = GENERATORS[kind](bottleneck=R).bound(width=WIDTH, vision_width=VISION, outputs=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        slots = made.visual(draw(1, 48, VISION).bfloat16(), GRID)
-        found = made(draw(1, 3, WIDTH).bfloat16(), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
-    assert slots.dtype == found.dtype == torch.float32
-    assert (found == 0).all()
-    assert made.deltas.weight.requires_grad
-    made.deltas.weight.data.normal_()
-    found = made(draw(1, 3, WIDTH), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
-    assert found.std() > 0
+        slots = module.visual(draw(1, 48, VISION).bfloat16(), GRID)
+        result = module(draw(1, 3, WIDTH).bfloat16(), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
+    assert slots.dtype == result.dtype == torch.float32
+    assert (result == 0).all()
+    assert module.deltas.weight.requires_grad
+    module.deltas.weight.data.normal_()
+    result = module(draw(1, 3, WIDTH), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
+    assert result.std() > 0
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_costs_what_a_counter_of_operators_sees(kind: str) -> None:
     views, text = 3, 5
     other = {"attention": {"heads": 4}, "mlp": {"depth": 1}, "conv": {"depth": 1}, "pooled": {"bottleneck": 4}}[kind]
-    for made in (generator(kind), generator(kind, outputs=1, **other)):
+    for module in (generator(kind), generator(kind, outputs=1, **other)):
         with FlopCounterMode(display=False) as once:
-            slots = made.visual(draw(views, 48, VISION), GRID)
-        assert once.get_total_flops() == views * made.slots_flops(48)
+            slots = module.visual(draw(views, 48, VISION), GRID)
+        assert once.get_total_flops() == views * module.slots_flops(48)
         row = slots.flatten(0, 1)[None]
         with FlopCounterMode(display=False) as each:
-            made(draw(1, text, WIDTH), row, torch.ones(1, text, row.shape[1], dtype=torch.bool))
-        assert each.get_total_flops() == made.flops(text, views=views, per_view=48)
+            module(draw(1, text, WIDTH), row, torch.ones(1, text, row.shape[1], dtype=torch.bool))
+        assert each.get_total_flops() == module.flops(text, views=views, per_view=48)
 
 
 def test_heads_divide_the_bottleneck() -> None:
@@ -174,13 +174,13 @@ def test_a_view_is_the_sum_of_its_four_numbers_embeddings() -> None:
     default = ViewEmbedding(VISION, images=1)
     assert [len(table.weight) for table in (default.row, default.column, default.frame)] == [7, 7, 129]
     numbers = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4], [9, 9, 9, 9], [1, 1, 2, 3]])
-    found = embedding(numbers)
-    assert found.shape == (4, 1, VISION)
-    torch.testing.assert_close(found[0, 0], embedding.image.weight[0])
+    result = embedding(numbers)
+    assert result.shape == (4, 1, VISION)
+    torch.testing.assert_close(result[0, 0], embedding.image.weight[0])
     for view, (image, row, column, frame) in enumerate([(0, 0, 0, 0), (1, 2, 3, 4), (1, 3, 3, 4), (1, 1, 2, 3)]):
         expected = embedding.image.weight[image] + embedding.row.weight[row] + embedding.column.weight[column]
-        torch.testing.assert_close(found[view, 0], expected + embedding.frame.weight[frame])
-    found.sum().backward()
+        torch.testing.assert_close(result[view, 0], expected + embedding.frame.weight[frame])
+    result.sum().backward()
     assert (embedding.row.weight.grad[0] == 0).all()  # in no tile nothing is learned
 
 
@@ -216,50 +216,50 @@ def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:
 @pytest.mark.parametrize(("kv_heads", "ffn"), [(None, 0), (2, 20), (1, 0)])
 def test_gated_attention_reads_what_each_token_sees(kv_heads: int | None, ffn: int) -> None:
     """Query by query, with the tokens that it sees and no others; a token that sees none stays as it is."""
-    made: GatedCrossAttention = randomised(  # type: ignore[assignment]
+    module: GatedCrossAttention = randomised(  # type: ignore[assignment]
         GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, kv_heads=kv_heads, ffn=ffn, eps=1e-3)
     )
     own = kv_heads or 4
     hidden, visual = draw(2, 4, WIDTH), draw(2, 5, VISION)
     mask = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.5
     mask[0, 0], mask[1, 3], mask[1, 1] = False, False, True
-    found = made(hidden, made.keys_values(visual), mask)
+    result = module(hidden, module.keys_values(visual), mask)
     for b in range(2):
         for t in range(4):
             seen, x = visual[b][mask[b, t]], hidden[b, t]
             if not len(seen):
-                assert torch.equal(found[b, t], x)
+                assert torch.equal(result[b, t], x)
                 continue
-            query = made.query(rms(x, made.norm.weight, 1e-3)).reshape(4, 3)
-            query = rms(query, made.query_norm.weight, 1e-3)
-            key = rms(made.key(seen).reshape(-1, own, 3), made.key_norm.weight, 1e-3)
-            value = made.value(seen).reshape(-1, own, 3)
+            query = module.query(rms(x, module.norm.weight, 1e-3)).reshape(4, 3)
+            query = rms(query, module.query_norm.weight, 1e-3)
+            key = rms(module.key(seen).reshape(-1, own, 3), module.key_norm.weight, 1e-3)
+            value = module.value(seen).reshape(-1, own, 3)
             groups = [head * own // 4 for head in range(4)]
             read = torch.cat([attended(query[h][None], key[:, g], value[:, g], 1)[0] for h, g in enumerate(groups)])
-            expected = x + made.gate.tanh() * made.out(read)
+            expected = x + module.gate.tanh() * module.out(read)
             if ffn:
-                y = rms(expected, made.ffn_norm.weight, 1e-3)
-                y = made.ffn_down(silu(made.ffn_gate(y)) * made.ffn_up(y))
-                expected = expected + made.gate_of_ffn.tanh() * y
-            torch.testing.assert_close(found[b, t], expected, rtol=1e-4, atol=1e-5)
+                y = rms(expected, module.ffn_norm.weight, 1e-3)
+                y = module.ffn_down(silu(module.ffn_gate(y)) * module.ffn_up(y))
+                expected = expected + module.gate_of_ffn.tanh() * y
+            torch.testing.assert_close(result[b, t], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gated_attention_starts_as_if_it_were_not_there() -> None:
-    made = GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, ffn=8)
+    module = GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, ffn=8)
     hidden, visual = draw(1, 4, WIDTH).bfloat16(), draw(1, 5, VISION).bfloat16()
     mask = torch.ones(1, 4, 5, dtype=torch.bool)
-    found = made(hidden, made.keys_values(visual), mask)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, hidden)
-    assert {name for name, p in made.named_parameters() if (p == 0).all()} == {"gate", "gate_of_ffn"}
+    result = module(hidden, module.keys_values(visual), mask)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, hidden)
+    assert {name for name, p in module.named_parameters() if (p == 0).all()} == {"gate", "gate_of_ffn"}
 
 
 @pytest.mark.parametrize(("kv_heads", "ffn"), [(4, 0), (4, 20), (2, 20)])
 def test_gated_attention_costs_what_a_counter_of_operators_sees(kv_heads: int, ffn: int) -> None:
-    made = GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, kv_heads=kv_heads, ffn=ffn)
+    module = GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, kv_heads=kv_heads, ffn=ffn)
     with FlopCounterMode(display=False) as once:
-        seen = made.keys_values(draw(1, 5, VISION))
-    assert once.get_total_flops() == made.keys_values_flops(5)
+        seen = module.keys_values(draw(1, 5, VISION))
+    assert once.get_total_flops() == module.keys_values_flops(5)
     with FlopCounterMode(display=False) as each:
-        made(draw(1, 7, WIDTH), seen, torch.ones(1, 7, 5, dtype=torch.bool))
-    assert each.get_total_flops() == made.flops(7, 5)
+        module(draw(1, 7, WIDTH), seen, torch.ones(1, 7, 5, dtype=torch.bool))
+    assert each.get_total_flops() == module.flops(7, 5)

@@ -149,11 +149,11 @@ def test_later_tokens_change_no_earlier_logits(model: VisionLanguageModel) -> No
 def test_an_image_changes_what_follows_it_and_nothing_before(model: VisionLanguageModel) -> None:
     awaken(model.fusion)
     one, other = (collate(model, [ask("hello there", seed, "what colour?", answer="red")]) for seed in (1, 2))
-    place = one.image_slots[0].column
+    column = one.image_slots[0].column
     with torch.no_grad():
         a, b = model(one), model(other)
-    torch.testing.assert_close(a[:, :place], b[:, :place], atol=1e-6, rtol=1e-5)
-    assert apart(a[:, place:], b[:, place:]) > 1e-3
+    torch.testing.assert_close(a[:, :column], b[:, :column], atol=1e-6, rtol=1e-5)
+    assert apart(a[:, column:], b[:, column:]) > 1e-3
 
 
 def test_the_order_of_two_images_matters(model: VisionLanguageModel) -> None:
@@ -277,9 +277,9 @@ def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
                 with torch.no_grad():
                     generator.deltas.bias.copy_(values.repeat_interleave(32))
             visual = {key: torch.zeros(1, 1, 64) for key in fusion.generators}
-            found = fusion.plan.deltas(3, hidden, visual, mask)
-            assert len(found) == len(fusion.plan.norms[3]) == 2
-            numbers = [None if part is None else float(part.unique()) for pair in found for part in pair]
+            result = fusion.plan.deltas(3, hidden, visual, mask)
+            assert len(result) == len(fusion.plan.norms[3]) == 2
+            numbers = [None if part is None else float(part.unique()) for pair in result for part in pair]
             expected = {"both": [0, 1, 2, 3], "scale": [0, None, 1, None], "shift": [None, 0, None, 1]}[parameters]
             assert numbers == expected
             assert sum(generator.outputs for generator in fusion.generators.values()) == 2 * each
@@ -297,13 +297,13 @@ def test_the_final_norm_s_deltas_depend_on_what_it_gets(build) -> None:
     norm = model.language.hf.model.norm
     hidden = torch.randn(*batch.input_ids.shape, model.language.width, requires_grad=True)
     with context.during_stack():
-        found = norm(hidden)
+        result = norm(hidden)
     (deltas,) = model.fusion.plan.deltas(4, hidden, context.visual, context.mask)
     with modulated([norm], [deltas]):
         expected = norm(hidden)
     assert not torch.equal(expected, norm(hidden))
-    torch.testing.assert_close(found, expected)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), hidden, retain_graph=True)[0] for out in (found, expected))
+    torch.testing.assert_close(result, expected)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), hidden, retain_graph=True)[0] for out in (result, expected))
     torch.testing.assert_close(ours, theirs)
 
 

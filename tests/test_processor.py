@@ -66,7 +66,7 @@ def test_rows_are_padded_on_one_side(processor: Processor, left: bool) -> None:
         for row, ids in enumerate(rows)
     ]
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 1, 1, 3]
-    assert (batch.keys, batch.sources, batch.packed) == (["1", "2", "3"], ["a", "b", ""], None)
+    assert (batch.keys, batch.packed) == (["1", "2", "3"], None)
 
 
 def test_a_row_may_hold_several_samples(processor: Processor) -> None:

@@ -32,23 +32,23 @@ def test_shares_are_those_of_one_query(
     ranking.record_scores(
         query.requires_grad_(), key, scaling=scaling, softcap=softcap, sliding_window=window, dropout=0.0
     )
-    found = ranking.scores
-    assert found is not None
-    assert not found.requires_grad
+    shares_of_keys = ranking.scores
+    assert shares_of_keys is not None
+    assert not shares_of_keys.requires_grad
     for row in range(2):
-        place = int(AT[row])
+        asking = int(AT[row])
         seen = [
             j
-            for j in range(place + 1)
-            if (valid is None or valid[row, j]) and (window is None or COLUMNS[row, place] - COLUMNS[row, j] < window)
+            for j in range(asking + 1)
+            if (valid is None or valid[row, j]) and (window is None or COLUMNS[row, asking] - COLUMNS[row, j] < window)
         ]
         shares = torch.zeros(6)
         for head in range(4):
-            scores = torch.stack([query[row, head, place] @ key[row, head // 2, j] for j in seen]).detach()
+            scores = torch.stack([query[row, head, asking] @ key[row, head // 2, j] for j in seen]).detach()
             scores = scores * (scaling or 1 / math.sqrt(8))
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             shares[seen] += scores.softmax(-1) / 4
-        torch.testing.assert_close(found[row], shares)
+        torch.testing.assert_close(shares_of_keys[row], shares)
 
 
 def test_shares_are_computed_in_fp32() -> None:

@@ -58,7 +58,7 @@ def batches(model: Any, *groups: str) -> list[Batch]:
 
 def labels(file: Path) -> dict[str, tuple[int, ...]]:
     _, *lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return {made["key"]: tuple(made["configuration"]) for made in lines}
+    return {record["key"]: tuple(record["configuration"]) for record in lines}
 
 
 SURE = {  # of samples a to e, under each configuration
@@ -122,9 +122,9 @@ def test_viable_is_what_keeps_enough_of_the_full_accuracy(
         most=256,
         device=CPU,
     )
-    found = json.loads(out.read_text())
-    assert [tuple(one) for one in found["viable"]] == viable
-    assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
+    result = json.loads(out.read_text())
+    assert [tuple(one) for one in result["viable"]] == viable
+    assert result["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
 
 
 def test_a_search_goes_on_behind_the_last_batch_it_scored(real: Any, tmp_path: Path) -> None:
@@ -140,10 +140,10 @@ def test_a_search_goes_on_behind_the_last_batch_it_scored(real: Any, tmp_path: P
         offline.search(Scripted(real, SURE), stopped(), cut, **settings)  # type: ignore[arg-type]
     assert "viable" not in json.loads(cut.read_text())
     model = Scripted(real, SURE)
-    found = offline.search(model, batches(real, "ab", "cde"), cut, **settings)  # type: ignore[arg-type]
+    result = offline.search(model, batches(real, "ab", "cde"), cut, **settings)  # type: ignore[arg-type]
     assert model.read == COSTS  # each configuration once, on the second batch alone
-    assert found == json.loads(cut.read_text()) == json.loads(whole.read_text())
-    assert (found["samples"], found["answers"]) == (5, 5)
+    assert result == json.loads(cut.read_text()) == json.loads(whole.read_text())
+    assert (result["samples"], result["answers"]) == (5, 5)
     again = offline.search(model, [], cut, **settings | {"keep": 0.8})  # type: ignore[arg-type]
     assert [tuple(one) for one in again["viable"]] == COSTS[3:]
 
@@ -161,13 +161,13 @@ def test_a_search_goes_on_behind_the_last_batch_that_it_scored(real: Any, tmp_pa
     with pytest.raises(UserError, match="is not finished"):
         read_viable(out)
     model.read.clear()
-    found = offline.search(model, batches(real, "ab", "cde"), out, **settings)  # type: ignore[arg-type]
+    result = offline.search(model, batches(real, "ab", "cde"), out, **settings)  # type: ignore[arg-type]
     assert sorted(model.read) == sorted(COSTS)  # the second batch alone
-    assert found["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
-    assert (found["samples"], found["answers"]) == (5, 5)
+    assert result["scores"] == {"none": 40.0, "1": 60.0, "3": 60.0, "1,3": 80.0}
+    assert (result["samples"], result["answers"]) == (5, 5)
     assert [tuple(one) for one in read_viable(out)] == COSTS[1:]
     model.read.clear()
-    assert offline.search(model, batches(real, "abcde"), out, **settings) == found  # type: ignore[arg-type]
+    assert offline.search(model, batches(real, "abcde"), out, **settings) == result  # type: ignore[arg-type]
     assert not model.read
     with pytest.raises(UserError, match="made with another run"):
         offline.search(model, [], out, **settings | {"about": {"run": "y"}})  # type: ignore[arg-type]
@@ -219,19 +219,19 @@ def test_a_label_is_for_one_question(real: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("most", "count"), [(256, 16), (16, 16), (15, 15), (7, 7), (3, 3), (2, 2)])
 def test_configurations_are_all_sets_or_a_draw_with_both_ends(most: int, count: int) -> None:
-    found = offline.every_configuration([2, 5, 7, 9], most)
-    assert len(found) == len(set(found)) == count
-    assert found == sorted(found, key=len)
-    assert {(), (2, 5, 7, 9)} <= set(found)
-    assert all(one == tuple(sorted(one)) and set(one) <= {2, 5, 7, 9} for one in found)
+    result = offline.every_configuration([2, 5, 7, 9], most)
+    assert len(result) == len(set(result)) == count
+    assert result == sorted(result, key=len)
+    assert {(), (2, 5, 7, 9)} <= set(result)
+    assert all(one == tuple(sorted(one)) and set(one) <= {2, 5, 7, 9} for one in result)
     singles = [(layer,) for layer in (2, 5, 7, 9)]
-    assert set(singles[: most - 2]) <= set(found)
+    assert set(singles[: most - 2]) <= set(result)
 
 
 def test_many_optional_layers_are_drawn_from_at_all_sizes() -> None:
-    found = offline.every_configuration(list(range(40)), 200)
-    assert len(found) == 200
-    assert len({len(one) for one in found}) > 30
+    result = offline.every_configuration(list(range(40)), 200)
+    assert len(result) == 200
+    assert len({len(one) for one in result}) > 30
 
 
 def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: Any) -> None:
@@ -251,9 +251,9 @@ def test_only_a_run_with_optional_layers_and_no_router_is_searched(build, real: 
 def test_right_and_likely_are_told_sample_by_sample(real: Any) -> None:
     model = Scripted(real, SURE)
     with real.fusion.force_route((1,)):
-        found = dict(offline.answer_correct(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
+        result = dict(offline.answer_correct(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
         shares = dict(offline.answer_probability(model, batches(real, "ab", "cde"), CPU))  # type: ignore[arg-type]
-    assert found == {"a": [True], "b": [True], "c": [False], "d": [False], "e": [True]}
+    assert result == {"a": [True], "b": [True], "c": [False], "d": [False], "e": [True]}
     assert shares == {key: [pytest.approx(share, rel=1e-4)] for key, share in SURE[(1,)].items()}
 
 
@@ -269,5 +269,5 @@ def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
 
 def test_one_right_answer_of_one_is_all(real: Any, tmp_path: Path) -> None:
     model: Any = Scripted(real, SURE)
-    found = offline.search(model, batches(real, "a"), tmp_path / "viable.json", about={}, keep=1.0, most=8, device=CPU)
-    assert set(found["scores"].values()) == {100.0}
+    result = offline.search(model, batches(real, "a"), tmp_path / "viable.json", about={}, keep=1.0, most=8, device=CPU)
+    assert set(result["scores"].values()) == {100.0}

@@ -33,11 +33,11 @@ def draw(*shape: int) -> Tensor:
 def test_a_column_is_taken_from_each_row_and_one_behind_the_end_is_the_last() -> None:
     columns = torch.tensor([[0, 2, 3], [4, 1, 9]])
     for tensor in (draw(2, 5), draw(2, 5, 3), draw(1, 5, 3, 2)):
-        found = take(tensor, columns)
-        assert found.shape == (2, 3, *tensor.shape[2:])
+        result = take(tensor, columns)
+        assert result.shape == (2, 3, *tensor.shape[2:])
         for row in range(2):
             for place, column in enumerate(columns[row].clamp(max=4)):
-                assert torch.equal(found[row, place], tensor[row % len(tensor), column])
+                assert torch.equal(result[row, place], tensor[row % len(tensor), column])
 
 
 def allowed(
@@ -59,19 +59,19 @@ def test_a_mask_allows_what_comes_before_in_the_window_and_is_no_padding(window:
     queries, keys = torch.tensor([[2, 5, 6], [0, 1, 7]]), torch.tensor([[0, 2, 5, 6], [0, 1, 3, 7]])
     valid = torch.tensor([[True, True, False, True], [False, True, True, True]]) if padded else None
     for q, k, v in ((queries, keys, valid), (queries, queries, None if valid is None else valid[:, :3])):
-        found = causal_mask(q, k, v, window=window, kernel="sdpa", dtype=torch.float32)
-        assert found is not None
-        assert found.shape == (2, 1, *q.shape[1:], k.shape[1])
+        result = causal_mask(q, k, v, window=window, kernel="sdpa", dtype=torch.float32)
+        assert result is not None
+        assert result.shape == (2, 1, *q.shape[1:], k.shape[1])
         for row in range(2):
             expected = allowed(
                 q[row].tolist(), k[row].tolist(), None if v is None else v[row].tolist(), window, itself=q is k
             )
-            assert found[row, 0].tolist() == expected
+            assert result[row, 0].tolist() == expected
         eager = causal_mask(q, k, v, window=window, kernel="eager", dtype=torch.bfloat16)
         assert eager is not None
         assert eager.dtype == torch.bfloat16
-        assert torch.equal(eager == 0, found)
-        assert (eager[~found] == torch.finfo(torch.bfloat16).min).all()
+        assert torch.equal(eager == 0, result)
+        assert (eager[~result] == torch.finfo(torch.bfloat16).min).all()
         assert causal_mask(q, k, v, window=window, kernel="flash_attention_2", dtype=torch.float32) is v
 
 
@@ -97,14 +97,14 @@ def kwargs_of(
 
 def test_a_prompt_s_columns_keep_their_positions() -> None:
     columns = torch.tensor([[0, 2, 3], [1, 4, 5]])
-    found = kwargs_of(columns, None, call_of(6, 0, 6))
-    assert found["past_key_values"] == "a cache"
-    assert found["position_ids"].tolist() == columns.tolist()
+    result = kwargs_of(columns, None, call_of(6, 0, 6))
+    assert result["past_key_values"] == "a cache"
+    assert result["position_ids"].tolist() == columns.tolist()
     cos, sin = arguments()["position_embeddings"]
     for row in range(2):
-        assert torch.equal(found["position_embeddings"][0][row], cos[0, columns[row]])
-        assert torch.equal(found["position_embeddings"][1][row], sin[row, columns[row]])
-    assert found["attention_mask"] is None  # plain causal attention: the kernel's own
+        assert torch.equal(result["position_embeddings"][0][row], cos[0, columns[row]])
+        assert torch.equal(result["position_embeddings"][1][row], sin[row, columns[row]])
+    assert result["attention_mask"] is None  # plain causal attention: the kernel's own
     bare = arguments(position_ids=None, position_embeddings=None)
     attention = AttentionKind.of("sdpa", PLAIN)
     without = call_of(6, 0, 6).layer_kwargs(bare, columns, None, attention=attention, layer=0, dtype=torch.float32)
@@ -123,7 +123,7 @@ def test_each_new_token_attends_to_the_kept_columns_before_it(
     kept = torch.tensor([[0, 1, 2], [0, 1, 2]]) if span.length == 3 else torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5]])
     valid = torch.ones_like(kept, dtype=torch.bool)
     valid[0, 0] = False
-    found = kwargs_of(kept, valid if padded else None, span, config=config, kernel=kernel)["attention_mask"]
+    result = kwargs_of(kept, valid if padded else None, span, config=config, kernel=kernel)["attention_mask"]
     behind = list(range(span.length, past + now)) if past else []
     window = 4 if config is WINDOWED and past + now > 4 else None
     for row in range(2):
@@ -133,12 +133,12 @@ def test_each_new_token_attends_to_the_kept_columns_before_it(
         if window is not None and past:
             keys, good = keys[-(window - 1 + now) :], good[-(window - 1 + now) :]
         expected = allowed(queries, keys, good if padded else None, window, itself=not past)
-        if found is None:
+        if result is None:
             causal = allowed(queries, keys, None, None, itself=False)
             assert expected == causal
             assert now == 1 or (not past and kernel == "sdpa")
         else:
-            seen = found[row, 0] if found.dtype == torch.bool else found[row, 0] == 0
+            seen = result[row, 0] if result.dtype == torch.bool else result[row, 0] == 0
             assert seen.tolist() == expected
 
 
@@ -203,12 +203,12 @@ def test_rows_of_a_batch_take_their_part_of_what_is_per_row() -> None:
     rows = torch.tensor([2, 0])
     mask, one, flat = draw(3, 1, 4, 4), draw(1, 4), torch.arange(4)
     kwargs = {"attention_mask": mask, "position_ids": one, "position_embeddings": (draw(3, 4, 2), one), "other": flat}
-    found = rows_only(kwargs, rows)
-    assert torch.equal(found["attention_mask"], mask[rows])
-    assert found["position_ids"] is one
-    assert torch.equal(found["position_embeddings"][0], kwargs["position_embeddings"][0][rows])
-    assert found["position_embeddings"][1] is one
-    assert found["other"] is flat
+    result = rows_only(kwargs, rows)
+    assert torch.equal(result["attention_mask"], mask[rows])
+    assert result["position_ids"] is one
+    assert torch.equal(result["position_embeddings"][0], kwargs["position_embeddings"][0][rows])
+    assert result["position_embeddings"][1] is one
+    assert result["other"] is flat
     assert rows_only({"attention_mask": None, "position_ids": flat}, rows) == {
         "attention_mask": None,
         "position_ids": flat,

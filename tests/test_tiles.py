@@ -96,8 +96,8 @@ def theirs(ours: VisionLanguageModel) -> LlavaOnevisionForConditionalGeneration:
 def their_ids(ours: VisionLanguageModel, batch: Batch, token: int) -> Tensor:
     """The ids of a batch of one row, their placeholder standing once for each visual token."""
     ids = batch.input_ids[0].tolist()
-    for place in reversed(batch.image_slots):
-        ids[place.column : place.column] = [token] * ours.processor.count_visual_tokens(place.layout)
+    for slot in reversed(batch.image_slots):
+        ids[slot.column : slot.column] = [token] * ours.processor.count_visual_tokens(slot.layout)
     return torch.tensor([ids])
 
 

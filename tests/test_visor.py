@@ -146,9 +146,9 @@ def test_more_images_than_embeddings_stay_apart(build) -> None:
     model = build(VisorFusion(cross_attention=[0], self_attention=[1], max_images=1))
     awaken(model.fusion)
     one, other = (collate(model, [ask(1, "which image has the red circle?", seed, answer="first")]) for seed in (2, 3))
-    place = one.image_slots[1].column
+    column = one.image_slots[1].column
     with torch.no_grad():
-        torch.testing.assert_close(model(one)[:, :place], model(other)[:, :place], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(model(one)[:, :column], model(other)[:, :column], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("refining", [0, 2])
@@ -162,7 +162,7 @@ def test_a_token_reads_the_images_before_it(build, refining: int, pad_left: bool
         context = model.fusion(batch, model.features(batch.pixels), model.language).vision
     length = text if context.length is None else context.length
     assert (context.length is None) == (not refining)
-    stands = [[place.column for place in batch.image_slots if place.row == r for _ in range(16)] for r in range(rows)]
+    stands = [[slot.column for slot in batch.image_slots if slot.row == r for _ in range(16)] for r in range(rows)]
     for past, now, columns in (
         (0, length, range(text)),
         (0, length + 2, range(text + 2)),
@@ -241,12 +241,12 @@ def test_likely_is_the_probability_of_the_whole_answer(build) -> None:  # type: 
     """Each of the right tokens, the end token among them: what the loss of the sample alone says."""
     model = build(VisorFusion(cross_attention=2, self_attention=1))
     awaken(model.fusion)
-    found = dict(answer_probability(model, [collate(model, SAMPLES)], torch.device("cpu")))
+    result = dict(answer_probability(model, [collate(model, SAMPLES)], torch.device("cpu")))
     for sample in SAMPLES:
         alone = collate(model, [sample])
         with torch.no_grad():
             loss, _ = summed_loss(model(alone), alone.labels)
-        assert found[sample.key] == pytest.approx([math.exp(-loss)], rel=1e-4)
+        assert result[sample.key] == pytest.approx([math.exp(-loss)], rel=1e-4)
 
 
 def test_layers_are_spread_evenly_and_apart(build) -> None:

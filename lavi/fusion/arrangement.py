@@ -71,8 +71,8 @@ def group_tokens_by_row(batch: Batch, counts: Sequence[int]) -> Rows:
     """The rows of a batch whose images have so many tokens each."""
     pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (first token, after its last, column)
     first = 0
-    for place, count in zip(batch.image_slots, counts, strict=True):
-        pieces[place.row].append((first, first + count, place.column))
+    for slot, count in zip(batch.image_slots, counts, strict=True):
+        pieces[slot.row].append((first, first + count, slot.column))
         first += count
     longest = max(1, *(sum(after - first for first, after, _ in row) for row in pieces))
     index = torch.full((len(batch), longest), first, device="cpu")  # (B, M)
@@ -111,8 +111,8 @@ def view_indices(batch: Batch, device: torch.device) -> Tensor:
     """(views, 4): the image of its conversation from 0; the tile's row and column, and the frame, from 1 (0: none)."""
     seen = Counter[tuple[int, int]]()
     numbers: list[tuple[int, int, int, int]] = []
-    for place in batch.image_slots:
-        conversation, layout = batch.conversation_of(place), place.layout
+    for slot in batch.image_slots:
+        conversation, layout = batch.conversation_of(slot), slot.layout
         image = seen[conversation]
         seen[conversation] += 1
         if layout.video:
@@ -146,8 +146,8 @@ def splice_tokens(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, 
 def conversation_ids(batch: Batch, counts: list[int], order: Tensor) -> Tensor:
     """(B, T'): which conversation of its row each token of an ``order`` belongs to, -1 for padding."""
     of_text = text_conversation_ids(batch).flatten()  # (B T,)
-    of_place = [batch.conversation_of(place)[1] for place in batch.image_slots]
-    of_visual = torch.tensor(of_place, dtype=torch.long, device="cpu").repeat_interleave(
+    of_slot = [batch.conversation_of(slot)[1] for slot in batch.image_slots]
+    of_visual = torch.tensor(of_slot, dtype=torch.long, device="cpu").repeat_interleave(
         torch.tensor(counts, dtype=torch.long, device="cpu")
     )
     nothing = torch.full((1,), -1, device="cpu")
@@ -164,15 +164,15 @@ def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor,
         ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was
         padded. ``columns`` (B, T): the column of each text token in the arranged sequence.
     """
-    places: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
+    slots: list[list[tuple[int, int, int]]] = [[] for _ in range(len(batch))]  # (column, first token, after its last)
     first = len(batch) * text_width
-    for place, count in zip(batch.image_slots, counts, strict=True):
-        places[place.row].append((place.column, first, first + count))
+    for slot, count in zip(batch.image_slots, counts, strict=True):
+        slots[slot.row].append((slot.column, first, first + count))
         first += count
     rows, columns = [], torch.zeros(len(batch), text_width, dtype=torch.long, device="cpu")
     for row, (start, stop) in enumerate(batch.spans):
         pieces, at, length = [], start, 0
-        for column, first, after in [*sorted(places[row]), (stop, 0, 0)]:
+        for column, first, after in [*sorted(slots[row]), (stop, 0, 0)]:
             text = torch.arange(row * text_width + at, row * text_width + column, device="cpu")
             columns[row, at:column] = torch.arange(length, length + len(text), device="cpu")
             pieces += [text, torch.arange(first, after, device="cpu")]

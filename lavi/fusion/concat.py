@@ -57,10 +57,10 @@ class ConcatFusion(Fusion):
 
     def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
-        images = projected.split([place.views for place in batch.image_slots]) if batch.image_slots else ()
+        images = projected.split([slot.views for slot in batch.image_slots]) if batch.image_slots else ()
         packed = [
-            self.tile_arrangement.arrange(image, place.layout, self.newline)
-            for image, place in zip(images, batch.image_slots, strict=True)
+            self.tile_arrangement.arrange(image, slot.layout, self.newline)
+            for image, slot in zip(images, batch.image_slots, strict=True)
         ]
         # Without an image they are empty, and still in the graph: a rank without one must not hang the others.
         empty = [projected.flatten(0, 1)[:0]]

@@ -88,7 +88,7 @@ class CrossAttentionFusion(Fusion):
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         tokens = self.norm(features.float() + self.views(view_indices(batch, features.device)))  # (views, N, Dv)
-        rows = group_tokens_by_row(batch, [place.views * tokens.shape[1] for place in batch.image_slots]).to(
+        rows = group_tokens_by_row(batch, [slot.views * tokens.shape[1] for slot in batch.image_slots]).to(
             features.device
         )
         visual = rows.gather(tokens)  # (B, M, Dv)

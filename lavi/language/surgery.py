@@ -241,22 +241,22 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
             probe.watch_norm(len(layers), name, child, final=True)
     with probe.watching():
         _dummy_forward(model)
-    return probe.found()
+    return probe.targets()
 
 
-def norms_of(found: Sequence[NormTarget], layer: int, wanted: Sequence[str]) -> list[NormTarget]:
+def norms_of(targets: Sequence[NormTarget], layer: int, wanted: Sequence[str]) -> list[NormTarget]:
     """For each wanted role the norm of a layer that feeds it, else the one that closes it.
 
     Raises:
         UserError: it has neither.
     """
-    of_layer = [target for target in found if target.layer == layer]
+    of_layer = [target for target in targets if target.layer == layer]
     chosen: dict[str, NormTarget] = {}
     for want in wanted:
         fitting = [target for target in of_layer if target.role in (want, "both")]
         if not fitting:
             roles = {target.name: target.role for target in of_layer}
-            raise UserError(f"layer {layer} has no norm for target '{want}'; found: {roles}.")
+            raise UserError(f"layer {layer} has no norm for target '{want}'; it has: {roles}.")
         best = max(fitting, key=lambda target: target.position)  # "feeds" before "closes"
         chosen[best.name] = best
     return list(chosen.values())
@@ -309,7 +309,7 @@ class _NormProbe:
             for hook in self.hooks:
                 hook.remove()
 
-    def found(self) -> list[NormTarget]:
+    def targets(self) -> list[NormTarget]:
         targets = []
         for (layer, name, position), roles in sorted(self.roles.items()):
             role = "both" if len(roles) == 2 else next(iter(roles))

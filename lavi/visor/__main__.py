@@ -36,21 +36,21 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.step == "search":
         about |= {"samples": args.samples}
-        found = offline.search(model, batches, args.out, about=about, keep=args.keep, most=args.most, device=device)
+        result = offline.search(model, batches, args.out, about=about, keep=args.keep, most=args.most, device=device)
         rows = [
             [
                 name,
                 f"{score:.1f}",
-                "viable" if [int(n) for n in name.split(",") if n != "none"] in found["viable"] else "",
+                "viable" if [int(n) for n in name.split(",") if n != "none"] in result["viable"] else "",
             ]
-            for name, score in found["scores"].items()
+            for name, score in result["scores"].items()
         ]
-        console().print(table(f"{found['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows))
+        console().print(table(f"{result['samples']} samples of {args.split}", ["refining layers", "right %", ""], rows))
     else:
         counts = offline.label(model, batches, viable, args.out, about=about, keep=args.keep, by=args.by, device=device)
         rows = [[",".join(map(str, one)) or "none", f"{count:,}"] for one, count in counts.items()]
         console().print(table(f"labels of {args.split}", ["refining layers", "samples"], rows))
-    for cause, count in batches.skipped.causes.items():
+    for cause, count in batches.left_out.items():
         console().print(f"left out: {count} x {cause}")
     console().print(f"written: {args.out}")
 

@@ -13,17 +13,17 @@ Configuration = tuple[int, ...]
 
 
 def read_viable(file: Path) -> list[list[int]]:
-    """The configurations that :func:`search` found.
+    """The viable configurations that :func:`lavi.visor.offline.search` wrote.
 
     Raises:
         UserError: there is no such file, or it is not finished.
     """
     if not file.exists():
         raise UserError(f"there is no file {file}: make it with python -m lavi.visor search.")
-    found = json.loads(file.read_text())
-    if "viable" not in found:
+    content = json.loads(file.read_text())
+    if "viable" not in content:
         raise UserError(f"the search in {file} is not finished: run python -m lavi.visor search once more, it goes on.")
-    return list(found["viable"])
+    return list(content["viable"])
 
 
 def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
@@ -35,20 +35,20 @@ def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
     if not file.exists():
         raise UserError(f"there is no file {file} of labels: make it with python -m lavi.visor label.")
     numbers = {configuration: number for number, configuration in enumerate(viable)}
-    found = {}
+    labels = {}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         try:
-            made = json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             raise UserError(
                 f"{file}, line {number} is cut off: run python -m lavi.visor label once more, it goes on there."
             ) from None
-        if "key" not in made:  # the header
+        if "key" not in record:  # the header
             continue
-        configuration = tuple(made["configuration"])
+        configuration = tuple(record["configuration"])
         if configuration not in numbers:
             raise UserError(
-                f"{file} labels sample {made['key']} with layers {list(configuration)}, which is not viable here."
+                f"{file} labels sample {record['key']} with layers {list(configuration)}, which is not viable here."
             )
-        found[made["key"]] = numbers[configuration]
-    return found
+        labels[record["key"]] = numbers[configuration]
+    return labels

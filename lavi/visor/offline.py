@@ -52,10 +52,10 @@ def every_configuration(optional: Sequence[int], most: int) -> list[Configuratio
         sizes = range(len(optional) + 1)
         return [subset for size in sizes for subset in itertools.combinations(optional, size)]
     draw = random.Random(0)
-    found: set[Configuration] = {(), tuple(optional), *((layer,) for layer in optional[: most - 2])}
-    while len(found) < most:
-        found.add(tuple(sorted(draw.sample(list(optional), draw.randint(1, len(optional))))))
-    return sorted(found, key=lambda one: (len(one), one))
+    configurations: set[Configuration] = {(), tuple(optional), *((layer,) for layer in optional[: most - 2])}
+    while len(configurations) < most:
+        configurations.add(tuple(sorted(draw.sample(list(optional), draw.randint(1, len(optional))))))
+    return sorted(configurations, key=lambda one: (len(one), one))
 
 
 @torch.no_grad()
@@ -111,26 +111,27 @@ def search(
     configurations = every_configuration(fusion.refining, most)
     names = [_name(configuration) for configuration in configurations]
     about = about | {"refining": fusion.refining, "most": most}
-    found: dict[str, Any] = {"about": about, "batches": 0, "samples": 0, "answers": 0, "right": dict.fromkeys(names, 0)}
+    result: dict[str, Any] = {"about": about, "batches": 0, "samples": 0, "answers": 0}
+    result["right"] = dict.fromkeys(names, 0)
     if out.exists():
-        found = json.loads(out.read_text())
-    _same(found.get("about"), about, out)
-    if "scores" not in found:
+        result = json.loads(out.read_text())
+    _same(result.get("about"), about, out)
+    if "scores" not in result:
         for number, batch in enumerate(track(batches, description="scoring configurations"), start=1):
-            if number <= found["batches"]:
+            if number <= result["batches"]:
                 continue
             for name, configuration in zip(names, configurations, strict=True):
                 with fusion.force_route(configuration):
-                    found["right"][name] += sum(sum(answers) for _, answers in answer_correct(model, [batch], device))
-            found["batches"] = number
-            found["samples"] += len(batch)
-            found["answers"] += len(batch.answers)
-            _write(found, out)
-        found["scores"] = {name: 100 * count / max(1, found["answers"]) for name, count in found["right"].items()}
-    full = found["scores"][_name(tuple(fusion.refining))]
-    found["viable"] = [list(one) for one in configurations if found["scores"][_name(one)] >= keep * full]
-    _write(found, out)
-    return found
+                    result["right"][name] += sum(sum(answers) for _, answers in answer_correct(model, [batch], device))
+            result["batches"] = number
+            result["samples"] += len(batch)
+            result["answers"] += len(batch.answers)
+            _write(result, out)
+        result["scores"] = {name: 100 * count / max(1, result["answers"]) for name, count in result["right"].items()}
+    full = result["scores"][_name(tuple(fusion.refining))]
+    result["viable"] = [list(one) for one in configurations if result["scores"][_name(one)] >= keep * full]
+    _write(result, out)
+    return result
 
 
 def label(
@@ -197,7 +198,7 @@ def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
         out.write_text(whole)
     header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
     _same(header.get("about"), about, out)
-    return {made["key"]: tuple(made["configuration"]) for made in lines}
+    return {record["key"]: tuple(record["configuration"]) for record in lines}
 
 
 def fingerprint(run: Path) -> str:
@@ -210,13 +211,13 @@ def _name(configuration: Configuration) -> str:
     return ",".join(map(str, configuration)) or "none"
 
 
-def _same(found: dict[str, Any] | None, about: dict[str, Any], out: Path) -> None:
-    found = found or {}
-    if other := [key for key in about if found.get(key) != about[key]]:
+def _same(result: dict[str, Any] | None, about: dict[str, Any], out: Path) -> None:
+    result = result or {}
+    if other := [key for key in about if result.get(key) != about[key]]:
         raise UserError(f"{out} was made with another {', '.join(other)}: choose another --out, or remove it.")
 
 
-def _write(found: dict[str, Any], out: Path) -> None:
+def _write(result: dict[str, Any], out: Path) -> None:
     part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(found, indent=1))
+    part.write_text(json.dumps(result, indent=1))
     os.replace(part, out)
