@@ -68,11 +68,11 @@ def test_what_stays_is_what_the_last_token_attends_to_most(build, family: str) -
         plain.load_state_dict(concat.language.hf.state_dict())
         attention = plain(**inputs.sequence(), output_attentions=True).attentions[0]
         scores = attention.mean(1)[0, -1]  # (S,)
-        column = batch.image_slots[0].column
-        best = (scores[column : column + 16].topk(4).indices + column).sort().values
+        first = batch.image_slots[0].column
+        best = (scores[first : first + 16].topk(4).indices + first).sort().values
         out, _ = pruned.prefill(batch, pruned.features(batch.pixels))
     stage = out.past_key_values.kept["stages"][0]
-    stays = [column for column in stage.index[0].tolist() if column <= column < column + 16]
+    stays = [column for column in stage.index[0].tolist() if first <= column < first + 16]
     assert stays == best.tolist()
 
 
