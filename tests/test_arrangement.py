@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import awaken, small
@@ -20,7 +22,7 @@ from lavi.fusion.arrangement import (
     text_only_input,
     view_indices,
 )
-from lavi.fusion.base import Fusion
+from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
@@ -279,3 +281,34 @@ def test_fusions_say_whether_rows_may_hold_several_conversations() -> None:
     assert CrossAttentionFusion.packs
     assert ConcatFusion.packs
     assert not any(fusion.packs for fusion in (Fusion, PruningFusion, VisorFusion))
+
+
+class Bare(Fusion):
+    """The least that a fusion is: the text as it stands."""
+
+    def bind(self, language: Any, features: Any) -> None: ...
+
+    def forward(self, batch: Batch, features: torch.Tensor, language: Any) -> Any:
+        return text_only_input(batch, ColumnContext(visual={}, column=torch.zeros(len(batch), 1)))
+
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        return {"own": Cost(1.0 if decoding else 2.0)}
+
+
+class Counting(Bare):
+    @property
+    def token_counter(self) -> Any:
+        return lambda layout, per_view: layout.views * per_view
+
+
+def test_what_a_fusion_leaves_out_means_nothing() -> None:
+    fusion = Bare()
+    assert (fusion.packs, fusion.modulated_norms, fusion.default_route) == (False, [], None)
+    assert not fusion.route_counts
+    assert fusion.resolved_arguments() == {}
+    with fusion.force_route(None):
+        pass
+    assert fusion.tokens_in_language(TILED, 16) == 0
+    assert Counting().tokens_in_language(TILED, 16) == 80
+    assert fusion.visual_by_layer(7, 3) == [7, 7, 7]
+    assert Cost(3.0).uncounted == 0
