@@ -55,7 +55,7 @@ def main() -> None:
         recipe, model = load_run(Path(run), overrides=[f"data.test={TEST}", *changes])
         model.to(device)
         data = recipe.build("data", processor=model.processor)
-        samples = data.samples("test", limit=args.limit)
+        samples = data.sample_stream("test", limit=args.limit)
         watched = track(samples, name, total=samples.expected)
         scores = scoring.evaluate(model, watched, metric=data.metric, device=device)
         record = measure.count(recipe, model, scores.typical, scores.route_counts)

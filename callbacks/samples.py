@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from lavi.batch import Sample, Video, text_of
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
+from lavi.data.data_module import DataModule
 from lavi.data.images import side_by_side
 from lavi.errors import one_line
 from lavi.metrics.base import AnswerMetric
@@ -57,9 +58,9 @@ class Samples(pl.Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or not loggers:
             return
-        model, data = cast(VisionLanguageModel, module.model), cast(Any, trainer).datamodule
+        model, data = cast(VisionLanguageModel, module.model), cast(DataModule, cast(Any, trainer).datamodule)
         if not self.questions:
-            self.questions = first_questions(model, data.samples("validation", limit=self.count))
+            self.questions = first_questions(model, data.sample_stream("validation", limit=self.count))
         if not self.questions:
             return
         answers = answer_all(module, self.questions, self.max_new_tokens)

@@ -6,32 +6,26 @@ import hashlib
 import json
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from datamodules.batches import BatchStream, Encoder, EvalStream, Progress, SampleStream
-from datamodules.formats.conversations import Reading
+from datamodules.batches import InOrder, Position, ReadBatch
+from datamodules.formats.base import SampleFormat
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards.read import ShardStream, StreamPosition, expected_samples
 from datamodules.shards.sources import find_shards
-from lavi.batch import Batch, Position
+from datamodules.streamed import StreamedData
 from lavi.config.types import Count, CountOrZero, ShareOrZero
-from lavi.data.frame_sampling import FrameSampling
 from lavi.data.processor import Processor
 from lavi.errors import UserError
-from lavi.metrics.answers import ExactMatch
 from lavi.metrics.base import AnswerMetric
 
 log = logging.getLogger("lavi")
 
 
-class ImageTextData(pl.LightningDataModule):
+class ImageTextData(StreamedData):
     """Conversations about images and videos, from WebDataset shards.
 
     Args:
@@ -45,19 +39,15 @@ class ImageTextData(pl.LightningDataModule):
         bucket: training batches are cut from this many batches' worth of samples, sorted by length, so that little is
             padded; 1 takes the samples as they come.
         packing: training rows hold several conversations, up to so many tokens of the language model's sequence, which
-            do not see each other; a batch is ``batch_size`` such rows, filled from ``bucket`` batches' worth of samples
-            (the last of them may have fewer). Images that have no place in the sequence (LaVi) take no room.
+            do not attend to each other; a batch is ``batch_size`` such rows, filled from ``bucket`` batches' worth of
+            samples (the last of them may have fewer). Images without tokens in the sequence (LaVi) take no room.
         too_long: leave conversations out that are longer than the context, or cut their last turns off.
-        video: which frames of a video are seen.
-        caption_prompt: the request that a caption answers.
+        format: decodes the samples of the shards; None: :class:`datamodules.formats.conversations.Conversations`.
         seed: of the order.
         validation_samples: at most this many.
         max_skipped: share of broken samples above which the run stops.
         metric: scores answers; None: the share of answers that match exactly.
     """
-
-    unsized = True
-    """Its batches are a stream that is not counted beforehand: nothing of the trainer can be a share of them."""
 
     def __init__(
         self,
@@ -73,29 +63,29 @@ class ImageTextData(pl.LightningDataModule):
         bucket: Count = 1,
         packing: Count | None = None,
         too_long: Literal["skip", "cut"] = "skip",
-        video: FrameSampling | None = None,
-        caption_prompt: str = Reading.caption_prompt,
+        format: SampleFormat | None = None,
         seed: int = 0,
         validation_samples: Count | None = None,
         max_skipped: ShareOrZero = 0.01,
         metric: AnswerMetric | None = None,
     ) -> None:
-        super().__init__()
-        self.processor = processor
+        super().__init__(
+            processor,
+            batch_size=batch_size,
+            metric=metric,
+            format=format,
+            max_skipped=max_skipped,
+            workers=workers,
+            validation_samples=validation_samples,
+            too_long=too_long,
+            bucket=bucket,
+            packing=packing,
+        )
         self.sources = {"train": train, "validation": validation, "test": test}
-        self.batch_size, self.workers, self.shuffle, self.seed = batch_size, workers, shuffle, seed
-        self.resampled, self.bucket, self.packing = resampled, bucket, packing
-        self.reading = Reading(video or FrameSampling(), caption_prompt)
-        self.too_long = too_long
-        self.validation_samples, self.max_skipped = validation_samples, max_skipped
-        self.metric = ExactMatch() if metric is None else metric
-        self.progress = Progress()
-        self.counts: Counter[str] = Counter()
-        """Samples that this rank was given, by source, and those ``skipped``, since the run began."""
+        self.shuffle, self.resampled, self.seed = shuffle, resampled, seed
 
     @property
     def source_names(self) -> list[str]:
-        """Of the training data."""
         source = self.sources["train"]
         return list(source.sources) if isinstance(source, Mixture) else ["train"]
 
@@ -110,7 +100,7 @@ class ImageTextData(pl.LightningDataModule):
             raise UserError(f"the recipe names no {split} data: set data.{split} to a shard folder.")
         sources = source.sources if isinstance(source, Mixture) else {split: source}
         return {
-            name: ShardStream(find_shards(shards), self.seed, self.shuffle, self.resampled)
+            name: ShardStream(find_shards(shards), self.seed, self.shuffle, self.resampled, self.format.types)
             for name, shards in sources.items()
         }
 
@@ -121,55 +111,25 @@ class ImageTextData(pl.LightningDataModule):
         shares = mixture.shares(streams) if isinstance(mixture, Mixture) else [1.0]
         return MixedStream(streams, shares, self.seed)
 
-    def stream(self, split: str, *, limit: int | None = None) -> EvalStream:
-        """One pass over a split, in order.
+    def training_records(self) -> MixedStream:
+        return self.mixed
 
-        Raises:
-            UserError: the recipe names no such split, or it has no shards.
-        """
-        rank, ranks = self._ranks()
-        streams = list(self.streams(split).values())
-        return EvalStream(streams, self._encoder(), self.batch_size, self.max_skipped, rank, ranks, limit)
+    def held_out_records(self, split: str) -> InOrder:
+        return InOrder(list(self.streams(split).values()))
 
-    def _encoder(self, *, packing: int | None = None) -> Encoder:
-        length = self.processor.context_length
-        processor = replace(self.processor, context_length=min(length, packing or length))
-        return Encoder(processor, self.reading, self.too_long)
+    def has_split(self, split: str) -> bool:
+        return self.sources[split] is not None
 
-    def _ranks(self) -> tuple[int, int]:
-        """This rank, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def samples(self, split: str, *, limit: int | None = None) -> SampleStream:
-        """The first usable samples of a split, decoded and not encoded.
-
-        Raises:
-            UserError: the recipe names no such split, or it has no shards.
-        """
-        return SampleStream(self.stream(split), limit)
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        rank, ranks = self._ranks()
-        mixed = self.mixed
-        for stream in mixed.streams.values():
+    def train_dataloader(self) -> DataLoader[ReadBatch]:
+        rank, ranks = self.rank_and_ranks()
+        for stream in self.mixed.streams.values():
             stream.check(ranks * max(1, self.workers))
         if rank == 0:
-            self._announce(mixed, ranks)
-        stream_of_batches = BatchStream(
-            mixed,
-            self._encoder(packing=self.packing),
-            self.batch_size,
-            self.max_skipped,
-            rank,
-            ranks,
-            self.bucket,
-            self.packing,
-            self.progress,
-        )
-        return DataLoader(stream_of_batches, batch_size=None, num_workers=self.workers)
+            self._announce(self.mixed, ranks)
+        return super().train_dataloader()
 
     def _announce(self, mixed: MixedStream, ranks: int) -> None:
-        """Say what will be read, and what an epoch is."""
+        """Log what is read and by how many readers, and how many steps an epoch has."""
         readers = f"{ranks} rank{'s' * (ranks > 1)} x {self.workers or 'no'} worker{'s' * (self.workers != 1)}"
         for (name, stream), share in zip(mixed.streams.items(), mixed.shares, strict=True):
             count = "samples not counted (no index)" if stream.samples is None else f"{stream.samples} samples"
@@ -178,27 +138,11 @@ class ImageTextData(pl.LightningDataModule):
             part = f" {share:.1%} of what is drawn," if len(mixed.streams) > 1 else ""
             log.info("%s:%s %s in %d shards, read by %s%s", name, part, count, len(stream.shards), readers, epoch)
 
-    def val_dataloader(self) -> Iterable[Batch]:
-        if self.sources["validation"] is None:
-            return []
-        return DataLoader(self.stream("validation", limit=self.validation_samples), batch_size=None)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Called for the batch a step is about to use: from here on it counts as read."""
-        for skip in batch.skipped:
-            log.warning("skipped sample '%s': %s", skip.key, skip.cause)
-        if batch.position is not None and self.trainer is not None and self.trainer.training:
-            self.counts.update(batch.sources)
-            self.counts["skipped"] += sum(skip.samples for skip in batch.skipped)
-            self.progress.read[batch.position.reader] = batch.position
-            self.progress.turn = (batch.position.reader % max(1, self.workers) + 1) % max(1, self.workers)
-        return batch
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "read": {reader: _plain(position) for reader, position in self.progress.read.items()},
             "turn": self.progress.turn,
-            "counts": dict(self.counts),
+            **super().state_dict(),
             **self._order(),
         }
 
@@ -221,28 +165,28 @@ class ImageTextData(pl.LightningDataModule):
         Raises:
             UserError: the order of the samples would be another one.
         """
-        for name, now in self._order().items():
+        for name, value in self._order().items():
             if name not in state:
                 raise UserError("this checkpoint does not say where the run was in its data: an older lavi wrote it.")
-            if state[name] != now and name == "shards":
+            if state[name] != value and name == "shards":
                 raise UserError(
                     "data.train is not what the run was reading (names of the shards, samples in them, or shares): its "
-                    "place is known in that only. Resume with the same data, or begin anew with module.start_from."
+                    "position is known in that only. Resume with the same data, or begin anew with module.start_from."
                 )
-            if state[name] != now:
+            if state[name] != value:
                 raise UserError(
-                    f"the run was read with data.{name}={state[name]}, not {now}: its place in the "
+                    f"the run was read with data.{name}={state[name]}, not {value}: its position in the "
                     f"data is known for that only. Resume with data.{name}={state[name]}."
                 )
-        self.counts = Counter(state["counts"])
+        super().load_state_dict(state)
         self.progress.read = {reader: _position(*plain) for reader, plain in state["read"].items()}
         self.progress.turn = state["turn"]
 
 
 def _plain(position: Position) -> list[Any]:
-    """Numbers and lists alone, for a checkpoint."""
-    return [position.reader, position.drawn, [list(place) for place in position.places], position.taken]
+    """A position as numbers and lists, for a checkpoint."""
+    return [position.reader, position.drawn, [list(source) for source in position.sources], position.taken]
 
 
-def _position(reader: int, drawn: int, places: list[list[int]], taken: int) -> Position:
-    return Position(reader, drawn, tuple(StreamPosition(*place) for place in places), taken)
+def _position(reader: int, drawn: int, sources: list[list[int]], taken: int) -> Position:
+    return Position(reader, drawn, tuple(StreamPosition(*source) for source in sources), taken)

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from datamodules.formats.conversations import conversation_of, decode, parse_record, visual_members
+from datamodules.formats.conversations import Conversations, parse_record, visual_members
 from datamodules.shards.counts import Counts, texts_of
 from datamodules.shards.read import BrokenSample, Raw, ShardStream, index_entry, read_shard
 from datamodules.shards.sources import find_shards
@@ -81,12 +81,12 @@ def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: i
         sheet: how many samples to keep for a contact sheet.
     """
     found = Found()
-    rng = random.Random(0)
+    rng, conversations = random.Random(0), Conversations()
     for raw in records:
         try:
-            record = conversation_of(raw)
+            record = conversations.check(raw)
             if check:
-                decode(raw)
+                conversations.decode(raw)
         except BrokenSample as error:
             found.note(error)
             continue

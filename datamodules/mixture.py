@@ -15,22 +15,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from datamodules.shards.read import Raw, ShardStream, Slot, StreamPosition
+from datamodules.batches import Drawn, TrainingRecords
+from datamodules.shards.read import ShardStream, Slot, StreamPosition
 from lavi.config.types import Positive
 from lavi.errors import UserError, nearest
 
 DRAWS = 1024
-"""So many draws come from one seed: to go on anywhere costs no more than these."""
+"""Draws that come from one seed: to go on anywhere costs no more than these."""
 
 
 class Mixture:
-    """Names, places and shares of sources.
+    """Sets of shards and their shares.
 
     Args:
         sources: a name, and the shards: a folder, a brace pattern, a list of them.
-        weights: how often each is drawn, relative to the others; none: as often as it has samples.
+        weights: how often each is drawn, relative to the others; None: as often as it has samples.
         temperature: shares are taken to the power 1 / temperature: 1 leaves them, more evens them out.
 
     Raises:
@@ -54,7 +54,7 @@ class Mixture:
         self.sources, self.weights, self.temperature = sources, weights, temperature
 
     def shares(self, streams: Mapping[str, ShardStream]) -> list[float]:
-        """Of each source, adding up to 1.
+        """The share of each source; together they are 1.
 
         Raises:
             UserError: no weights, and a source that has no index to count its samples.
@@ -67,19 +67,9 @@ class Mixture:
         return [power / sum(powers) for power in powers]
 
 
-class Drawn(NamedTuple):
-    """One record of a mixture, and where the mixture stands behind it."""
-
-    drawn: int
-    places: tuple[StreamPosition, ...]
-    source: str
-    raw: Raw | None
-    """None: an epoch of the source is complete."""
-
-
 @dataclass(frozen=True)
-class MixedStream:
-    """Records of several streams; of one, simply its own."""
+class MixedStream(TrainingRecords):
+    """Records of several streams; of a single one, its own."""
 
     streams: dict[str, ShardStream]
     shares: list[float]
@@ -89,22 +79,21 @@ class MixedStream:
     def start(self) -> tuple[StreamPosition, ...]:
         return tuple(StreamPosition() for _ in self.streams)
 
-    def records(self, slot: Slot, drawn: int = 0, places: tuple[StreamPosition, ...] = ()) -> Iterator[Drawn]:
-        """Without end, from a place on."""
-        at = list(places or self.start)
+    def records(self, slot: Slot, drawn: int = 0, positions: tuple[StreamPosition, ...] = ()) -> Iterator[Drawn]:
+        current = list(positions or self.start)
         names = list(self.streams)
-        running = [stream.records(slot, place) for stream, place in zip(self.streams.values(), at, strict=True)]
-        for chosen in self._choices(slot, drawn):
+        running = [stream.records(slot, start) for stream, start in zip(self.streams.values(), current, strict=True)]
+        for index in self._choices(slot, drawn):
             raw = None
             while raw is None:
-                at[chosen], raw = next(running[chosen])
+                current[index], raw = next(running[index])
                 drawn += raw is not None
-                yield Drawn(drawn, tuple(at), names[chosen], raw)
+                yield Drawn(drawn, tuple(current), names[index], raw)
 
     def _choices(self, slot: Slot, first: int) -> Iterator[int]:
-        """Which source each sample is from, from number ``first`` on."""
+        """The index of each sample's source, from sample number ``first`` on."""
         while True:
             batch, inside = divmod(first, DRAWS)
-            draw = random.Random(f"{self.seed}/{slot.index}/draws/{batch}")
-            yield from draw.choices(range(len(self.shares)), self.shares, k=DRAWS)[inside:]
+            rng = random.Random(f"{self.seed}/{slot.index}/draws/{batch}")
+            yield from rng.choices(range(len(self.shares)), self.shares, k=DRAWS)[inside:]
             first = (batch + 1) * DRAWS

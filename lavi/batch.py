@@ -110,31 +110,11 @@ class Answer(NamedTuple):
     level: str = "all"
 
 
-class Position(NamedTuple):
-    """Where a stream stood behind a batch: its reader, how many samples it had drawn, and its place in each source.
-
-    ``taken`` batches had been made of the samples behind that; they are read again, and those batches left out.
-    """
-
-    reader: int
-    drawn: int
-    places: tuple[Any, ...]
-    taken: int = 0
-
-
-class Skip(NamedTuple):
-    """A broken sample, or as many as a shard lacks."""
-
-    key: str
-    cause: str
-    samples: int = 1
-
-
 @dataclass
 class Batch:
     """What a model sees.
 
-    Text is the text alone: an image has a *place* in it and no tokens of its own; a fusion decides what stands there.
+    Text is the text alone: an image has a position in it and no tokens of its own; a fusion decides what stands there.
     The layout (``spans``, ``image_slots``) stays on the host, so that arranging a sequence never waits for a device.
 
     Shapes: ``input_ids`` (B, T) int64; ``labels`` (B, T) int64, :data:`IGNORE` where nothing is trained;
@@ -150,11 +130,6 @@ class Batch:
     image_slots: list[ImageSlot]
     answers: list[Answer] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    """Which source of a mixture each sample is from."""
-    skipped: list[Skip] = field(default_factory=list)
-    """Samples dropped while this batch was read."""
-    position: Position | None = None
     packed: list[list[tuple[int, int]]] | None = None
     """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
 

@@ -204,6 +204,21 @@ class Recipe:
             node = node[name]
         return argument in _signature(self._find(node[TARGET], key)).named
 
+    def component(self, section: str) -> Callable[..., Any]:
+        """The class, or the function, that a section names."""
+        return self._find(self.settings[section][TARGET], section)
+
+    def require(self, section: str, base: type, advice: str) -> None:
+        """Refuse a section that names a class of another kind than ``base``; builds nothing.
+
+        Raises:
+            UserError: with ``advice``.
+        """
+        component = self.component(section)
+        if inspect.isclass(component) and not issubclass(component, base):
+            where, name = self._where(f"{section}.{TARGET}"), self.settings[section][TARGET]
+            raise UserError(f"{where}: '{section}' ({name}) is no {base.__module__}.{base.__qualname__}: {advice}.")
+
     # --- checking ---
 
     def _where(self, key: str) -> str:

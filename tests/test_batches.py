@@ -91,16 +91,16 @@ def test_whoever_reads_uses_the_same_samples(small: Processor, tmp_path: Path) -
     held_out = data.stream("train")
     batches = list(held_out)
     assert [batch.keys for batch in batches] == [["good"], ["later"], ["last"]]
-    samples = data.samples("train")
+    samples = data.sample_stream("train")
     for _ in range(2):  # as often as one likes
         assert [one.key for one in samples] == ["good", "later", "last"]
         assert samples.left_out == held_out.skipped.causes
         assert causes_of(samples.left_out) == dict(zip(causes_of(Counter()), (1, 2, 1, 1), strict=True))
     training = iter(data.train_dataloader())
-    found = [next(training) for _ in range(3)]
-    assert [batch.keys for batch in found] == [["good"], ["later"], ["last"]]
-    assert {skip.key for batch in found for skip in batch.skipped} == {"long", "gpt", "two", "surrogate", "none"}
-    assert [one.key for one in data.samples("train", limit=2)] == ["good", "later"]
+    reads = [next(training) for _ in range(3)]
+    assert [read.batch.keys for read in reads] == [["good"], ["later"], ["last"]]
+    assert {skip.key for read in reads for skip in read.skipped} == {"long", "gpt", "two", "surrogate", "none"}
+    assert [one.key for one in data.sample_stream("train", limit=2)] == ["good", "later"]
 
 
 def test_long_conversations_are_left_out_and_not_broken(small: Processor, tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_long_conversations_are_left_out_and_not_broken(small: Processor, tmp_pa
     data = ImageTextData(small, train=str(tmp_path), batch_size=1, shuffle=0)
     (batch,) = data.stream("train")
     assert batch.keys == ["short"]
-    batch = next(iter(data.train_dataloader()))
-    assert batch.keys == ["short"]
-    assert [skip.key for skip in batch.skipped] == [str(n) for n in range(40)]
-    assert len({skip.cause for skip in batch.skipped}) == 1
+    read = next(iter(data.train_dataloader()))
+    assert read.batch.keys == ["short"]
+    assert [skip.key for skip in read.skipped] == [str(n) for n in range(40)]
+    assert len({skip.cause for skip in read.skipped}) == 1
 
 
 def test_where_all_are_too_long_it_is_said_with_what_to_do(small: Processor, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_where_all_are_too_long_it_is_said_with_what_to_do(small: Processor, tmp
 def test_whatever_a_sample_does_to_other_code_it_is_one_broken_sample(
     small: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, count = small.vision.preprocess, [0]
+    usual, count = small.preprocessing, [0]
 
     def preprocess(image: Any) -> Any:
         count[0] += 1
@@ -134,12 +134,12 @@ def test_whatever_a_sample_does_to_other_code_it_is_one_broken_sample(
             raise ZeroDivisionError("a side of\nlength 0")
         return usual(image)
 
-    monkeypatch.setattr(small.vision, "preprocess", preprocess)
+    monkeypatch.setattr(small, "preprocessing", preprocess)
     write_tar(tmp_path / "a.tar", [m for n in range(4) for m in sample(f"{n}")])
     data = ImageTextData(small, train=str(tmp_path), batch_size=4, shuffle=0, max_skipped=0.5)
-    (batch,) = data.stream("train")
-    assert batch.keys == ["0", "2", "3"]
-    assert batch.skipped == [("1", "it cannot be read (ZeroDivisionError: a side of length 0)", 1)]
+    (read,) = data.stream("train").read()
+    assert read.batch.keys == ["0", "2", "3"]
+    assert read.skipped == [("1", "it cannot be read (ZeroDivisionError: a side of length 0)", 1)]
 
 
 def test_want_of_memory_is_no_fault_of_a_sample(
@@ -148,7 +148,7 @@ def test_want_of_memory_is_no_fault_of_a_sample(
     def preprocess(image: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(small.vision, "preprocess", preprocess)
+    monkeypatch.setattr(small, "preprocessing", preprocess)
     write_tar(tmp_path / "a.tar", sample("1"))
     with pytest.raises(MemoryError):
         list(ImageTextData(small, train=str(tmp_path), max_skipped=1.0).stream("train"))
@@ -169,6 +169,6 @@ def test_an_image_that_no_square_holds_is_one_broken_sample(small: Processor, tm
     tall.save(stream, "PNG")
     write_tar(tmp_path / "a.tar", sample("tall", image=stream.getvalue()) + sample("good"))
     squares = dataclasses.replace(small, tiling=OneView(pad_to_square=True))
-    (batch,) = ImageTextData(squares, train=str(tmp_path), max_skipped=1.0).stream("train")
-    assert batch.keys == ["good"]
-    assert "cannot be padded to a square" in batch.skipped[0].cause
+    (read,) = ImageTextData(squares, train=str(tmp_path), max_skipped=1.0).stream("train").read()
+    assert read.batch.keys == ["good"]
+    assert "cannot be padded to a square" in read.skipped[0].cause

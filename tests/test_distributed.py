@@ -13,8 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 
+from datamodules.batches import Position, ReadBatch
 from lavi import fit
-from lavi.batch import Batch, Position
+from lavi.batch import Batch, Sample
 from lavi.checkpoints.run_folder import load_run
 from lavi.checkpoints.trained_weights import TRAINED
+from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
 
 ROOT = Path(__file__).parent.parent
@@ -38,46 +40,49 @@ COLOURS = ("red", "green", "blue", "yellow")
 STEPS = 6
 
 
-class Halves(pl.LightningDataModule):
+class Halves(DataModule):
     """Each step has four rows with images and four without: two ranks get one half each, a single one both."""
 
     def __init__(self, processor: Processor) -> None:
-        super().__init__()
-        self.processor, self.step, self.rank_of_state = processor, 0, -1
+        super().__init__(processor)
+        self.step, self.rank_of_state = 0, -1
 
-    @property
-    def place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def samples(self, split: str) -> Iterable[Sample]:
+        return []
 
-    def stream(self, split: str) -> Iterator[Batch]:
-        rank, ranks = self.place
+    def stream(self, split: str, *, limit: int | None = None) -> Iterator[Batch]:
+        return (read.batch for read in self.read())
+
+    def read(self) -> Iterator[ReadBatch]:
+        rank, ranks = self.rank_and_ranks()
         for step in range(self.step, 1000):
             seen = [ask(4 * step + i, "what colours?", answer=" and ".join(COLOURS[:i])) for i in range(1, 5)]
             heard = [ask("which is it" + " or what" * i, answer=COLOURS[step % 4]) for i in range(4)]
             mine = (seen + heard)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
             batch = self.processor.collate([self.processor.encode(sample) for sample in mine])
-            yield replace(batch, position=Position(rank, step + 1, ()))
+            yield ReadBatch(batch, position=Position(rank, step + 1, ()))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[ReadBatch]:
         return DataLoader(Endless(self), batch_size=None)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: ReadBatch, dataloader_idx: int) -> Batch:
+        assert batch.position is not None
         self.step = batch.position.drawn
-        return batch
+        return batch.batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "rank": self.place[0]}
+        return {"step": self.step, "rank": self.rank_and_ranks()[0]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.rank_of_state = state["step"], state["rank"]
 
 
-class Endless(IterableDataset[Batch]):
+class Endless(IterableDataset[ReadBatch]):
     def __init__(self, data: Halves) -> None:
         self.data = data
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.data.stream("train")
+    def __iter__(self) -> Iterator[ReadBatch]:
+        return self.data.read()
 
 
 class Watch(pl.Callback):
@@ -303,13 +308,13 @@ for name in sorted(os.listdir(folder)):
         refusals = everywhere(refused)
         if refused is None:
             for _ in range(12):
-                batch = next(loader)
-                seen = torch.tensor(float(len(batch)))
+                read = next(loader)
+                seen = torch.tensor(float(len(read.batch)))
                 dist.all_reduce(seen)  # what a step does: all ranks, or none
         slots = [Slot(rank, ranks, worker, max(1, workers)) for worker in range(max(1, workers))]
         (stream,) = data.mixed.streams.values()
         epoch = [raw["__key__"] for slot in slots for raw in stream.epoch(0, slot)] if refused is None else []
-        held = [[batch.keys[answer.row] for answer in batch.answers] for batch in data.val_dataloader()]
+        held = [[read.batch.keys[answer.row] for answer in read.batch.answers] for read in data.val_dataloader()]
         found[f"{name} {workers}"] = {"refused": refusals, "epoch": everywhere(epoch), "held": everywhere(held)}
 if rank == 0:
     open(out, "w").write(json.dumps(found))

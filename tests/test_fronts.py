@@ -264,9 +264,11 @@ def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_pa
 
 def test_your_own_data(run, tmp_path: Path) -> None:
     """LLaVA-style JSON and an image folder become shards that read back as they were."""
-    from datamodules.formats.conversations import decode
+    from datamodules.formats.conversations import Conversations
     from datamodules.shards.read import read_shard
     from datamodules.shards.sources import find_shards
+
+    decode = Conversations().decode
 
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
-from datamodules.formats.conversations import decode
+from datamodules.formats.conversations import Conversations
 from datamodules.shards.read import BrokenSample
 from lavi.data import images
 from lavi.data.images import open_image
 from lavi.errors import UserError
+
+decode = Conversations().decode
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.mixture import DRAWS, Drawn, MixedStream, Mixture
+from datamodules.batches import Drawn
+from datamodules.mixture import DRAWS, MixedStream, Mixture
 from lavi.errors import UserError
 
 SLOT: Any = SimpleNamespace(index=0)
@@ -81,7 +82,7 @@ def test_the_end_of_a_sources_epoch_is_told_and_is_no_draw() -> None:
         if after.raw is None:
             assert after.drawn == before.drawn
             index = "ab".index(after.source)
-            assert after.places[index] % 3 == 0
+            assert after.positions[index] % 3 == 0
     assert sum(drawn.raw is None for drawn in found) > 20
 
 
@@ -90,7 +91,9 @@ def test_a_mixture_goes_on_from_any_place(number: int) -> None:
     stream = mixed([0.2, 0.5, 0.3])
     whole = [drawn for drawn in islice(stream.records(SLOT), 2 * number + 3000) if drawn.raw is not None]
     place = whole[number - 1]
-    rest = [drawn for drawn in islice(stream.records(SLOT, place.drawn, place.places), 1000) if drawn.raw is not None]
+    rest = [
+        drawn for drawn in islice(stream.records(SLOT, place.drawn, place.positions), 1000) if drawn.raw is not None
+    ]
     assert rest == whole[number : number + len(rest)]
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules import pack
-from datamodules.formats.conversations import decode
+from datamodules.formats.conversations import Conversations
 from datamodules.formats.json_lists import read_json
 from datamodules.formats.tables import chosen_columns, item_of_row, read_table
 from datamodules.shards import write
@@ -34,6 +34,8 @@ from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.shards.write import ShardJob, Written, held, shard_jobs, write_shards
 from lavi.errors import UserError
+
+decode = Conversations().decode
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from datamodules.formats.conversations import decode
+from datamodules.formats.conversations import Conversations
 from datamodules.patches import patch_labels
 from datamodules.scenes import LEVELS, SIZES, Scene, questions, questions_of_two, write_dataset
 from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.tokenizer import train_tokenizer
 from lavi.errors import UserError
+
+decode = Conversations().decode
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.formats.conversations import decode
+from datamodules.formats.conversations import Conversations
 from datamodules.image_text import ImageTextData
 from datamodules.shards.read import BrokenSample, ShardStream, Slot, read_shard
 from datamodules.shards.sources import find_shards
@@ -30,6 +30,8 @@ from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+
+decode = Conversations().decode
 
 GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}
 
@@ -375,9 +377,9 @@ def data(build, tmp_path: Path):  # type: ignore[no-untyped-def]
 def test_broken_samples_are_counted_and_the_good_ones_kept(tmp_path: Path, data) -> None:
     members = [m for i in range(300) for m in sample(f"{i:03d}", image=b"broken" if i % 100 == 7 else None)]
     write_tar(tmp_path / "a.tar", members)
-    batches = list(data().stream("train"))
-    assert sum(len(batch) for batch in batches) == 297
-    skipped = [entry for batch in batches for entry in batch.skipped]
+    reads = list(data().stream("train").read())
+    assert sum(len(read.batch) for read in reads) == 297
+    skipped = [skip for read in reads for skip in read.skipped]
     assert [skip.key for skip in skipped] == ["007", "107", "207"]
     assert all("is not an image" in skip.cause for skip in skipped)
 
@@ -444,7 +446,9 @@ def test_buckets_pad_less_and_lose_nothing(build, scenes: Path) -> None:
     data = {
         bucket: ImageTextData(processor, train=str(scenes / "train"), batch_size=8, bucket=bucket) for bucket in (1, 10)
     }
-    batches = {bucket: list(itertools.islice(d.train_dataloader(), 30)) for bucket, d in data.items()}
+    batches = {
+        bucket: [read.batch for read in itertools.islice(d.train_dataloader(), 30)] for bucket, d in data.items()
+    }
     assert sorted(key for b in batches[1] for key in b.keys) == sorted(key for b in batches[10] for key in b.keys)
 
     def lengths(batch: Batch) -> list[int]:

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
-from datamodules.batches import Encoder, EvalStream, Skipped, without_last_turn
-from datamodules.formats.conversations import Reading, conversation_of, decode, messages_of
+from datamodules.batches import EvalStream, InOrder
+from datamodules.encoder import Encoder, Skipped, without_last_turn
+from datamodules.formats.conversations import Conversations, messages_of
 from datamodules.image_text import ImageTextData
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import read
@@ -37,6 +38,7 @@ from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 
 ROOT = Path(__file__).parent.parent
+decode = Conversations().decode
 
 
 @pytest.fixture
@@ -280,8 +282,8 @@ def test_batches_say_which_source_each_sample_is_from(processor: Processor, tmp_
     data = ImageTextData(processor, train=Mixture(sources=sources), batch_size=8)
     batches = iter(data.train_dataloader())
     for _ in range(5):
-        batch = next(batches)
-        assert [key.rstrip("0123456789") for key in batch.keys] == batch.sources
+        read = next(batches)
+        assert [key.rstrip("0123456789") for key in read.batch.keys] == read.sources
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -297,8 +299,8 @@ def test_held_out_samples_are_shared_without_loss_and_in_step(
     shard = Path(source) / "shard-000000.tar"
     members = [(f"k{i:05d}.json", b"{nope" if 4 <= i < 8 else json.dumps(GOOD).encode()) for i in range(min(count, 30))]
     write_tar(shard, members)
-    streams = [ShardStream(find_shards(source))]
-    held = [EvalStream(streams, Encoder(processor, Reading()), 4, 1.0, rank, ranks) for rank in range(ranks)]
+    records = InOrder([ShardStream(find_shards(source))])
+    held = [EvalStream(records, Encoder(processor, Conversations()), 4, 1.0, rank, ranks) for rank in range(ranks)]
     read = [list(one) for one in held]
     assert {len(batches) for batches in read} == {length_hint(one) for one in held}
     counted = [batch for batches in read for batch in batches if batch.answers]
@@ -339,7 +341,7 @@ def test_a_caption_answers_the_request_and_changes_with_the_epoch() -> None:
         for epoch in range(3)
     ]
     assert sorted(seen) == captions
-    one = decode({"__key__": "k", "txt": b" a cat \n", "jpg": png()}, Reading(caption_prompt="say"))
+    one = Conversations(caption_prompt="say").decode({"__key__": "k", "txt": b" a cat \n", "jpg": png()})
     assert one.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "say"}]
     assert one.messages[1]["content"] == "a cat"
 
@@ -389,12 +391,12 @@ def test_what_is_no_conversation_says_why(case: str) -> None:
 
 def test_conversations_are_checked_without_decoding_anything() -> None:
     messages = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a"}]
-    assert conversation_of(raw({"messages": messages}, jpg=b"not opened"))["messages"] == messages
+    assert Conversations().check(raw({"messages": messages}, jpg=b"not opened"))["messages"] == messages
     for members, more in (({}, "more"), ({"0_jpg": b"", "1_jpg": b""}, "fewer")):
         with pytest.raises(BrokenSample, match=f"ask for {more} images and videos than it has$"):
-            conversation_of(raw({"messages": messages}, **members))
+            Conversations().check(raw({"messages": messages}, **members))
     with pytest.raises(BrokenSample, match="has no answer"):
-        conversation_of(raw({"conversations": [{"from": "human", "value": "what?"}]}))
+        Conversations().check(raw({"conversations": [{"from": "human", "value": "what?"}]}))
 
 
 def test_what_the_reader_lost_is_counted_as_the_reader_says() -> None:
@@ -508,10 +510,10 @@ def test_ten_thousand_samples_of_which_one_in_a_hundred_is_broken(tmp_path: Path
             except BrokenSample as error:
                 skipped.add(error.key, error.cause, lost=error.lost)
             else:
-                skipped.seen += 1
+                skipped.used += 1
     skipped.check()  # one in a hundred is allowed
     assert len(good) == len(set(good)) == 9900
-    assert skipped.total == 100
+    assert skipped.broken == 100
     causes = {skip.key: skip.cause for skip in skipped.fresh}
     for members, cause in broken.values():
         key = members[0][0].rsplit(".", 1)[0]

@@ -83,7 +83,7 @@ OVERRIDES = [
     ("seed=1 seed=2", 2, "'seed' is given twice, as 1 and as 2"),
     ("seed.x=1", 2, "'seed' is 0, and nothing is inside that"),
     ("model.fusion.layers='[1, 2'", 2, "not readable as YAML"),
-    ("data.caption_prompt='[INST] what?'", 2, "stands in quotes"),
+    ("name='[INST] what?'", 2, "stands in quotes"),
     ("name='\"run\" # 3'", 2, "'#' begins a comment"),
     (
         "module.learning_rate='{fusion: 1e-3, fusion: 1e-4}'",

@@ -1,4 +1,4 @@
-"""What a shard's raw samples say: the forms a conversation comes in, made one.
+"""The built-in format: the forms in which a shard's sample writes a conversation, to messages.
 
 ``messages`` as chat templates know them; ``conversations`` in LLaVA's and ShareGPT's form, their ``<image>`` and
 ``<video>`` marks as parts; captions as the answer to a request. Images and videos are decoded here, late: behind the
@@ -17,9 +17,10 @@ from typing import Any
 
 from PIL import Image
 
+from datamodules.formats.base import SampleFormat
 from datamodules.formats.frames import clip_of, extracted
-from datamodules.shards.read import IMAGE_TYPES, MEDIA, BrokenSample, Raw, damage_of
-from lavi.batch import Sample, Visual, visual_parts
+from datamodules.shards.read import IMAGE_TYPES, MEDIA, BrokenSample, Raw, check_intact, damage_of
+from lavi.batch import Sample, Visual, text_of, visual_parts
 from lavi.data import images
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import JSON_TEXT, what_it_is
@@ -36,44 +37,57 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
 }
-"""Who speaks, as LLaVA and ShareGPT spell it."""
+"""The role of each name that LLaVA and ShareGPT give a speaker."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What an image member may be, whatever its name says: no other of Pillow's decoders runs on data from elsewhere."""
+"""Formats of an image member, whatever its name says: no other of Pillow's decoders runs on data from elsewhere."""
 READ = (*IMAGE_TYPES, *VIDEO_TYPES)
 MARK = re.compile(r"<(image|video)>\n?")
 LABELS = ("family", "level")
-"""What a turn may say of itself beside its text: accuracies are then reported for each."""
+"""Keys of a turn beside its text: accuracies are reported for each value of them."""
 HALF = "has half a character in its text (a lone surrogate, as of an emoji that was cut)"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How raw samples become conversations.
+class Conversations(SampleFormat):
+    """The built-in format: conversations and captions in JSON, with images and videos.
 
     Args:
-        video: which frames of a video are seen.
+        video: which frames of a video are used.
         caption_prompt: the request that a caption answers.
     """
 
     video: FrameSampling = field(default_factory=FrameSampling)
     caption_prompt: str = "Describe this briefly."
 
+    def decode(self, raw: Raw) -> Sample:
+        """Decode one raw sample.
 
-def decode(raw: Raw, reading: Reading | None = None) -> Sample:
-    """Decode one raw sample.
+        Raises:
+            BrokenSample: JSON that is none, no messages, no answer, an image or a video that does not open or was
+                altered.
+        """
+        record = parse_record(raw)
+        try:
+            messages = _messages(raw, record, self.caption_prompt)
+            check_marks(raw, record, messages)
+            images = _visuals(raw, record, messages, self.video)
+        except UserError as error:
+            raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+        return Sample(raw["__key__"], messages, images)
 
-    Raises:
-        BrokenSample: JSON that is none, no messages, no answer, an image or a video that does not open or was altered.
-    """
-    reading = reading or Reading()
-    said = parse_record(raw)
-    try:
-        messages = _messages(raw, said, reading)
-        check_marks(raw, said, messages)
-        seen = _visuals(raw, said, messages, reading.video)
-    except UserError as error:
-        raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
-    return Sample(raw["__key__"], messages, seen)
+    def check(self, raw: Raw) -> dict[str, Any]:
+        """The JSON of a raw sample, after all checks that need no decoding of images and videos.
+
+        Raises:
+            BrokenSample: as :meth:`decode`.
+        """
+        record = parse_record(raw)
+        if record.get("messages") is not None or record.get("conversations") is not None:
+            try:
+                check_marks(raw, record, _messages(raw, record, self.caption_prompt))
+            except UserError as error:
+                raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+        return record
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -87,24 +101,23 @@ def parse_record(raw: Raw) -> dict[str, Any]:
     Raises:
         BrokenSample: it is missing, no JSON, or of no form known here; a member that is not what was packed.
     """
-    if "__broken__" in raw:
-        raise BrokenSample(raw["__key__"], raw["__broken__"], lost=raw.get("__lost__", 1))
+    check_intact(raw)
     try:
-        said = json.loads(raw.get("json", b"{}"))
+        record = json.loads(raw.get("json", b"{}"))
     except (ValueError, RecursionError):  # brackets in brackets, thousands deep
-        found = what_it_is(raw["json"])
-        what = f"is {found}" if found and found != JSON_TEXT else "is not JSON"
+        kind = what_it_is(raw["json"])
+        what = f"is {kind}" if kind and kind != JSON_TEXT else "is not JSON"
         raise BrokenSample(raw["__key__"], f"its .json member {what}") from None
     cause = None
-    if isinstance(said, dict) and "txt" in raw and not any(form in said for form in FORMS):
-        said["caption"], cause = _caption(raw["txt"])
+    if isinstance(record, dict) and "txt" in raw and not any(form in record for form in FORMS):
+        record["caption"], cause = _caption(raw["txt"])
     elif "json" not in raw:
-        cause = "has no .json member with its messages, and no .txt member with a caption" + _elsewhere(raw)
-    elif not isinstance(said, dict) or not any(form in said for form in FORMS):
+        cause = "has no .json member with its messages, and no .txt member with a caption" + _edge_note(raw)
+    elif not isinstance(record, dict) or not any(form in record for form in FORMS):
         cause = "its JSON has no 'messages', 'conversations' or 'captions'"
-    if cause or (cause := damage_of(raw, said.get("crc32"))) or (cause := _unread(raw)):
+    if cause or (cause := damage_of(raw, record.get("crc32"))) or (cause := _unread(raw)):
         raise BrokenSample(raw["__key__"], cause)
-    return said
+    return record
 
 
 def _caption(text: bytes) -> tuple[str, str | None]:
@@ -115,7 +128,7 @@ def _caption(text: bytes) -> tuple[str, str | None]:
         return "", "its .txt member is not UTF-8"
 
 
-def _elsewhere(raw: Raw) -> str:
+def _edge_note(raw: Raw) -> str:
     """Where the rest of a sample may be."""
     return " (it stands at the edge of its shard: the rest may be in another one)" if "__edge__" in raw else ""
 
@@ -130,31 +143,25 @@ def _unread(raw: Raw) -> str | None:
     return None
 
 
-def _messages(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
-    """Of whichever form there is."""
-    if said.get("messages") is not None:
-        messages = _with_parts(said["messages"])
-    elif said.get("conversations") is not None:
-        messages = messages_of(said["conversations"])
+def _messages(raw: Raw, record: dict[str, Any], caption_prompt: str) -> list[dict[str, Any]]:
+    """The conversation of a record, in whichever form it comes."""
+    if record.get("messages") is not None:
+        messages = _with_parts(record["messages"])
+    elif record.get("conversations") is not None:
+        messages = messages_of(record["conversations"])
     else:
-        messages = _captioned(raw, said, reading)
+        messages = _captioned(raw, record, caption_prompt)
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise UserError("its 'messages' are not a list of {'role', 'content'} with text, or parts, as content")
     messages = [_labelled(message) for message in messages]
     if not all(is_whole(message.get(label) or "") for message in messages for label in ("role", *LABELS)):
         raise UserError(HALF)
-    texts = [text_in(message) for message in messages]
+    texts = [text_of(message["content"]) for message in messages]
     if not is_whole("".join(texts)):
         raise UserError(HALF)
     if not any(message["role"] == "assistant" and text.strip() for message, text in zip(messages, texts, strict=True)):
         raise UserError("its conversation has no answer (no message of role 'assistant')")
     return messages
-
-
-def text_in(message: dict[str, Any]) -> str:
-    """All that a message says."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def is_whole(text: str) -> bool:
@@ -173,28 +180,41 @@ def _labelled(message: dict[str, Any]) -> dict[str, Any]:
         UserError: one is no text and no number.
     """
     for label in LABELS:
-        if message.get(label) is not None and (text := text_of(message[label])) != message[label]:
+        if message.get(label) is not None and (text := as_text(message[label])) != message[label]:
             if text is None:
                 raise UserError(f"has a turn whose '{label}' is no text")
             message = message | {label: text}
     return message
 
 
-def text_of(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A text, or a number or a truth value as JSON writes it (``0``, ``false``); None of anything else."""
     if isinstance(value, bool | int | float) and value == value:
         return json.dumps(value)
     return value if isinstance(value, str) else None
 
 
+def plain_parts(content: list[Any]) -> list[Any]:
+    """The parts of a message's content without keys that no template reads; what is no part stays as it is."""
+    kept = {"text": ("type", "text"), "image": ("type",), "video": ("type",)}
+    return [
+        {key: part[key] for key in kept[part["type"]] if key in part}
+        if isinstance(part, dict) and part.get("type") in ("text", "image", "video")
+        else part
+        for part in content
+    ]
+
+
 def _with_parts(messages: Any) -> Any:
-    """Marks inside plain texts as parts, as other libraries' ``messages`` have them."""
+    """Messages with the marks inside plain texts as parts, as other libraries write ``messages``."""
     if not isinstance(messages, list):
         return messages
-    return [
-        m | {"content": _parts(m["content"])} if isinstance(m, dict) and isinstance(m.get("content"), str) else m
-        for m in messages
+    contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+    parts = [
+        _parts(content) if isinstance(content, str) else plain_parts(content) if isinstance(content, list) else None
+        for content in contents
     ]
+    return [m if content is None else m | {"content": content} for m, content in zip(messages, parts, strict=True)]
 
 
 def _is_message(message: Any) -> bool:
@@ -213,7 +233,7 @@ def _is_part(part: Any) -> bool:
 def messages_of(turns: Any) -> list[dict[str, Any]]:
     """Turns ``{"from": "human", "value": "<image>\\nwhat?"}`` as messages, each mark as a part of its own.
 
-    A value that is a number or a truth value is said as JSON writes it.
+    A value that is a number or a truth value becomes the text that JSON writes.
 
     Raises:
         UserError: a turn that is none, or from somebody unknown.
@@ -223,7 +243,7 @@ def messages_of(turns: Any) -> list[dict[str, Any]]:
     messages = []
     for turn in turns:
         role = ROLES.get(str(turn.get("from", turn.get("role", "")))) if isinstance(turn, dict) else None
-        text = text_of(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None
+        text = as_text(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None
         if role is None or text is None:
             raise UserError(f"has a turn without 'value' (a text), or from neither of {', '.join(ROLES)}")
         labels = {label: turn[label] for label in LABELS if label in turn}
@@ -242,58 +262,48 @@ def _parts(text: str) -> str | list[dict[str, str]]:
     return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
-def _captioned(raw: Raw, said: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
+def _captioned(raw: Raw, record: dict[str, Any], caption_prompt: str) -> list[dict[str, Any]]:
     """A request, and a caption as its answer; of several, another one each epoch."""
-    captions = said.get("caption") if said.get("captions") is None else said["captions"]
+    captions = record.get("caption") if record.get("captions") is None else record["captions"]
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError("its captions are not texts")
     captions = [caption.strip() for caption in captions if caption.strip()]
     if not captions:
         raise UserError("its conversation has no answer (its captions are empty)")
-    # Begun at a place that the key decides: else all images would show their first captions together.
-    chosen = captions[(zlib.crc32(raw["__key__"].encode()) + raw.get("__epoch__", 0)) % len(captions)]
+    # The key decides which is first: else all images would show their first captions together.
+    caption = captions[(zlib.crc32(raw["__key__"].encode()) + raw.get("__epoch__", 0)) % len(captions)]
     kinds = ["video" if is_video(name) else "image" for name in visual_members(raw)]
-    kinds = ["video"] * len(said["frames"]) if isinstance(said.get("frames"), list) else kinds
+    kinds = ["video"] * len(record["frames"]) if isinstance(record.get("frames"), list) else kinds
     if not kinds:
         raise UserError("has a caption, and no image or video that it describes")
     parts: list[dict[str, str]] = [{"type": kind} for kind in kinds]
-    request = {"role": "user", "content": [*parts, {"type": "text", "text": reading.caption_prompt}]}
-    return [request, {"role": "assistant", "content": chosen}]
+    request = {"role": "user", "content": [*parts, {"type": "text", "text": caption_prompt}]}
+    return [request, {"role": "assistant", "content": caption}]
 
 
-def check_marks(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    """Hold the images and videos that messages ask for against those that are there; without marks any number will do.
+def check_marks(raw: Raw, record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Compare the images and videos that messages ask for with those that are there; without marks any number will do.
 
     Raises:
         UserError: they are not equally many.
     """
-    asked = [part["type"] for part in visual_parts(messages)]
+    marks = [part["type"] for part in visual_parts(messages)]
     names = visual_members(raw)
-    frames = said.get("frames")
-    there = len(frames) if isinstance(frames, list) else len(names)
-    if not asked or len(asked) == there or (asked == ["video"] and names and not any(map(is_video, names))):
+    frames = record.get("frames")
+    count = len(frames) if isinstance(frames, list) else len(names)
+    if not marks or len(marks) == count or _are_frames(marks, names):
         return
-    if len(asked) < there:
+    if len(marks) < count:
         raise UserError("its messages ask for fewer images and videos than it has")
     others = raw.get("__others__")
     unread = f" (its member '{others[0]}' is not read)" if others else ""
-    raise UserError("its messages ask for more images and videos than it has" + (unread or _elsewhere(raw)))
+    raise UserError("its messages ask for more images and videos than it has" + (unread or _edge_note(raw)))
 
 
-def conversation_of(raw: Raw) -> dict[str, Any]:
-    """A sample's JSON, its messages held against its members; nothing is decoded.
-
-    Raises:
-        BrokenSample: as :func:`decode`, for what is seen without decoding.
-    """
-    said = parse_record(raw)
-    if said.get("messages") is not None or said.get("conversations") is not None:
-        try:
-            check_marks(raw, said, _messages(raw, said, Reading()))
-        except UserError as error:
-            raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
-    return said
+def _are_frames(marks: list[str], names: list[str]) -> bool:
+    """Whether a sample's images are the frames of the one video that its messages ask for."""
+    return marks == ["video"] and bool(names) and not any(map(is_video, names))
 
 
 # --- images and videos ------------------------------------------------------------------------------------------------
@@ -305,15 +315,14 @@ def visual_members(raw: Raw) -> list[str]:
     return [name for _, name in sorted(numbered)]
 
 
-def _visuals(raw: Raw, said: dict[str, Any], messages: list[dict[str, Any]], sampling: FrameSampling) -> list[Visual]:
+def _visuals(raw: Raw, record: dict[str, Any], messages: list[dict[str, Any]], sampling: FrameSampling) -> list[Visual]:
     names = visual_members(raw)
-    frames = said.get("frames")
-    asked = [part["type"] for part in visual_parts(messages)]
-    if frames is None and asked == ["video"] and names and not any(map(is_video, names)):
+    frames = record.get("frames")
+    if frames is None and _are_frames([part["type"] for part in visual_parts(messages)], names):
         frames = [len(names)]
     if frames is not None:
-        return list(extracted(_Opened(raw, names), frames, said.get("fps"), sampling))
-    clip = clip_of(said.get("clip"))
+        return list(extracted(_Opened(raw, names), frames, record.get("fps"), sampling))
+    clip = clip_of(record.get("clip"))
     return [
         read_video(raw[name], sampling, clip=clip, name=f"its member '{name}'")
         if is_video(name)
@@ -331,10 +340,10 @@ class _Opened(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return _Opened(self.raw, self.names[at])
-        return open_image(self.raw[self.names[at]], self.names[at])
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Opened(self.raw, self.names[index])
+        return open_image(self.raw[self.names[index]], self.names[index])
 
 
 def open_image(data: bytes, name: str) -> Image.Image:

@@ -11,9 +11,10 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
-from datamodules.formats.conversations import HALF, is_whole, messages_of, text_in, text_of
+from datamodules.formats.conversations import HALF, as_text, is_whole, messages_of, plain_parts
 from datamodules.formats.frames import is_number
 from datamodules.shards.read import IMAGE_TYPES
+from lavi.batch import text_of
 from lavi.data.images import what_it_is
 from lavi.data.videos import VIDEO_TYPES
 from lavi.errors import UserError, reason
@@ -146,7 +147,7 @@ def _named(item: Item, kind: str, called: str) -> list[Any]:
 
 
 def _captions(item: Item, files: dict[str, list[Any]], called: str) -> tuple[Item, list[str]]:
-    captions = [text_of(caption) for caption in item["captions"] if caption is not None]
+    captions = [as_text(caption) for caption in item["captions"] if caption is not None]
     if None in captions:
         raise BadEntry(called, "has a caption that is no text")
     if not any(caption and caption.strip() for caption in captions):
@@ -163,7 +164,7 @@ def _conversation(index: int, item: Item, files: dict[str, list[Any]], called: s
     if not isinstance(turns, list):
         raise BadEntry(str(index), "has no 'conversations'")
     messages = _messages(turns, called)
-    if not any(message["role"] == "assistant" and text_in(message).strip() for message in messages):
+    if not any(message["role"] == "assistant" and text_of(message["content"]).strip() for message in messages):
         raise BadEntry(called, "has no answer", " has no answer (no turn from 'gpt')")
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     shown = [part for part in parts if part["type"] in TYPES]
@@ -200,10 +201,7 @@ def _of_parts(turn: dict[str, Any], called: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in TYPES and not (kind == "text" and isinstance(part.get("text"), str)):
             raise BadEntry(called, "has a message with a part that is no text, image or video")
-    parts = [
-        {"type": p["type"], "text": p["text"]} if p["type"] == "text" else {"type": p["type"]} for p in turn["content"]
-    ]
-    return messages_of([turn | {"content": ""}])[0] | {"content": parts}
+    return messages_of([turn | {"content": ""}])[0] | {"content": plain_parts(turn["content"])}
 
 
 def listed(value: Any) -> list[Any]:

@@ -24,7 +24,7 @@ import random
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -56,6 +56,16 @@ class BrokenSample(Exception):
     def __init__(self, key: str, cause: str, *, lost: int = 1) -> None:
         super().__init__(f"sample '{key}': {cause}")
         self.key, self.cause, self.lost = key, cause, lost
+
+
+def check_intact(raw: Raw) -> None:
+    """Refuse a record that the reader found broken.
+
+    Raises:
+        BrokenSample: with the reader's cause and the number of samples that are lost.
+    """
+    if "__broken__" in raw:
+        raise BrokenSample(raw["__key__"], raw["__broken__"], lost=raw.get("__lost__", 1))
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
@@ -127,8 +137,11 @@ def expected_samples(shard: str) -> int | None:
     return None if entry is None else samples_of(entry)
 
 
-def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
+def read_shard(shard: str, first: int = 0, *, types: Collection[str] = ()) -> Iterator[Raw]:
     """The records of one shard, from record ``first`` on (those before are passed over without being read).
+
+    Args:
+        types: of members that are read besides JSON, texts, images and videos.
 
     A shard that is damaged, ends early, or holds fewer samples than its index says, ends with a broken record that
     counts what is missing; without an index it counts as one.
@@ -141,11 +154,11 @@ def read_shard(shard: str, first: int = 0) -> Iterator[Raw]:
             stream = _Bounded(file)
             head = stream.read(tarfile.BLOCKSIZE)
             stream.seek(0)
-            for group in _groups(stream):
-                raw = {"__key__": group.key, "__shard__": shard, **_read(stream, group)} if number >= first else None
+            for group in _groups(stream, types):
+                members = _read(stream, group, types) if number >= first else None
                 number += 1
-                if raw is not None:
-                    yield raw
+                if members is not None:
+                    yield {"__key__": group.key, "__shard__": shard, **members}
     except DAMAGE as error:
         unread = isinstance(error, OSError)
         if isinstance(error, FileNotFoundError):
@@ -178,7 +191,7 @@ class _Group:
     broken: str | None = None
 
 
-def _groups(stream: _Bounded) -> Iterator[_Group]:
+def _groups(stream: _Bounded, types: Collection[str]) -> Iterator[_Group]:
     """The members of a tar, sample by sample."""
     seen: set[str] = set()
     read: dict[str, tuple[int, int]] = {}
@@ -196,7 +209,7 @@ def _groups(stream: _Bounded) -> Iterator[_Group]:
             key, kind = named[1], named[2].lower()
             place = read.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
             problem = _problem(member, place)
-            if problem and not _is_read(kind):
+            if problem and not _is_read(kind, types):
                 continue
             if key != group.key or kind in group.places or kind in group.unusable:
                 if _holds_something(group):
@@ -212,8 +225,8 @@ def _groups(stream: _Bounded) -> Iterator[_Group]:
         yield _checked(group, seen)
 
 
-def _is_read(kind: str) -> bool:
-    return kind in ("json", "txt") or MEDIA.fullmatch(kind) is not None
+def _is_read(kind: str, types: Collection[str]) -> bool:
+    return kind in ("json", "txt") or kind in types or MEDIA.fullmatch(kind) is not None
 
 
 _FOLDER = "is a folder"
@@ -262,13 +275,13 @@ def _checked(group: _Group, seen: set[str]) -> _Group:
     return group
 
 
-def _read(stream: _Bounded, group: _Group) -> dict[str, Any]:
+def _read(stream: _Bounded, group: _Group, types: Collection[str]) -> dict[str, Any]:
     """The bytes of the members of known types; of others only the type: they are never read."""
     if group.broken:
         return {"__broken__": group.broken}
     found: dict[str, Any] = {"__edge__": True} if group.at_edge else {}
     for kind, (start, size) in group.places.items():
-        if not _is_read(kind):
+        if not _is_read(kind, types):
             found.setdefault("__others__", []).append(kind)
             continue
         stream.seek(start)
@@ -328,12 +341,14 @@ class ShardStream:
         seed: of the order.
         shuffle: how many samples are read into a block and given in random order; 0 keeps the order of the shards.
         resampled: each slot draws shards at random, some twice, some never, instead of sharing them out.
+        types: of members that are read besides JSON, texts, images and videos.
     """
 
     shards: list[str]
     seed: int = 0
     shuffle: int = 1000
     resampled: bool = False
+    types: tuple[str, ...] = ()
 
     def check(self, slots: int) -> None:
         """Refuse fewer shards than slots: one without data would hang the others.
@@ -397,7 +412,7 @@ class ShardStream:
         """Records with the shard and the record they are, from a place on."""
         for shard in range(place.shard, len(shards)):
             first = place.record if shard == place.shard else 0
-            for number, raw in enumerate(read_shard(shards[shard], first), start=first):
+            for number, raw in enumerate(read_shard(shards[shard], first, types=self.types), start=first):
                 yield (shard, number), raw
 
 

@@ -64,7 +64,6 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
         image_slots=places,
         answers=answers,
         keys=[ready.key for ready in each],
-        sources=[ready.source for ready in each],
         packed=conversations if len(each) > len(packs) else None,
     )
 

@@ -78,7 +78,7 @@ def score_run(
     recipe, model = load_run(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
-    samples = data.samples("test", limit=limit)
+    samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{folder.name}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device)
     record = count(recipe, model, scores.typical, scores.route_counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lavi.checkpoints.curves import Curves
 from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.model_folder import build, with_resolved_arguments
 from lavi.checkpoints.run_folder import is_first_rank, step_of
+from lavi.data.data_module import DataModule
 from lavi.errors import UserError, one_line
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
@@ -70,8 +72,21 @@ def train(recipe: Recipe, folder: Path, *, resume_from: Path | None = None, save
     return 0
 
 
+def check_data(recipe: Recipe) -> None:
+    """Refuse data that the model cannot be trained on; models of another kind take any data module of Lightning.
+
+    Raises:
+        UserError: the recipe's data are no data module.
+    """
+    model = recipe.component("model")
+    is_ours = not isclass(model) or issubclass(model, VisionLanguageModel)
+    base = DataModule if is_ours else pl.LightningDataModule
+    recipe.require("data", base, "derive the class from it" + (" and give it samples(split)" if is_ours else ""))
+
+
 def build_run(recipe: Recipe, folder: Path, resume_from: Path | None, save_every: int, out: Console) -> Run:
     """Build model, module, data, callbacks and trainer of a recipe, which is printed first."""
+    check_data(recipe)
     resumed_step = step_of(resume_from) if resume_from else None
     logger = Curves(folder, resumed_step=resumed_step)
     out.print(Syntax(recipe.yaml(), "yaml", background_color="default"))
