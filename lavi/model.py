@@ -74,9 +74,9 @@ class VisionLanguageModel(nn.Module):
         """What a data module needs: samples to batches."""
         return Processor(
             chat=self.chat,
-            vision=self.vision,
+            preprocessing=self.vision.preprocessing,
             tiling=self.tiling,
-            count_visual_tokens=partial(self.fusion.tokens_in_language, per_view=self.feature_spec.tokens),
+            count_visual_tokens=partial(self.fusion.token_counter, per_view=self.feature_spec.tokens),
             context_length=self.context_length,
             timestamps=self.timestamps,
         )

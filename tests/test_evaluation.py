@@ -47,7 +47,7 @@ def two_turns(key: str, first: int, second: int) -> Sample:
 def seeing(build, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
     """A model that answers with the number of the last image it sees, and ``nothing`` where it sees none."""
     model = build(LaViFusion(every=2))
-    number = {float(model.vision.preprocess(image(seed)).sum()): seed for seed in range(100)}
+    number = {float(model.vision.preprocessing(image(seed)).sum()): seed for seed in range(100)}
     asked: list[str] = []
     model.asked = asked
 
@@ -131,14 +131,14 @@ def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
     seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where only the images of another do not fit: then of the control alone."""
-    usual = seeing.vision.preprocess
+    usual = seeing.processor.preprocessing
 
     def preprocess(picture: Image.Image) -> torch.Tensor:
         if picture.width == 7:
             raise ZeroDivisionError("of width 7")
         return usual(picture)
 
-    monkeypatch.setattr(seeing.vision, "preprocess", preprocess)
+    monkeypatch.setattr(seeing.processor, "preprocessing", preprocess)
     broken = Sample("broken", ask(0, "what?", answer="c0").messages, [Image.new("RGB", (7, 7))])
     scores = evaluate(seeing, [ask(1, "what?", answer="c1"), broken, ask(2, "what?", answer="c2")])
     assert (scores.samples, scores.answers, scores.shuffled_answers) == (2, 2, 2)
@@ -210,7 +210,7 @@ def test_nothing_is_kept_of_a_sample_that_was_scored(
     """However many there are; of large images fewer are held at a time."""
     monkeypatch.setattr(seeing, "answer", lambda batch, **_: ["a"] * len(batch))
     pixels = torch.zeros(seeing.vision.pixel_shape)
-    monkeypatch.setattr(seeing.vision, "preprocess", lambda image: pixels)
+    monkeypatch.setattr(seeing.processor, "preprocessing", lambda image: pixels)
     samples = Counted(200 if most > 10 else 20, size)
     assert evaluate(seeing, samples).samples == samples.count
     assert samples.most <= most

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from conftest import ask, image
+from conftest import QWEN2, ask, image
 
 from lavi.batch import IGNORE, Answer, ImageSlot, Layout, Sample, Video
 from lavi.data.chat import Encoded, Turn
@@ -16,7 +17,9 @@ from lavi.data.tiling import AnyRes
 from lavi.data.timestamps import time_instruction
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.vision.openclip import OpenCLIPVision
 
 SMALL, LARGE = Layout(size=(4, 4)), Layout(views=2, video=True)
 
@@ -112,7 +115,7 @@ def test_a_sample_is_its_words_and_the_views_of_its_images(build: Any) -> None:
             assert found.length == len(found.encoded.ids) + visual
             assert (visual > 0) == inside
             assert processor.measure(sample) == (found.encoded, found.length)
-        assert torch.equal(two.pixels[1], model.vision.preprocess(image(2)))
+        assert torch.equal(two.pixels[1], model.vision.preprocessing(image(2)))
         words = processor.encode(ask("what?", answer="red"))
         assert words.pixels.shape == (0, *model.vision.pixel_shape)
         assert not words.encoded.image_columns
@@ -134,7 +137,9 @@ def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> N
     sample = ask(1, "what?", answer="red")
     found = processor.encode(sample)
     text = len(found.encoded.ids)
-    exact = Processor(processor.chat, processor.vision, processor.tiling, processor.count_visual_tokens, found.length)
+    exact = Processor(
+        processor.chat, processor.preprocessing, processor.tiling, processor.count_visual_tokens, found.length
+    )
     assert exact.encode(sample).length == found.length == text + 16
     exact.context_length -= 1
     with pytest.raises(
@@ -156,7 +161,7 @@ def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor
     plain = processor.encode(sample)
     timed = Processor(
         processor.chat,
-        processor.vision,
+        processor.preprocessing,
         processor.tiling,
         processor.count_visual_tokens,
         processor.context_length,
@@ -167,3 +172,31 @@ def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor
     assert said.index(time_instruction(film).strip()) < said.index("what?")
     assert [layout.views for layout in timed.layouts] == [2, 1]
     assert messages[0]["content"][1] == {"type": "image"}  # the sample stays as it is
+
+
+def of_open_clip(tokenizer: str) -> VisionLanguageModel:
+    sizes = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8}
+    return VisionLanguageModel(
+        vision=OpenCLIPVision(config={"embed_dim": 16, "vision_cfg": sizes}),
+        language=LanguageModel(config=QWEN2, tokenizer=tokenizer),
+        fusion=ConcatFusion(newline=True),
+        tiling=AnyRes(max_grid=2),
+    )
+
+
+def test_it_goes_to_another_process_without_a_weight(build, tokenizer: str) -> None:  # type: ignore[no-untyped-def]
+    """Whatever starts that: what arrives encodes as what was sent."""
+    film = Video([image(seed) for seed in range(2)], [0.0, 1.0], 2.0)
+    filmed = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
+    filmed.append({"role": "assistant", "content": "red"})
+    for model in (build(LaViFusion(every=2)), build(ConcatFusion()), of_open_clip(tokenizer)):
+        processor = model.processor
+        processor.encode(ask(1, "what?", answer="red"))  # what is computed once is sent with it, or computed again
+        sent = pickle.dumps(processor)
+        assert b"torch.nn" not in sent
+        assert b"Fusion" not in sent
+        arrived = pickle.loads(sent)
+        for sample in (ask(1, "what is", 2, "this?", answer="red"), Sample("film", filmed, [film])):
+            here, there = processor.encode(sample), arrived.encode(sample)
+            assert (here.encoded, here.layouts, here.length) == (there.encoded, there.layouts, there.length)
+            assert torch.equal(here.pixels, there.pixels)

@@ -222,7 +222,7 @@ def test_lavi_tells_tiles_and_frames_apart(ours: VisionLanguageModel) -> None:
 
 def test_padding_to_a_square_keeps_all_of_the_image(ours: VisionLanguageModel) -> None:
     image = Image.new("RGB", (40, 20), "red")
-    [view], layout = OneView(pad_to_square=True).cut(image, ours.vision, alone=True)
+    [view], layout = OneView(pad_to_square=True).cut(image, ours.vision.preprocessing, alone=True)
     assert (view.size, layout.size) == ((40, 40), (20, 40))
     assert view.getpixel((0, 0)) == (127, 127, 127)  # the tower's mean: it sees 0 there
     assert view.crop((0, 10, 40, 30)).tobytes() == image.tobytes()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessor
 
+from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -147,7 +148,7 @@ def test_features_are_what_the_contract_says(name: str) -> None:
     features = run(vision, pixels)
     assert features.shape == (3, vision.tokens, vision.width)
     assert vision.tokens == vision.grid[0] * vision.grid[1]
-    assert vision.preprocess(noise(50, 41)).shape == vision.pixel_shape
+    assert vision.preprocessing(noise(50, 41)).shape == vision.pixel_shape
     single = torch.cat([run(vision, pixels[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(single, features, atol=1e-5, rtol=1e-4)
 
@@ -173,7 +174,7 @@ def test_images_need_not_be_square(name: str) -> None:
     else:
         vision = OpenCLIPVision(config={"vision_cfg": VIT | {"image_size": size}}).eval()
     assert (vision.pixel_shape, vision.grid) == ((3, *size), (4, 6))
-    assert run(vision, vision.preprocess(noise(70, 60))[None]).shape == (1, 24, vision.width)
+    assert run(vision, vision.preprocessing(noise(70, 60))[None]).shape == (1, 24, vision.width)
 
 
 @pytest.mark.parametrize("name", TOWER_NAMES)
@@ -181,7 +182,7 @@ def test_looking_leaves_the_tower_as_it_was(name: str) -> None:
     vision = fresh(name)
     before = [parameter.clone() for parameter in vision.parameters()]
     state, random = vision.train().state_dict(), torch.get_rng_state()
-    vision.infer_shapes(vision.pixel_shape, class_token=False)
+    vision.infer_shapes(class_token=False)
     assert torch.equal(random, torch.get_rng_state())
     assert all(module.training for module in vision.modules())
     assert all(torch.equal(a, b) for a, b in zip(before, vision.parameters(), strict=True))
@@ -262,14 +263,18 @@ def test_a_class_token_that_is_not_there_is_refused(name: str) -> None:
 
 
 def test_a_new_kind_of_tower_is_its_features_and_its_preprocessing() -> None:
+    class Stretched(Preprocessing):
+        pixel_shape = (3, 8, 12)
+
+        def __call__(self, image: Image.Image) -> Tensor:
+            return torch.from_numpy(np.array(image.resize((12, 8)), dtype=np.float32)).permute(2, 0, 1)
+
     class Patches(Tower):
         def __init__(self) -> None:
             super().__init__()
             self.patches = nn.Conv2d(3, 6, kernel_size=4, stride=4)
-            self.infer_shapes((3, 8, 12), class_token=False)
-
-        def preprocess(self, image: Image.Image) -> Tensor:
-            return torch.from_numpy(np.array(image.resize((12, 8)), dtype=np.float32)).permute(2, 0, 1)
+            self.preprocessing = Stretched()
+            self.infer_shapes(class_token=False)
 
         def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
             grid = self.patches(pixels)
@@ -278,7 +283,7 @@ def test_a_new_kind_of_tower_is_its_features_and_its_preprocessing() -> None:
     vision = Patches()
     assert (vision.grid, vision.width, vision.tokens) == ((2, 3), 6, 6)
     assert vision.flops(5) == 5 * 2 * 6 * 6 * 3 * 16
-    assert run(vision, vision.preprocess(noise(9, 9))[None]).shape == (1, 6, 6)
+    assert run(vision, vision.preprocessing(noise(9, 9))[None]).shape == (1, 6, 6)
 
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------
@@ -320,8 +325,8 @@ def by_hand(image: Image.Image, side: int, own: tuple[Any, Image.Resampling, str
 def test_a_bare_configuration_has_its_familys_preprocessing(name: str) -> None:
     vision = hf(name)
     for size in ((100, 60), (60, 100), (8, 8)):
-        np.testing.assert_allclose(vision.preprocess(noise(*size)), by_hand(noise(*size), 32, OWN[name]), atol=1e-5)
-    assert (vision.mean, vision.resample) == (OWN[name][0][0], OWN[name][1])
+        np.testing.assert_allclose(vision.preprocessing(noise(*size)), by_hand(noise(*size), 32, OWN[name]), atol=1e-5)
+    assert (vision.preprocessing.mean, vision.preprocessing.resample) == (OWN[name][0][0], OWN[name][1])
 
 
 @pytest.mark.parametrize(("name", "tag"), OWN_OF_MODELS)
@@ -330,14 +335,14 @@ def test_weights_of_open_clip_bring_their_own_preprocessing(name: str, tag: str 
         vision = OpenCLIPVision(name, pretrained=tag)
     own, image = OWN_OF_MODELS[name, tag], noise(120, 90)
     wanted = by_hand(image, vision.pixel_shape[1], own)
-    np.testing.assert_allclose(vision.preprocess(image), wanted, atol=1e-5)
-    assert (vision.mean, vision.resample) == (own[0][0], own[1])
+    np.testing.assert_allclose(vision.preprocessing(image), wanted, atol=1e-5)
+    assert (vision.preprocessing.mean, vision.preprocessing.resample) == (own[0][0], own[1])
 
 
 @pytest.mark.parametrize("name", TOWER_NAMES)
 def test_extreme_images_are_prepared_too(name: str) -> None:
     for size in ((1, 1), (3, 1), (1, 3), (20000, 20), (20, 20000)):
-        pixels = tower(name).preprocess(Image.new("RGB", size, (200, 40, 90)))
+        pixels = tower(name).preprocessing(Image.new("RGB", size, (200, 40, 90)))
         assert pixels.shape == tower(name).pixel_shape
         assert pixels.std(dim=(1, 2)).max() < 1e-4  # one colour stays one colour
         assert pixels.mean(dim=(1, 2)).argmax() == 0
@@ -347,17 +352,17 @@ def test_extreme_images_are_prepared_too(name: str) -> None:
 def test_images_of_other_modes_are_prepared_too(mode: str) -> None:
     for vision in (hf("vit"), hf("siglip_vision_model"), clip("ViT")):
         image = noise(50, 40).convert(mode)
-        assert torch.equal(vision.preprocess(image), vision.preprocess(image.convert("RGB")))
+        assert torch.equal(vision.preprocessing(image), vision.preprocessing(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("name", ["clip_vision_model", "siglip_vision_model", "convnext", "ViT"])
 def test_where_the_middle_is_kept_only_the_middle_is_resized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 20000x20 pixels, 224000x224 would have to be made first."""
     vision, seen = fresh(name), []
-    part = vision.image_processor if isinstance(vision, HFVision) else vision.transform
+    part = vision.preprocessing.image_processor if isinstance(vision, HFVision) else vision.preprocessing.transform
     prepare = type(part).__call__
     monkeypatch.setattr(type(part), "__call__", lambda *a, **k: (seen.append(a[1].size), prepare(*a, **k))[1])
-    vision.preprocess(Image.new("RGB", (20000, 20)))
+    vision.preprocessing(Image.new("RGB", (20000, 20)))
     assert seen == [(20000, 20) if name == "siglip_vision_model" else (160, 20)]
 
 
@@ -455,7 +460,7 @@ def test_a_saved_tower_gives_the_same_features(name: str, tmp_path: Path) -> Non
     again = type(vision)(**{k: str(tmp_path / v) if isinstance(v, Path) else v for k, v in arguments.items()}).eval()
     json.dumps({k: v for k, v in arguments.items() if not isinstance(v, Path)})
     image = noise(70, 40)
-    assert torch.equal(vision.preprocess(image), again.preprocess(image))
+    assert torch.equal(vision.preprocessing(image), again.preprocessing(image))
     pixels = pixels_of(vision)
     assert torch.equal(run(vision, pixels), run(again, pixels))
     assert (again.prefix, again.grid, again.width) == (vision.prefix, vision.grid, vision.width)
@@ -466,9 +471,9 @@ def test_a_saved_tower_keeps_its_preprocessing(tmp_path: Path) -> None:
     vision = OpenCLIPVision(config={"vision_cfg": VIT, "preprocess_cfg": own})
     arguments = vision.save_pretrained(tmp_path)
     again = OpenCLIPVision(**arguments | {"pretrained": str(tmp_path / arguments["pretrained"])})
-    np.testing.assert_allclose(vision.preprocess(noise(50, 40)), again.preprocess(noise(50, 40)))
+    np.testing.assert_allclose(vision.preprocessing(noise(50, 40)), again.preprocessing(noise(50, 40)))
     np.testing.assert_allclose(
-        again.preprocess(noise(50, 40)),
+        again.preprocessing(noise(50, 40)),
         by_hand(noise(50, 40), 32, ((own["mean"], own["std"]), BILINEAR, "whole")),
         atol=1e-5,
     )
@@ -482,7 +487,7 @@ def two_towers(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> A
     config.vision_config.vision_use_head = True
     model = AutoModel.from_config(config).eval().to(dtype)
     model.save_pretrained(folder)
-    vision.image_processor.save_pretrained(folder)
+    vision.preprocessing.image_processor.save_pretrained(folder)
     return model
 
 
@@ -720,7 +725,7 @@ def test_smaller_images_have_fewer_tokens(kind: str, tmp_path: Path) -> None:
     small = HFVision(str(tmp_path / "whole"), image_size=16).eval()
     assert (small.pixel_shape, small.grid, small.tokens) == ((3, 16, 16), (2, 2), 4)
     assert small.flops(1) < whole.flops(1) / 2
-    pixels = small.preprocess(noise(50, 50))[None]
+    pixels = small.preprocessing(noise(50, 50))[None]
     keys = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = whole.tower(pixels, output_hidden_states=True, **keys).hidden_states[-1][:, -4:]

@@ -10,10 +10,10 @@ import torch
 from lavi.batch import Batch, Layout, Sample, Video
 from lavi.data.chat import Chat, Encoded
 from lavi.data.collator import EncodedSample, collate
+from lavi.data.preprocessing import Preprocessing
 from lavi.data.tiling import Tiling
 from lavi.data.timestamps import add_timestamps
 from lavi.errors import UserError
-from lavi.vision.base import VisionBackbone
 
 
 class TooLong(UserError):
@@ -39,7 +39,7 @@ class Processor:
 
     Args:
         chat: tokenizer and template.
-        vision: the backbone, whose own preprocessing the views get.
+        preprocessing: the vision backbone's own, for each view.
         tiling: how an image becomes views.
         count_visual_tokens: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
         context_length: the most tokens a conversation may have, its visual tokens included.
@@ -47,7 +47,7 @@ class Processor:
     """
 
     chat: Chat
-    vision: VisionBackbone
+    preprocessing: Preprocessing
     tiling: Tiling
     count_visual_tokens: Callable[[Layout], int]
     context_length: int
@@ -62,9 +62,9 @@ class Processor:
         """
         encoded, length = self.measure(sample, prompt=prompt)
         alone = len(sample.images) == 1
-        views = [self.tiling.views(image, self.vision, alone=alone) for image in sample.images]
+        views = [self.tiling.views(image, self.preprocessing, alone=alone) for image in sample.images]
         seen = [pixels for pixels, _ in views]
-        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.vision.pixel_shape), *seen])
+        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.preprocessing.pixel_shape), *seen])
         return EncodedSample(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
     def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
@@ -80,7 +80,8 @@ class Processor:
         encoded = to_ids(messages, images=len(sample.images))
         alone = len(sample.images) == 1
         visual = sum(
-            self.count_visual_tokens(self.tiling.layout(image, self.vision, alone=alone)) for image in sample.images
+            self.count_visual_tokens(self.tiling.layout(image, self.preprocessing, alone=alone))
+            for image in sample.images
         )
         length = len(encoded.ids) + visual
         if length > self.context_length:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -23,11 +22,8 @@ from torch import Tensor
 from lavi.batch import Layout, Video, Visual
 from lavi.config.types import Count
 from lavi.data.images import MAX_PIXELS
+from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
-
-if TYPE_CHECKING:
-    from lavi.vision.base import VisionBackbone
-
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -37,22 +33,22 @@ class Tiling(ABC):
     """How images become views."""
 
     @abstractmethod
-    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+    def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
         """The views of one image, before the backbone's own preprocessing; ``alone``: it has no others beside it."""
 
-    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+    def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         """How the views of an image, or the frames of a video, belong together."""
         if isinstance(visual, Video):
             return Layout(views=len(visual.frames), video=True)
-        return self.cut(visual, vision, alone=alone)[1]
+        return self.cut(visual, preprocessing, alone=alone)[1]
 
-    def views(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> tuple[Tensor, Layout]:
+    def views(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> tuple[Tensor, Layout]:
         """Pixels (views, C, H, W) of an image, or of the frames of a video, and how they belong together."""
         if isinstance(visual, Video):
-            cut, layout = visual.frames, self.layout(visual, vision)
+            cut, layout = visual.frames, self.layout(visual, preprocessing)
         else:
-            cut, layout = self.cut(visual, vision, alone=alone)
-        pixels = [vision.preprocess(view) for view in cut]
+            cut, layout = self.cut(visual, preprocessing, alone=alone)
+        pixels = [preprocessing(view) for view in cut]
         return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None], layout  # one is not copied
 
 
@@ -67,14 +63,14 @@ class OneView(Tiling):
     def __init__(self, *, pad_to_square: bool = False) -> None:
         self.pad_to_square = pad_to_square
 
-    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+    def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         if isinstance(visual, Video):
-            return super().layout(visual, vision)
+            return super().layout(visual, preprocessing)
         return Layout(size=(visual.height, visual.width))
 
-    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
-        view = square(image, vision.mean) if self.pad_to_square else image
-        return [view], self.layout(image, vision)
+    def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        view = square(image, preprocessing.mean) if self.pad_to_square else image
+        return [view], self.layout(image, preprocessing)
 
 
 class AnyRes(Tiling):
@@ -89,23 +85,23 @@ class AnyRes(Tiling):
     def __init__(self, *, max_grid: Count = 6) -> None:
         self.max_grid = max_grid
 
-    def layout(self, visual: Visual, vision: VisionBackbone, *, alone: bool = True) -> Layout:
+    def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         if isinstance(visual, Video):
-            return super().layout(visual, vision)
+            return super().layout(visual, preprocessing)
         size = (visual.height, visual.width)
         if not alone:
             return Layout(size=size)
-        rows, columns = self.grid(size, vision.pixel_shape[1:])
+        rows, columns = self.grid(size, preprocessing.pixel_shape[1:])
         return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
 
-    def cut(self, image: Image.Image, vision: VisionBackbone, *, alone: bool) -> tuple[list[Image.Image], Layout]:
-        layout = self.layout(image, vision, alone=alone)
+    def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        layout = self.layout(image, preprocessing, alone=alone)
         if layout.tiles is None:
-            return [square(image, vision.mean)], layout
-        _, height, width = vision.pixel_shape
+            return [square(image, preprocessing.mean)], layout
+        _, height, width = preprocessing.pixel_shape
         rows, columns = layout.tiles
-        whole = image.resize((width, height), vision.resample)
-        canvas = fitted(image, (rows * height, columns * width), vision.resample)
+        whole = image.resize((width, height), preprocessing.resample)
+        canvas = fitted(image, (rows * height, columns * width), preprocessing.resample)
         corners = [(row * height, column * width) for row in range(rows) for column in range(columns)]
         tiles = [canvas.crop((left, top, left + width, top + height)) for top, left in corners]
         return [whole, *tiles], layout

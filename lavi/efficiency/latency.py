@@ -261,5 +261,5 @@ def model_and_floor(
         stages_of_model["vision_encoder"] = encoded
     if shape.layout and shape.layout.size != (0, 0):
         image = Image.new("RGB", shape.layout.size[::-1])
-        stages_of_model["preprocessing"] = lambda: model.tiling.views(image, model.vision)
+        stages_of_model["preprocessing"] = lambda: model.tiling.views(image, model.vision.preprocessing)
     return Contestant(stages_of_model, within), Contestant(floor, within)

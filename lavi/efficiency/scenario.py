@@ -44,10 +44,10 @@ class Scenario:
         if not tokens:  # a control that shows none
             views = self.frames or 1
             if self.image is not None:
-                views = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)[1].views
+                views = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)[1].views
             return PromptShape(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
         if self.image is not None:
-            _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision, alone=True)
+            _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)
             return PromptShape(self.text, self.batch, layout, tokens, layout.views)
         if self.frames is not None:
             return PromptShape(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)

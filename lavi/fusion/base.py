@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -38,11 +38,13 @@ class Cost:
     uncounted: float = 0.0
 
 
-TokenCounter = Callable[[Layout, int], int]
-"""The visual tokens of an image in the language model's sequence, of its layout and the tokens of each view.
+class TokenCounter(Protocol):
+    """The visual tokens of an image in the language model's sequence, of its layout and the tokens of each view.
 
-It goes to processes that read data: a function of a module, or an object of numbers alone.
-"""
+    It goes to processes that read data: a function of a module, or an object of numbers alone.
+    """
+
+    def __call__(self, layout: Layout, per_view: int) -> int: ...
 
 
 def no_tokens(layout: Layout, per_view: int) -> int:

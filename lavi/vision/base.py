@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from PIL import Image
 from torch import Tensor, nn
+
+from lavi.data.preprocessing import Preprocessing
+from lavi.vision.shape_flops import forward_on_meta
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,24 @@ class FeatureSpec:
 class VisionBackbone(nn.Module, ABC):
     """Pixels in, a grid of features out.
 
+    One of one's own sets ``width``, ``grid`` and ``preprocessing`` in its constructor and has :meth:`forward`. It is
+    exported if it has ``save_pretrained(folder)``, which returns the arguments that build it again.
+
     Attributes:
         width: Dv, the width of a feature.
         grid: rows and columns of the feature grid of one view.
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
-        mean: the colour (0 to 1) that :meth:`preprocess` makes 0.
-        resample: the interpolation it resizes with.
+        preprocessing: one image to the pixels of a view, by the backbone's own mean, deviation, size and interpolation.
     """
 
     width: int
     grid: tuple[int, int]
     prefix: int = 0
-    mean: tuple[float, ...]
-    resample: Image.Resampling
+    preprocessing: Preprocessing
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(views, C, H, W) to (views, N, Dv): the prefix, then the grid row by row."""
 
     @property
     def tokens(self) -> int:
@@ -50,23 +57,19 @@ class VisionBackbone(nn.Module, ABC):
         return FeatureSpec(self.width, self.tokens, self.grid)
 
     @property
-    @abstractmethod
     def pixel_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one view."""
-
-    @abstractmethod
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """One image to (C, H, W), by the backbone's own mean, deviation, size and interpolation."""
+        return self.preprocessing.pixel_shape
 
     @property
-    def processor(self) -> Callable[[Image.Image], Tensor]:
+    def processor(self) -> Preprocessing:
         """What a data module needs to feed this backbone alone."""
-        return self.preprocess
+        return self.preprocessing
 
-    @abstractmethod
     def flops(self, views: int) -> float:
-        """FLOPs of encoding ``views`` views, in closed form (1 multiply-add = 2 FLOPs)."""
+        """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), by the shapes that its operations meet."""
+        return views * self._flops_of_view
 
-    @abstractmethod
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(views, C, H, W) to (views, N, Dv): the prefix, then the grid row by row."""
+    @cached_property
+    def _flops_of_view(self) -> float:
+        return forward_on_meta(self, self.pixel_shape)[1]

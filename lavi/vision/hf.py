@@ -17,6 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
 from lavi.config.types import Check, Count
+from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError, nearest, one_line
 from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
@@ -67,6 +68,27 @@ def check_config(config: dict[str, Any]) -> None:
     _config(None, config)
 
 
+class HFPreprocessing(Preprocessing):
+    """An image processor of transformers; of long images it gets the middle alone."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self.mean = tuple(image_processor.image_mean)
+        self.resample = Image.Resampling(image_processor.resample)
+        with torch.device("cpu"):
+            views = [self(Image.new("RGB", size)) for size in ((20, 10), (10, 20))]
+        self.shapes: list[Any] = [tuple(view.shape) for view in views]
+        """(C, H, W) of a wide image and of a tall one: a tower needs them to be the same."""
+        self.pixel_shape = self.shapes[0]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if "shortest_edge" in self.image_processor.size:
+            image = middle(image)
+        pixels: Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
 class HFVision(Tower):
     """A transformers vision tower, cut after the last layer whose features are used: later layers are never run.
 
@@ -88,6 +110,8 @@ class HFVision(Tower):
             layer, no class token; preprocessing that does not fit; a tower that takes images of its own size only.
     """
 
+    preprocessing: HFPreprocessing
+
     def __init__(
         self,
         source: str | None = None,
@@ -103,19 +127,12 @@ class HFVision(Tower):
         source = None if source is None else os.path.expanduser(source)
         settings = _config(source, config)
         self.tower = _tower(source, settings)
-        self.image_processor = _image_processor(source, settings)
+        image_processor = _image_processor(source, settings)
         self.image_size = image_size
-        self.resizing = _resize(self.tower, self.image_processor, image_size) if image_size is not None else {}
-        self.mean = tuple(self.image_processor.image_mean)
-        self.resample = Image.Resampling(self.image_processor.resample)
+        self.resizing = _resize(self.tower, image_processor, image_size) if image_size is not None else {}
+        self.preprocessing = HFPreprocessing(image_processor)
         self.layers = _cut(self.tower, layer)
         self._look(class_token=class_token)
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        if "shortest_edge" in self.image_processor.size:
-            image = middle(image)
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         wanted: Any = self.layers if SELECTS else True
@@ -133,14 +150,13 @@ class HFVision(Tower):
     def _look(self, *, class_token: bool) -> None:
         """Look at the tower run on what its own preprocessing gives."""
         settings = self.tower.config
-        with torch.device("cpu"):
-            shapes: Any = {tuple(self.preprocess(Image.new("RGB", size)).shape) for size in ((20, 10), (10, 20))}
-        shape = shapes.pop()
+        shape = self.preprocessing.pixel_shape
+        shapes = set(self.preprocessing.shapes) - {shape}
         wanted = (settings.num_channels, *_pair(settings.image_size))
         try:
             if shapes:
                 raise ValueError("wide and tall images come out different")
-            self.infer_shapes(shape, class_token=class_token)
+            self.infer_shapes(class_token=class_token)
         except (ValueError, RuntimeError) as error:
             if not shapes and shape == wanted:
                 kind = settings.model_type
@@ -160,7 +176,7 @@ class HFVision(Tower):
             The arguments that build the same backbone again, paths relative to ``folder``.
         """
         self.tower.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        self.preprocessing.image_processor.save_pretrained(folder)
         keys = json.loads((folder / "config.json").read_text())
         for key in ("stage_names", "out_features", "out_indices"):  # they name layers that may have been cut off
             keys.pop(key, None)

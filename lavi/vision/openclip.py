@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavi.config.types import Check
+from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError, nearest, one_line
 from lavi.loading.without_weights import weights_wanted
 from lavi.vision.tower import Tower, chosen_layers, middle
@@ -37,6 +38,23 @@ def check_config(config: dict[str, Any]) -> None:
         UserError: a key that open_clip does not know.
     """
     _settings(None, config)
+
+
+class OpenCLIPPreprocessing(Preprocessing):
+    """open_clip's transform; of long images whose shortest side is resized it gets the middle alone."""
+
+    def __init__(self, settings: PreprocessCfg) -> None:
+        size = settings.size
+        height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.pixel_shape = (3, height, width)
+        self.mean, self.resample = tuple(settings.mean), Image.Resampling[settings.interpolation.upper()]
+        self.keeps_middle = settings.resize_mode == "shortest"
+        self.transform = image_transform_v2(settings, is_train=False)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        pixels: Tensor = self.transform(middle(image) if self.keeps_middle else image)
+        return pixels
 
 
 class OpenCLIPVision(Tower):
@@ -86,16 +104,11 @@ class OpenCLIPVision(Tower):
         registers = getattr(_trunk(self.tower), "reg_token", None)
         try:
             self.infer_shapes(
-                (3, *self.settings["preprocess_cfg"]["size"]),
                 class_token=class_token,
                 registers=0 if registers is None else registers.shape[1],
             )
         except AssertionError as error:
             raise UserError(f"the tower does not take images of vision_cfg.image_size: {error}") from None
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return self.transform(middle(image) if self.settings["preprocess_cfg"]["resize_mode"] == "shortest" else image)
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         trunk = _trunk(self.tower)
@@ -131,8 +144,7 @@ class OpenCLIPVision(Tower):
         size = (size, size) if isinstance(size, int) else tuple(size)
         try:
             chosen = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": size}))
-            self.transform = image_transform_v2(chosen, is_train=False)
-            self.mean, self.resample = tuple(chosen.mean), Image.Resampling[chosen.interpolation.upper()]
+            self.preprocessing = OpenCLIPPreprocessing(chosen)
         except Exception as error:
             raise UserError(f"open_clip cannot prepare images by this preprocess_cfg: {one_line(error)}.") from error
         self.settings |= {"preprocess_cfg": asdict(chosen)}

@@ -6,11 +6,12 @@ activations and pooling count as 0. 1 multiply-add = 2 FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from lavi.nn.formulas import linear_flops
@@ -30,6 +31,20 @@ class ShapeFlops(TorchFunctionMode):
         if function in FORMULAS:
             self.total += FORMULAS[function](out, *args, **(kwargs or {}))
         return out
+
+
+def forward_on_meta(module: nn.Module, pixel_shape: Sequence[int]) -> tuple[Any, float]:
+    """What a module makes of one view (1, C, H, W), on the meta device, and its FLOPs; it stays as it is itself."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()  # in training, a tower may drop patches
+    state = {name: t.detach().to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    try:
+        with torch.device("meta"), torch.no_grad(), ShapeFlops() as counter:
+            out = functional_call(module, state, (torch.zeros(1, *pixel_shape),))
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return out, counter.total
 
 
 def _linear(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:

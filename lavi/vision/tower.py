@@ -4,23 +4,21 @@
                                                         +- layer b: [ class | registers ] grid
     features (views, N, Dv):  per layer [ class, if wanted | grid, row by row ], the layers side by side in Dv
 
-A new kind of tower gives :meth:`Tower.encode` and :meth:`Tower.preprocess`, and calls :meth:`Tower.infer_shapes` at the
-end of its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
+A new kind of tower has ``preprocessing`` and :meth:`Tower.encode`, and calls :meth:`Tower.infer_shapes` at the end of
+its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lavi.errors import UserError
 from lavi.vision.base import VisionBackbone
-from lavi.vision.shape_flops import ShapeFlops
+from lavi.vision.shape_flops import forward_on_meta
 
 
 class Tower(VisionBackbone):
@@ -39,8 +37,8 @@ class Tower(VisionBackbone):
         What stands before the grid (views, P, D), the class token first; and the grid (views, D, rows, columns).
         """
 
-    def infer_shapes(self, pixel_shape: tuple[int, int, int], *, class_token: bool, registers: int = 0) -> None:
-        """Find grid, width, prefix and FLOPs of a view of ``pixel_shape`` by one forward without numbers.
+    def infer_shapes(self, *, class_token: bool, registers: int = 0) -> None:
+        """Find grid, width, prefix and FLOPs of a view by one forward without numbers.
 
         Args:
             class_token: keep the class token.
@@ -49,8 +47,7 @@ class Tower(VisionBackbone):
         Raises:
             UserError: there is no class token to keep, or the layers have different grids.
         """
-        self._pixel_shape = pixel_shape
-        layers, self._flops = _on_meta(self, pixel_shape)
+        layers, self._flops_of_view = forward_on_meta(_Encode(self), self.pixel_shape)
         grids = {(grid.shape[2], grid.shape[3]) for _, grid in layers}
         if len(grids) > 1:
             raise UserError(f"the layers of this tower have different grids ({sorted(grids)}): choose one layer.")
@@ -64,19 +61,12 @@ class Tower(VisionBackbone):
                 "class_token out."
             )
 
-    @property
-    def pixel_shape(self) -> tuple[int, int, int]:
-        return self._pixel_shape
-
     def forward(self, pixels: Tensor) -> Tensor:
         layers = [
             torch.cat([before[:, : self.prefix], grid.flatten(2).transpose(1, 2)], dim=1)  # (views, N, D)
             for before, grid in self.encode(pixels)
         ]
         return torch.cat(layers, dim=-1)  # (views, N, Dv)
-
-    def flops(self, views: int) -> float:
-        return views * self._flops
 
 
 class _Encode(nn.Module):
@@ -88,21 +78,6 @@ class _Encode(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         return self.tower.encode(pixels)
-
-
-def _on_meta(tower: Tower, pixel_shape: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor]], float]:
-    """What ``tower`` makes of one view, and its FLOPs; the tower's own weights and modes stay as they are."""
-    modes = [(module, module.training) for module in tower.modules()]
-    tower.eval()  # in training, a tower may drop patches
-    call = _Encode(tower)
-    state = {name: tensor.detach().to("meta") for name, tensor in [*call.named_parameters(), *call.named_buffers()]}
-    try:
-        with torch.device("meta"), torch.no_grad(), ShapeFlops() as counted:
-            found = functional_call(call, state, (torch.zeros(1, *pixel_shape),))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return found, counted.total
 
 
 def chosen_layers(layer: int | list[int], count: int) -> list[int]:

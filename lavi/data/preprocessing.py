@@ -1,0 +1,53 @@
+"""How the pictures of one vision backbone are made: a small object that goes to the processes that read data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Preprocessing(ABC):
+    """An image to the pixels of one view. Plain data: it pickles, and holds no weights.
+
+    Attributes:
+        pixel_shape: (C, H, W) of one view.
+        mean: the colour (0 to 1) that becomes 0.
+        resample: the interpolation that it resizes with.
+    """
+
+    pixel_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    resample: Image.Resampling
+
+    @abstractmethod
+    def __call__(self, image: Image.Image) -> Tensor:
+        """One image to (C, H, W)."""
+
+
+@dataclass(frozen=True)
+class SquareResize(Preprocessing):
+    """Resized to a square, whatever its aspect; then each channel less its mean, over its deviation.
+
+    Args:
+        side: of the square, in pixels.
+        mean, std: of each channel, of values from 0 to 1.
+    """
+
+    side: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        return (len(self.mean), self.side, self.side)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        resized = image.convert("RGB").resize((self.side, self.side), self.resample)
+        pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)  # (C, H, W)
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
