@@ -55,6 +55,8 @@ class DeltaGenerator(nn.Module, ABC):
     """How many deltas of width D a token gets."""
     vision_norm: nn.LayerNorm
     deltas: nn.Linear
+    keeps_tokens = False
+    """Whether each visual token leaves a slot of its own: S is N."""
 
     def __init__(self, *, bottleneck: Count = 64) -> None:
         super().__init__()
@@ -127,6 +129,8 @@ class AttentionDeltas(DeltaGenerator):
     Raises:
         UserError: the bottleneck is no multiple of the heads.
     """
+
+    keeps_tokens = True
 
     def __init__(self, *, bottleneck: Count = 64, heads: Count = 4) -> None:
         super().__init__(bottleneck=bottleneck)

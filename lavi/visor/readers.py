@@ -14,6 +14,7 @@ from typing import Self, cast
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.surgery import NormTarget, modulated, norms_of, open_norm
 from lavi.nn.cross_attention import GatedCrossAttention
@@ -82,7 +83,11 @@ class ModulationReader(Reader):
     """LaVi's deltas on the norms of the layer (chosen here).
 
     Args:
-        generator: what makes the deltas; by default attention.
+        generator: what makes the deltas, with a slot for each visual token; by default attention.
+
+    Raises:
+        UserError: a generator that makes one vector of a view. Here all images of a row are one sequence of visual
+            tokens, of which each text token sees those before it.
     """
 
     needs_norms = True
@@ -90,6 +95,11 @@ class ModulationReader(Reader):
     def __init__(self, *, generator: DeltaGenerator | None = None) -> None:
         super().__init__()
         self.generator = generator or AttentionDeltas()
+        if not self.generator.keeps_tokens:
+            raise UserError(
+                f"VISOR's ModulationReader reads token by token, and {type(self.generator).__name__} makes one vector "
+                "of all visual tokens: take lavi.nn.delta_generators.AttentionDeltas."
+            )
 
     def make(self, config: PretrainedConfig, width: int, norms: Sequence[NormTarget]) -> None:
         for target in norms:
