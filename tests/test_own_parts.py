@@ -1,0 +1,256 @@
+"""Parts of a fusion that somebody else wrote, named by a recipe as ours are; and what all fusions promise of theirs."""
+
+from __future__ import annotations
+
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, awaken, collate
+from torch import Tensor, nn
+
+from lavi.batch import Batch, Layout
+from lavi.errors import UserError
+from lavi.fusion.arrangement import ColumnContext
+from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
+from lavi.fusion.tile_arrangement import TileArrangement
+from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.load import LanguageModel
+from lavi.language.surgery import open_decoder
+from lavi.model import VisionLanguageModel
+from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator, MLPDeltas
+from lavi.nn.formulas import linear_flops
+from lavi.nn.projectors import MLPProjector, Projector
+from lavi.recipe import Recipe
+from lavi.training.module import summed_loss
+from lavi.vision.base import FeatureSpec
+from lavi.visor.fusion import VisorFusion
+from lavi.visor.readers import AttentionReader, ModulationReader, Reader
+
+
+class LargestDeltas(DeltaGenerator):
+    """Of each channel the largest value in the image, the same deltas for all tokens."""
+
+    def make(self) -> None:
+        self.down = nn.Linear(self.vision_width, self.bottleneck)
+
+    def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.down(features.amax(1, keepdim=True))
+
+    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        return mask.float() @ slots
+
+    def slots_flops(self, per_view: int) -> float:
+        return linear_flops(1, self.vision_width, self.bottleneck)
+
+    def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
+        return 2.0 * text * views * self.bottleneck
+
+
+class LinearProjector(Projector):
+    """LLaVA's first: one matrix."""
+
+    def bind(self, vision_width: int, width: int) -> None:
+        self.matrix = nn.Linear(vision_width, width, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.matrix(features)
+
+    def flops(self, tokens: int) -> float:
+        return linear_flops(tokens, self.matrix.in_features, self.matrix.out_features)
+
+
+class MeanReader(Reader):
+    """Reads the mean of the visual tokens that a token may see, through a gate."""
+
+    def make(self, config: Any, width: int, norms: Any) -> None:
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def keep(self, visual: Tensor) -> tuple[Tensor, ...]:
+        return (visual,)
+
+    def read(self, text: Tensor, kept: tuple[Tensor, ...], mask: Tensor) -> Any:
+        share = mask.float() / mask.sum(-1, keepdim=True).clamp(min=1)
+        return text + self.gate * (share @ kept[0]), nullcontext()
+
+    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
+        return {"mean": Cost(2.0 * text * visual * len(self.gate))}
+
+
+class MeanBefore(Fusion):
+    """The mean feature of the images before it is added to each token's embedding; the sequence is the text alone."""
+
+    def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
+        self.matrix = nn.Linear(features.width, language.width)
+        nn.init.zeros_(self.matrix.weight)
+        open_decoder(language.hf)
+
+    def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        text = language.embed(batch.input_ids)  # (B, T, D)
+        added = self.matrix(features.float().mean(1))  # (views, D)
+        columns = torch.arange(text.shape[1])
+        first = 0
+        for slot in batch.image_slots:
+            image = added[first : first + slot.views].sum(0)  # (D,)
+            behind = (columns >= slot.column)[:, None] * image  # (T, D)
+            text = text + nn.functional.one_hot(torch.tensor(slot.row), len(batch))[:, None, None] * behind
+            first += slot.views
+        text = text + 0.0 * added.sum()  # without an image in the graph, too
+        return DecoderInput(inputs_embeds=text, attention_mask=batch.attention_mask, vision=VisualContext())
+
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+        views = 0 if decoding or layout is None else layout.views
+        return {"matrix": Cost(linear_flops(views, self.matrix.in_features, self.matrix.out_features))}
+
+
+HERE = "test_own_parts."
+OWN: dict[str, Any] = {
+    "generator": {"_target_": "lavi.fusion.lavi.LaViFusion", "generator": {"_target_": HERE + "LargestDeltas"}},
+    "projector": {"_target_": "lavi.fusion.concat.ConcatFusion", "projector": {"_target_": HERE + "LinearProjector"}},
+    "reader": {
+        "_target_": "lavi.visor.fusion.VisorFusion",
+        "cross_attention": 2,
+        "self_attention": 1,
+        "reader": {"_target_": HERE + "MeanReader"},
+    },
+    "fusion": {"_target_": HERE + "MeanBefore"},
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_part_of_one_s_own_is_named_by_a_recipe_and_learns(tiny_recipe: Path, kind: str) -> None:
+    settings = Recipe.load(tiny_recipe).settings
+    settings["model"]["fusion"] = OWN[kind]
+    model: VisionLanguageModel = Recipe(settings, source="here").build("model").train()
+    batch = collate(
+        model, [ask(1, "what?", answer="red"), ask("hello", 2, "what?", answer="blue"), ask("hi", answer="ho")]
+    )
+    optimizer = torch.optim.SGD(model.fusion.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss, _ = summed_loss(model(batch), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses == sorted(losses, reverse=True)
+    assert all(parameter.grad is not None for parameter in model.fusion.parameters())
+    assert model.fusion.costs(10, Layout(), 16)
+    layout = batch.image_slots[0].layout
+    assert model.fusion.tokens_in_language(layout, 16) == (16 if kind in ("projector", "reader") else 0)
+
+
+def test_an_argument_of_a_generator_is_not_one_of_the_fusion(tiny_recipe: Path) -> None:
+    """As run folders of before name it."""
+    fusion = {"_target_": "lavi.fusion.lavi.LaViFusion", "bottleneck": 16}
+    settings = Recipe.load(tiny_recipe).settings
+    settings["model"]["fusion"] = fusion
+    with pytest.raises(UserError, match=r"'model.fusion.bottleneck' is unknown"):
+        Recipe(settings, source="here").check()
+    settings["model"]["fusion"] = {"_target_": "lavi.fusion.lavi.LaViFusion", "generator": "mlp"}
+    with pytest.raises(UserError, match=r"'model.fusion.generator' must be DeltaGenerator"):
+        Recipe(settings, source="here").check()
+
+
+FUSIONS: dict[str, Any] = {
+    "concat": ConcatFusion,
+    "lavi": LaViFusion,
+    "cross-attention": CrossAttentionFusion,
+    "pruning": lambda: PruningFusion(stages={0: 0.5}),
+    "fastv": lambda: FastV(layer=1),
+    "pyramid-drop": PyramidDrop,
+    "visor": lambda: VisorFusion(cross_attention=1, self_attention=1),
+    "visor-beside": lambda: VisorFusion(cross_attention=1, self_attention=0),
+}
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_token_counter_is_plain_data_and_counts_what_the_sequence_gets(build, name: str) -> None:  # type: ignore[no-untyped-def]
+    """It goes to processes that read data, without the fusion's parameters."""
+    model = build(FUSIONS[name]())
+    counter = pickle.loads(pickle.dumps(model.fusion.token_counter))
+    assert len(pickle.dumps(counter)) < 1000
+    for prompt in (ask(1, 2, "what?"), ask("what?", 3), ask("hello")):
+        batch = collate(model, [prompt], prompt=True)
+        with torch.no_grad():
+            inputs = model.fusion(batch, model.features(batch.pixels), model.language)
+        longer = inputs.attention_mask.shape[1] - batch.input_ids.shape[1]
+        assert longer == sum(counter(slot.layout, 16) for slot in batch.image_slots)
+        assert longer == sum(model.fusion.tokens_in_language(slot.layout, 16) for slot in batch.image_slots)
+
+
+WITH_PROJECTOR: dict[str, Any] = FUSIONS | {
+    "visor": lambda **own: VisorFusion(cross_attention=1, self_attention=1, **own)
+}
+WITH_PROJECTOR |= {
+    "pruning": lambda **own: PruningFusion(stages={0: 0.5}, **own),
+    "fastv": lambda **own: FastV(layer=1, **own),
+}
+
+
+@pytest.mark.parametrize("name", ["concat", "pruning", "fastv", "pyramid-drop", "visor"])
+def test_whatever_concatenates_takes_the_arguments_of_concatenation(build, name: str) -> None:  # type: ignore[no-untyped-def]
+    fusion = build(WITH_PROJECTOR[name](projector=LinearProjector(), newline=True, budget=3)).fusion
+    assert isinstance(fusion.projector, LinearProjector)
+    assert fusion.newline.shape == (32,)
+    assert fusion.tile_arrangement == TileArrangement((4, 4), budget=3, newline=True)
+    plain = build(WITH_PROJECTOR[name]()).fusion
+    assert isinstance(plain.projector, MLPProjector)
+    assert plain.newline is None
+    assert plain.tile_arrangement == TileArrangement((4, 4), budget=9, newline=False)
+
+
+def test_a_projector_is_two_layers_and_a_gelu() -> None:
+    projector = MLPProjector()
+    assert list(projector.parameters()) == []
+    projector.bind(6, 8)
+    first, _, second = projector.layers
+    features = torch.randn(2, 3, 6)
+    expected = second(nn.functional.gelu(first(features)))
+    torch.testing.assert_close(projector(features), expected)
+    assert expected.shape == (2, 3, 8)
+    assert projector.flops(5) == 2 * 5 * (6 * 8 + 8 * 8)
+
+
+def test_each_layer_has_a_generator_of_its_own(build) -> None:  # type: ignore[no-untyped-def]
+    """Bound copies of the one that is named, which has no parameters itself and keeps its own arguments."""
+    own = MLPDeltas(bottleneck=8, depth=2)
+    fusion = build(LaViFusion(every=2, generator=own, parameters="scale")).fusion
+    assert list(own.parameters()) == []
+    first, second = fusion.generators.values()
+    assert first is not second
+    for generator in (first, second):
+        assert (type(generator), generator.bottleneck, generator.depth) == (MLPDeltas, 8, 2)
+        assert (generator.width, generator.vision_width, generator.outputs) == (32, 24, 2)
+    assert not {id(parameter) for parameter in first.parameters()} & {
+        id(parameter) for parameter in second.parameters()
+    }
+    assert not torch.equal(first.down.weight, second.down.weight)
+
+
+@pytest.mark.parametrize("name", ["lavi", "concat", "cross-attention", "visor"])
+def test_the_same_seed_draws_the_same_start(build, name: str) -> None:  # type: ignore[no-untyped-def]
+    one, other = (build(FUSIONS[name](), seed=3).fusion.state_dict() for _ in range(2))
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_context_has_what_its_layers_need(build) -> None:  # type: ignore[no-untyped-def]
+    """A small plan, never the fusion; what it cannot do without is required."""
+    for make in FUSIONS.values():
+        model = build(make())
+        awaken(model.fusion)
+        batch = collate(model, [ask(1, "what?")], prompt=True)
+        context = model.fusion(batch, model.features(batch.pixels), model.language).vision
+        assert not any(isinstance(value, Fusion) for value in vars(context).values())
+    with pytest.raises(TypeError, match="missing 2 required keyword-only arguments: 'visual' and 'column'"):
+        ColumnContext()  # type: ignore[call-arg]
+    assert AttentionReader().needs_norms != ModulationReader().needs_norms
+    assert type(LaViFusion().generator) is AttentionDeltas
