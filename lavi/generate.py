@@ -12,9 +12,6 @@ from lavi.cli.arguments import Parser, device_of, path, text, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError
 
-LONGEST = 64
-"""Tokens of an answer, unless a command says more."""
-
 
 @cli_entry_point
 def main() -> None:
@@ -27,7 +24,7 @@ def main() -> None:
     frames = "frames of each video, evenly spread (None: those that the run was trained on)"
     parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
     parser.add_argument("--question", type=text, required=True, metavar="TEXT")
-    longest = f"the longest answer (None: {LONGEST}, or less where the context has no room for more)"
+    longest = "the longest answer (None: 64, or less where the context has no room for more)"
     parser.add_argument("--max-new-tokens", type=whole_number(1), metavar="N", help=longest)
     parser.add_argument(
         "--beams", type=whole_number(1), default=1, help="beam search with this many beams (not streamed)"
@@ -40,7 +37,6 @@ def main() -> None:
     device = device_of(args.device)
     from transformers import TextStreamer
 
-    from lavi.batch import Sample
     from lavi.checkpoints.run_folder import load_run
     from lavi.data.frame_sampling import FrameSampling
     from lavi.data.images import open_image
@@ -54,15 +50,12 @@ def main() -> None:
         sampling = recipe.build("data.video")
     visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     model.to(device)
-    content = [*({"type": kind} for kind, _ in args.seen), {"type": "text", "text": args.question}]
-    prompt = model.processor.encode(Sample("question", [{"role": "user", "content": content}], visuals), prompt=True)
-    batch = model.processor.collate([prompt], pad_left=True).to(device)
-    tokens = args.max_new_tokens or min(LONGEST, model.room_behind(prompt.length))
+    decoding = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     if args.beams > 1:
-        print(model.answer(batch, max_new_tokens=tokens, num_beams=args.beams)[0])
+        print(model.ask(args.question, *visuals, num_beams=args.beams, **decoding))
         return
     streamer = TextStreamer(model.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(batch, max_new_tokens=tokens, streamer=streamer)
+    model.ask(args.question, *visuals, streamer=streamer, **decoding)
 
 
 if __name__ == "__main__":

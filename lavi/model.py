@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch
+from lavi.batch import Batch, Sample, Video, Visual
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
 from lavi.data.processor import Processor
@@ -22,6 +22,9 @@ from lavi.language.load import LanguageModel
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
+
+LONGEST_ANSWER = 64
+"""Tokens of an answer to a question that is asked, where nothing else is said."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -188,6 +191,33 @@ class VisionLanguageModel(nn.Module):
             raise UserError("answer gives text alone: call generate for what return_dict_in_generate gives besides.")
         answers = cast(list[list[int]], self.generate(batch, **decoding))
         return [self.chat.decode(ids) for ids in answers]
+
+    def prompt(self, question: str, *visuals: Visual) -> Batch:
+        """A question about images and videos, which stand before it in their order, on the model's device.
+
+        Raises:
+            UserError: it is longer than the context.
+        """
+        kinds = ["video" if isinstance(visual, Video) else "image" for visual in visuals]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
+        sample = Sample("question", [{"role": "user", "content": content}], visuals)
+        return self.processor.collate([self.processor.encode(sample, prompt=True)], pad_left=True).to(
+            self.language.hf.device
+        )
+
+    def ask(self, question: str, *visuals: Visual, **decoding: Any) -> str:
+        """The answer to a question about PIL images and videos.
+
+        Args:
+            decoding: as in :meth:`generate`; ``max_new_tokens`` is by default :data:`LONGEST_ANSWER`, or as many as the
+                context has room for. A ``streamer`` gets the words as they come.
+
+        Raises:
+            UserError: as :meth:`prompt` and :meth:`generate`.
+        """
+        batch = self.prompt(question, *visuals)
+        room = self.room_behind(self._lengths(batch)[0])
+        return self.answer(batch, **{"max_new_tokens": min(LONGEST_ANSWER, room), **decoding})[0]
 
     def _asked(self, decoding: dict[str, Any]) -> Decoding:
         return Decoding.read(decoding, ends=self.end_ids(), pad=self.chat.pad_id)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import lavi
+
 ROOT = Path(__file__).parent.parent
 
 PACKAGES = ("lavi", "datamodules", "callbacks")
@@ -165,11 +167,18 @@ def test_a_long_function_and_a_repeated_block_are_found() -> None:
 
 def test_importing_lavi_is_light() -> None:
     code = (
-        "import sys, lavi, lavi.fit, lavi.evaluate, lavi.generate, lavi.profile\n"
+        "import sys, lavi, lavi.fit, lavi.evaluate, lavi.generate, lavi.profile, lavi.export\n"
+        "assert {'load', 'VisionLanguageModel', 'Recipe', 'Sample'} <= set(dir(lavi)) == set(lavi.__all__)\n"
         "heavy = {'tensorboard', 'datamodules', 'callbacks', 'lightning', 'transformers', 'torch'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_what_lavi_offers_is_there() -> None:
+    assert all(getattr(lavi, name) is not None for name in lavi.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
+        lavi.laod  # noqa: B018
 
 
 def test_using_lavi_needs_no_tensorboard_and_no_room_above() -> None:
