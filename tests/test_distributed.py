@@ -43,6 +43,8 @@ STEPS = 6
 class Halves(DataModule):
     """Each step has four rows with images and four without: two ranks get one half each, a single one both."""
 
+    splits = ("train",)
+
     def __init__(self, processor: Processor) -> None:
         super().__init__(processor)
         self.step, self.rank_of_state = 0, -1
