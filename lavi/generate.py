@@ -46,8 +46,8 @@ def main() -> None:
     sampling = FrameSampling()
     if args.frames is not None:
         sampling = FrameSampling(frames=args.frames)
-    elif recipe.settings["data"].get("video") is not None:
-        sampling = recipe.build("data.video")
+    elif (recipe.settings["data"].get("format") or {}).get("video") is not None:
+        sampling = recipe.build("data.format.video")
     visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
     model.to(device)
     decoding = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}

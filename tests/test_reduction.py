@@ -363,7 +363,7 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
 )
 def test_towers_whose_attention_cannot_be_read_are_refused(config: Any, words: str) -> None:
     class Tower(nn.Module):
-        prefix, width, tokens, grid, seen = 0, 24, 16, (4, 4), FeatureSpec(24, 16, (4, 4))
+        prefix, width, tokens, grid, feature_spec = 0, 24, 16, (4, 4), FeatureSpec(24, 16, (4, 4))
 
         def __init__(self) -> None:
             super().__init__()
