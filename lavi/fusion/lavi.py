@@ -81,7 +81,7 @@ class LaViFusion(Fusion):
         self.every, self.wanted_layers, self.fraction, self.where = every, layers, fraction, where
         self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
-        self.generator = generator or AttentionDeltas()
+        self.new_generator = (generator or AttentionDeltas()).bound  # the template itself is no part of the model
         self.per_target, self.max_images = per_target, max_images
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
@@ -96,7 +96,7 @@ class LaViFusion(Fusion):
         for layer, targets in norms.items():
             shares = [1] * len(targets) if self.per_target else [len(targets)]
             for number, share in enumerate(shares):
-                self.generators[f"{layer}-{number}" if self.per_target else str(layer)] = self.generator.bound(
+                self.generators[f"{layer}-{number}" if self.per_target else str(layer)] = self.new_generator(
                     width=language.width,
                     vision_width=features.width,
                     outputs=share * (self.scale + self.shift),

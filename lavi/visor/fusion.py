@@ -100,7 +100,9 @@ class VisorFusion(ConcatFusion):
         self.wanted_layers = (cross_attention, self_attention)
         self.wanted_configuration, self.wanted_configurations = configuration, configurations
         self.router_reads, self.labels_file = router, labels
-        self.reader, self.max_images = reader or AttentionReader(), max_images
+        reader = reader or AttentionReader()
+        self.new_reader, self.reads_norms = reader.bound, reader.needs_norms  # the template is no part of the model
+        self.max_images = max_images
         self.routed: Counter[Hashable] = Counter()
         self.forced_route: Configuration | None = None
         """The configuration of all rows, whatever the router says."""
@@ -113,10 +115,10 @@ class VisorFusion(ConcatFusion):
         self.reading, self.refining = choose_layers(*self.wanted_layers, depth)
         self.configuration = self.configuration_of(self.wanted_configuration)
         self.viable = self._viable()
-        norms = norm_targets(language.hf) if self.reader.needs_norms else []
+        norms = norm_targets(language.hf) if self.reads_norms else []
         open_decoder(language.hf, range(depth))
         self.readers = nn.ModuleDict(
-            {str(layer): self.reader.bound(language.hf.config, language.width, norms, layer) for layer in self.reading}
+            {str(layer): self.new_reader(language.hf.config, language.width, norms, layer) for layer in self.reading}
         )
         self.positions = VisualPositions(self.width, self.max_images) if self.reading else None
         self.router, labels = None, None
