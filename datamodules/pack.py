@@ -5,11 +5,14 @@
     python -m datamodules.pack --coco captions_train2017.json --images train2017 --out shards/coco
     python -m datamodules.pack --csv faces.csv --columns image=path,answer=name --images faces --out shards/faces
     python -m datamodules.pack --dataset a_dataset --out shards/a_dataset
+    python -m datamodules.pack --reader my_package.read data.xml --images images --out shards/mine
 
 JSON is LLaVA's: ``{"id": ..., "image": "file" or ["file", ...], "conversations": [{"from": "human", "value":
 "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``, as a list or one object a line. An answer may carry
 ``"family"`` and ``"level"`` beside its value: accuracies are then reported for each. A ``"video"`` is a file, with
 ``"clip": [start, end]`` in seconds if only that part is meant, or a folder with its frames.
+
+A reader of your own takes the file and gives a `datamodules.formats.files.Source`: its name and such objects.
 
 All entries are checked before the first shard is written. A run that was stopped goes on with the same command.
 """
@@ -32,7 +35,7 @@ from typing import Any
 from datamodules.formats.datasets import open_dataset, read_cell
 from datamodules.formats.entries import BadEntry, Cell, Folders, Item, entry_of
 from datamodules.formats.files import Source
-from datamodules.formats.readers import READERS
+from datamodules.formats.readers import READERS, own_reader
 from datamodules.shards.counts import type_of
 from datamodules.shards.processes import in_order
 from datamodules.shards.sources import INDEX, read_index
@@ -167,16 +170,34 @@ def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders,
         raise UserError(f"{folder / where} was there when the entries were checked, and now is not: {error}.") from None
 
 
+def source_of(args: argparse.Namespace) -> tuple[str, Path, Source]:
+    """The option that names the source, its file, and its entries.
+
+    Raises:
+        UserError: there is nothing, or something else.
+    """
+    if args.reader is not None:
+        name, file = args.reader[0], path(args.reader[1])
+        if not file.exists():
+            raise UserError(f"--reader: there is no {file}.")
+        source = own_reader(name)(file)
+        if not isinstance(source, Source):
+            raise UserError(f"--reader: {name} gives a {type(source).__name__}, no datamodules.formats.files.Source.")
+        return f"reader {name}", file, source
+    kind, file = next((kind, file) for kind in READERS if (file := getattr(args, kind)) is not None)
+    return kind, file, READERS[kind](file, args.columns, args.split)
+
+
 def pack(args: argparse.Namespace) -> None:
     """Check, then write."""
     if os.path.exists(args.out) and not (args.out / INDEX).is_file():
         raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
-    kind, file = next((kind, file) for kind in READERS if (file := getattr(args, kind)) is not None)
+    kind, file, source = source_of(args)
     folders = Folders(args.images, args.videos)
     with held(args.out):
         entries = args.out.absolute().with_name(f"{args.out.absolute().name}.entries")
         try:
-            checked = check(READERS[kind](file, args.columns, args.split), folders, entries, workers=args.workers)
+            checked = check(source, folders, entries, workers=args.workers)
             refuse_too_many(checked, file.name, args.max_skipped)
             jobs = shard_jobs(len(checked.offsets), args.per_shard, sizes=checked.sizes, max_bytes=args.shard_size)
             make = partial(
@@ -241,6 +262,7 @@ def main() -> None:
     source.add_argument("--coco", type=path, metavar="FILE", help="COCO captions")
     source.add_argument("--csv", type=path, metavar="FILE", help="a table with a header; .tsv: cells between tabs")
     source.add_argument("--dataset", type=path, metavar="FOLDER", help="of save_to_disk, or with parquet files")
+    source.add_argument("--reader", nargs=2, metavar=("NAME", "FILE"), help="a function of your own, and its file")
     parser.add_argument("--split", metavar="NAME", help="which split of a --dataset that has several")
     parser.add_argument("--images", type=path, metavar="FOLDER", help="where the names of images start from")
     parser.add_argument("--videos", type=path, metavar="FOLDER", help="where the names of videos start from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import small
 from hypothesis import HealthCheck, given, settings
@@ -35,6 +37,7 @@ from datamodules.shards.sources import find_shards
 from lavi.batch import IGNORE, Sample, Video
 from lavi.data.processor import Processor
 from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 
 ROOT = Path(__file__).parent.parent
@@ -646,3 +649,25 @@ def test_memory_is_not_asked_for_what_a_header_claims(tmp_path: Path, kind: byte
 def test_sharegpt_spells_who_speaks_in_several_ways(name: str, role: str) -> None:
     (message,) = messages_of([{"from": name, "value": "words"}])
     assert message == {"role": role, "content": "words"}
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+
+
+def test_readers_give_the_same_batches_however_they_start(build, scenes: Path) -> None:  # type: ignore[no-untyped-def]
+    """One epoch of a mixture with two workers: forked, spawned and from a server."""
+    processor = build(ConcatFusion(), family="llama").processor
+    sources: dict[str, str | list[str]] = {"train": str(scenes / "validation"), "test": str(scenes / "test")}
+    keys, first = {}, {}
+    for method in ("fork", "spawn", "forkserver"):
+        data = ImageTextData(processor, train=Mixture(sources=sources), batch_size=8, workers=2, shuffle=20, bucket=2)
+        loader = data.train_dataloader()
+        loader.multiprocessing_context = method
+        reads = list(itertools.islice(loader, 12))  # 96 samples
+        keys[method] = [(read.batch.keys, read.sources, read.position) for read in reads]
+        first[method] = reads[0].batch
+    assert keys["fork"] == keys["spawn"] == keys["forkserver"]
+    assert len({key for of_batch, _, _ in keys["fork"] for key in of_batch}) > 80
+    for method in ("spawn", "forkserver"):
+        assert torch.equal(first[method].input_ids, first["fork"].input_ids)
+        assert torch.equal(first[method].pixels, first["fork"].pixels)
