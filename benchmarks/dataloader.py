@@ -15,22 +15,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import resource
-import shutil
 import statistics
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,13 +34,14 @@ import av
 import numpy as np
 import torch
 import webdataset as wds
+from packing import packer
+from photographs import CAPTION, write_photographs
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from datamodules.image_text import ImageTextData
 from datamodules.shards.read import ShardStream, Slot, StreamPosition
 from datamodules.shards.sources import find_shards
-from datamodules.shards.write import shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
@@ -76,47 +71,13 @@ DECODER = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
 }
-CAPTION = "a photograph of coarse coloured noise, number {}, as nobody ever took it"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def photograph(number: int, times: int = 1) -> bytes:
-    """A smooth picture as JPEG: 640 x 480 pixels and about 80 kB, or so many times as wide and high."""
-    noise = np.random.default_rng(number).integers(0, 255, (48 * times, 64 * times, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    size = (640 * times, 480 * times)
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
-
-
-PHOTOGRAPHS = 64
-
-
-class Photographs:
-    """Makes the samples of a shard; some pictures, many times, so that drawing them takes no time."""
-
-    def __init__(self) -> None:
-        self.pictures = [photograph(number) for number in range(PHOTOGRAPHS)]
-
-    def __call__(self, job: Any) -> Iterator[dict[str, Any]]:
-        for index in range(job.start, job.stop):
-            said = {"captions": [CAPTION.format(index)]}
-            # What plain WebDataset pipelines read as text.
-            yield {"__key__": f"{index:07d}", "json": said, "txt": said["captions"][0].encode()} | {
-                "jpg": self.pictures[index % PHOTOGRAPHS]
-            }
-
-
-def write_photographs(folder: Path, samples: int, per_shard: int) -> list[str]:
-    jobs = shard_jobs(samples, per_shard)
-    write_shards(folder, jobs, Photographs(), made_by={"benchmark": "dataloader"}, workers=2)
-    return find_shards(str(folder))
-
-
 def small_model(folder: Path) -> VisionLanguageModel:
-    """Its tower's preprocessing and its tokenizer are what is wanted of it."""
+    """A model for its tower's preprocessing and its tokenizer."""
     if not folder.exists():
         train_tokenizer([CAPTION.format(n) for n in range(2000)] * 2, folder, vocabulary=400)
     language = LanguageModel(config=DECODER, tokenizer=str(folder))
@@ -148,7 +109,7 @@ def bare(shards: list[str], batch: int, workers: int, *, prepare: Prepare) -> It
 
 
 def plain_webdataset(shards: list[str], batch: int, workers: int, *, prepare: Prepare) -> Iterable[Any]:
-    made = (
+    pipeline = (
         wds.WebDataset(shards, shardshuffle=len(shards), seed=0)
         .shuffle(1000)
         .decode("pilrgb")
@@ -156,7 +117,7 @@ def plain_webdataset(shards: list[str], batch: int, workers: int, *, prepare: Pr
         .map_tuple(prepare, str)
         .batched(batch, collation_fn=default_collate)
     )
-    return DataLoader(made, batch_size=None, num_workers=workers)
+    return DataLoader(pipeline, batch_size=None, num_workers=workers)
 
 
 def without_marks(group: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,10 +162,10 @@ def rate(loader: Iterable[Any], samples: int, batch: int) -> float:
     """Samples a second over about ``samples`` of them, from the first batch on: starting processes is not counted."""
     batches = iter(loader)
     next(batches)
-    wanted = samples // batch
+    count = samples // batch
     started = time.perf_counter()
     for done, _ in enumerate(batches, start=1):
-        if done == wanted:
+        if done == count:
             break
     return done * batch / (time.perf_counter() - started)
 
@@ -220,10 +181,10 @@ def compare(contestants: dict[str, Callable[[], Iterable[Any]]], samples: int, b
     return [
         {
             "name": name,
-            "samples_per_s": statistics.median(found),
-            "ours_over_it": statistics.median(a / b for a, b in zip(rates["lavi"], found, strict=True)),
+            "samples_per_s": statistics.median(of_rounds),
+            "ours_over_it": statistics.median(a / b for a, b in zip(rates["lavi"], of_rounds, strict=True)),
         }
-        for name, found in rates.items()
+        for name, of_rounds in rates.items()
     ]
 
 
@@ -233,7 +194,7 @@ def compare(contestants: dict[str, Callable[[], Iterable[Any]]], samples: int, b
 def loaders(work: Path, *, samples: int, batch: int, workers: int, rounds: int) -> list[dict[str, Any]]:
     """Against a bare loop, plain webdataset and open_clip's pipeline."""
     model = small_model(work / "tokenizer")
-    prepare = model.vision.preprocess
+    prepare = model.vision.preprocessing
     shards = write_photographs(work / "photographs", samples * 2, per_shard=max(1, samples // 8))
     tokenizer = model.language.tokenizer
     contestants: dict[str, Callable[[], Iterable[Any]]] = {
@@ -260,19 +221,19 @@ def video(work: Path, *, clips: int, frames: int = 8, rounds: int = 5) -> list[d
             out.mux(stream.encode(av.VideoFrame.from_image(image)))
         out.mux(stream.encode())
     data = file.getvalue()
-    wanted = read_video(data, FrameSampling(frames=frames)).seconds
+    seconds = read_video(data, FrameSampling(frames=frames)).seconds
 
     def bare_decode() -> int:
         kept = 0
         with av.open(io.BytesIO(data)) as container:
-            times = iter(wanted)
-            at = next(times)
+            times = iter(seconds)
+            due = next(times)
             for frame in container.decode(video=0):
-                if frame.time is not None and frame.time >= at - 1e-6:
+                if frame.time is not None and frame.time >= due - 1e-6:
                     frame.to_image()
                     kept += 1
-                    at = next(times, None)  # type: ignore[arg-type]
-                    if at is None:
+                    due = next(times, None)  # type: ignore[arg-type]
+                    if due is None:
                         break
         assert kept == frames
         return kept
@@ -294,27 +255,27 @@ def video(work: Path, *, clips: int, frames: int = 8, rounds: int = 5) -> list[d
         {
             "question": "video",
             "name": name,
-            "frames_per_s": statistics.median(speed[at] for speed in speeds),
-            "ours_over_it": 1.0 if at == 0 else statistics.median(ratios),
+            "frames_per_s": statistics.median(speed[index] for speed in speeds),
+            "ours_over_it": 1.0 if index == 0 else statistics.median(ratios),
         }
-        for at, name in enumerate(names)
+        for index, name in enumerate(names)
     ]
 
 
 def many_shards(work: Path, *, samples: int, counts: tuple[int, ...] = (10, 100, 1000)) -> list[dict[str, Any]]:
     """Raw samples a second of few shards and of many, of the same size; and after resuming in the middle."""
-    made = {count: write_photographs(work / f"of-{count}", count * PER_SHARD, PER_SHARD) for count in counts}
-    found: dict[int, list[float]] = {count: [] for count in counts}
+    sets = {count: write_photographs(work / f"of-{count}", count * PER_SHARD, PER_SHARD) for count in counts}
+    read: dict[int, list[float]] = {count: [] for count in counts}
     resumed: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(7):
-        for count, shards in made.items():
+        for count, shards in sets.items():
             stream = ShardStream(shards, seed=0, shuffle=counts[0] * PER_SHARD)
             started = time.perf_counter()
             every = (raw for _, raw in stream.records(Slot(), StreamPosition()) if raw is not None)
             sum(1 for _ in itertools.islice(every, samples))  # of few shards: several epochs
-            found[count].append((time.perf_counter() - started) / samples)
-            places = (place for place, _ in stream.records(Slot(), StreamPosition()))
-            middle = next(itertools.islice(places, count * PER_SHARD // 2, None))
+            read[count].append((time.perf_counter() - started) / samples)
+            positions = (position for position, _ in stream.records(Slot(), StreamPosition()))
+            middle = next(itertools.islice(positions, count * PER_SHARD // 2, None))
             started = time.perf_counter()
             next(stream.records(Slot(), middle))
             resumed[count].append(time.perf_counter() - started)
@@ -323,8 +284,8 @@ def many_shards(work: Path, *, samples: int, counts: tuple[int, ...] = (10, 100,
         {
             "question": "shards",
             "name": f"{count} shards",
-            "us_per_sample": 1e6 * statistics.median(found[count]),
-            "over_first": statistics.median(a / b for a, b in zip(found[count], found[first], strict=True)),
+            "us_per_sample": 1e6 * statistics.median(read[count]),
+            "over_first": statistics.median(a / b for a, b in zip(read[count], read[first], strict=True)),
             "resume_ms": 1e3 * statistics.median(resumed[count]),
         }
         for count in counts
@@ -354,107 +315,26 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def packer(work: Path, *, samples: int, times: int, workers: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """The packer, the whole command and without what it takes to start, on photographs ``times`` as wide and high."""
-    images = work / f"files-{times}"
-    images.mkdir()
-    pictures = [photograph(number, times) for number in range(PHOTOGRAPHS)]
-    entries = []
-    for number in range(samples):
-        (images / f"{number:06d}.jpg").write_bytes(pictures[number % PHOTOGRAPHS])
-        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": CAPTION.format(number)}]
-        entries.append({"id": number, "image": f"{number:06d}.jpg", "conversations": turns})
-    few, per_shard = samples // 10, 500 // times
-    for name, some in (("few", entries[:few]), ("all", entries)):
-        (work / f"{name}.json").write_text(json.dumps(some))
-
-    def pack(name: str) -> None:
-        what = ["--json", work / f"{name}.json", "--images", images, "--out", work / name]
-        how = ["--per-shard", str(per_shard), "--workers", str(workers)]
-        command = [sys.executable, "-m", "datamodules.pack", *what, *how]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-    def bare() -> None:
-        (work / "bare").mkdir()
-        files = sorted(images.iterdir())
-        starts = range(0, samples, per_shard)
-        shards = [(work / "bare" / f"{start}", files[start : start + per_shard]) for start in starts]
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            pool.starmap(append_files, shards)
-
-    contestants = {
-        "copying": lambda: shutil.copytree(images, work / "copying"),
-        "bare": bare,
-        "start": lambda: pack("few"),
-        "whole": lambda: pack("all"),
-    }
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
-            found[name].append(took(contestant))
-        for made in ("copying", "bare", "few", "all"):
-            shutil.rmtree(work / made)
-    bytes_each = sum(map(len, pictures)) / PHOTOGRAPHS
-    shutil.rmtree(images)
-    records = []
-    for name, count, seconds in (
-        ("whole command", samples, found["whole"]),
-        ("without its start", samples - few, [w - s for w, s in zip(found["whole"], found["start"], strict=True)]),
-    ):
-        rate = count / statistics.median(seconds)
-        ratios = {
-            f"speed_over_{other}": statistics.median(
-                a * count / samples / b for a, b in zip(found[other], seconds, strict=True)
-            )
-            for other in ("bare", "copying")
-        }
-        sized = {"samples_per_s": rate, "mib_per_s": rate * bytes_each / 2**20}
-        question = {"question": "packer", "name": f"{bytes_each / 1000:.0f} kB a photograph, {name}"}
-        records.append(question | sized | ratios)
-    return records
-
-
-def append_files(out: Path, files: list[Path]) -> None:
-    """Nothing but bytes: each file read, its checksum and that of all taken, written behind the one before."""
-    every = hashlib.sha256()
-    with open(out, "wb") as stream:
-        for file in files:
-            data = file.read_bytes()
-            zlib.crc32(data)
-            every.update(data)
-            stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def took(work: Callable[[], object]) -> float:
-    """Seconds, until all is on the disk."""
-    started = time.perf_counter()
-    work()
-    os.sync()
-    return time.perf_counter() - started
-
-
-SAID: dict[str, tuple[str, str, dict[str, str]]] = {
+COLUMNS: dict[str, tuple[str, str, dict[str, str]]] = {
     "images": ("samples_per_s", "samples/s", {"ours_over_it": "ours : it"}),
     "video": ("frames_per_s", "frames/s", {"ours_over_it": "ours : it"}),
     "shards": ("us_per_sample", "us a sample", {"over_first": "times the first"}),
     "memory": ("resident_mib", "MiB resident", {}),
     "packer": ("mib_per_s", "MiB/s", {"speed_over_bare": "speed : bare loop", "speed_over_copying": "speed : copying"}),
 }
-"""What a table says of each question: the value, its unit, and the ratios."""
+"""The columns of each question: the value, its unit, and the ratios."""
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """All questions, one line a record."""
     rows = []
-    marks = [made for made in records if made["question"] == "memory"]
-    for made in records:
-        if made in marks[1:-1]:
+    marks = [record for record in records if record["question"] == "memory"]
+    for record in records:
+        if record in marks[1:-1]:
             continue
-        value, unit, ratios = SAID[made["question"]]
-        compared = ", ".join(f"{made[ratio]:.2f} ({of})" for ratio, of in ratios.items())
-        rows.append([f"{made['question']}: {made['name']}", f"{made[value]:,.0f} {unit}", compared])
+        value, unit, ratios = COLUMNS[record["question"]]
+        compared = ", ".join(f"{record[ratio]:.2f} ({of})" for ratio, of in ratios.items())
+        rows.append([f"{record['question']}: {record['name']}", f"{record[value]:,.0f} {unit}", compared])
     where = f"{records[0]['machine']}, {records[0]['workers']} workers; medians; ratios of neighbours in time."
     return f"{markdown(['', 'measured', 'ratio'], rows)}\n{where}\n"
 
@@ -472,18 +352,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         sized = {"samples": args.samples, "batch": args.batch, "workers": args.workers, "rounds": args.rounds}
-        found = loaders(work, **sized)
-        found += video(work, clips=20)
-        found += many_shards(work, samples=5000)
-        found += memory(work, samples=args.memory_samples)
+        records = loaders(work, **sized)
+        records += video(work, clips=20)
+        records += many_shards(work, samples=5000)
+        records += memory(work, samples=args.memory_samples)
         for times in (1, 3):
-            found += packer(work, samples=6 * args.samples // times**2, times=times, workers=args.workers)
+            records += packer(work, samples=6 * args.samples // times**2, times=times, workers=args.workers)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     where = {"machine": machine, "workers": args.workers, "torch": torch.__version__}
-    for record in found:
+    for record in records:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()})
     if args.out:
-        args.out.write_text("".join(json.dumps(record | where) + "\n" for record in found))
+        args.out.write_text("".join(json.dumps(record | where) + "\n" for record in records))
 
 
 if __name__ == "__main__":
