@@ -58,6 +58,36 @@ def generators(records: list[Record]) -> str:
     return markdown(*generator_table(records))
 
 
+TELLING = (
+    "held-out accuracy (%)",
+    "easy (%)",
+    "hard (%)",
+    "control, no image: held-out accuracy (%)",
+    "visual tokens in the language model",
+    "GFLOPs, without vision encoder",
+    "GFLOPs, with vision encoder",
+    "saved, without vision encoder (%)",
+    "first token, times concatenation (interval)",
+    "decode, times concatenation (interval)",
+)
+"""The lines of a comparison that a README shows."""
+
+
+def short_comparison(records: list[Record]) -> str:
+    """The most telling lines of :func:`comparison`."""
+    baseline = next((record for record in records if record.method == "concat"), None)
+    columns, rows = side_by_side(records, baseline)
+    return markdown(columns, [row for row in rows if row[0] in TELLING])
+
+
+def short_claims(records: list[Record]) -> str:
+    """Of :func:`claims` a large image and a video, with the savings alone."""
+    columns, rows = flops_table([record for record in records if not record.knobs.get("timed")])
+    kept = [number for number, column in enumerate(columns) if number < 2 or "saved" in column]
+    chosen = [row for row in rows if row[0] in ("1024x1024", "32 frames")]
+    return markdown([columns[number] for number in kept], [[row[number] for number in kept] for row in chosen])
+
+
 def claims(records: list[Record]) -> str:
     """What LaVi-7B saves against LLaVA-OneVision-7B."""
     return markdown(*flops_table([record for record in records if not record.knobs.get("timed")]))
@@ -113,7 +143,9 @@ def busy(records: list[Record]) -> str:
 KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
+    "quickstart.short": short_comparison,
     "verify_claims": claims,
+    "verify_claims.short": short_claims,
     "verify_claims.speed": speed,
     "fusion_cost": sweep,
     "verify_visor": visor,

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES
+from conftest import FAMILIES, QWEN2, image
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lavi.vision.hf import TOWERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -53,3 +55,28 @@ def test_tables_come_from_records() -> None:
 def test_the_models_that_are_listed_are_those_that_are_tested(mark: str, expected: dict[str, object]) -> None:
     listed = (ROOT / "docs" / "models.md").read_text().split(f"<!-- {mark} -->")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == set(expected)
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 150
+    assert (ROOT / "docs" / "architecture.md").read_text().count("\n") <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in links if "://" not in link)
+
+
+def test_what_is_shown_in_python_runs(run, tiny_recipe: Path, scenes: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """With a tiny run in the place of the quickstart's."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "runs/quickstart", "trainer.max_steps=1")[0] == 0
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "scenes").symlink_to(scenes)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    tokenizer = AutoTokenizer.from_pretrained(scenes / "tokenizer")
+    config = LlamaConfig(**QWEN2 | {"model_type": "llama", "vocab_size": len(tokenizer)})
+    exec(block, {"image": image(1), "hf": LlamaForCausalLM(config), "tokenizer": tokenizer})
+    printed = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"\d+\.\d MFLOPs, and \d+\.\d with the vision encoder", line) for line in printed)

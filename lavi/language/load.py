@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -89,6 +90,20 @@ class LanguageModel(nn.Module):
         added = add_lora(self.hf, self.layers, adapters) if adapters is not None else frozenset()
         self.adapters = frozenset(f"hf.{name}" for name in added)
         """Names of the adapters' parameters."""
+
+    @classmethod
+    def wrap(cls, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+        """A causal language model of transformers that is there already, as it is, with its tokenizer.
+
+        Raises:
+            UserError: one with a recurrent state.
+        """
+        language = cls.__new__(cls)
+        nn.Module.__init__(language)
+        refuse_recurrent(hf)
+        language.hf, language.tokenizer = hf, tokenizer  # type: ignore[misc]
+        language.attention, language.adapters = hf.config._attn_implementation, frozenset()
+        return language
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
