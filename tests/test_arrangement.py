@@ -41,7 +41,7 @@ def batch_of(
     packed: list[list[tuple[int, int]]] | None = None,
     answers: list[Answer] | None = None,
 ) -> Batch:
-    """A batch whose ids are their own places in it, row after row."""
+    """A batch whose ids count its tokens, row after row."""
     ids = torch.arange(len(spans) * width).reshape(len(spans), width)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, (start, stop) in enumerate(spans):

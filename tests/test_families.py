@@ -1,4 +1,4 @@
-"""Language-model families: which norms are found, what cannot work, and the other ways of running a decoder."""
+"""Language-model families: which norms they have, what cannot work, and the other ways of running a decoder."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_roles_are_found_by_probing(build, family: str) -> None:
 
 
 def test_a_closing_norm_is_used_only_where_none_feeds(build) -> None:
-    for family, place in (("gemma2", "feeds"), ("olmo2", "closes")):
+    for family, position in (("gemma2", "feeds"), ("olmo2", "closes")):
         chosen = build(LaViFusion(every=2), family=family).fusion.modulated_norms
         assert {(t.layer, t.role, t.position) for t in chosen} == {
-            (layer, role, place) for layer in (1, 3) for role in ("attention", "ffn")
+            (layer, role, position) for layer in (1, 3) for role in ("attention", "ffn")
         }
 
 

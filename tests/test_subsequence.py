@@ -36,8 +36,8 @@ def test_a_column_is_taken_from_each_row_and_one_behind_the_end_is_the_last() ->
         result = take(tensor, columns)
         assert result.shape == (2, 3, *tensor.shape[2:])
         for row in range(2):
-            for place, column in enumerate(columns[row].clamp(max=4)):
-                assert torch.equal(result[row, place], tensor[row % len(tensor), column])
+            for index, column in enumerate(columns[row].clamp(max=4)):
+                assert torch.equal(result[row, index], tensor[row % len(tensor), column])
 
 
 def allowed(
@@ -181,10 +181,10 @@ def test_parts_of_a_sequence_are_joined_at_their_columns() -> None:
     text, visual = draw(2, 4, 3), draw(2, 1, 3)
     joined = call.join((text, call.columns(columns)), (visual, call.with_padding(torch.tensor([[2], [4]]))))
     assert joined.shape == (2, 6, 3)
-    for row, (places, given) in enumerate([({0: 0, 3: 1, 4: 2, 5: 3}, {2: 0}), ({1: 0, 4: 2, 5: 3}, {})]):
+    for row, (of_text, of_visual) in enumerate([({0: 0, 3: 1, 4: 2, 5: 3}, {2: 0}), ({1: 0, 4: 2, 5: 3}, {})]):
         for column in range(6):
-            expected = text[row, places[column]] if column in places else torch.zeros(3)
-            expected = visual[row, given[column]] if column in given else expected
+            expected = text[row, of_text[column]] if column in of_text else torch.zeros(3)
+            expected = visual[row, of_visual[column]] if column in of_visual else expected
             assert torch.equal(joined[row, column], expected)
 
 

@@ -158,7 +158,7 @@ def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor,
     """Where every token of the arranged sequence comes from, and where every text token goes; made on the host.
 
     Args:
-        counts: visual tokens of each place of the batch.
+        counts: visual tokens of each image of the batch.
 
     Returns:
         ``order`` (B, T'): an index into [text (B T) | visual tokens], -1 for padding; on the side where the text was

@@ -6,7 +6,7 @@
 
 No visual token enters the sequence. The gates start at zero, so at step 0 the model *is* the language model. A token
 reads the images before it in the conversation, all of them (Flamingo reads the last one only).
-Chosen here: the views' norm and embedding (as in lavi.py), and the blocks' place, evenly spread.
+Chosen here: the views' norm and embedding (as in lavi.py), and which layers get a block.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Ranking:
     """Collects the scores of one call of one layer.
 
     Args:
-        at: (B,) place of the query among the tokens of the call.
+        at: (B,) index of the query among the tokens of the call.
         columns: (B, K) of the arranged sequence that the tokens have: what a sliding window is counted in.
         valid: (B, K) which keys are tokens; None: all.
     """

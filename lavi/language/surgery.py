@@ -62,7 +62,7 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Tensor:
         if vision is None:
             return super().forward(hidden_states, *args, **kwargs)
-        # Some families hand arguments on by their place (GPT-2): a context finds them by their name.
+        # Some families hand arguments on by position (GPT-2): a context gets them by name.
         named = dict(zip(self.fused_names, args, strict=False)) | kwargs
         call = super().forward
         if "layer_past" in named:  # what GPT-NeoX calls its cache
@@ -76,7 +76,7 @@ def _with_layer_past(call: Callable[..., Any], hidden: Tensor, *, past_key_value
 
 
 class FusedDecoder(nn.Module):
-    """A stack of layers that places the context in time, and keeps only the hidden states that get logits."""
+    """A stack of layers that tells the context which tokens these are, and keeps the hidden states that get logits."""
 
     config: PretrainedConfig
 
@@ -207,7 +207,7 @@ Role = Literal["attention", "ffn", "both", "final"]
 
 @dataclass(frozen=True)
 class NormTarget:
-    """A norm of a decoder layer (or the final one) and what it belongs to, found by probing, never by name."""
+    """A norm of a decoder layer (or the final one) and what it belongs to, known by probing, never by name."""
 
     layer: int
     """The layer's index; the number of layers for the final norm."""
@@ -226,7 +226,7 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
     One dummy forward: a norm whose output *is* the input of a sibling feeds that sibling, one whose input is a
     sibling's output closes it; a sibling that takes an attention mask is an attention. So a
     ``post_attention_layernorm`` that feeds the MLP (Llama) is told from one that closes the attention's branch
-    (Gemma-2), and a norm that feeds both (Phi, Cohere) is found once, as "both".
+    (Gemma-2), and a norm that feeds both (Phi, Cohere) is listed once, as "both".
     """
     stack, layers = decoder_of(model)
     probe = _NormProbe()

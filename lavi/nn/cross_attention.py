@@ -76,11 +76,11 @@ class GatedCrossAttention(nn.Module):
         key, value = (self._split(part(visual)) for part in (self.key, self.value))
         return self.key_norm(key), value
 
-    def forward(self, hidden: Tensor, seen: KeysValues, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
         """``hidden`` (B, T, D) after reading; ``mask`` (B, T, M): which visual tokens each token sees."""
         sees = mask.any(-1, keepdim=True)  # (B, T, 1)
         x = hidden.to(self.query.weight.dtype)
-        key, value = seen
+        key, value = keys_values
         query = self.query_norm(self._split(self.query(self.norm(x))))
         # A token that may see nothing attends to everything, and is then multiplied by 0: no softmax over an empty set.
         allowed = (mask | ~sees)[:, None]  # (B, 1, T, M)

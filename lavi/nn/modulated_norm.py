@@ -23,7 +23,7 @@ class ModulatedNorm(nn.Module):
     """Mixed in front of a norm's own class: ``base(x) + (dgamma * xhat(x) + dbeta)``, LaVi's ViLN.
 
     The base keeps its own kernel and its own rounding: doing the affine part again would change bf16 logits even
-    with deltas of zero, since families cast at different places.
+    with deltas of zero, since families cast at different points.
     """
 
     deltas: Deltas | Callable[[Tensor], Deltas] | None = None

@@ -30,13 +30,13 @@ from lavi.visor.router import Router, RouterLabels
 
 @dataclass(frozen=True, kw_only=True)
 class VisorPlan:
-    """What the fusion made of a language model, once.
+    """What a context needs of the fusion and the language model.
 
     Args:
         attention: how masks are made for the language model.
         depth: L.
         readers: by the number of the reading layer.
-        positions: what reading layers see of the places of V; None: none reads.
+        positions: tells reading layers where the visual tokens stand; None: none reads.
         router: None: no row is routed.
         labels: what the router is trained on; None: it is not.
         routed: counts how often the router chose each configuration.
