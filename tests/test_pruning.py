@@ -189,6 +189,21 @@ def test_only_rows_of_unequal_length_are_padded(build) -> None:  # type: ignore[
         assert columns.index.tolist() == [list(range(length))] * 2
 
 
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_behind_a_stage_the_longest_row_sets_the_width(build, pad_left: bool) -> None:  # type: ignore[no-untyped-def]
+    """Of its text and what it keeps of its image, on whichever side the others are padded."""
+    model = build(PruningFusion(stages={0: 0.5}))
+    samples = [ask(1, "what?"), ask("is there a blue square?")]
+    batch = collate(model, samples, prompt=True, pad_left=pad_left)
+    with torch.no_grad():
+        out, _ = model.prefill(batch, model.features(batch.pixels))
+    lengths = [stop - start + kept for (start, stop), kept in zip(batch.spans, (8, 0), strict=True)]
+    stage = out.past_key_values.kept["stages"][0]
+    assert stage.index.shape == (2, max(lengths))
+    assert stage.valid.sum(1).tolist() == lengths
+    assert stage.valid[:, -1 if pad_left else 0].all()
+
+
 def test_a_pyramid_that_keeps_all_has_no_stage(build) -> None:  # type: ignore[no-untyped-def]
     assert build(PyramidDrop(keep=1.0)).fusion.stages == {}
     assert build(PyramidDrop(keep=0.5)).fusion.stages == {0: 0.5, 1: 0.5, 2: 0.5}
