@@ -309,7 +309,7 @@ def test_all_ranks_stop_where_one_has_no_finite_loss(build, monkeypatch: pytest.
     with pytest.raises(UserError, match="not finite on another rank at step 0"):
         module.training_step(batch, 0)
     with torch.no_grad():
-        module.model.fusion.projector[0].bias.fill_(float("nan"))
+        module.model.fusion.projector.layers[0].bias.fill_(float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 0, in samples s: lower"):
         module.training_step(batch, 0)
 
