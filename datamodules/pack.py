@@ -39,7 +39,7 @@ from datamodules.formats.readers import READERS, own_reader
 from datamodules.shards.counts import type_of
 from datamodules.shards.processes import in_order
 from datamodules.shards.sources import INDEX, read_index
-from datamodules.shards.write import ShardJob, held, shard_jobs, write_shards
+from datamodules.shards.write import ShardJob, lock_folder, shard_jobs, write_shards
 from lavi.cli.arguments import Parser, path
 from lavi.cli.entry import cli_entry_point
 from lavi.data.videos import is_video
@@ -194,7 +194,7 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
     kind, file, source = source_of(args)
     folders = Folders(args.images, args.videos)
-    with held(args.out):
+    with lock_folder(args.out):
         entries = args.out.absolute().with_name(f"{args.out.absolute().name}.entries")
         try:
             checked = check(source, folders, entries, workers=args.workers)

@@ -32,7 +32,7 @@ from datamodules.shards import write
 from datamodules.shards.processes import TOGETHER, in_order
 from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
-from datamodules.shards.write import ShardJob, Written, held, shard_jobs, write_shards
+from datamodules.shards.write import ShardJob, Written, lock_folder, shard_jobs, write_shards
 from lavi.errors import UserError
 
 decode = Conversations().decode
@@ -193,7 +193,7 @@ def records(folder: Path) -> int:
 MOMENTS = {
     "the lock": lambda out: out.with_name("out.lock").exists(),
     "the plan": lambda out: (out.with_name("out.part") / write.PLAN).exists(),
-    "in the first shard": lambda out: (out.with_name("out.part") / "shard-000000.tar.tmp").exists(),
+    "in the first shard": lambda out: (out.with_name("out.part") / "shard-000000.tar.part").exists(),
     "one record": lambda out: records(out) >= 1,
     "four records": lambda out: records(out) >= 4,
 }
@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(tmp_path: Path, whole: d
     killed(lambda: write_shards(out, JOBS, slow, made_by=MADE_BY), lambda: MOMENTS[moment](out))
     assert not out.exists()
     written = write_shards(out, JOBS, slow, made_by=MADE_BY)
-    assert written.found >= {"one record": 1, "four records": 4}.get(moment, 0)
+    assert written.resumed >= {"one record": 1, "four records": 4}.get(moment, 0)
     assert content(out) == whole
     assert os.listdir(tmp_path) == ["out"]
 
@@ -224,7 +224,7 @@ def test_a_run_killed_when_all_is_written_needs_no_shard_again(
         write_shards(out, JOBS, slow, made_by=MADE_BY)
 
     killed(target, lambda: False)
-    assert write_shards(out, JOBS, dies_once, made_by=MADE_BY) == Written(24, 6, found=6)
+    assert write_shards(out, JOBS, dies_once, made_by=MADE_BY) == Written(24, 6, resumed=6)
     assert content(out) == whole
 
 
@@ -236,7 +236,7 @@ def test_a_dead_process_is_a_sentence_and_the_finished_shards_are_kept(
         write_shards(out, JOBS, dies_once, made_by=MADE_BY)
     assert 1 <= records(out) < 6
     assert "in all" not in capsys.readouterr().out
-    assert write_shards(out, JOBS, slow, made_by=MADE_BY).found >= 1
+    assert write_shards(out, JOBS, slow, made_by=MADE_BY).resumed >= 1
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("writing shards: sample 24 of 24")
     assert said.endswith("in all")
@@ -260,7 +260,7 @@ def test_another_plan_is_refused_and_what_is_there_is_left(tmp_path: Path) -> No
     assert records(out) >= 1
     write_shards(out, JOBS, slow, made_by=MADE_BY)
     before = content(out)
-    assert write_shards(out, JOBS, slow, made_by=MADE_BY) == Written(24, 6, found=6, there=True)
+    assert write_shards(out, JOBS, slow, made_by=MADE_BY) == Written(24, 6, resumed=6, complete=True)
     with pytest.raises(UserError, match="out exists and is left as it is"):
         write_shards(out, shard_jobs(24, 5), slow, made_by=MADE_BY)
     assert content(out) == before
@@ -281,7 +281,7 @@ def test_two_writers_of_one_folder_are_refused(tmp_path: Path, monkeypatch: pyte
     ready, done = FORK.Event(), FORK.Event()
 
     def hold() -> None:
-        with held(out):
+        with lock_folder(out):
             ready.set()
             done.wait(30)
 

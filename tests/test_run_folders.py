@@ -28,8 +28,8 @@ from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import LAST, LOCK, new_run_folder, remove_unused, step_of
 from lavi.checkpoints.trained_weights import TRAINED
-from lavi.checkpoints.weight_files import replacing
 from lavi.cli.entry import cli_entry_point
+from lavi.config.files import replacing
 from lavi.errors import UserError
 
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,11 +3,12 @@
     train.lock           held while one process writes
     train.part/          what is finished so far; it becomes train/ when all is
       plan.json          of what: another plan is not mixed into it
-      shard-000000.tar   in place only when complete
+      shard-000000.tar   only when it is complete
       shard-000000.json  its record; a shard without one is written again
 
 A run that was stopped, at whatever moment and by whatever means, goes on with the shards that are missing, and leaves
-the same bytes as one that was not.
+the same bytes as one that was not. ``webdataset.TarWriter`` writes the time and the owner into each member and puts a
+file in place before it is whole; the shards that are written here are its form, and read by it.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from datamodules.shards.counts import Counts
 from datamodules.shards.processes import end_with_parent, leave_interrupts_to_parent
 from datamodules.shards.sources import INDEX
+from lavi.config.files import holding, replacing
 from lavi.errors import UserError, reason
 from lavi.report import progress
 
@@ -59,20 +61,20 @@ Make = Callable[[ShardJob], Iterable[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Written:
-    """What came of writing."""
+    """The result of writing shards."""
 
     samples: int
     shards: int
-    found: int = 0
+    resumed: int = 0
     """Shards that an earlier run had finished."""
-    there: bool = False
+    complete: bool = False
     """The folder was complete already, and is left as it is."""
 
     def __str__(self) -> str:
         counts = f"{self.samples} samples in {self.shards} shards"
-        if self.there:
+        if self.complete:
             return f"{counts}, there already, left as it is"
-        return f"{counts}, {self.found} of them finished by an earlier run" if self.found else counts
+        return f"{counts}, {self.resumed} of them finished by an earlier run" if self.resumed else counts
 
 
 def shard_jobs(
@@ -86,16 +88,16 @@ def shard_jobs(
         max_bytes: of a shard, at most; a sample that is larger is a shard of its own.
     """
     starts: list[int] = []
-    held = 0
+    filled = 0
     # A tar ends with two empty blocks, and is as long as so many whole records.
     room = max_bytes // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE if max_bytes else 0
     for index in range(samples):
         size = sizes[index] if max_bytes else 0
         full = per_shard is not None and starts and index - starts[-1] >= per_shard
-        if not starts or full or (max_bytes and held + size > room):
+        if not starts or full or (max_bytes and filled + size > room):
             starts.append(index)
-            held = 0
-        held += size
+            filled = 0
+        filled += size
     return [
         ShardJob(i, start, stop) for i, (start, stop) in enumerate(zip(starts, [*starts[1:], samples], strict=True))
     ]
@@ -110,27 +112,21 @@ def shard_name(index: int) -> str:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from writing ``folder``; may be nested.
 
     Raises:
-        UserError: another process holds it, or nothing can be written there.
+        UserError: another process writes it, or nothing can be written there.
     """
     file = folder.absolute().with_name(f"{folder.absolute().name}.lock")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file, timeout=PATIENCE, is_singleton=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another process is writing {folder} at this moment: wait for it, or stop it first.") from None
-    except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
-        raise UserError(f"nothing can be written at {folder} ({reason(error)}).") from None
-    try:
+    busy = f"another process is writing {folder} at this moment: wait for it, or stop it first."
+    with ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(holding(FileLock(file, timeout=PATIENCE, is_singleton=True), busy=busy))
+        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
+            raise UserError(f"nothing can be written at {folder} ({reason(error)}).") from None
         yield
-    finally:
-        if lock.lock_counter == 1:
-            file.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that and tries again
-        lock.release()
 
 
 def write_shards(
@@ -159,9 +155,9 @@ def write_shards(
     if not jobs:
         raise UserError(f"there is not one sample to write into {folder}.")
     plan = hashlib.sha256(json.dumps([made_by, [[j.start, j.stop] for j in jobs]], sort_keys=True).encode()).hexdigest()
-    with held(folder):
+    with lock_folder(folder):
         if folder.exists():
-            return _there(folder, plan)
+            return _check_complete(folder, plan)
         part = folder.with_name(f"{folder.name}.part")
         try:
             return _write(folder, part, jobs, make, plan, made_by, workers=workers, label=label, skipped=skipped)
@@ -172,15 +168,19 @@ def write_shards(
             ) from None
 
 
-def _there(folder: Path, plan: str) -> Written:
-    """What a folder that is there holds, if it was made by the same plan."""
+def _check_complete(folder: Path, plan: str) -> Written:
+    """The content of a complete folder.
+
+    Raises:
+        UserError: another plan wrote it.
+    """
     index = _read(folder / INDEX)
     if index.get("plan") != plan:
         raise UserError(
             f"{folder} exists and is left as it is: it holds other data or was made with other settings. Choose "
             "another folder, or remove it first."
         )
-    return Written(index["samples"], len(index["shards"]), found=len(index["shards"]), there=True)
+    return Written(index["samples"], len(index["shards"]), resumed=len(index["shards"]), complete=True)
 
 
 def _write(
@@ -197,19 +197,19 @@ def _write(
 ) -> Written:
     _outlive(part)
     if _read(part / INDEX).get("plan") == plan:  # killed when only the folder's name was to be given
-        return _finish(part, folder, found=len(jobs))
+        return _finish(part, folder, resumed=len(jobs))
     _begin(part, plan)
-    found = [job for job in jobs if _finished(part, job)]
-    missing = [job for job in jobs if job not in set(found)]
+    finished = [job for job in jobs if _is_finished(part, job)]
+    missing = [job for job in jobs if job not in set(finished)]
     if missing:
-        done = sum(_read(_record(part, job))["samples"] for job in found)
+        done = sum(_read(_record(part, job))["samples"] for job in finished)
         total = done + sum(job.stop - job.start for job in missing)
         _in_parallel(part, missing, make, workers=workers, label=label, done=done, total=total)
     records = {shard_name(job.index): _read(_record(part, job)) for job in jobs}
     index = _index(records) | {"made_by": made_by, "plan": plan, "skipped": list(skipped)}
     _sync(part)
     _put(part / INDEX, json.dumps(index, indent=1).encode())
-    return _finish(part, folder, found=len(found))
+    return _finish(part, folder, resumed=len(finished))
 
 
 def _outlive(part: Path) -> None:
@@ -218,28 +218,26 @@ def _outlive(part: Path) -> None:
     Raises:
         UserError: one does not end.
     """
+    busy = f"a process of an earlier run still writes {part}: try again when it is gone."
     for file in part.glob("*.lock"):
-        try:
-            with FileLock(file, timeout=PATIENCE):
-                file.unlink()
-        except Timeout:
-            raise UserError(f"a process of an earlier run still writes {part}: try again when it is gone.") from None
+        with holding(FileLock(file, timeout=PATIENCE), busy=busy):
+            pass
 
 
 def _begin(part: Path, plan: str) -> None:
-    """Open the part folder for a plan, or find it open.
+    """Begin the part folder for a plan, or go on with it.
 
     Raises:
         UserError: it holds the shards of another plan.
     """
-    given = _read(part / PLAN).get("plan")
-    if given is None and part.exists():
-        # A plan is the first file in: without one nothing of use is there. But what is no shard is not ours to remove.
+    begun = _read(part / PLAN).get("plan")
+    if begun is None and part.exists():
+        # A plan is written first: without one nothing of use is there. But what is no shard is not ours to remove.
         strange = [f.name for f in part.iterdir() if not f.name.startswith((PLAN, "shard-", INDEX, "worker-"))]
         if strange:
             raise UserError(f"{part} is needed for unfinished shards, but holds {strange[0]}: remove it first.")
         shutil.rmtree(part)
-    if given not in (None, plan):
+    if begun not in (None, plan):
         raise UserError(
             f"{part} holds unfinished shards of other data or other settings: give the command they were begun with, "
             f"or remove {part} to begin anew."
@@ -248,7 +246,7 @@ def _begin(part: Path, plan: str) -> None:
     _put(part / PLAN, json.dumps({"plan": plan}).encode())
 
 
-def _finished(part: Path, job: ShardJob) -> bool:
+def _is_finished(part: Path, job: ShardJob) -> bool:
     """Whether a shard is there with its record, whole."""
     record = _read(_record(part, job))
     shard = part / shard_name(job.index)
@@ -263,7 +261,7 @@ def _index(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"version": VERSION, "samples": counts.samples, "shards": shards, "statistics": counts.summary()}
 
 
-def _finish(part: Path, folder: Path, *, found: int) -> Written:
+def _finish(part: Path, folder: Path, *, resumed: int) -> Written:
     """Take away what only an unfinished folder needs, and give the folder its name; killed in between, do so again."""
     index = _read(part / INDEX)
     for file in part.iterdir():
@@ -272,7 +270,7 @@ def _finish(part: Path, folder: Path, *, found: int) -> Written:
     _sync(part)
     part.rename(folder)
     _sync(folder.absolute().parent)
-    return Written(index["samples"], len(index["shards"]), found=found)
+    return Written(index["samples"], len(index["shards"]), resumed=resumed)
 
 
 def _record(part: Path, job: ShardJob) -> Path:
@@ -282,24 +280,15 @@ def _record(part: Path, job: ShardJob) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _put(file: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
-    with open(file.with_name(f"{file.name}.tmp"), "wb") as stream:
-        stream.write(data)
-        _commit(stream, file)
-
-
-def _commit(stream: BinaryIO, file: Path) -> None:
-    """Give what was written to ``stream`` its name, after it is on the disk."""
-    stream.flush()
-    os.fsync(stream.fileno())
-    os.replace(stream.name, file)
+    with replacing(file) as part:
+        part.write_bytes(data)
 
 
 def _sync(folder: Path) -> None:
@@ -316,7 +305,7 @@ def _sync(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Worker:
-    """What each process has from the start."""
+    """What a process is given when it starts."""
 
     part: Path
     make: Make
@@ -369,11 +358,11 @@ def _start(worker: _Worker) -> None:
 
 
 def _write_shard(slot: int, job: ShardJob) -> None:
-    """Write one shard and its record, each put in place only when it is complete."""
+    """Write one shard and its record; each has its name only when it is complete."""
     assert _worker is not None
     shard = _worker.part / shard_name(job.index)
     counts = Counts()
-    with open(f"{shard}.tmp", "wb") as stream:
+    with replacing(shard) as part, open(part, "wb") as stream:
         summed = _Summed(stream)
         for key, members in _samples(job, _worker.make, counts):
             if _worker.done[-1]:
@@ -385,19 +374,18 @@ def _write_shard(slot: int, job: ShardJob) -> None:
             _worker.done[slot] = counts.samples
         end = 2 * tarfile.BLOCKSIZE
         summed.write(bytes(end + -(summed.bytes + end) % tarfile.RECORDSIZE))
-        _commit(stream, shard)
     record = {"samples": counts.samples, "bytes": summed.bytes, "sha256": summed.sha.hexdigest()}
     _put(_record(_worker.part, job), json.dumps(record | {"counts": counts.to_json()}).encode())
 
 
 def _samples(job: ShardJob, make: Make, counts: Counts) -> Iterator[tuple[str, dict[str, bytes]]]:
     """A job's samples as bytes, checked and counted, with the checksums in their JSON."""
-    seen: set[str] = set()
+    keys: set[str] = set()
     for sample in make(job):
         key = sample["__key__"]
-        if not KEY.fullmatch(key) or key in seen:
+        if not KEY.fullmatch(key) or key in keys:
             raise UserError(f"sample '{key}': a key is given once, and has no dot and no slash.")
-        seen.add(key)
+        keys.add(key)
         media = {name: data for name, data in sample.items() if name not in ("__key__", "json")}
         record = sample["json"] | {"crc32": {name: zlib.crc32(data) for name, data in media.items()}}
         counts.add(record, media)
@@ -410,7 +398,7 @@ _BLANK[_CHECKSUM] = b" " * 8  # what a checksum is taken over
 
 
 def header(name: str, size: int) -> bytes:
-    """What stands before a member's ``size`` bytes in a tar. Times, owners and rights are those of an empty
+    """The header of a member of ``size`` bytes in a tar. Times, owners and rights are those of an empty
     ``TarInfo``: the same names and bytes make the same tar, whenever and by whomever it is written.
     """
     if not name.isascii() or len(name) > tarfile.LENGTH_NAME or size >= 8**11:

@@ -27,7 +27,8 @@ from lavi.checkpoints.trained_weights import (
     saved_parameter_names,
     step_of_trained,
 )
-from lavi.checkpoints.weight_files import replacing, save_state
+from lavi.checkpoints.weight_files import save_state
+from lavi.config.files import replacing
 from lavi.errors import UserError, reason
 from lavi.recipe import Recipe
 

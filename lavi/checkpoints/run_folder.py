@@ -17,17 +17,18 @@ import logging
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
 from lavi.checkpoints.model_folder import RECIPE, build
 from lavi.checkpoints.trained_weights import TRAINED, load_trained
+from lavi.config.files import holding
 from lavi.config.paths import home_path
 from lavi.errors import UserError, reason
 from lavi.model import VisionLanguageModel
@@ -91,23 +92,16 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    file = run / LOCK
-    lock = FileLock(file, timeout=PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another process is training {run} at this moment: wait for it, or stop it first.") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise UserError(f"nothing can be written into {run} ({reason(error)}).") from None
-        log.warning("%s cannot be locked (%s): let no other process train into it.", run, reason(error))
-    try:
+    lock = FileLock(run / LOCK, timeout=PATIENCE)
+    busy = f"another process is training {run} at this moment: wait for it, or stop it first."
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(holding(lock, busy=busy))
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise UserError(f"nothing can be written into {run} ({reason(error)}).") from None
+            log.warning("%s cannot be locked (%s): let no other process train into it.", lock.lock_file, reason(error))
         yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                file.unlink()  # while it is locked: a process that opened it meanwhile sees that and tries again
-            lock.release()
 
 
 def load_run(

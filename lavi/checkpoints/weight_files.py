@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lavi.config.files import replacing
 from lavi.errors import UserError
 
 PACKAGES = ("lavi", "torch", "lightning", "transformers", "peft", "open_clip_torch", "webdataset")
@@ -31,24 +32,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to; what was written replaces ``file`` in one step, once it is on the disk.
-
-    If writing fails, ``file`` stays as it was, and what was written is removed.
-    """
-    part = file.with_name(f"{file.name}.part")
-    try:
-        yield part
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, file)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
 
 
 def save_state(state: Mapping[str, Tensor], file: Path, **header: str) -> None:
