@@ -24,24 +24,16 @@ from typing import Any
 import av
 from PIL import Image
 
-from datamodules.scenes import (
-    CELLS,
-    COLOURS,
-    NUMBERS,
-    SHAPES,
-    SIDE,
-    SIZES,
-    SPLITS,
+from datamodules.built_in import (
     Examiner,
     Question,
-    Scene,
-    Thing,
     ask_one,
     conversation,
     converse,
-    draw,
+    run_command,
     write_splits,
 )
+from datamodules.scenes import CELLS, COLOURS, NUMBERS, SHAPES, SIDE, SIZES, SPLITS, Scene, Thing
 from datamodules.shards.write import ShardJob
 from lavi.batch import Video
 from lavi.cli.entry import cli_entry_point
@@ -175,12 +167,12 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterato
             chosen = ask_one(pools, examiner, first=index % len(LEVELS))
         else:
             chosen = converse(pools, examiner, rng, turns=turns, weights=[1] * len(LEVELS))
-        said = conversation(chosen or ask_one(pools, examiner, first=0), ["video"], LEVELS)
-        yield {"__key__": f"{split}-{index:06d}", "json": said, "mp4": mp4(play.frames())}
+        record = conversation(chosen or ask_one(pools, examiner, first=0), ["video"], LEVELS)
+        yield {"__key__": f"{split}-{index:06d}", "json": record, "mp4": mp4(play.frames())}
 
 
 def sentences() -> Iterator[str]:
-    """What these clips make people say, for the tokenizer."""
+    """Questions and answers about such clips, for the tokenizer."""
     rng = random.Random("moving/tokenizer")
     for _ in range(800):
         for question in (q for play in [Play.draw_from(rng)] for family in LEVELS for q in questions(play, family)):
@@ -190,21 +182,13 @@ def sentences() -> Iterator[str]:
     yield from [time_instruction(Video([], seconds, FRAMES / RATE))] * 100
 
 
-def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, workers: int) -> bool:
-    """Write all splits and the tokenizer; returns False if the same data are there already.
-
-    Raises:
-        UserError: ``out`` holds something else.
-    """
-    made_by = {"moving": 1, "seed": seed, "counts": counts, "turns": turns}
-    makers = {s: partial(make_samples, split=s, seed=seed, turns=turns if s == "train" else 1) for s in counts}
-    return write_splits(out, makers, counts, spoken=sentences(), made_by=made_by, workers=workers, label="moving")
+write_dataset = partial(write_splits, name="moving", version=1, make_samples=make_samples, sentences=sentences)
 
 
 @cli_entry_point
 def main() -> None:
     counts = {"train": 6000, "validation": 400, "test": 400}
-    draw(
+    run_command(
         write_dataset, module="datamodules.moving", about=__doc__, out=Path("data/moving"), counts=counts, thing="clip"
     )
 

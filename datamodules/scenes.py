@@ -14,22 +14,26 @@ without the image stays near chance.
 from __future__ import annotations
 
 import io
-import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.shards.write import ShardJob, shard_jobs, write_shards
-from datamodules.tokenizer import train_tokenizer
-from lavi.cli.arguments import Parser, path
+from datamodules.built_in import (
+    Examiner,
+    Question,
+    ask_one,
+    conversation,
+    converse,
+    run_command,
+    write_splits,
+)
+from datamodules.shards.write import ShardJob
 from lavi.cli.entry import cli_entry_point
-from lavi.errors import UserError, reason
 
 SIDE = 64
 CELLS = 2
@@ -86,7 +90,7 @@ class Scene:
     def draw_from(cls, rng: random.Random) -> Scene:
         """A random scene of one to four things, in cells of a grid, moved about a little.
 
-        Scenes of one thing teach what its look is called, before others teach to find the thing that was asked for.
+        Scenes of one thing teach what its look is called, before others teach to find the thing that a question names.
         """
         count = rng.randint(1, 4)
         looks = [(c, s) for c in COLOURS for s in SHAPES]
@@ -94,8 +98,8 @@ class Scene:
         few_colours, few_shapes = rng.choice(((True, False), (False, True), *[(False, False)] * 4))
         colours = rng.sample(list(COLOURS), rng.randint(1, 2) if few_colours else len(COLOURS))
         shapes = rng.sample(SHAPES, rng.randint(1, 2) if few_shapes else len(SHAPES))
-        some = [look for look in looks if look[0] in colours and look[1] in shapes]
-        chosen = rng.sample(some, min(count, len(some)))
+        allowed = [look for look in looks if look[0] in colours and look[1] in shapes]
+        chosen = rng.sample(allowed, min(count, len(allowed)))
         cells = rng.sample([(x, y) for x in range(CELLS) for y in range(CELLS)], len(chosen))
         step = SIDE // CELLS
         things = []
@@ -142,27 +146,16 @@ def _draw(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question about one scene, or about two, with its true answer; ``kind`` groups those that must balance."""
-
-    family: str
-    text: str
-    answer: str
-    kind: str
-
-
 def questions(scene: Scene, family: str) -> Iterator[Question]:
     """Every question of a family that this scene can answer without doubt."""
-    things = scene.things
     if family == "colour":
         for shape in SHAPES:
-            if len(found := scene.matching(shape=shape)) == 1:
-                yield Question(family, f"what colour is the {shape}?", found[0].colour, shape)
+            if len(things := scene.matching(shape=shape)) == 1:
+                yield Question(family, f"what colour is the {shape}?", things[0].colour, shape)
     elif family == "shape":
         for colour in COLOURS:
-            if len(found := scene.matching(colour=colour)) == 1:
-                yield Question(family, f"what shape is the {colour} thing?", found[0].shape, colour)
+            if len(things := scene.matching(colour=colour)) == 1:
+                yield Question(family, f"what shape is the {colour} thing?", things[0].shape, colour)
     elif family == "existence":
         for shape in SHAPES:
             answer = "yes" if scene.matching(shape=shape) else "no"
@@ -174,15 +167,15 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
         counted = [("shape", f"{shape}s", scene.matching(shape=shape)) for shape in SHAPES]
         counted += [("colour", f"{colour} things", scene.matching(colour=colour)) for colour in COLOURS]
         for kind in ("shape", "colour"):
-            mine = [(name, len(found)) for k, name, found in counted if k == kind]
-            # Only where there are two of something: elsewhere "zero" and "one" would be all there is to say.
-            if any(number == 2 for _, number in mine):
-                for name, number in mine:
+            numbers = [(name, len(things)) for k, name, things in counted if k == kind]
+            # Only where there are two of something: elsewhere "zero" and "one" would be the only answers.
+            if any(number == 2 for _, number in numbers):
+                for name, number in numbers:
                     if number < len(NUMBERS):
                         yield Question(family, f"how many {name}?", NUMBERS[number], kind)
     elif family == "relation":
-        for a in things:
-            for b in things:
+        for a in scene.things:
+            for b in scene.things:
                 if a.x + 10 <= b.x or b.x + 10 <= a.x:
                     text = f"is the {a.name} left or right of the {b.name}?"
                     yield Question(family, text, "left" if a.x < b.x else "right", "x")
@@ -190,13 +183,13 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
                     text = f"is the {a.name} above or below the {b.name}?"
                     yield Question(family, text, "above" if a.y < b.y else "below", "y")
     elif family == "comparison":
-        for a in things:
-            for b in things:
+        for a in scene.things:
+            for b in scene.things:
                 if a.size != b.size:
                     text = f"is the {a.name} larger than the {b.name}?"
                     yield Question(family, text, "yes" if a.size == "large" else "no", "larger")
     elif family == "reading":
-        for thing in things:
+        for thing in scene.things:
             if thing.glyph:
                 yield Question(family, f"what is written on the {thing.name}?", thing.glyph, "glyph")
 
@@ -210,43 +203,7 @@ def questions_of_two(first: Scene, second: Scene) -> Iterator[Question]:
             yield Question("two_images", text, "first" if inside[0] else "second", "two")
 
 
-@dataclass
-class Examiner:
-    """Picks questions so that, for each kind, all answers are given about equally often."""
-
-    rng: random.Random
-    given: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-
-    def pick(self, candidates: list[Question]) -> Question | None:
-        """One of the candidates whose answer was given least so far to its kind of question."""
-        if not candidates:
-            return None
-        self.rng.shuffle(candidates)
-        kind = self.rng.choice(sorted({q.kind for q in candidates}))
-        chosen = min((q for q in candidates if q.kind == kind), key=self.times_given)
-        self.given[self._slot(chosen)] += 1
-        return chosen
-
-    def times_given(self, question: Question) -> int:
-        return self.given[self._slot(question)]
-
-    @staticmethod
-    def _slot(question: Question) -> tuple[str, str, str]:
-        return question.family, question.kind, question.answer
-
-
 # --- samples ----------------------------------------------------------------------------------------------------------
-
-
-def conversation(chosen: list[Question], seen: Sequence[str], levels: dict[str, str]) -> dict[str, Any]:
-    """The JSON of a sample: what is ``seen`` (image, video), then the questions with their answers, one turn each."""
-    messages: list[dict[str, Any]] = []
-    for turn, question in enumerate(chosen):
-        parts: list[dict[str, str]] = [{"type": kind} for kind in seen if turn == 0]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
-        tags = {"family": question.family, "level": levels[question.family]}
-        messages.append({"role": "assistant", "content": question.answer, **tags})
-    return {"messages": messages}
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -257,35 +214,8 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 ONE_IMAGE = tuple(family for family in LEVELS if family != "two_images")
-ASKED = {"colour": 4, "shape": 6, "existence": 8}
-"""How many times as often as a hard family training conversations ask these: the later it is learned, the oftener."""
-
-
-def ask_one(pools: dict[str, list[Question]], examiner: Examiner, *, first: int) -> list[Question]:
-    """One question, of the family in place ``first``; the next one's if there is none of a family."""
-    families = list(pools)
-    picks = (examiner.pick(pools[family]) for family in families[first:] + families[:first])
-    return [next(question for question in picks if question)]
-
-
-def converse(
-    pools: dict[str, list[Question]], examiner: Examiner, rng: random.Random, *, turns: int, weights: Sequence[int]
-) -> list[Question]:
-    """Several questions in random order, none twice; often several of a family.
-
-    Asking for two things' colours is what tells one from the other.
-
-    Args:
-        pools: the questions of each family.
-        weights: how often each family is asked.
-    """
-    pools = dict(pools)
-    chosen: list[Question] = []
-    for family in rng.choices(list(pools), weights, k=4 * turns):
-        if len(chosen) < turns and (question := examiner.pick(pools[family])):
-            chosen.append(question)
-            pools[family] = [q for q in pools[family] if q.text != question.text]
-    return chosen
+WEIGHTS = {"colour": 4, "shape": 6, "existence": 8}
+"""How many times as often as a hard family training conversations ask these: those learned later are asked oftener."""
 
 
 def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns: int) -> list[Question]:
@@ -293,7 +223,7 @@ def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns
     pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
     if turns == 1:
         return ask_one(pools, examiner, first=index % 8)
-    return converse(pools, examiner, rng, turns=turns, weights=[ASKED.get(family, 1) for family in ONE_IMAGE])
+    return converse(pools, examiner, rng, turns=turns, weights=[WEIGHTS.get(family, 1) for family in ONE_IMAGE])
 
 
 def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
@@ -321,115 +251,23 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterato
 
 
 def sentences() -> Iterator[str]:
-    """What these scenes make people say, for the tokenizer."""
+    """Questions and answers about such scenes, for the tokenizer."""
     rng = random.Random("tokenizer")
     for _ in range(400):
         scene, other = Scene.draw_from(rng), Scene.draw_from(rng)
-        asked = [q for family in LEVELS for q in questions(scene, family)]
-        for question in asked + list(questions_of_two(scene, other)):
+        about_one = [q for family in LEVELS for q in questions(scene, family)]
+        for question in about_one + list(questions_of_two(scene, other)):
             yield question.text
             yield question.answer
 
 
-def write_dataset(out: Path, *, seed: int, counts: dict[str, int], turns: int, workers: int) -> bool:
-    """Write all splits and the tokenizer; returns False if the same data are there already.
-
-    Raises:
-        UserError: ``out`` holds something else.
-    """
-    made_by = {"scenes": 3, "seed": seed, "counts": counts, "turns": turns}
-    makers = {s: partial(make_samples, split=s, seed=seed, turns=turns if s == "train" else 1) for s in counts}
-    return write_splits(out, makers, counts, spoken=sentences(), made_by=made_by, workers=workers, label="scenes")
-
-
-def write_splits(
-    out: Path,
-    makers: Mapping[str, Callable[[ShardJob], Iterable[dict[str, Any]]]],
-    counts: dict[str, int],
-    *,
-    spoken: Iterable[str],
-    made_by: dict[str, Any],
-    workers: int,
-    label: str,
-) -> bool:
-    """Write the shards of each split and a tokenizer; returns False if the same data are there already.
-
-    Args:
-        makers: gives the samples of a split's shard.
-        counts: samples of each split.
-        spoken: sentences for the tokenizer.
-        made_by: what made the data; if it is the same, so are they.
-
-    A run that was stopped goes on with what is missing.
-
-    Raises:
-        UserError: ``out`` holds something else, or cannot be written.
-    """
-    try:
-        return _write_splits(out, makers, counts, spoken, made_by, workers=workers, label=label)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({reason(error)}).") from None
-
-
-def _write_splits(
-    out: Path,
-    makers: Mapping[str, Callable[[ShardJob], Iterable[dict[str, Any]]]],
-    counts: dict[str, int],
-    spoken: Iterable[str],
-    made_by: dict[str, Any],
-    *,
-    workers: int,
-    label: str,
-) -> bool:
-    note = out / "made_by.json"
-    said = json.dumps(made_by)
-    if note.is_file() and note.read_bytes() == said.encode():
-        return False
-    ours = {"tokenizer", *(split + ending for split in counts for ending in ("", ".part", ".lock"))}
-    if note.is_file() or (out.exists() and any(found.name not in ours for found in out.iterdir())):
-        raise UserError(f"{out} holds other data and is left as it is: choose another --out, or remove it first.")
-    for split, count in counts.items():
-        jobs = shard_jobs(count, per_shard=max(1, min(1000, count // 8)))
-        write_shards(out / split, jobs, makers[split], made_by=made_by, workers=workers, label=f"{label}: {split}")
-    train_tokenizer(spoken, out / "tokenizer")
-    note.write_text(said)
-    return True
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-WriteDataset = Callable[..., bool]
-"""``write_dataset(out, seed=, counts=, turns=, workers=)``: False if the same data are there already."""
-
-
-def draw(write: WriteDataset, *, module: str, about: str | None, out: Path, counts: dict[str, int], thing: str) -> None:
-    """The command of built-in data: ``python -m MODULE --out FOLDER``.
-
-    Args:
-        about: what ``--help`` says first.
-        out, counts: where to, and how many of each split, if the command line does not say otherwise.
-        thing: what is drawn, in the singular.
-    """
-    parser = Parser(prog=f"python -m {module}", description=about)
-    parser.add_argument("--out", type=path, default=out, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help=f"another seed, other {thing}s")
-    for split, count in counts.items():
-        what = f"training {thing}s" if split == "train" else f"{split} {thing}s, one question each"
-        parser.add_argument(f"--{split}", type=int, default=count, help=what)
-    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation, at most")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    args = parser.read()
-    counts = {split: getattr(args, split) for split in counts}
-    if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
-        raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")
-    written = write(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
-    print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")
+write_dataset = partial(write_splits, name="scenes", version=3, make_samples=make_samples, sentences=sentences)
 
 
 @cli_entry_point
 def main() -> None:
     counts = {"train": 12000, "validation": 800, "test": 800}
-    draw(
+    run_command(
         write_dataset, module="datamodules.scenes", about=__doc__, out=Path("data/scenes"), counts=counts, thing="scene"
     )
 
