@@ -314,17 +314,19 @@ class Recipe:
                 raise UserError(
                     f"{where}: '{path}' needs the module '{error.name}', which is not there: install what brings it."
                 ) from error
-            raise UserError(f"{where}: there is no module '{module_name}': {_near_module(module_name)}") from None
-        found = getattr(module, name, None)
-        if found is None:
+            there = _home_of(name) or _near_module(module_name)
+            raise UserError(f"{where}: there is no module '{module_name}': {there}") from None
+        target = getattr(module, name, None)
+        if target is None:
             classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
-            raise UserError(f"{where}: module '{module_name}' has no '{name}': {nearest(name, classes)}")
-        if not self.trusted and not inspect.isclass(found):
+            there = _home_of(name) or nearest(name, classes)
+            raise UserError(f"{where}: module '{module_name}' has no '{name}': {there}")
+        if not self.trusted and not inspect.isclass(target):
             raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
-        if not callable(found) or inspect.isabstract(found):
-            what = "is only a contract: name a class that meets it" if callable(found) else "is no class"
+        if not callable(target) or inspect.isabstract(target):
+            what = "is only a contract: name a class that meets it" if callable(target) else "is no class"
             raise UserError(f"{where}: '{path}' cannot be built, it {what}.")
-        return typing.cast(Callable[..., Any], found)
+        return typing.cast(Callable[..., Any], target)
 
     # --- building ---
 
@@ -430,6 +432,17 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
 def _check_name(name: str) -> None:
     if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{name!r} is no name of a folder: a run lies in runs/NAME (elsewhere: --run FOLDER).")
+
+
+def _home_of(name: str) -> str | None:
+    """``did you mean 'lavi.model.NAME'?`` for the class of this name in our packages, found without importing it."""
+    for package in (prefix.rstrip(".") for prefix in OURS):
+        for folder in importlib.import_module(package).__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                if re.search(rf"^class {re.escape(name)}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+                    inside = ".".join(file.relative_to(folder).with_suffix("").parts)
+                    return f"did you mean '{package}.{inside}.{name}'?"
+    return None
 
 
 def _near_module(name: str) -> str:

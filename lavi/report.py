@@ -26,8 +26,8 @@ REMEMBERED = 4
 
 def console() -> Console:
     """Where output goes; wide enough for tables where that is no terminal. Texts are shown as they are: no markup."""
-    found = Console(markup=False, emoji=False)
-    return found if found.is_terminal else Console(markup=False, emoji=False, width=180)
+    shown = Console(markup=False, emoji=False)
+    return shown if shown.is_terminal else Console(markup=False, emoji=False, width=180)
 
 
 def has_bars(shown: Console) -> bool:
@@ -255,12 +255,12 @@ def _plural(unit: str) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers; where it is narrow, nothing is cut off."""
-    made = Table(title=title, title_justify="left")
+    grid = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
+        grid.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
-    return made
+        grid.add_row(*row)
+    return grid
 
 
 def metrics_table(metrics: Mapping[str, Any], *, title: str) -> Table:

@@ -342,3 +342,19 @@ def test_validation_data_that_would_never_be_used_are_said(tiny_recipe: Path) ->
             Recipe.load(tiny_recipe, change)
     for change in ("data.validation=null", "trainer.limit_train_batches=5", "trainer.limit_val_batches=0"):
         Recipe.load(tiny_recipe, [change])
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("lavi.module.VisionLanguageModule", "lavi.training.module.VisionLanguageModule"),
+        ("lavi.fusion.visor.VisorFusion", "lavi.visor.fusion.VisorFusion"),
+        ("lavi.vision.tiles.AnyRes", "lavi.data.tiling.AnyRes"),
+        ("lavi.video.FrameSampling", "lavi.data.frame_sampling.FrameSampling"),
+        ("lavi.vision.base.HFVision", "lavi.vision.hf.HFVision"),  # a module that is there, and has no such class
+        ("datamodules.shards.Mixture", "datamodules.mixture.Mixture"),
+    ],
+)
+def test_a_class_that_has_moved_is_named_where_it_is_now(tiny_recipe: Path, old: str, now: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"did you mean '{now}'?")):
+        Recipe.load(tiny_recipe, [f"model.fusion._target_={old}"])

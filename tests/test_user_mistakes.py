@@ -42,9 +42,9 @@ OPTIONS = [
     ("lavi.evaluate --checkpoint gone", 2, "gone is not a run folder"),
     ("lavi.evaluate --checkpoint gone --limit 0", 2, "--limit: a whole number from 1, not '0'"),
     ("lavi.evaluate --checkpoint gone --limit -1", 2, "--limit: a whole number from 1, not '-1'"),
-    ("lavi.evaluate --checkpoint gone --device nonsense", 2, "--device nonsense cannot be used here"),
-    ("lavi.evaluate --checkpoint gone --device meta", 2, "--device meta cannot be used here"),
-    ("lavi.evaluate --checkpoint gone --device ''", 2, "--device  cannot be used here"),
+    ("lavi.evaluate --checkpoint gone --device nonsense", 2, "the device 'nonsense' cannot be used here"),
+    ("lavi.evaluate --checkpoint gone --device meta", 2, "the device 'meta' cannot be used here"),
+    ("lavi.evaluate --checkpoint gone --device ''", 2, "the device '' cannot be used here"),
     ("lavi.evaluate --checkpoint gone --out ''", 2, "--out: a path cannot be empty"),
     ("lavi.generate --checkpoint gone --question what?", 2, "gone is not a run folder"),
     ("lavi.generate --checkpoint gone --question ''", 2, "--question is empty"),
@@ -55,7 +55,7 @@ OPTIONS = [
         2,
         "--max-new-tokens: a whole number from 1",
     ),
-    ("lavi.generate --checkpoint gone --question what? --device cpux", 2, "--device cpux cannot be used here"),
+    ("lavi.generate --checkpoint gone --question what? --device cpux", 2, "the device 'cpux' cannot be used here"),
     ("lavi.generate --checkpoint gone --question what? data.test=x", 2, "unrecognized arguments: data.test=x"),
     ("lavi.profile --recipe tiny.yaml --text 0", 2, "--text: a whole number from 1, not '0'"),
     ("lavi.profile --recipe tiny.yaml --runs 0", 2, "--runs: a whole number from 1, not '0'"),
@@ -66,7 +66,7 @@ OPTIONS = [
     ("lavi.visor search --checkpoint gone --out x.json --most 1", 2, "--most: a whole number from 2, not '1'"),
     ("lavi.visor search --checkpoint gone --out x.json --keep 0", 2, "--keep: a share above 0 and at most 1, not '0'"),
     ("lavi.visor search --checkpoint gone --out x.json --keep nan", 2, "--keep: a share above 0 and at most 1"),
-    ("lavi.visor search --checkpoint gone --out x.json --device gpu", 2, "--device gpu cannot be used here"),
+    ("lavi.visor search --checkpoint gone --out x.json --device gpu", 2, "the device 'gpu' cannot be used here"),
     ("lavi.visor label --checkpoint gone --configurations c.json --out x", 2, "there is no file c.json"),
     ("lavi.visor find --checkpoint gone", 2, "invalid choice: 'find'"),
     ("lavi.export --checkpoint gone --out exported", 2, "gone is not a run folder"),
@@ -91,7 +91,7 @@ OVERRIDES = [
         "'module.learning_rate.fusion' stands in line 1 already",
     ),
     ("module.learning_rate='{no: 1e-3}'", 2, "'module.learning_rate' must be dict[str, float | None]"),
-    ("model.fusion._target_=lavi.fusion.lavy.LaViFusion", 2, "did you mean 'lavi.fusion.lavi'?"),
+    ("model.fusion._target_=lavi.fusion.lavy.LaViFusion", 2, "did you mean 'lavi.fusion.lavi.LaViFusion'?"),
     ("model.fusion._target_=lavi.fusion..lavi", 2, "must be a dotted path to a class"),
     ("model.fusion._target_=lavi.fusion.base.Fusion", 2, "is only a contract"),
     ("model.fusion._target_=lavi.visor.positions.KERNEL", 2, "it is no class"),
@@ -252,8 +252,8 @@ ONCE_IT_IS_BUILT = [
 
 WITHOUT_A_GPU = [
     (FIT + "trainer.accelerator=gpu", 2, "refuses what 'trainer' gives it: No supported gpu backend found"),
-    ("lavi.evaluate --checkpoint gone --device cuda", 2, "--device cuda cannot be used here", "take cpu, or auto"),
-    ("lavi.generate --checkpoint gone --question what? --device cuda:3", 2, "--device cuda:3 cannot be used here"),
+    ("lavi.evaluate --checkpoint gone --device cuda", 2, "the device 'cuda' cannot be used here", "take cpu, or auto"),
+    ("lavi.generate --checkpoint gone --question what? --device cuda:3", 2, "the device 'cuda:3' cannot be used here"),
 ]
 
 IN_A_RECIPE = {

@@ -22,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lavi.batch import IGNORE
+from lavi.data.text import HALF_A_CHARACTER, is_writable
 from lavi.errors import UserError, nearest, one_line
 
 IMAGE = "\ufffc"
@@ -173,13 +174,9 @@ class Chat:
         Raises:
             UserError: a lone surrogate, which no tokenizer takes.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                "the conversation has half a character in its text (a lone surrogate, as of an emoji that was cut)."
-            ) from None
-        return self._control.sub(lambda found: WORDS + found[0], text)
+        if not is_writable(text):
+            raise UserError(f"the conversation {HALF_A_CHARACTER}.")
+        return self._control.sub(lambda match: WORDS + match[0], text)
 
     def _render(self, plain: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
         try:
@@ -314,7 +311,7 @@ class Chat:
         encoded = self.tokenizer(
             words, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=words != text
         )
-        marks = [found.start() - number for number, found in enumerate(re.finditer(WORDS, text))]
+        marks = [match.start() - number for number, match in enumerate(re.finditer(WORDS, text))]
         spans = [(a + bisect_right(marks, a), b + bisect_left(marks, b)) for a, b in encoded["offset_mapping"]]
         return encoded["input_ids"], spans
 

@@ -47,8 +47,8 @@ def open_image(
     except Image.DecompressionBombError:
         raise UserError(f"{called} is a decompression bomb: it has more than {MAX_PIXELS} pixels.") from None
     except UnidentifiedImageError:
-        found = what_it_is(data)
-        reason = f"it is {found}" if found else "no format known here"
+        kind = what_it_is(data)
+        reason = f"it is {kind}" if kind else "no format known here"
         raise UserError(f"{called} is not an image that opens ({reason}).") from None
     except BROKEN as error:
         raise UserError(f"{called} is not an image that opens ({error}).") from None

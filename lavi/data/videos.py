@@ -180,10 +180,10 @@ def _opened(file: BinaryIO, called: str) -> Iterator[tuple[InputContainer, Video
             yield container, _video_stream(container, called)
     except (av.FFmpegError, OSError, ValueError) as error:
         file.seek(0)
-        found = what_it_is(file.read(512))
-        if found and "video" not in found:
+        kind = what_it_is(file.read(512))
+        if kind and "video" not in kind:
             raise UserError(
-                f"{called} does not open as a video (it is {found}), which is {_either(VIDEO_TYPES)}."
+                f"{called} does not open as a video (it is {kind}), which is {_either(VIDEO_TYPES)}."
             ) from None
         cause = getattr(error, "strerror", None) or error
         raise UserError(
@@ -202,10 +202,10 @@ def _either(names: Sequence[str]) -> str:
 def _video_stream(container: InputContainer, called: str) -> VideoStream:
     if not container.streams:
         raise UserError(f"{called} is cut short: it ends before it says what is in it.")
-    found = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not found:
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
         raise UserError(f"{called} has no video stream: it is sound alone, or cut short.")
-    stream = found[0]
+    stream = streams[0]
     if stream.codec_context is None:
         raise UserError(f"{called} is of a codec that is not decoded here, or damaged: convert it to h264.")
     width, height = stream.codec_context.width, stream.codec_context.height
@@ -323,14 +323,14 @@ def _decoded(file: BinaryIO, table: _Table, chosen: list[int], called: str) -> l
     Raises:
         UserError: one cannot be decoded.
     """
-    found: list[Image.Image] = []
+    frames: list[Image.Image] = []
     for seeking in (True, False):
         with _opened(file, called) as (container, stream):
-            found = list(_frames(container, stream, table, chosen, seeking=seeking))
-        if len(found) == len(chosen):
-            return found
+            frames = list(_frames(container, stream, table, chosen, seeking=seeking))
+        if len(frames) == len(chosen):
+            return frames
     raise UserError(
-        f"{called} is damaged: its frame at {table.seconds[chosen[len(found)]]:.2f} seconds does not decode."
+        f"{called} is damaged: its frame at {table.seconds[chosen[len(frames)]]:.2f} seconds does not decode."
     )
 
 

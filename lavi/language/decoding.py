@@ -278,5 +278,5 @@ def _one_sentence(text: str) -> str:
     """The first paragraph of a message, or the first of its list of points, as one sentence."""
     lines = [line.strip() for line in text.strip().splitlines()]
     points = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    joined = re.sub(r"\.\s+(\w)", lambda found: f"; {found[1].lower()}", (points or lines)[0])
+    joined = re.sub(r"\.\s+(\w)", lambda match: f"; {match[1].lower()}", (points or lines)[0])
     return joined.rstrip(".:") + "."

@@ -53,16 +53,16 @@ class LoRA:
         for key in settings:
             if key not in known:
                 raise UserError(f"language.lora has no '{key}': {nearest(key, known)}")
-        made = cls(**settings)
-        if type(made.rank) is not int or made.rank < 1:
-            raise UserError(f"language.lora.rank is a whole number from 1, not {made.rank!r}.")
-        if type(made.alpha) not in (int, float) or made.alpha not in Range(0, above=True):
-            raise UserError(f"language.lora.alpha is a number above 0, not {made.alpha!r}.")
-        if type(made.dropout) not in (int, float) or not 0 <= made.dropout < 1:
-            raise UserError(f"language.lora.dropout is a share from 0 to below 1, not {made.dropout!r}.")
-        if made.targets is not None and (not isinstance(made.targets, list) or not made.targets):
+        lora = cls(**settings)
+        if type(lora.rank) is not int or lora.rank < 1:
+            raise UserError(f"language.lora.rank is a whole number from 1, not {lora.rank!r}.")
+        if type(lora.alpha) not in (int, float) or lora.alpha not in Range(0, above=True):
+            raise UserError(f"language.lora.alpha is a number above 0, not {lora.alpha!r}.")
+        if type(lora.dropout) not in (int, float) or not 0 <= lora.dropout < 1:
+            raise UserError(f"language.lora.dropout is a share from 0 to below 1, not {lora.dropout!r}.")
+        if lora.targets is not None and (not isinstance(lora.targets, list) or not lora.targets):
             raise UserError("language.lora.targets is a list of linear layers, such as [q_proj, v_proj]; null: all.")
-        return made
+        return lora
 
 
 def add_lora(model: nn.Module, layers: nn.ModuleList, lora: LoRA) -> frozenset[str]:
@@ -114,13 +114,13 @@ def merged_state(model: nn.Module, adapters: frozenset[str]) -> dict[str, Tensor
 def _targets(model: nn.Module, layers: nn.ModuleList, wanted: list[str] | None) -> dict[str, nn.Module]:
     """The linear layers that are meant, by their full names."""
     stack = next(name for name, module in model.named_modules() if module is layers)
-    found = {
+    linear_layers = {
         (index, name): module
         for index, layer in enumerate(layers)
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    ends = {end for _, name in found for end in _endings(name)}
+    ends = {end for _, name in linear_layers for end in _endings(name)}
     for target in wanted or ():
         if target not in ends:
             raise UserError(
@@ -128,7 +128,7 @@ def _targets(model: nn.Module, layers: nn.ModuleList, wanted: list[str] | None) 
             )
     return {
         f"{stack}.{index}.{name}": module
-        for (index, name), module in found.items()
+        for (index, name), module in linear_layers.items()
         if wanted is None or any(end in wanted for end in _endings(name))
     }
 

@@ -131,13 +131,13 @@ def _heads(vision: VisionBackbone) -> int:
 
 def _queries_and_keys(vision: VisionBackbone) -> dict[str, nn.Linear]:
     """The projections of the last layer that the tower runs."""
-    found: dict[str, nn.Linear] = {}
+    projections: dict[str, nn.Linear] = {}
     for name, module in vision.named_modules():  # later layers overwrite earlier ones
         for part, names in (("query", ("q_proj", "query")), ("key", ("k_proj", "key"))):
             if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
-                found[part] = module
-    if len(found) < 2:
+                projections[part] = module
+    if len(projections) < 2:
         raise UserError(
             "VisionZip finds no query and key projections in this tower: take a ViT such as CLIP or SigLIP."
         )
-    return found
+    return projections

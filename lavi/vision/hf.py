@@ -318,13 +318,13 @@ def _cut(tower: Any, layer: int | list[int]) -> list[int]:
             )
         return [stages]
     layers = settings.num_hidden_layers
-    found = chosen_layers(layer, layers)
+    numbers = chosen_layers(layer, layers)
     stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if len(stacks) != 1:
         raise UserError(f"cannot tell which modules of {type(tower).__name__} are its {layers} encoder layers.")
-    del stacks[0][max(found) :]
-    settings.num_hidden_layers = max(found)
-    return found
+    del stacks[0][max(numbers) :]
+    settings.num_hidden_layers = max(numbers)
+    return numbers
 
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

@@ -123,8 +123,8 @@ class OpenCLIPVision(Tower):
         )
         grids = out["image_intermediates"]  # (views, D, rows, columns) each
         befores = out.get("image_intermediates_prefix") or [_nothing(grid) for grid in grids]
-        found = dict(zip(blocks, zip(befores, grids, strict=True), strict=True))
-        return [found[layer - 1] for layer in self.layers]
+        outputs = dict(zip(blocks, zip(befores, grids, strict=True), strict=True))
+        return [outputs[layer - 1] for layer in self.layers]
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
         """Write the tower, as cut; returns the arguments that build it again, paths relative to ``folder``."""
@@ -221,17 +221,17 @@ def _cut(tower: Any, layer: int | list[int]) -> list[int]:
     """Drop what comes after the features; the numbers from 1 of the blocks they come from, if the tower has blocks."""
     trunk = _trunk(tower)
     blocks = getattr(trunk, "blocks", None) or getattr(getattr(trunk, "transformer", None), "resblocks", None)
-    found: list[int] = []
+    numbers: list[int] = []
     if blocks:
-        found = chosen_layers(layer, len(blocks))
-        trunk.prune_intermediate_layers([number - 1 for number in found], prune_norm=True, prune_head=True)
+        numbers = chosen_layers(layer, len(blocks))
+        trunk.prune_intermediate_layers([number - 1 for number in numbers], prune_norm=True, prune_head=True)
     elif layer not in (-1, [-1]):
         raise UserError(f"{type(trunk).__name__} has stages of different grids, not blocks of one: leave layer at -1.")
     ends = ("attn_pool", "attn_pool_contrastive") if blocks else ("head", "attnpool")
     for owner, name in [(tower, "head"), *((trunk, end) for end in ends)]:
         if getattr(owner, name, None) is not None:
             setattr(owner, name, nn.Identity())
-    return found
+    return numbers
 
 
 def _nothing(grid: Tensor) -> Tensor:

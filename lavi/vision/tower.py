@@ -89,14 +89,14 @@ def chosen_layers(layer: int | list[int], count: int) -> list[int]:
     asked = layer if isinstance(layer, list) else [layer]
     if not asked:
         raise UserError("'layer' of the vision tower is an empty list: name at least one layer, such as -1.")
-    found = [number + count + 1 if number < 0 else number for number in asked]
-    for wanted, number in zip(asked, found, strict=True):
+    numbers = [number + count + 1 if number < 0 else number for number in asked]
+    for wanted, number in zip(asked, numbers, strict=True):
         if not 1 <= number <= count:
             raise UserError(
                 f"the vision tower has {count} layers, none is layer {wanted}: take -{count} (the first) to -1 (the "
                 "last)."
             )
-    return found
+    return numbers
 
 
 def middle(image: Image.Image, *, elongation: int = 8) -> Image.Image:
