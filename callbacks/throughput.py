@@ -16,7 +16,7 @@ from lavi.model import VisionLanguageModel
 
 
 class Throughput(ThroughputMonitor):
-    """Lightning's monitor, told what a batch of ours holds; and how long each step waited for its batch.
+    """Lightning's throughput monitor for batches of conversations, and the time that each step waited for its batch.
 
     Logs ``train/device/samples_per_sec``, ``train/device/items_per_sec`` (text tokens), FLOPs a second and, where the
     device's peak is known, ``mfu``; and ``train/data_wait``, the share of the time since the last log that was spent
@@ -54,19 +54,19 @@ class Throughput(ThroughputMonitor):
             super()._compute(trainer)
 
     def flops(self, module: pl.LightningModule, batch: Batch) -> float:
-        """Of one training step on this batch, padding included."""
+        """FLOPs of one training step on this batch, padding included."""
         model = module.model
         assert isinstance(model, VisionLanguageModel)
         rows: list[list[ImageSlot]] = [[] for _ in range(len(batch))]
-        for place in batch.image_slots:
-            rows[place.row].append(place)
-        return sum(self._row(model, batch.input_ids.shape[1], places) for places in rows)
+        for slot in batch.image_slots:
+            rows[slot.row].append(slot)
+        return sum(self._row(model, batch.input_ids.shape[1], slots) for slots in rows)
 
-    def _row(self, model: VisionLanguageModel, text: int, places: list[ImageSlot]) -> float:
-        key = (text, *(place.layout._replace(size=(0, 0)) for place in places))
+    def _row(self, model: VisionLanguageModel, text: int, slots: list[ImageSlot]) -> float:
+        key = (text, *(slot.layout._replace(size=(0, 0)) for slot in slots))
         if key not in self._known:
             trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in model.named_children()}
-            counted = [closed_form(model, _point(text, place, model)) for place in places]
+            counted = [closed_form(model, _point(text, slot, model)) for slot in slots]
             bare = closed_form(model, PromptShape(text)).language
             vision = sum(flops.prefill["vision_encoder"] for flops in counted)
             rest = bare + sum(flops.language - bare for flops in counted)
@@ -74,10 +74,10 @@ class Throughput(ThroughputMonitor):
         return self._known[key]
 
 
-def _point(text: int, place: ImageSlot, model: VisionLanguageModel) -> PromptShape:
-    return PromptShape(text, layout=place.layout, per_view=model.feature_spec.tokens, encoded=place.views)
+def _point(text: int, slot: ImageSlot, model: VisionLanguageModel) -> PromptShape:
+    return PromptShape(text, layout=slot.layout, per_view=model.feature_spec.tokens, encoded=slot.views)
 
 
 def text_tokens(batch: Batch) -> int:
-    """Of a batch, padding left out."""
+    """The text tokens of a batch without its padding."""
     return sum(stop - start for start, stop in batch.spans)

@@ -43,12 +43,12 @@ BAR = 40
 """Characters of the longest bar."""
 
 
-# --- looking ----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Found:
-    """What was seen so far."""
+class Contents:
+    """What shards hold, counted sample by sample."""
 
     counts: Counts = field(default_factory=Counts)
     broken: dict[str, list[str]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Found:
     keys: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)
     sheet: list[Raw] = field(default_factory=list)
-    """Some samples, any as likely as any other."""
+    """Samples drawn at random."""
 
     @property
     def repeated(self) -> list[str]:
@@ -72,7 +72,7 @@ class Found:
         self.lost[error.cause] += error.lost
 
 
-def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: int = 0) -> Found:
+def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: int = 0) -> Contents:
     """Go through raw samples.
 
     Args:
@@ -80,7 +80,7 @@ def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: i
         tokenizer: one of transformers'; counts tokens.
         sheet: how many samples to keep for a contact sheet.
     """
-    found = Found()
+    contents = Contents()
     rng, conversations = random.Random(0), Conversations()
     for raw in records:
         try:
@@ -88,32 +88,32 @@ def scan(records: Iterable[Raw], *, check: bool, tokenizer: Any = None, sheet: i
             if check:
                 conversations.decode(raw)
         except BrokenSample as error:
-            found.note(error)
+            contents.note(error)
             continue
         finally:
             if "__broken__" not in raw:
-                found.keys[raw["__key__"]] += 1
-        found.counts.add(record, {name: raw[name] for name in visual_members(raw)})
+                contents.keys[raw["__key__"]] += 1
+        contents.counts.add(record, {name: raw[name] for name in visual_members(raw)})
         if tokenizer is not None:
-            found.tokens.append(sum(len(tokenizer(text).input_ids) for text in texts_of(record)))
-        _keep(found.sheet, raw, sheet, found.counts.samples, rng)
-    return found
+            contents.tokens.append(sum(len(tokenizer(text).input_ids) for text in texts_of(record)))
+        _keep(contents.sheet, raw, sheet, contents.counts.samples, rng)
+    return contents
 
 
-def _keep(kept: list[Raw], raw: Raw, size: int, seen: int, rng: random.Random) -> None:
-    """Reservoir sampling: the ``seen``-th sample stays with probability ``size / seen``."""
-    if len(kept) < size:
-        kept.append(raw)
-    elif size and (place := rng.randrange(seen)) < size:
-        kept[place] = raw
+def _keep(reservoir: list[Raw], raw: Raw, size: int, number: int, rng: random.Random) -> None:
+    """Reservoir sampling: sample ``number``, counted from 1, stays with probability ``size / number``."""
+    if len(reservoir) < size:
+        reservoir.append(raw)
+    elif size and (index := rng.randrange(number)) < size:
+        reservoir[index] = raw
 
 
-def summed(shards: list[str]) -> Iterator[BrokenSample | None]:
-    """For each shard, whether its bytes are not those that its index sums. One without an index, or afar, has none."""
+def check_sums(shards: list[str]) -> Iterator[BrokenSample | None]:
+    """For each local shard the error, if its checksum is not that of its index."""
     for shard in shards:
         file, entry = Path(shard), index_entry(shard) if "://" not in shard else None
-        given = entry.get("sha256") if isinstance(entry, dict) else None
-        whole = given is None or _sum(file) == given
+        expected = entry.get("sha256") if isinstance(entry, dict) else None
+        whole = expected is None or _sum(file) == expected
         yield None if whole else BrokenSample(file.name, "the shard has another sha256 than its index says")
 
 
@@ -125,23 +125,23 @@ def _sum(file: Path) -> str | None:
         return None
 
 
-# --- telling ----------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def tell(found: Found, shards: list[str]) -> Iterator[RenderableType]:
-    """Tables of what was seen."""
-    counts = found.counts
+def summary_tables(contents: Contents, shards: list[str]) -> Iterator[RenderableType]:
+    """Tables of what shards hold."""
+    counts = contents.counts
     size = sum(Path(shard).stat().st_size for shard in shards if Path(shard).is_file())
     rows = [
         ["shards", f"{len(shards):,}"],
         ["bytes of the shards", f"{size:,}"],
         ["good samples", f"{counts.samples:,}"],
     ]
-    named = ("conversations", "turns", "captions", "images", "videos", "frames")
-    rows += [[name, f"{value:,}"] for name in named if (value := getattr(counts, name))]
+    counted = ("conversations", "turns", "captions", "images", "videos", "frames")
+    rows += [[name, f"{value:,}"] for name in counted if (value := getattr(counts, name))]
     rows += [[f"bytes of {kind}", f"{number:,}"] for kind, number in sorted(counts.sizes.items())]
-    if found.tokens:
-        ordered = sorted(found.tokens)
+    if contents.tokens:
+        ordered = sorted(contents.tokens)
         rows.append(["tokens", f"{sum(ordered):,}"])
         rows.append(["tokens of a sample: median, most", f"{ordered[len(ordered) // 2]:,}, {ordered[-1]:,}"])
     yield table("shards", ["", "number"], rows)
@@ -154,12 +154,12 @@ def tell(found: Found, shards: list[str]) -> Iterator[RenderableType]:
             yield _bars(f"{name} of images, in pixels", _grouped(counted))
     if counts.unreadable:
         yield f"{counts.unreadable} images have no header that is known: --check names them."
-    if found.repeated:
-        shown = [[key, str(found.keys[key])] for key in found.repeated[:3]]
-        yield table(f"{len(found.repeated)} keys come more than once", ["key", "times"], shown)
-    if found.broken:
+    if contents.repeated:
+        shown = [[key, str(contents.keys[key])] for key in contents.repeated[:3]]
+        yield table(f"{len(contents.repeated)} keys come more than once", ["key", "times"], shown)
+    if contents.broken:
         causes = [
-            [cause, str(number), ", ".join(found.broken[cause][:3])] for cause, number in found.lost.most_common()
+            [cause, str(number), ", ".join(contents.broken[cause][:3])] for cause, number in contents.lost.most_common()
         ]
         yield table("broken", ["cause", "samples", "the first"], causes[:CAUSES])
         if causes[CAUSES:]:
@@ -180,21 +180,21 @@ def _grouped(values: Counter[str]) -> dict[str, int]:
 
 def _bars(title: str, counted: dict[str, int]) -> RenderableType:
     longest = max(counted.values())
-    made = table(title, ["", "number"], [])
-    made.add_column("", justify="left")
+    bars = table(title, ["", "number"], [])
+    bars.add_column("", justify="left")
     for name, number in counted.items():
-        made.add_row(name, f"{number:,}", "█" * max(1, round(BAR * number / longest)))
-    return made
+        bars.add_row(name, f"{number:,}", "█" * max(1, round(BAR * number / longest)))
+    return bars
 
 
 # --- the contact sheet ------------------------------------------------------------------------------------------------
 
 
 def check_sheet(file: Path) -> None:
-    """Refuse a sheet that cannot be written, before all samples are looked at.
+    """Refuse a sheet that cannot be written, before all samples are read.
 
     Raises:
-        UserError: of what type it is to be is not known; nothing can be written there.
+        UserError: its type is not known, or nothing can be written there.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -210,26 +210,26 @@ def check_sheet(file: Path) -> None:
         raise UserError(f"--sheet: {file} cannot be written ({reason(error)}).") from None
 
 
-def draw_sheet(found: Found, file: Path) -> None:
-    """Thumbnails with their keys and what is said first, and histograms below.
+def draw_sheet(contents: Contents, file: Path) -> None:
+    """Draw thumbnails with their keys and first texts, and histograms below.
 
     Raises:
         UserError: there is nothing to show, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    if not found.sheet:
+    if not contents.sheet:
         raise UserError(f"there is no good sample to draw on {file}.")
-    columns = min(6, len(found.sheet))
-    rows = -(-len(found.sheet) // columns)
+    columns = min(6, len(contents.sheet))
+    rows = -(-len(contents.sheet) // columns)
     figure = Figure(figsize=(3 * columns, 3.4 * rows + 2.6), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.4 * rows, 2.6]).flat
     axes = above.subplots(rows, columns, squeeze=False).flat
-    for axis, raw in itertools.zip_longest(axes, sorted(found.sheet, key=lambda raw: raw["__key__"])):
+    for axis, raw in itertools.zip_longest(axes, sorted(contents.sheet, key=lambda raw: raw["__key__"])):
         axis.set(xticks=[], yticks=[], frame_on=False)
         if raw is not None:
             _draw(axis, raw)
-    _draw_histograms(below, found.counts)
+    _draw_histograms(below, contents.counts)
     try:
         figure.savefig(file, dpi=80)
     except (OSError, ValueError) as error:
@@ -245,7 +245,7 @@ def _draw(axis: Any, raw: Raw) -> None:
     strip = images.side_by_side(pictures) if pictures else Image.new("RGB", THUMBNAIL, "white")
     axis.imshow(ImageOps.pad(strip, THUMBNAIL, color="white"))
     words = [_shortened(text, 44) for text in itertools.islice(texts_of(parse_record(raw)), 2)]
-    # What people say is no formula: a $ is a $.
+    # A text is no formula: a $ is a $.
     axis.set_xlabel("\n".join([_shortened(raw["__key__"], 44), *words]), fontsize=7, parse_math=False)
 
 
@@ -255,17 +255,17 @@ def pictures_of(raw: Raw) -> list[Any]:
     from lavi.data.frame_sampling import FrameSampling
     from lavi.data.videos import is_video, read_video
 
-    found: list[Any] = []
+    pictures: list[Any] = []
     for name in visual_members(raw)[:4]:
         try:
             if is_video(name):
                 frames = read_video(raw[name], FrameSampling(frames=16), name=name).frames
-                found += [frames[0], frames[len(frames) // 2], frames[-1]]
+                pictures += [frames[0], frames[len(frames) // 2], frames[-1]]
             else:
-                found.append(images.open_image(raw[name], name=name))
+                pictures.append(images.open_image(raw[name], name=name))
         except UserError:  # counted by --check; a sheet shows what there is to see
             continue
-    return found[:4]
+    return pictures[:4]
 
 
 def _shortened(text: str, length: int) -> str:
@@ -303,25 +303,25 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Look, tell, draw; 1 if something is broken."""
+    """Read shards, print tables, draw a sheet; 1 if something is broken."""
     shards = find_shards(args.shards)
     if args.sheet:
         check_sheet(args.sheet)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     records = itertools.islice((raw for shard in shards for raw in read_shard(shard)), args.limit)
     total = ShardStream(shards).samples
-    watched = track(records, "looking", total=min(total, args.limit or total) if total else args.limit, unit="sample")
-    found = scan(watched, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
+    tracked = track(records, "reading", total=min(total, args.limit or total) if total else args.limit, unit="sample")
+    contents = scan(tracked, check=args.check, tokenizer=tokenizer, sheet=SHOWN if args.sheet else 0)
     if args.check:
-        for wrong in track(summed(shards), "summing", total=len(shards), unit="shard"):
-            if wrong is not None:
-                found.note(wrong)
-    for part in tell(found, shards):
+        for error in track(check_sums(shards), "summing", total=len(shards), unit="shard"):
+            if error is not None:
+                contents.note(error)
+    for part in summary_tables(contents, shards):
         console().print(part)
     if args.sheet:
-        draw_sheet(found, args.sheet)
-        print(f"{args.sheet}: {len(found.sheet)} samples")
-    return int(bool(found.broken or found.repeated or found.counts.unreadable))
+        draw_sheet(contents, args.sheet)
+        print(f"{args.sheet}: {len(contents.sheet)} samples")
+    return int(bool(contents.broken or contents.repeated or contents.counts.unreadable))
 
 
 @cli_entry_point

@@ -55,7 +55,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 @dataclass
 class Checked:
-    """What came of the check. The good entries stand in a file, one a line: of any number, little is in memory."""
+    """The result of the check. The good entries are in a file, one a line: of any number, little is in memory."""
 
     file: Path
     offsets: array[int] = field(default_factory=lambda: array("q"))
@@ -68,7 +68,7 @@ class Checked:
     skipped: dict[str, list[str]] = field(default_factory=dict)
     """Names of the entries that cannot be packed, by cause."""
     first: list[str] = field(default_factory=list)
-    """Sentences on the first of them."""
+    """The errors of the first three, as sentences."""
 
     def skip(self, error: BadEntry) -> None:
         """Note an entry that cannot be packed."""
@@ -78,7 +78,7 @@ class Checked:
 
 
 def check(source: Source, folders: Folders, file: Path, *, workers: int) -> Checked:
-    """Check all entries, and write the good ones down.
+    """Check all entries, and write the good ones to ``file``.
 
     Raises:
         UserError: the file cannot be written.
@@ -92,14 +92,14 @@ def check(source: Source, folders: Folders, file: Path, *, workers: int) -> Chec
 def _check(source: Source, folders: Folders, file: Path, *, workers: int) -> Checked:
     checked = Checked(file)
     digest = hashlib.sha256()
-    found = in_order(partial(_checked, folders=folders), enumerate(source.items), workers=workers)
+    results = in_order(partial(_checked, folders=folders), enumerate(source.items), workers=workers)
     with open(file, "wb") as stream:
-        for one in track(found, f"checking {source.name}", total=source.total):
+        for result in track(results, f"checking {source.name}", total=source.total):
             checked.total += 1
-            if isinstance(one, BadEntry):
-                checked.skip(one)
+            if isinstance(result, BadEntry):
+                checked.skip(result)
                 continue
-            line, size = one
+            line, size = result
             digest.update(line)
             checked.offsets.append(stream.tell())
             checked.sizes.append(size)
@@ -109,7 +109,7 @@ def _check(source: Source, folders: Folders, file: Path, *, workers: int) -> Che
 
 
 def _checked(numbered: tuple[int, Item | BadEntry], folders: Folders) -> tuple[bytes, int] | BadEntry:
-    """An entry's line in the file of all, and its bytes in a tar; or what is wrong with it."""
+    """An entry as a line of the file of all, and its bytes in a tar; or what is wrong with it."""
     try:
         entry = entry_of(*numbered, folders)
     except BadEntry as error:
@@ -156,8 +156,8 @@ def make_samples(
         stream.seek(offsets[job.index])
         for _ in range(job.start, job.stop):
             key, record, media, _ = json.loads(stream.readline())
-            found = {member: _bytes_of(member, where, record, folders, dataset) for member, where in media}
-            yield {"__key__": key, "json": record} | found
+            members = {member: _bytes_of(member, where, record, folders, dataset) for member, where in media}
+            yield {"__key__": key, "json": record} | members
 
 
 def _bytes_of(member: str, where: Any, record: dict[str, Any], folders: Folders, dataset: Dataset) -> bytes:
@@ -189,7 +189,7 @@ def source_of(args: argparse.Namespace) -> tuple[str, Path, Source]:
 
 
 def pack(args: argparse.Namespace) -> None:
-    """Check, then write."""
+    """Check all entries, then write the shards."""
     if os.path.exists(args.out) and not (args.out / INDEX).is_file():
         raise UserError(f"{args.out} exists and is left as it is: choose another --out, or remove it first.")
     kind, file, source = source_of(args)
@@ -228,25 +228,25 @@ def pack(args: argparse.Namespace) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def bytes_of(text: str) -> int:
+def parse_size(text: str) -> int:
     """``500MB`` as a number of bytes.
 
     Raises:
-        UserError: it is no size.
+        UserError: it is no size, or smaller than any shard.
     """
-    found = re.fullmatch(r"([\d.]+)\s*([KMG]I?B|)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found and found[1].count(".") < 2 and found[1] != "." else 0
+    size_and_unit = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]I?B|)", text.strip().upper())
+    size = int(float(size_and_unit[1]) * UNITS[size_and_unit[2]]) if size_and_unit else 0
     if size < RECORDSIZE:
         what = "is no size" if size < 1 else "is smaller than any shard"
         raise UserError(f"--shard-size={text} {what}: say it as 500MB or 2GB.")
     return size
 
 
-def columns_of(text: str) -> dict[str, str]:
+def parse_columns(text: str) -> dict[str, str]:
     """``image=path,answer=reply`` as a mapping.
 
     Raises:
-        UserError: it is none.
+        UserError: it is of another form.
     """
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
     if not all(meaning and column for meaning, _, column in pairs):
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--images", type=path, metavar="FOLDER", help="where the names of images start from")
     parser.add_argument("--videos", type=path, metavar="FOLDER", help="where the names of videos start from")
     parser.add_argument(
-        "--columns", default="", metavar="KIND=NAME,...", help="of a table, if not found by their names"
+        "--columns", default="", metavar="KIND=NAME,...", help="of a table, if their names do not say it"
     )
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="the shards")
     parser.add_argument(
@@ -288,8 +288,8 @@ def main() -> None:
         raise UserError(f"--split={args.split} is of a --dataset, and none is given.")
     if not 0 <= args.max_skipped <= 1:
         raise UserError(f"--max-skipped={args.max_skipped:g} is a share, from 0 to 1.")
-    args.shard_size = bytes_of(args.shard_size) if args.shard_size is not None else None
-    args.columns = columns_of(args.columns)
+    args.shard_size = parse_size(args.shard_size) if args.shard_size is not None else None
+    args.columns = parse_columns(args.columns)
     pack(args)
 
 

@@ -17,8 +17,8 @@ def read_coco(file: Path) -> Source:
     Raises:
         UserError: not there, not JSON, of another form.
     """
-    found = _load(file)
-    images, annotations = (_dicts(found, key) for key in ("images", "annotations"))
+    content = _load(file)
+    images, annotations = (_dicts(content, key) for key in ("images", "annotations"))
     if not images or not annotations:
         raise UserError(f"{file} is not COCO's captions: it has no lists 'images' and 'annotations'.")
     if not all(isinstance(image.get("id"), str | int) for image in images):
@@ -28,9 +28,9 @@ def read_coco(file: Path) -> Source:
     return Source(file.name, list(_coco_items(images, annotations)), len(images))
 
 
-def _dicts(found: Any, key: str) -> list[Item]:
+def _dicts(content: Any, key: str) -> list[Item]:
     """The list of objects under a key; empty if there is none."""
-    listed = found.get(key) if isinstance(found, dict) else None
+    listed = content.get(key) if isinstance(content, dict) else None
     return listed if isinstance(listed, list) and all(isinstance(one, dict) for one in listed) else []
 
 

@@ -24,6 +24,7 @@ from lavi.batch import Sample, Visual, text_of, visual_parts
 from lavi.data import images
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import JSON_TEXT, what_it_is
+from lavi.data.text import HALF_A_CHARACTER, is_writable
 from lavi.data.videos import VIDEO_TYPES, is_video, read_video
 from lavi.errors import UserError
 
@@ -44,7 +45,6 @@ READ = (*IMAGE_TYPES, *VIDEO_TYPES)
 MARK = re.compile(r"<(image|video)>\n?")
 LABELS = ("family", "level")
 """Keys of a turn beside its text: accuracies are reported for each value of them."""
-HALF = "has half a character in its text (a lone surrogate, as of an emoji that was cut)"
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,14 @@ def _messages(raw: Raw, record: dict[str, Any], caption_prompt: str) -> list[dic
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise UserError("its 'messages' are not a list of {'role', 'content'} with text, or parts, as content")
     messages = [_labelled(message) for message in messages]
-    if not all(is_whole(message.get(label) or "") for message in messages for label in ("role", *LABELS)):
-        raise UserError(HALF)
+    if not all(is_writable(message.get(label) or "") for message in messages for label in ("role", *LABELS)):
+        raise UserError(HALF_A_CHARACTER)
     texts = [text_of(message["content"]) for message in messages]
-    if not is_whole("".join(texts)):
-        raise UserError(HALF)
+    if not is_writable("".join(texts)):
+        raise UserError(HALF_A_CHARACTER)
     if not any(message["role"] == "assistant" and text.strip() for message, text in zip(messages, texts, strict=True)):
         raise UserError("its conversation has no answer (no message of role 'assistant')")
     return messages
-
-
-def is_whole(text: str) -> bool:
-    """Whether a text can be written: JSON may hold one half of a character that is stored as two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _labelled(message: dict[str, Any]) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def _opened(folder: Path, split: str | None) -> Any:
     try:
         if parquet:
             splits = _parquet_splits(folder, parquet)
-            found = datasets.load_dataset("parquet", data_files=splits[_chosen(splits, split, folder)], split="train")
+            data = datasets.load_dataset("parquet", data_files=splits[_chosen(splits, split, folder)], split="train")
         else:
-            found = datasets.load_from_disk(str(folder))
+            data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         if (why := reason(error)) in NO_ROOM:
             raise UserError(
@@ -79,15 +79,15 @@ def _opened(folder: Path, split: str | None) -> Any:
         raise UserError(
             f"{folder} is neither written by save_to_disk nor a folder of parquet files ({said})."
         ) from None
-    if isinstance(found, datasets.DatasetDict):
+    if isinstance(data, datasets.DatasetDict):
         if split is None:
             raise UserError(
-                f"{folder} has the splits {', '.join(found)}: give one of them, as in {folder}/{next(iter(found))}."
+                f"{folder} has the splits {', '.join(data)}: give one of them, as in {folder}/{next(iter(data))}."
             )
-        found = found[_chosen(dict(found), split, folder)]
+        data = data[_chosen(dict(data), split, folder)]
     elif split is not None and not parquet:
         raise UserError(f"--split={split}: {folder} holds one set without splits, leave it out.")
-    return found.with_format("arrow")
+    return data.with_format("arrow")
 
 
 def _chosen(splits: Mapping[str, Any], split: str | None, folder: Path) -> str:
@@ -132,8 +132,8 @@ def _declared_splits(folder: Path) -> dict[str, str]:
     if not card.is_file():
         return {}
     try:
-        found = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
-        configs = {name: given["data_files"] for name, given in found.items() if given.get("data_files")}
+        metadata = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        configs = {name: config["data_files"] for name, config in metadata.items() if config.get("data_files")}
         splits = {
             name: DataFilesDict.from_patterns(sanitize_patterns(files), base_path=str(folder))
             for name, files in configs.items()
@@ -160,8 +160,8 @@ def split_of(file: PurePath) -> str:
     named = string_to_dict(file.name, glob_pattern_to_regex(PurePath(SPLIT_PATTERN_SHARDED).name))
     told = file.parent if named else file.with_suffix("")
     words = re.split(f"[{NON_WORDS_CHARS}/]+", str(told).lower())
-    found = [str(split) for word in words for split, keywords in SPLIT_KEYWORDS.items() if word in keywords]
-    return "/".join(dict.fromkeys([*found, named["split"]] if named else found))
+    splits = [str(split) for word in words for split, keywords in SPLIT_KEYWORDS.items() if word in keywords]
+    return "/".join(dict.fromkeys([*splits, named["split"]] if named else splits))
 
 
 def _dataset_items(data: Any, columns: dict[str, str]) -> Iterator[Item | BadEntry]:
@@ -201,5 +201,5 @@ def _cell(image: Any, row: int, column: str, number: int) -> Any:
 def read_cell(data: Any, cell: Cell) -> bytes:
     """The bytes of a cell."""
     value = listed(data[cell.row].column(cell.column).to_pylist()[0])[cell.number]
-    found: bytes = value["bytes"] if isinstance(value, dict) else value
-    return found
+    content: bytes = value["bytes"] if isinstance(value, dict) else value
+    return content

@@ -1,4 +1,4 @@
-"""One entry of a data set: checked, its files found; the bytes are read later, by the process that packs them."""
+"""One entry of a data set: checked, its files looked up; the bytes are read later, by the process that packs them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
-from datamodules.formats.conversations import HALF, as_text, is_whole, messages_of, plain_parts
+from datamodules.formats.conversations import as_text, messages_of, plain_parts
 from datamodules.formats.frames import is_number
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import text_of
 from lavi.data.images import what_it_is
+from lavi.data.text import HALF_A_CHARACTER, is_writable
 from lavi.data.videos import VIDEO_TYPES
 from lavi.errors import UserError, reason
 
@@ -39,7 +40,7 @@ class BadEntry(Exception):
 
     def __init__(self, name: str, cause: str, what: str = "") -> None:
         name, cause, what = (text.encode(errors="backslashreplace").decode() for text in (name, cause, what))
-        super().__init__(name, cause, what)  # what an error is made of again in another process
+        super().__init__(name, cause, what)  # the arguments of the error in another process
         self.name, self.cause, self.what = name, cause, what
 
     def __str__(self) -> str:
@@ -121,8 +122,8 @@ def entry_of(index: int, item: Any, folders: Folders) -> Entry:
         record, kinds = _conversation(index, item, files, called)
     media, more = _media(files, kinds, item, folders, called)
     record |= more
-    if not is_whole(json.dumps(record, ensure_ascii=False)):
-        raise BadEntry(called, HALF)
+    if not is_writable(json.dumps(record, ensure_ascii=False)):
+        raise BadEntry(called, HALF_A_CHARACTER)
     key = f"{index:08d}-{_safe(name)}"
     members = [len(json.dumps(record).encode()) + 32 * len(media), *(size for _, _, size in media)]
     headers = BLOCKSIZE if key.isascii() else 3 * BLOCKSIZE  # a name in another script has a header of its own
@@ -140,10 +141,10 @@ def _named(item: Item, kind: str, called: str) -> list[Any]:
     one, several = listed(item.get(kind)), listed(item.get(f"{kind}s"))
     if one and several and one != several:
         raise BadEntry(called, f"names other {kind}s under '{kind}' than under '{kind}s'")
-    found = one or several
-    if not all(isinstance(file, str | Cell) and file for file in found):
+    named = one or several
+    if not all(isinstance(file, str | Cell) and file for file in named):
         raise BadEntry(called, f"names {kind}s that are no file names")
-    return found
+    return named
 
 
 def _captions(item: Item, files: dict[str, list[Any]], called: str) -> tuple[Item, list[str]]:
@@ -230,12 +231,12 @@ def _media(
             raise BadEntry(called, "has the frames of a video beside other images or videos")
         groups = [_frames(folders, file, called) for _, file in given]
         more |= {"frames": [len(group) for group in groups]} | _fps(item, called)
-        found = [located for group in groups for located in group]
+        located = [located for group in groups for located in group]
     else:
-        found = [_located(kind, file, folders, called) for kind, file in given]
-    if len(found) == 1 and not more.get("frames"):
-        return found, more
-    return [(f"{number}.{kind}", file, size) for number, (kind, file, size) in enumerate(found)], more
+        located = [_located(kind, file, folders, called) for kind, file in given]
+    if len(located) == 1 and not more.get("frames"):
+        return located, more
+    return [(f"{number}.{kind}", file, size) for number, (kind, file, size) in enumerate(located)], more
 
 
 def _below(folders: Folders, kind: str, file: Any) -> Any:
@@ -280,26 +281,26 @@ def _size(folder: Path, file: str, kind: str, called: str) -> int:
         what = f": {kind} '{file}' leads out of the folder of the {kind}s"
         raise BadEntry(called, f"names {kind}s that lead out of their folder", what)
     try:
-        found = os.stat(os.path.join(folder, file))
+        status = os.stat(os.path.join(folder, file))
     except (OSError, ValueError):
         what = f": there is no {kind} {folder / file}"
         raise BadEntry(called, f"names {kind}s that are not there", what) from None
-    if not stat.S_ISREG(found.st_mode) or not found.st_size:
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
         raise BadEntry(called, f"names {kind}s that are empty", f": {kind} {folder / file} is empty, or no file")
     content = "image" if _ending(file) in IMAGE_TYPES else "video"  # the frames of a video are images
     if instead := _stands_for(folder / file, content):
         raise BadEntry(called, f"names {kind}s that are something else", f": {kind} {folder / file} is {instead}")
-    return found.st_size
+    return status.st_size
 
 
 def _stands_for(file: Path, content: str) -> str | None:
-    """What a file is that stands in the place of an image or a video; None if it may be one."""
+    """What a file is that should be an image or a video; None if it may be one."""
     try:
         with open(file, "rb") as stream:
-            found = what_it_is(stream.read(BLOCKSIZE))
+            kind = what_it_is(stream.read(BLOCKSIZE))
     except OSError as error:
         return f"a file that cannot be read ({reason(error)})"
-    return found if found and found not in OPENS[content] else None
+    return kind if kind and kind not in OPENS[content] else None
 
 
 def _frames(folders: Folders, name: str, called: str) -> list[Located]:

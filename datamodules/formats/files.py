@@ -18,7 +18,7 @@ class Source:
     """A data set to be packed.
 
     Args:
-        items: in order; an error takes the place of one that cannot be read.
+        items: in order; an error instead of one that cannot be read.
         total: how many, if that is known.
     """
 
@@ -41,9 +41,9 @@ def _head(file: Path, *allowed: str) -> bytes:
             head = stream.read(4096)
     except OSError as error:
         _unreadable(file, error)
-    found = what_it_is(head)
-    if found and found not in (JSON_TEXT, *allowed):
-        raise UserError(f"{file} is {found}.")
+    kind = what_it_is(head)
+    if kind and kind not in (JSON_TEXT, *allowed):
+        raise UserError(f"{file} is {kind}.")
     return head
 
 

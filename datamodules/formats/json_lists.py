@@ -29,18 +29,18 @@ def read_json(file: Path) -> Source:
 
 def _lines(file: Path) -> Iterator[Item | BadEntry]:
     with open(file, "rb") as stream:
-        found = False
+        any_line = False
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
                 item = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError):
-                if not found:
+                if not any_line:
                     _load(file)  # one object over many lines, or no JSON at all
                     raise UserError(
                         f"{file} is one JSON object: a list of conversations is needed, or one object a line."
                     ) from None
                 item = BadEntry(f"of line {number}", "is not JSON")
-            found = True
+            any_line = True
             yield item

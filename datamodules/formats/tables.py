@@ -23,11 +23,11 @@ COLUMNS = {
     "caption": ("caption", "captions", "text"),
     "messages": ("messages", "conversations"),
 }
-"""What a table's columns mean, by their names."""
+"""The names of columns, by their meaning."""
 
 
-def chosen_columns(found: list[str], given: Mapping[str, str], name: str) -> dict[str, str]:
-    """What a table's columns are for: those given, else those with a known name.
+def chosen_columns(columns: list[str], named: Mapping[str, str], name: str) -> dict[str, str]:
+    """What a table's columns are for: those named, else those with a known name.
 
     Returns:
         The column of each meaning of :data:`COLUMNS` that there is.
@@ -35,31 +35,31 @@ def chosen_columns(found: list[str], given: Mapping[str, str], name: str) -> dic
     Raises:
         UserError: a meaning or a column that there is not; nothing that could be trained on.
     """
-    for meaning, column in given.items():
+    for meaning, column in named.items():
         if meaning not in COLUMNS:
             raise UserError(f"--columns: '{meaning}' is no kind of column, {nearest(meaning, COLUMNS)}")
-        if column not in found:
-            raise UserError(f"--columns: {name} has no column '{column}', {nearest(column, found)}")
-    lower = {column.lower(): column for column in reversed(found)}
+        if column not in columns:
+            raise UserError(f"--columns: {name} has no column '{column}', {nearest(column, columns)}")
+    lower = {column.lower(): column for column in reversed(columns)}
     guessed = {
         meaning: lower[known]
         for meaning, names in COLUMNS.items()
         for known in reversed(names)
-        if known in lower and lower[known] not in given.values()
+        if known in lower and lower[known] not in named.values()
     }
-    chosen = guessed | dict(given)
+    chosen = guessed | dict(named)
     if not ({"question", "answer"} <= set(chosen) or {"caption", "messages"} & set(chosen)):
         raise UserError(
-            f"{name} has the columns {', '.join(found)}: question and answer, or caption, are needed; say which they "
+            f"{name} has the columns {', '.join(columns)}: question and answer, or caption, are needed; say which they "
             "are, as in --columns question=...,answer=..."
         )
     return chosen
 
 
 def item_of_row(row: Mapping[str, Any], *, name: str) -> Item | BadEntry:
-    """A table's row, by what its columns mean, in LLaVA's form or with captions; or what is wrong with it.
+    """A table's row, by the meaning of its columns, in LLaVA's form or with captions; or what is wrong with it.
 
-    Numbers, truth values and dates in the place of a text are said as Python writes them (``0``, ``False``,
+    Numbers, truth values and dates instead of a text become the text that Python writes (``0``, ``False``,
     ``2024-05-01``). No text at all, blanks and NaN are nothing. A list or a mapping is none of these: a question, an
     answer and each of the captions is one text.
     """
@@ -73,14 +73,14 @@ def _item(row: Mapping[str, Any], name: str) -> Item:
     images, videos = listed(row.get("image")), listed(row.get("video"))
     for file in listed(row.get("file")):
         (videos if is_video(str(file)) else images).append(file)
-    given = row.get("id")
-    called = name if given is None or given == "" else str(given)
+    row_id = row.get("id")
+    called = name if row_id is None or row_id == "" else str(row_id)
     item: Item = {"id": called, "image": images, "video": videos}
     if row.get("messages") is not None:
         return item | {"conversations": row["messages"]}
     question, answer = (_cell_text(row.get(meaning), f"'{called}'", meaning) for meaning in ("question", "answer"))
     if question is not None and answer is not None:
-        return item | {"conversations": _asked(question, answer, images, videos)}
+        return item | {"conversations": _one_turn(question, answer, images, videos)}
     captions = [_cell_text(caption, f"'{called}'", "caption") for caption in listed(row.get("caption"))]
     if not any(captions) and {"question", "answer"} <= row.keys():
         raise BadEntry(f"'{called}'", f"has no {'question' if question is None else 'answer'}")
@@ -88,7 +88,7 @@ def _item(row: Mapping[str, Any], name: str) -> Item:
 
 
 def _cell_text(value: Any, called: str, meaning: str) -> str | None:
-    """What a cell says, as :func:`item_of_row` has it; None: nothing.
+    """The text of a cell, as :func:`item_of_row` has it; None: nothing.
 
     Raises:
         BadEntry: it is no text.
@@ -103,8 +103,8 @@ def _cell_text(value: Any, called: str, meaning: str) -> str | None:
     return text if text.strip() else None
 
 
-def _asked(question: str, answer: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-    """One turn; what is seen stands before the question, if that does not say where."""
+def _one_turn(question: str, answer: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+    """One turn; marks of its images and videos stand before the question, if it has none itself."""
     if "<image>" not in question and "<video>" not in question:
         question = "<image>\n" * len(images) + "<video>\n" * len(videos) + question
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -114,7 +114,7 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
     """A CSV file, or a TSV, with a header.
 
     Raises:
-        UserError: not there, no header, columns that say nothing.
+        UserError: not there, no header, columns of no known meaning.
     """
     _head(file)
     try:

@@ -6,7 +6,7 @@ import io
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -41,7 +41,7 @@ class Counts:
     heights: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: dict[str, Any], media: Mapping[str, bytes]) -> None:
-        """Count one sample: what its JSON says, and its members of images and videos."""
+        """Count one sample: its JSON, and its members of images and videos."""
         self.samples += 1
         turns = turns_of(record)
         captions = captions_of(record)
@@ -71,26 +71,27 @@ class Counts:
         self.heights[str(height)] += 1
 
     def __iadd__(self, other: Counts) -> Counts:
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
         return self
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Counts:
+    def from_json(cls, record: dict[str, Any]) -> Counts:
         """The inverse of :meth:`to_json`."""
-        given: dict[str, Any] = {k: Counter(value) if isinstance(value, dict) else value for k, value in found.items()}
-        return cls(**given)
+        values: dict[str, Any] = {
+            name: Counter(value) if isinstance(value, dict) else value for name, value in record.items()
+        }
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """All that was counted, to be added to others later."""
+        """All counts as JSON; :meth:`from_json` reads them back."""
         return {
-            one.name: dict(sorted(value.items())) if isinstance(value, Counter) else value
-            for one in fields(self)
-            for value in [getattr(self, one.name)]
+            name: dict(sorted(value.items())) if isinstance(value, Counter) else value
+            for name, value in vars(self).items()
         }
 
     def summary(self) -> dict[str, Any]:
-        """What an index says: of widths and heights only the smallest, the median and the largest."""
+        """The counts as an index has them: of widths and heights only the smallest, the median and the largest."""
         text = {f"<{limit}": self.text[limit] for limit in sorted(self.text, key=int)}
         spread = {name: spread_of(getattr(self, name)) for name in ("widths", "heights")}
         return self.to_json() | {"text": text} | spread
@@ -100,8 +101,8 @@ def spread_of(values: Counter[str]) -> dict[str, int] | None:
     """Smallest, median and largest of counted values; None of none."""
     if not values:
         return None
-    found = sorted(Counter({int(value): count for value, count in values.items()}).elements())
-    return {"min": found[0], "median": statistics.median_low(found), "max": found[-1]}
+    ordered = sorted(Counter({int(value): count for value, count in values.items()}).elements())
+    return {"min": ordered[0], "median": statistics.median_low(ordered), "max": ordered[-1]}
 
 
 def type_of(member: str) -> str:
@@ -111,8 +112,8 @@ def type_of(member: str) -> str:
 
 def captions_of(record: dict[str, Any]) -> list[str]:
     """The captions of a sample."""
-    found = record.get("captions", record.get("caption"))
-    return [found] if isinstance(found, str) else [text for text in _list(found) if isinstance(text, str)]
+    captions = record.get("captions", record.get("caption"))
+    return [captions] if isinstance(captions, str) else [text for text in _list(captions) if isinstance(text, str)]
 
 
 def turns_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -125,7 +126,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def texts_of(record: dict[str, Any]) -> Iterator[str]:
-    """All that is said in a sample."""
+    """All texts of a sample."""
     yield from captions_of(record)
     for turn in turns_of(record):
         content = turn.get("content", turn.get("value"))

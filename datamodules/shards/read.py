@@ -59,7 +59,7 @@ class BrokenSample(Exception):
 
 
 def check_intact(raw: Raw) -> None:
-    """Refuse a record that the reader found broken.
+    """Refuse a record that the reader could not read.
 
     Raises:
         BrokenSample: with the reader's cause and the number of samples that are lost.
@@ -163,8 +163,8 @@ def read_shard(shard: str, first: int = 0, *, types: Collection[str] = ()) -> It
         unread = isinstance(error, OSError)
         if isinstance(error, FileNotFoundError):
             cause = "the shard is not there"
-        elif not number and head is not None and (found := what_it_is(head)) and found != "a tar file":
-            cause = f"is no tar file: it is {found}"
+        elif not number and head is not None and (kind := what_it_is(head)) and kind != "a tar file":
+            cause = f"is no tar file: it is {kind}"
         else:
             cause = f"cannot be read after {number} samples ({reason(error)})"
     expected = expected_samples(shard)
@@ -182,7 +182,7 @@ class _Group:
     """Members that stand together under one key."""
 
     key: str
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    extents: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Where the bytes of each begin, and how many they are."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Why members that should be read cannot be."""
@@ -207,18 +207,18 @@ def _groups(stream: _Bounded, types: Collection[str]) -> Iterator[_Group]:
             if named is None:
                 continue
             key, kind = named[1], named[2].lower()
-            place = read.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
-            problem = _problem(member, place)
+            extent = read.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
+            problem = _problem(member, extent)
             if problem and not _is_read(kind, types):
                 continue
-            if key != group.key or kind in group.places or kind in group.unusable:
+            if key != group.key or kind in group.extents or kind in group.unusable:
                 if _holds_something(group):
                     yield _checked(group, seen)
                 group = _Group(key, at_edge=not seen)
-            if problem or place is None:
+            if problem or extent is None:
                 group.unusable[kind] = problem
             else:
-                group.places[kind] = read[member.name] = place
+                group.extents[kind] = read[member.name] = extent
         _check_end(stream, tar.offset)  # type: ignore[attr-defined]
     if _holds_something(group):
         group.at_edge = True
@@ -232,9 +232,9 @@ def _is_read(kind: str, types: Collection[str]) -> bool:
 _FOLDER = "is a folder"
 
 
-def _problem(member: tarfile.TarInfo, place: tuple[int, int] | None) -> str:
+def _problem(member: tarfile.TarInfo, extent: tuple[int, int] | None) -> str:
     """Why a member has no bytes that could be read; empty if it has."""
-    if place is None:
+    if extent is None:
         return "is a hard link to a file that does not stand before it: write the shard with tar --hard-dereference"
     if member.issym():
         return "is a symbolic link, which a shard cannot follow: write it with tar --dereference"
@@ -247,11 +247,11 @@ def _problem(member: tarfile.TarInfo, place: tuple[int, int] | None) -> str:
 
 def _holds_something(group: _Group) -> bool:
     """A folder that happens to be named like a member is no sample."""
-    return bool(group.places) or any(problem != _FOLDER for problem in group.unusable.values())
+    return bool(group.extents) or any(problem != _FOLDER for problem in group.unusable.values())
 
 
 def _check_end(stream: _Bounded, offset: int) -> None:
-    """Behind the end mark there is nothing: zeros in the place of a header look like one, and samples follow."""
+    """Behind the end mark there is nothing: zeros instead of a header look like one, and samples follow."""
     stream.seek(offset)
     while rest := stream.read(2**20):
         if rest.count(0) < len(rest):
@@ -279,16 +279,16 @@ def _read(stream: _Bounded, group: _Group, types: Collection[str]) -> dict[str, 
     """The bytes of the members of known types; of others only the type: they are never read."""
     if group.broken:
         return {"__broken__": group.broken}
-    found: dict[str, Any] = {"__edge__": True} if group.at_edge else {}
-    for kind, (start, size) in group.places.items():
+    members: dict[str, Any] = {"__edge__": True} if group.at_edge else {}
+    for kind, (start, size) in group.extents.items():
         if not _is_read(kind, types):
-            found.setdefault("__others__", []).append(kind)
+            members.setdefault("__others__", []).append(kind)
             continue
         stream.seek(start)
-        found[kind] = stream.read(size)
-        if len(found[kind]) != size:
+        members[kind] = stream.read(size)
+        if len(members[kind]) != size:
             raise EOFError("the file ends inside a member")
-    return found
+    return members
 
 
 def damage_of(raw: Raw, sums: Any) -> str | None:
@@ -386,32 +386,32 @@ class ShardStream:
                 return
             yield raw
 
-    def records(self, slot: Slot, place: StreamPosition) -> Iterator[tuple[StreamPosition, Raw | None]]:
-        """Records from a place on, without end, each with the place behind it; None when an epoch is complete."""
-        for epoch in itertools.count(place.epoch):
-            records = self._in_order(self.order(epoch, slot), place)
-            found = False
+    def records(self, slot: Slot, position: StreamPosition) -> Iterator[tuple[StreamPosition, Raw | None]]:
+        """Records from a position on, without end, each with the position behind it; None when an epoch is complete."""
+        for epoch in itertools.count(position.epoch):
+            records = self._in_order(self.order(epoch, slot), position)
+            any_record = False
             for start, block in _blocks(records, self.shuffle):
-                found = True
+                any_record = True
                 if self.shuffle:
                     random.Random(f"{self.seed}/{epoch}/{slot.index}/{start}").shuffle(block)
                 block.reverse()
-                taken, size = place.taken, len(block)
+                taken, size = position.taken, len(block)
                 del block[size - min(taken, size) :]
                 while block:  # emptied as it is used: the next one fills meanwhile
                     raw, taken = block.pop(), taken + 1
                     raw["__epoch__"] = epoch
                     yield StreamPosition(epoch, *start, taken), raw
-                place = StreamPosition()
-            if not found and place == StreamPosition(epoch):
+                position = StreamPosition()
+            if not any_record and position == StreamPosition(epoch):
                 raise UserError(f"there is not one sample in {self.order(epoch, slot)[0]} and those behind it.")
-            place = StreamPosition(epoch + 1)
-            yield place, None
+            position = StreamPosition(epoch + 1)
+            yield position, None
 
-    def _in_order(self, shards: list[str], place: StreamPosition) -> Iterator[tuple[tuple[int, int], Raw]]:
-        """Records with the shard and the record they are, from a place on."""
-        for shard in range(place.shard, len(shards)):
-            first = place.record if shard == place.shard else 0
+    def _in_order(self, shards: list[str], position: StreamPosition) -> Iterator[tuple[tuple[int, int], Raw]]:
+        """Records with the shard and the record they are, from a position on."""
+        for shard in range(position.shard, len(shards)):
+            first = position.record if shard == position.shard else 0
             for number, raw in enumerate(read_shard(shards[shard], first, types=self.types), start=first):
                 yield (shard, number), raw
 

@@ -66,7 +66,7 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     """The shards of a folder, a file, a brace pattern, or of several of these, in order.
 
     Raises:
-        UserError: nothing there, compressed shards, or a place that is not read from.
+        UserError: nothing there, compressed shards, or a store that is not read from.
     """
     if isinstance(source, os.PathLike):
         return find_shards(os.fspath(source))
@@ -79,15 +79,15 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     source = os.path.expanduser(source)
     if os.path.isdir(source):
         return _shards_in(source)
-    found = _expanded(source)
-    if missing := [file for file in found if not os.path.isfile(file)]:
+    shards = _expanded(source)
+    if missing := [file for file in shards if not os.path.isfile(file)]:
         if glob.has_magic(missing[0]):
             raise UserError(f"no shards at {missing[0]}: name their folder, or count them in braces: {{000..099}}.tar")
         raise UserError(
             f"no shards at {missing[0]}: make the built-in data with `python -m datamodules.scenes`, "
             "or pack your own with `python -m datamodules.pack`."
         )
-    return found
+    return shards
 
 
 def _shards_in(folder: str) -> list[str]:
@@ -98,22 +98,22 @@ def _shards_in(folder: str) -> list[str]:
     there = {name for name in names if name.endswith(".tar") and not name.startswith(".")}
     _check_plain([f"{folder}/{name}" for name in names if not (there and name.endswith(".zip"))])
     # One that the index names and that is gone is read as lost: a listing alone would not miss it.
-    found = [f"{folder}/{name}" for name in sorted(there | set((read_index(folder) or {}).get("shards", {})))]
-    if not found:
+    shards = [f"{folder}/{name}" for name in sorted(there | set((read_index(folder) or {}).get("shards", {})))]
+    if not shards:
         raise UserError(
             f"the shard folder {folder} has no .tar file: pack your data with `python -m datamodules.pack`."
         )
-    return found
+    return shards
 
 
 def _expanded(pattern: str) -> list[str]:
     """The files that a brace pattern names."""
     try:
-        found = list(braceexpand.braceexpand(pattern))
+        files = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"the pattern {pattern} is none ({error}): a brace is not closed, or was not opened.") from None
-    _check_plain(found)
-    return found
+    _check_plain(files)
+    return files
 
 
 def _check_plain(files: Sequence[str]) -> None:
