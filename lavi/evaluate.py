@@ -10,8 +10,9 @@ that their ratios mean something.
 
 from __future__ import annotations
 
-from lavi.cli.arguments import Parser, device_of, path, whole_number, without_overrides
+from lavi.cli.arguments import Parser, path, whole_number, without_overrides
 from lavi.cli.entry import cli_entry_point
+from lavi.config.devices import device_of
 
 
 @cli_entry_point

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lavi.cli.arguments import Parser, device_of, path, text, whole_number
+from lavi.cli.arguments import Parser, path, text, whole_number
 from lavi.cli.entry import cli_entry_point
+from lavi.config.devices import device_of
 from lavi.errors import UserError
 
 

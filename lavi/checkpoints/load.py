@@ -1,4 +1,4 @@
-"""A trained model from whatever folder holds one: a run, or an export."""
+"""A trained model from a folder that holds one: a run, or an export."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lavi.checkpoints.model_folder import FUSION, from_pretrained
+from lavi.checkpoints.model_folder import FUSION, RECIPE, from_pretrained
 from lavi.checkpoints.run_folder import load_run
+from lavi.config.devices import device_of
 from lavi.config.paths import home_path
+from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
 
@@ -16,13 +18,17 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool 
     """The model of a run folder (``lavi.fit``) or of an exported one (``lavi.export``), ready to answer.
 
     Args:
-        device: where its weights go.
+        device: where its weights go; ``auto``: to a GPU if there is one.
         trust: build whatever the folder's recipe names, not only classes of known packages.
 
     Raises:
-        UserError: no such folder, or one that holds no trained model.
+        UserError: no such folder, or one that holds no trained model; a device that is not there.
     """
-    folder = home_path(folder)
+    folder, target = home_path(folder), device_of(device)
+    if not (folder / RECIPE).is_file():
+        raise UserError(
+            f"{folder} holds no model, it has no {RECIPE}: give a folder that lavi.fit or lavi.export has written."
+        )
     is_export = (folder / FUSION).is_file()
     model = from_pretrained(folder, trust=trust) if is_export else load_run(folder, trust=trust)[1]
-    return model.to(device)
+    return model.to(target)

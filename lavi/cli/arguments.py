@@ -8,14 +8,11 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from lavi.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 from lavi.config.paths import home_path
 from lavi.config.types import Range
+from lavi.errors import UserError
 
 OVERRIDE = re.compile(r"[\w.-]+=")
 """How a change to a recipe begins."""
@@ -91,22 +88,3 @@ def without_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The paths among the values of an option that takes several, and the changes to a recipe that came behind them."""
     overrides = [word for word in words if OVERRIDE.match(word) and not path(word).exists()]
     return [path(word) for word in words if word not in overrides], overrides
-
-
-def device_of(name: str) -> torch.device:
-    """The device that ``--device`` names; ``auto``: a GPU if there is one.
-
-    Raises:
-        UserError: no such device, or nothing can be computed on it here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"--device {name} cannot be used here ({reason}): take cpu, or auto.") from None
-    return device

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
-from lavi.cli.arguments import Parser, device_of, path, share, whole_number
+from lavi.cli.arguments import Parser, path, share, whole_number
 from lavi.cli.entry import cli_entry_point
+from lavi.config.devices import device_of
 
 
 @cli_entry_point
