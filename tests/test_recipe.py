@@ -283,7 +283,7 @@ WRONG = {
     ),
     "no such module": (
         "model:\n  fusion: {_target_: lavi.fusion.lavy.LaViFusion}\n",
-        r"child.yaml:3: there is no module 'lavi.fusion.lavy': did you mean 'lavi.fusion.lavi'\?",
+        r"child.yaml:3: there is no module 'lavi.fusion.lavy': did you mean 'lavi.fusion.lavi.LaViFusion'\?",
     ),
     "no such class": (
         "model:\n  fusion: {_target_: lavi.fusion.lavi.LavyFusion}\n",
