@@ -27,6 +27,7 @@ from lavi.nn.formulas import linear_flops
 from lavi.nn.projectors import MLPProjector, Projector
 from lavi.recipe import Recipe
 from lavi.training.module import summed_loss
+from lavi.vision.base import FeatureSpec
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.readers import Reader
 
@@ -170,6 +171,29 @@ def test_each_layer_has_a_generator_of_its_own(build) -> None:  # type: ignore[n
         id(parameter) for parameter in second.parameters()
     }
     assert not torch.equal(first.down.weight, second.down.weight)
+
+
+def test_lavi_modulates_named_layers_or_a_share_of_them(build) -> None:  # type: ignore[no-untyped-def]
+    assert list(build(LaViFusion(layers=[2, 0])).fusion.generators) == ["0", "2"]
+    assert list(build(LaViFusion(fraction=0.5)).fusion.generators) == ["1", "3"]
+    assert list(build(LaViFusion(fraction=0.5, where="first")).fusion.generators) == ["0", "1"]
+    with pytest.raises(UserError, match="either 'layers' or 'fraction', not both"):
+        LaViFusion(layers=[0], fraction=0.5)
+
+
+def test_features_on_no_grid_lie_in_one_row(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(ConcatFusion())
+    for tokens, grid in ((5, (1, 5)), (0, (1, 1))):
+        fusion = LaViFusion()
+        fusion.bind(model.language, FeatureSpec(24, tokens, None))
+        assert fusion.grid == grid
+
+
+@pytest.mark.parametrize(("parameters", "each"), [("both", 6), ("scale", 5), ("shift", 1)])
+def test_modulation_costs_what_is_modulated(build, parameters: Any, each: int) -> None:  # type: ignore[no-untyped-def]
+    """Two norms of each of two layers, 10 tokens of width 32."""
+    cost = build(LaViFusion(every=2, parameters=parameters)).fusion.costs(10, Layout(), 16)["modulation"]
+    assert cost.flops == cost.uncounted == each * 4 * 10 * 32
 
 
 @pytest.mark.parametrize("name", ["lavi", "concat", "cross-attention", "visor"])

@@ -16,6 +16,7 @@ from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.layers import choose_layers, where_routes_part
+from lavi.visor.readers import ModulationReader
 from lavi.visor.router import PATIENCE, Router, RouterLabels
 
 VIABLE = [(), (1,), (1, 3)]
@@ -126,6 +127,19 @@ def test_costs_add_up_layer_by_layer_and_only_reading_is_left_while_decoding(bui
     blind = fusion.costs(10, None, per_view)
     assert blind["projector"].flops == 0
     assert blind["cross_attention"].flops == 2 * reader.costs(10, 0, decoding=False)["cross_attention"].flops
+
+
+def test_what_no_counter_sees_adds_up_too(build) -> None:  # type: ignore[no-untyped-def]
+    costs = bound(build, reader=ModulationReader()).costs(10, Layout(), 16)
+    assert costs["modulation"].uncounted == costs["modulation"].flops == 2 * 6 * 2 * 10 * 32  # two layers of two norms
+    assert costs["generator"].uncounted == 0
+
+
+def test_a_kernel_without_masks_is_refused_by_name(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(ConcatFusion())
+    model.language.attention = "flex_attention"
+    with pytest.raises(UserError, match=r"^VISOR works with the attention kernels .*, not 'flex_attention'"):
+        VisorFusion(cross_attention=1, self_attention=1).bind(model.language, model.feature_spec)
 
 
 def test_it_says_which_layers_work_on_how_many_visual_tokens(build) -> None:  # type: ignore[no-untyped-def]
