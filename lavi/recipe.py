@@ -17,10 +17,7 @@ the parent's component whole. A ``key=value`` of a command line puts its value i
 from __future__ import annotations
 
 import copy
-import difflib
-import importlib
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +29,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lavi.config.targets import OURS, find_target
 from lavi.config.text import TARGET, Dumper, is_component, override, read
 from lavi.config.types import Check, Count, PositiveOrZero, Range
 from lavi.errors import UserError, nearest, one_line
@@ -67,12 +65,6 @@ OF_AN_EPOCH = (
     "val_check_interval",
 )
 """What of the trainer is a number of batches, or a share of them all."""
-
-OURS = ("lavi.", "datamodules.", "callbacks.")
-"""What their classes raise besides a UserError is a fault of theirs; of others, a refusal of what they were given."""
-
-TRUSTED = ("lavi.", "datamodules.", "callbacks.", "torch.optim.", "lightning.pytorch.", "torchmetrics.")
-"""From a recipe inside a checkpoint only classes of these packages are built."""
 
 
 @dataclass
@@ -293,40 +285,12 @@ class Recipe:
             raise UserError(f"{self._where(key)}: {key}: {error}") from None
 
     def _find(self, path: Any, key: str) -> Callable[..., Any]:
-        """What a dotted path names.
+        """The class that a dotted path names.
 
         Raises:
-            UserError: nothing of that name, or not allowed from a checkpoint.
+            UserError: as :func:`lavi.config.targets.find_target`.
         """
-        where = self._where(f"{key}.{TARGET}")
-        if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
-            raise UserError(f"{where}: '{key}.{TARGET}' must be a dotted path to a class, not {path!r}.")
-        if not self.trusted and not path.startswith(TRUSTED):
-            raise UserError(
-                f"{where}: the checkpoint's recipe wants to build '{path}', which is outside "
-                f"{', '.join(p.rstrip('.') for p in TRUSTED)}: pass --trust if you know where it comes from."
-            )
-        module_name, _, name = path.rpartition(".")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise UserError(
-                    f"{where}: '{path}' needs the module '{error.name}', which is not there: install what brings it."
-                ) from error
-            there = _home_of(name) or _near_module(module_name)
-            raise UserError(f"{where}: there is no module '{module_name}': {there}") from None
-        target = getattr(module, name, None)
-        if target is None:
-            classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
-            there = _home_of(name) or nearest(name, classes)
-            raise UserError(f"{where}: module '{module_name}' has no '{name}': {there}")
-        if not self.trusted and not inspect.isclass(target):
-            raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
-        if not callable(target) or inspect.isabstract(target):
-            what = "is only a contract: name a class that meets it" if callable(target) else "is no class"
-            raise UserError(f"{where}: '{path}' cannot be built, it {what}.")
-        return typing.cast(Callable[..., Any], target)
+        return find_target(path, key, where=self._where(f"{key}.{TARGET}"), trusted=self.trusted)
 
     # --- building ---
 
@@ -432,26 +396,3 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
 def _check_name(name: str) -> None:
     if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{name!r} is no name of a folder: a run lies in runs/NAME (elsewhere: --run FOLDER).")
-
-
-def _home_of(name: str) -> str | None:
-    """``did you mean 'lavi.model.NAME'?`` for the class of this name in our packages, found without importing it."""
-    for package in (prefix.rstrip(".") for prefix in OURS):
-        for folder in importlib.import_module(package).__path__:
-            for file in sorted(Path(folder).rglob("*.py")):
-                if re.search(rf"^class {re.escape(name)}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
-                    inside = ".".join(file.relative_to(folder).with_suffix("").parts)
-                    return f"did you mean '{package}.{inside}.{name}'?"
-    return None
-
-
-def _near_module(name: str) -> str:
-    """The module under the same package whose name is closest."""
-    package, _, last = name.rpartition(".")
-    try:
-        folder = importlib.import_module(package).__path__ if package else []
-    except (ImportError, AttributeError):
-        return f"is '{package or name}' installed?"
-    names = [p.stem for place in folder for p in Path(place).glob("*.py") if p.stem != "__init__"]
-    close = difflib.get_close_matches(last, names, n=1, cutoff=0.3)
-    return f"did you mean '{package}.{close[0]}'?" if close else f"known: {', '.join(sorted(names))}."

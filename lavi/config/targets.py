@@ -1,0 +1,100 @@
+"""The class that a recipe's ``_target_`` names, or one sentence that says what it may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lavi.config.text import TARGET
+from lavi.errors import UserError, nearest
+
+OURS = ("lavi.", "datamodules.", "callbacks.")
+"""What their classes raise besides a UserError is a fault of theirs; of others, a refusal of what they were given."""
+
+TRUSTED = (*OURS, "torch.optim.", "lightning.pytorch.", "torchmetrics.")
+"""From a recipe inside a checkpoint only classes of these packages are built."""
+
+
+def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[..., Any]:
+    """The class or function that a dotted path names.
+
+    Args:
+        key: the component in its recipe.
+        where: file and line of the path.
+        trusted: False for a recipe that came with a checkpoint: it may name classes alone, of :data:`TRUSTED` packages.
+
+    Raises:
+        UserError: nothing of that name, nothing that can be built, or not allowed.
+    """
+    if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+        raise UserError(f"{where}: '{key}.{TARGET}' must be a dotted path to a class, not {path!r}.")
+    if not trusted and not path.startswith(TRUSTED):
+        raise UserError(
+            f"{where}: the checkpoint's recipe wants to build '{path}', which is outside "
+            f"{', '.join(p.rstrip('.') for p in TRUSTED)}: pass --trust if you know where it comes from."
+        )
+    target = _imported(path, where)
+    if not trusted and not inspect.isclass(target):
+        raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
+    if not callable(target) or inspect.isabstract(target):
+        what = "is only a contract: name a class that meets it" if callable(target) else "is no class"
+        raise UserError(f"{where}: '{path}' cannot be built, it {what}.")
+    return typing.cast(Callable[..., Any], target)
+
+
+def _imported(path: str, where: str) -> Any:
+    """What stands at a dotted path."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise UserError(
+                f"{where}: '{path}' needs the module '{error.name}', which is not there: install what brings it."
+            ) from error
+        hint = _class_elsewhere(name) or _nearest_module(module_name)
+        raise UserError(f"{where}: there is no module '{module_name}': {hint}") from None
+    target = getattr(module, name, None)
+    if target is None:
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        hint = _class_elsewhere(name) or nearest(name, classes)
+        raise UserError(f"{where}: module '{module_name}' has no '{name}': {hint}")
+    return target
+
+
+def _class_elsewhere(name: str) -> str | None:
+    """``did you mean 'lavi.model.NAME'?`` for the class of this name in our packages, whose files are only read."""
+    for package in (prefix.rstrip(".") for prefix in OURS):
+        for folder in _folders_of(package):
+            for file in sorted(folder.rglob("*.py")):
+                if re.search(rf"^class {re.escape(name)}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+                    module = ".".join((package, *file.relative_to(folder).with_suffix("").parts))
+                    return f"did you mean '{module}.{name}'?"
+    return None
+
+
+def _nearest_module(name: str) -> str:
+    """The module of the same package whose name is closest."""
+    package, _, last = name.rpartition(".")
+    folders = _folders_of(package) if package else []
+    if not folders:
+        return f"is '{package or name}' installed?"
+    names = [file.stem for folder in folders for file in folder.glob("*.py") if file.stem != "__init__"]
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.3)
+    return f"did you mean '{package}.{close[0]}'?" if close else f"known: {', '.join(sorted(names))}."
+
+
+def _folders_of(package: str) -> list[Path]:
+    """Where a package's modules lie; empty: there is no such package."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # the package above it is not there, or this is no module of a file
+        spec = None
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
