@@ -29,8 +29,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def turn(question: str, answer: str, family: str, *, images: int) -> list[dict[str, str]]:
     """One question with its answer, LLaVA style."""
-    asked = {"from": "human", "value": "<image>\n" * images + question}
-    return [asked, {"from": "gpt", "value": answer, "family": family, "level": "real"}]
+    request = {"from": "human", "value": "<image>\n" * images + question}
+    return [request, {"from": "gpt", "value": answer, "family": family, "level": "real"}]
 
 
 def conversations(files: list[str], digits: list[int], rng: random.Random) -> list[dict[str, Any]]:
@@ -77,15 +77,15 @@ def _write(out: Path, scans: Any, *, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     order = list(range(len(files)))
     rng.shuffle(order)
-    counts, first, said = {}, 0, set()
+    counts, first, texts = {}, 0, set()
     for split, share in SHARES.items():
-        mine = order[first : first + round(share * len(files))] if split != "test" else order[first:]
-        first += len(mine)
-        entries = conversations([files[i] for i in mine], [int(scans.target[i]) for i in mine], rng)
+        part = order[first : first + round(share * len(files))] if split != "test" else order[first:]
+        first += len(part)
+        entries = conversations([files[i] for i in part], [int(scans.target[i]) for i in part], rng)
         (out / f"{split}.json").write_text(json.dumps(entries))
-        counts[split] = len(mine)
-        said |= {t["value"].replace("<image>\n", "") for entry in entries for t in entry["conversations"]}
-    train_tokenizer(sorted(said) * 10, out / "tokenizer", vocabulary=320)
+        counts[split] = len(part)
+        texts |= {t["value"].replace("<image>\n", "") for entry in entries for t in entry["conversations"]}
+    train_tokenizer(sorted(texts) * 10, out / "tokenizer", vocabulary=320)
     return counts
 
 

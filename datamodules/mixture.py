@@ -7,7 +7,7 @@
       temperature: 2                                # shares to the power 1/2: the small ones come oftener
 
 Each source goes through its own epochs; the next sample's source is drawn. A draw is a function of (seed, reader, its
-number) alone, so that a mixture goes on where it stopped, like a single stream.
+number) alone, so that a mixture resumes exactly where it stopped, like a single stream.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def read_coco(file: Path) -> Source:
 def _dicts(content: Any, key: str) -> list[Item]:
     """The list of objects under a key; empty if there is none."""
     listed = content.get(key) if isinstance(content, dict) else None
-    return listed if isinstance(listed, list) and all(isinstance(one, dict) for one in listed) else []
+    return listed if isinstance(listed, list) and all(isinstance(item, dict) for item in listed) else []
 
 
 def _coco_items(images: list[Item], annotations: list[Item]) -> Iterator[Item | BadEntry]:

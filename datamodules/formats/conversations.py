@@ -187,9 +187,9 @@ def as_text(value: Any) -> str | None:
 
 def plain_parts(content: list[Any]) -> list[Any]:
     """The parts of a message's content without keys that no template reads; what is no part stays as it is."""
-    kept = {"text": ("type", "text"), "image": ("type",), "video": ("type",)}
+    keys = {"text": ("type", "text"), "image": ("type",), "video": ("type",)}
     return [
-        {key: part[key] for key in kept[part["type"]] if key in part}
+        {key: part[key] for key in keys[part["type"]] if key in part}
         if isinstance(part, dict) and part.get("type") in ("text", "image", "video")
         else part
         for part in content

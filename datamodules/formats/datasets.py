@@ -21,7 +21,7 @@ from datamodules.shards.counts import UNREADABLE
 from lavi.errors import UserError, nearest, reason
 
 NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
-"""What the system says of a cache that cannot be written."""
+"""The system's messages about a cache that cannot be written."""
 
 
 def read_dataset(folder: Path, columns: Mapping[str, str], split: str | None = None) -> Source:
@@ -31,21 +31,21 @@ def read_dataset(folder: Path, columns: Mapping[str, str], split: str | None = N
         split: which one, of a folder that has several.
 
     Raises:
-        UserError: ``datasets`` is not installed; no such folder; several splits; columns that say nothing.
+        UserError: ``datasets`` is not installed; no such folder; several splits; columns of no known meaning.
     """
     data = _opened(folder, split)
     images = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
     known = {name.lower() for name in COLUMNS["image"]}
-    given = dict(columns)
-    if images and "image" not in given and not any(name.lower() in known for name in images):
-        given["image"] = images[0]
-    chosen = chosen_columns(list(data.features), given, str(folder))
+    named = dict(columns)
+    if images and "image" not in named and not any(name.lower() in known for name in images):
+        named["image"] = images[0]
+    chosen = chosen_columns(list(data.features), named, str(folder))
     return Source(folder.name, _dataset_items(data, chosen), len(data))
 
 
 @lru_cache(maxsize=1)
 def open_dataset(folder: Path, split: str | None) -> Any:
-    """What :func:`read_dataset` read, opened once in each process."""
+    """The dataset of :func:`read_dataset`, opened once in each process."""
     return _opened(folder, split)
 
 
@@ -75,9 +75,9 @@ def _opened(folder: Path, split: str | None) -> Any:
             raise UserError(
                 f"{folder} cannot be copied into the cache of `datasets` ({why}): set HF_HOME to a folder with room."
             ) from None
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{folder} is neither written by save_to_disk nor a folder of parquet files ({said})."
+            f"{folder} is neither written by save_to_disk nor a folder of parquet files ({cause})."
         ) from None
     if isinstance(data, datasets.DatasetDict):
         if split is None:
@@ -158,8 +158,8 @@ def split_of(file: PurePath) -> str:
     from datasets.utils.py_utils import glob_pattern_to_regex, string_to_dict
 
     named = string_to_dict(file.name, glob_pattern_to_regex(PurePath(SPLIT_PATTERN_SHARDED).name))
-    told = file.parent if named else file.with_suffix("")
-    words = re.split(f"[{NON_WORDS_CHARS}/]+", str(told).lower())
+    path = file.parent if named else file.with_suffix("")
+    words = re.split(f"[{NON_WORDS_CHARS}/]+", str(path).lower())
     splits = [str(split) for word in words for split, keywords in SPLIT_KEYWORDS.items() if word in keywords]
     return "/".join(dict.fromkeys([*splits, named["split"]] if named else splits))
 
@@ -181,8 +181,8 @@ def _dataset_items(data: Any, columns: dict[str, str]) -> Iterator[Item | BadEnt
 def _without_nulls(value: Any) -> Any:
     """Arrow gives each object all keys that any has; those it never had are null."""
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _cell(image: Any, row: int, column: str, number: int) -> Any:

@@ -223,17 +223,17 @@ def _media(
 ) -> tuple[list[Located], Item]:
     """The members in the order in which they are shown, and what the JSON says of videos."""
     left = {kind: iter(named) for kind, named in files.items()}
-    given = [(kind, _below(folders, kind, next(left[kind]))) for kind in kinds]
+    files_of_kinds = [(kind, _below(folders, kind, next(left[kind]))) for kind in kinds]
     more = _clip(item, files["video"], called)
-    framed = [kind == "video" and _is_folder(folders, file) for kind, file in given]
+    framed = [kind == "video" and _is_folder(folders, file) for kind, file in files_of_kinds]
     if any(framed):
         if not all(framed):
             raise BadEntry(called, "has the frames of a video beside other images or videos")
-        groups = [_frames(folders, file, called) for _, file in given]
+        groups = [_frames(folders, file, called) for _, file in files_of_kinds]
         more |= {"frames": [len(group) for group in groups]} | _fps(item, called)
         located = [located for group in groups for located in group]
     else:
-        located = [_located(kind, file, folders, called) for kind, file in given]
+        located = [_located(kind, file, folders, called) for kind, file in files_of_kinds]
     if len(located) == 1 and not more.get("frames"):
         return located, more
     return [(f"{number}.{kind}", file, size) for number, (kind, file, size) in enumerate(located)], more
@@ -288,12 +288,12 @@ def _size(folder: Path, file: str, kind: str, called: str) -> int:
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         raise BadEntry(called, f"names {kind}s that are empty", f": {kind} {folder / file} is empty, or no file")
     content = "image" if _ending(file) in IMAGE_TYPES else "video"  # the frames of a video are images
-    if instead := _stands_for(folder / file, content):
+    if instead := _other_content(folder / file, content):
         raise BadEntry(called, f"names {kind}s that are something else", f": {kind} {folder / file} is {instead}")
     return status.st_size
 
 
-def _stands_for(file: Path, content: str) -> str | None:
+def _other_content(file: Path, content: str) -> str | None:
     """What a file is that should be an image or a video; None if it may be one."""
     try:
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""What a sample's JSON says about its videos: clips, and videos that come as images of their frames."""
+"""Videos in a sample's JSON: clips, and videos that come as images of their frames."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def from_frames(images: Sequence[Image.Image], sampling: FrameSampling, *, fps: 
         return Video([images[i] for i in evenly.pick(range(len(images)), 0, len(images))])
     seconds = [i / fps for i in range(len(images))]
     duration = len(images) / fps
-    kept = sampling.pick(seconds, 0, duration)
-    return Video([images[i] for i in kept], [seconds[i] for i in kept], duration)
+    indices = sampling.pick(seconds, 0, duration)
+    return Video([images[i] for i in indices], [seconds[i] for i in indices], duration)
 
 
 def extracted(images: Sequence[Image.Image], frames: Any, fps: Any, sampling: FrameSampling) -> list[Video]:
@@ -56,17 +56,17 @@ def extracted(images: Sequence[Image.Image], frames: Any, fps: Any, sampling: Fr
     ]
 
 
-def clip_of(said: Any) -> tuple[float, float] | None:
+def clip_of(value: Any) -> tuple[float, float] | None:
     """The JSON's ``clip``, in seconds.
 
     Raises:
         UserError: it is not a start and an end.
     """
-    if said is None:
+    if value is None:
         return None
-    if not (isinstance(said, list) and len(said) == 2 and all(map(is_number, said))):
+    if not (isinstance(value, list) and len(value) == 2 and all(map(is_number, value))):
         raise UserError("its 'clip' is no time, and must be [start, end] in seconds")
-    return float(said[0]), float(said[1])
+    return float(value[0]), float(value[1])
 
 
 def is_number(value: Any, kind: Any = int | float) -> bool:

@@ -1,4 +1,4 @@
-"""Work shared among processes that are quiet on Ctrl-C and never outlive the one they work for."""
+"""Work shared among processes that leave Ctrl-C to their parent and end when it does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lavi.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TOGETHER = 512
-"""Items that are sent to a process at a time."""
+"""Items that a process gets at a time."""
 
 
 def leave_interrupts_to_parent() -> None:
@@ -51,9 +51,9 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], *, workers: 
     """
     pool = ProcessPoolExecutor(workers, initializer=_begin)
     waiting: deque[Future[list[Result]]] = deque()
-    given = iter(items)
+    left = iter(items)
     try:
-        while some := list(islice(given, TOGETHER)):
+        while some := list(islice(left, TOGETHER)):
             waiting.append(pool.submit(_each, work, some))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()

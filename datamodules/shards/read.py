@@ -193,7 +193,7 @@ class _Group:
 
 def _groups(stream: _Bounded, types: Collection[str]) -> Iterator[_Group]:
     """The members of a tar, sample by sample."""
-    seen: set[str] = set()
+    keys: set[str] = set()
     read: dict[str, tuple[int, int]] = {}
     """Where the bytes of each file are: a hard link has none of its own."""
     group, last = _Group("", at_edge=True), -1
@@ -213,8 +213,8 @@ def _groups(stream: _Bounded, types: Collection[str]) -> Iterator[_Group]:
                 continue
             if key != group.key or kind in group.extents or kind in group.unusable:
                 if _holds_something(group):
-                    yield _checked(group, seen)
-                group = _Group(key, at_edge=not seen)
+                    yield _checked(group, keys)
+                group = _Group(key, at_edge=not keys)
             if problem or extent is None:
                 group.unusable[kind] = problem
             else:
@@ -222,7 +222,7 @@ def _groups(stream: _Bounded, types: Collection[str]) -> Iterator[_Group]:
         _check_end(stream, tar.offset)  # type: ignore[attr-defined]
     if _holds_something(group):
         group.at_edge = True
-        yield _checked(group, seen)
+        yield _checked(group, keys)
 
 
 def _is_read(kind: str, types: Collection[str]) -> bool:
@@ -258,11 +258,11 @@ def _check_end(stream: _Bounded, offset: int) -> None:
             raise DamagedTar("zeros where a header must stand")
 
 
-def _checked(group: _Group, seen: set[str]) -> _Group:
+def _checked(group: _Group, keys: set[str]) -> _Group:
     """The group, with what is wrong with it; its key as text that can be written."""
     key = group.key
     group.key = key.encode(errors="backslashreplace").decode()
-    if key in seen:
+    if key in keys:
         group.broken = (
             "its key comes a second time in this shard (the members of a sample stand together: tar --sort=name)"
         )
@@ -271,7 +271,7 @@ def _checked(group: _Group, seen: set[str]) -> _Group:
     elif group.unusable:
         kind, problem = next(iter(group.unusable.items()))
         group.broken = f"its member '{kind}' {problem}"
-    seen.add(key)
+    keys.add(key)
     return group
 
 
@@ -293,10 +293,10 @@ def _read(stream: _Bounded, group: _Group, types: Collection[str]) -> dict[str, 
 
 def damage_of(raw: Raw, sums: Any) -> str | None:
     """What is wrong with the members for which a sample gives checksums; None: nothing."""
-    for kind, given in sums.items() if isinstance(sums, dict) else ():
+    for kind, checksum in sums.items() if isinstance(sums, dict) else ():
         if not isinstance(raw.get(kind), bytes):
             return f"its member {kind!r} is missing"
-        if zlib.crc32(raw[kind]) != given:
+        if zlib.crc32(raw[kind]) != checksum:
             return f"its member '{kind}' was altered: it has another checksum than it was packed with"
     return None
 
@@ -419,14 +419,14 @@ class ShardStream:
 def _blocks(records: Iterator[tuple[tuple[int, int], Raw]], size: int) -> Iterator[tuple[tuple[int, int], list[Raw]]]:
     """Cut records into blocks of ``size`` (at least one), each with where its first is."""
     block: list[Raw] = []
-    start, held = (0, 0), 0
-    for at, raw in records:
+    start, size_in_bytes = (0, 0), 0
+    for position, raw in records:
         if not block:
-            start, held = at, 0
+            start, size_in_bytes = position, 0
         block.append(raw)
-        held += sum(len(value) for value in raw.values() if isinstance(value, bytes))
-        # A shard that cannot be read is told at once, not behind all others that cannot.
-        if len(block) >= max(1, size) or held > LARGEST_BLOCK or "__lost__" in raw:
+        size_in_bytes += sum(len(value) for value in raw.values() if isinstance(value, bytes))
+        # A shard that cannot be read is reported at once, not behind all others that cannot.
+        if len(block) >= max(1, size) or size_in_bytes > LARGEST_BLOCK or "__lost__" in raw:
             yield start, block
             block = []
     if block:

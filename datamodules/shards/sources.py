@@ -7,6 +7,10 @@
 
 A remote file is read block by block, the next one while this one is used. A block that does not come whole is asked
 for again, later and later; what never comes is an error that names the shard, not a shorter shard.
+
+Own code where a library's loses a guarantee: fsspec's ``BackgroundBlockCache`` raises the error of a block that it read
+ahead at the next read, also of a block that has come; ``webdataset.shardlists.expand_urls`` puts environment variables
+into a URL that a recipe from elsewhere names, and imports torch, without which packing and inspecting start.
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ log = logging.getLogger("lavi")
 INDEX = "index.json"
 """Beside the shards of a folder: what each of them holds."""
 BLOCK = 8 * 2**20
-"""Bytes that a remote file is asked for at a time."""
-KEPT = 4
-"""Blocks of a remote file that are kept."""
+"""Bytes of a block of a remote file."""
+CACHED_BLOCKS = 4
+"""Blocks of a remote file that are cached."""
 TRIES = 6
 """How often a block is asked for; between two tries 0.5, 1, 2, 4, 8 s pass."""
 FIRST_WAIT = 0.5
@@ -55,7 +59,7 @@ COMPRESSED = {
 }
 """Endings of archives that are no shards, and what makes shards of them."""
 STORES = ("abfs", "az", "gcs", "gs", "hf", "http", "https", "memory", "oci", "s3", "s3a")
-"""What may be read from: fsspec knows more, and some of them run programs or reach into archives."""
+"""Stores that are read from: fsspec knows more, and some of them run programs or reach into archives."""
 PIPES = "LAVI_ALLOW_PIPES"
 """Set to 1, it lets ``pipe:`` run a shell. No recipe can: a recipe may come from elsewhere."""
 
@@ -71,7 +75,7 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     if isinstance(source, os.PathLike):
         return find_shards(os.fspath(source))
     if isinstance(source, Sequence) and not isinstance(source, str) and source:
-        return [shard for one in source for shard in find_shards(one)]
+        return [shard for part in source for shard in find_shards(part)]
     if not isinstance(source, str) or not source:
         raise UserError(f"shards are named by a folder, a file or a pattern, or a list of these, not {source!r}.")
     if "://" in source or source.startswith("pipe:"):
@@ -307,7 +311,7 @@ class RemoteFile(io.RawIOBase):
         if number not in self.blocks:
             ready = self.ahead is not None and self.ahead[0] == number
             self.blocks[number] = self.ahead[1].result() if self.ahead and ready else self._ask(number)
-            while len(self.blocks) > KEPT:
+            while len(self.blocks) > CACHED_BLOCKS:
                 del self.blocks[next(iter(self.blocks))]
         following = number + 1
         if following not in self.blocks and (self.ahead is None or self.ahead[0] < following):
