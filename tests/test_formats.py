@@ -16,14 +16,21 @@ from test_pack import png, raw_of, said, turns
 from test_shards import write_tar
 
 from datamodules.formats.base import SampleFormat
+from datamodules.formats.captions import read_coco
+from datamodules.formats.conversations import Conversations
+from datamodules.formats.datasets import read_dataset
+from datamodules.formats.entries import BadEntry
 from datamodules.formats.files import Source
+from datamodules.formats.json_lists import read_json
+from datamodules.formats.tables import chosen_columns, item_of_row, read_table
 from datamodules.image_text import ImageTextData
 from datamodules.scenes import make_samples
 from datamodules.shards.processes import in_order
-from datamodules.shards.read import Raw
+from datamodules.shards.read import BrokenSample, Raw
 from datamodules.shards.write import shard_jobs, write_shards
 from lavi.batch import Sample
 from lavi.data.images import open_image
+from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 
 
@@ -119,3 +126,183 @@ def test_shards_are_packed_alike_however_processes_start(start_method: str, tmp_
     expected = [sample["__key__"] for job in jobs for sample in make(job)]
     assert [raw["__key__"] for raw in raw_of(tmp_path / "out")] == expected
     assert list(in_order(abs, range(-5, 5), workers=2)) == [abs(number) for number in range(-5, 5)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [read_json, read_coco, lambda file: read_table(file, {})], ids=["json", "coco", "csv"])
+def test_a_file_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^there is no .*gone\.$"):
+        read(tmp_path / "gone")
+    with pytest.raises(UserError, match=rf"^{tmp_path} cannot be read \(Is a directory\)\.$"):
+        read(tmp_path)
+
+
+def test_files_that_are_no_lists_say_what_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "d.json"
+    for text, words in (
+        ("[]", "is not a list of conversations, or an empty one"),
+        ("[{]", r"is not JSON \(Expecting property name"),
+        ("no JSON", r"is not JSON \(Expecting value"),
+        ('{"a": 1}', ""),
+    ):
+        file.write_text(text)
+        if words:
+            with pytest.raises(UserError, match=rf"^{file} {words}"):
+                list(read_json(file).items)
+        else:
+            assert list(read_json(file).items) == [{"a": 1}]
+    file.write_text('\n{"a": 1}\n\nno JSON\n{"a": 2}\n')
+    first, bad, second = read_json(file).items
+    assert (first, second) == ({"a": 1}, {"a": 2})
+    assert isinstance(bad, BadEntry)
+    assert str(bad) == "entry of line 4 is not JSON"
+    assert read_json(file).total is None
+    file.write_text("\ufeff[1, 2]")
+    assert (read_json(file).name, read_json(file).total, list(read_json(file).items)) == ("d.json", 2, [1, 2])
+
+
+IMAGES, CAPTIONS = [{"id": 1, "file_name": "a.jpg"}], [{"id": 5, "image_id": 1, "caption": "a cat"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"images": IMAGES}, "it has no lists 'images' and 'annotations'"),
+        ({"annotations": CAPTIONS}, "it has no lists 'images' and 'annotations'"),
+        ({"images": IMAGES, "annotations": [1]}, "it has no lists 'images' and 'annotations'"),
+        ([IMAGES, CAPTIONS], "it has no lists 'images' and 'annotations'"),
+        ({"images": [{"file_name": "a.jpg"}], "annotations": CAPTIONS}, "lists images whose 'id' is no number"),
+        ({"images": IMAGES, "annotations": [{"image_id": 1}]}, "has annotations without 'caption'"),
+    ],
+)
+def test_what_is_no_coco_file_says_why(content: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        read_coco(tmp_path / "c.json")
+
+
+def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
+    annotations = [*CAPTIONS, {"id": 6, "image_id": 1, "caption": "it"}, {"id": 7, "image_id": [1], "caption": "x"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": IMAGES, "annotations": annotations}))
+    source = read_coco(tmp_path / "c.json")
+    bad, item = source.items
+    assert (source.name, source.total) == ("c.json", 1)
+    assert str(bad) == "entry '7' describes an image that is not listed"
+    assert item == {"id": 1, "image": "a.jpg", "captions": ["a cat", "it"]}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def items_of(text: str, tmp_path: Path, *, name: str = "d.csv", **columns: str) -> list[Any]:
+    (tmp_path / name).write_bytes(text.encode())
+    return list(read_table(tmp_path / name, columns).items)
+
+
+def test_cells_keep_their_newlines_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    text = '\ufeffquestion,answer\r\n"two\nlines?","yes,\r\n""both"""\r\n\r\nwhy?,so\r\n'
+    first, second = items_of(text, tmp_path)
+    assert first["conversations"] == turns("two\nlines?", 'yes,\r\n"both"')
+    assert second["conversations"] == turns("why?", "so")
+    assert (first["id"], second["id"]) == ("1", "3")  # the blank line is a row without cells
+    assert (
+        items_of("question\tanswer\nwhat, then?\tso\n", tmp_path, name="d.TAB")[0]["conversations"][0]["value"]
+        == "what, then?"
+    )
+
+
+def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "blank.csv").write_text("\nquestion,answer\n")
+    with pytest.raises(UserError, match=r"blank\.csv has no header: its first line names the columns\.$"):
+        read_table(tmp_path / "blank.csv", {})
+    (tmp_path / "d.csv").write_bytes(b"question,answer\n\xff,b\n")
+    with pytest.raises(UserError, match=r"d\.csv cannot be read behind line 0|is not a table of text"):
+        list(read_table(tmp_path / "d.csv", {}).items)
+
+
+def test_a_question_with_its_own_mark_gets_no_second_one(tmp_path: Path) -> None:
+    rows = ("a.jpg,,what <image> is it?,x", "a.jpg,v.mp4,what?,x", ",v.mp4,<video> what?,x", ",,what?,x")
+    text = "\n".join(["image,video,question,answer", *rows])
+    questions = [item["conversations"][0]["value"] for item in items_of(text, tmp_path)]
+    assert questions == ["what <image> is it?", "<image>\n<video>\nwhat?", "<video> what?", "what?"]
+
+
+def test_a_file_is_an_image_or_a_video_by_its_type(tmp_path: Path) -> None:
+    text = "id,file,caption\n,a.jpg,x\nv,b.mp4,y\n"
+    assert items_of(text, tmp_path) == [
+        {"id": "1", "image": ["a.jpg"], "video": [], "captions": ["x"]},
+        {"id": "v", "image": [], "video": ["b.mp4"], "captions": ["y"]},
+    ]
+
+
+def test_columns_are_those_named_then_those_known() -> None:
+    table = ["Image", "caption", "text", "question", "answer", "IMAGE"]
+    assert chosen_columns(table, {}, "t")["image"] == "Image"  # the first of a name
+    assert chosen_columns(table, {}, "t")["caption"] == "caption"
+    assert chosen_columns(table, {"caption": "text"}, "t")["caption"] == "text"
+    assert "caption" not in chosen_columns(["question", "answer", "text"], {"question": "text"}, "t")
+    assert chosen_columns(["messages"], {}, "t") == {"messages": "messages"}
+    with pytest.raises(UserError, match=r"--columns: 'imag' is no kind of column, did you mean 'image'\?"):
+        chosen_columns(table, {"imag": "x"}, "t")
+    with pytest.raises(UserError, match=r"--columns: t has no column 'txt', did you mean 'text'\?"):
+        chosen_columns(table, {"caption": "txt"}, "t")
+    with pytest.raises(UserError, match=r"^t has the columns question, x: .* as in --columns question=...,answer=...$"):
+        chosen_columns(["question", "x"], {}, "t")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "?", "answer": ["a"]}, "entry 'n' has an answer that is a list, and no text"),
+        ({"question": {"a": 1}, "answer": "a"}, "entry 'n' has a question that is a mapping, and no text"),
+        ({"question": "?", "answer": " "}, "entry 'n' has no answer"),
+        ({"question": None, "answer": "a"}, "entry 'n' has no question"),
+        ({"caption": [["a"]]}, "entry 'n' has a caption that is a list, and no text"),
+        ({"question": "?", "answer": None, "caption": "c", "id": ""}, {"image": [], "video": [], "captions": ["c"]}),
+        ({"messages": [1], "question": "?", "answer": "a"}, {"image": [], "video": [], "conversations": [1]}),
+        ({"caption": None}, {"image": [], "video": [], "captions": []}),
+        ({"caption": ("a", None)}, {"image": [], "video": [], "captions": ["a", None]}),
+    ],
+)
+def test_a_row_is_an_item_or_a_bad_entry(row: dict[str, Any], expected: Any) -> None:
+    item = item_of_row(row, name="n")
+    if isinstance(expected, str):
+        assert isinstance(item, BadEntry)
+        assert str(item) == expected
+    else:
+        assert item == {"id": "n"} | expected
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def test_image_cells_that_are_paths_name_their_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(UserError, match=r"^there is no folder .*gone\.$"):
+        read_dataset(tmp_path / "gone", {})
+    datasets.Dataset.from_dict({"image": ["a.png", None], "caption": ["x", "y"]}).save_to_disk(tmp_path / "disk")
+    source = read_dataset(tmp_path / "disk", {})
+    assert (source.name, source.total) == ("disk", 2)
+    assert [item["image"] for item in source.items] == [["a.png"], []]  # type: ignore[index]
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_causes_end_without_a_full_stop_wherever_they_are_told() -> None:
+    format = Conversations()
+    raw = {"__key__": "k", "json": json.dumps({"conversations": [{"from": "parrot", "value": "hi"}]}).encode()}
+    for read in (format.decode, format.check):
+        with pytest.raises(BrokenSample) as error:
+            read(raw)
+        assert error.value.cause.startswith("has a turn without 'value'")
+        assert not error.value.cause.endswith(".")
+
+
+def test_parts_lose_what_no_template_reads() -> None:
+    content = [{"type": "image", "text": 5, "url": "x"}, {"type": "text", "text": "what?", "more": 1}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode(), "png": png(2)}
+    assert Conversations().decode(raw).messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what?"}]

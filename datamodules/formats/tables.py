@@ -124,6 +124,8 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
         _unreadable(file, error)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a table of text ({error}).") from None
+    if not any(header):
+        raise UserError(f"{file} has no header: its first line names the columns.")
     chosen = chosen_columns(header, columns, str(file))
     if twice := [column for column in chosen.values() if header.count(column) > 1]:
         raise UserError(f"{file} has two columns '{twice[0]}': give them different names.")
