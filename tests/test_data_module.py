@@ -13,7 +13,7 @@ from conftest import ask, refused, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lavi.batch import Sample
-from lavi.data.data_module import DataModule
+from lavi.data.data_module import DataModule, EvaluationBatches, SampleEncoder, TrainingBatches
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 
@@ -140,6 +140,12 @@ def test_samples_are_limited_and_read_anew(processor: Any) -> None:
         assert [sample.key for sample in stream] == ["test-0", "test-1"]
     assert (stream.expected, stream.left_out.total()) == (2, 0)
     assert Numbers(processor).sample_stream("test").expected is None
+
+
+def test_batches_without_a_trainer_are_those_of_a_single_rank(processor: Any) -> None:
+    samples, encode = Numbers(processor).sample_stream("test"), SampleEncoder(processor)
+    assert [batch.keys for batch in EvaluationBatches(samples, encode, 3)] == [["test-0", "test-1", "test-2"]]
+    assert next(iter(TrainingBatches(samples, encode, 3))).keys == ["test-0", "test-1", "test-2"]
 
 
 def test_no_validation_split_is_no_validation(processor: Any) -> None:

@@ -159,7 +159,7 @@ def test_files_that_are_no_lists_say_what_they_are(tmp_path: Path) -> None:
     assert isinstance(bad, BadEntry)
     assert str(bad) == "entry of line 4 is not JSON"
     assert read_json(file).total is None
-    file.write_text("\ufeff[1, 2]")
+    file.write_text("\ufeff\n [1, 2]")
     assert (read_json(file).name, read_json(file).total, list(read_json(file).items)) == ("d.json", 2, [1, 2])
 
 
@@ -217,6 +217,9 @@ def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:
     (tmp_path / "blank.csv").write_text("\nquestion,answer\n")
     with pytest.raises(UserError, match=r"blank\.csv has no header: its first line names the columns\.$"):
         read_table(tmp_path / "blank.csv", {})
+    (tmp_path / "d.csv").write_text("question,x\n")
+    with pytest.raises(UserError, match=r"d\.csv has the columns question, x: question and answer"):
+        read_table(tmp_path / "d.csv", {})
     (tmp_path / "d.csv").write_bytes(b"question,answer\n\xff,b\n")
     with pytest.raises(UserError, match=r"d\.csv cannot be read behind line 0|is not a table of text"):
         list(read_table(tmp_path / "d.csv", {}).items)

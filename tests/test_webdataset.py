@@ -15,10 +15,11 @@ from test_shards import GOOD, png
 from datamodules.batches import ReadBatch
 from datamodules.formats.conversations import Conversations
 from datamodules.image_text import ImageTextData
-from datamodules.shards.read import BrokenSample, ShardStream, check_intact, read_shard
+from datamodules.shards.read import BrokenSample, ShardStream, Slot, check_intact, read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.shards.write import shard_jobs, write_shards
 from datamodules.webdataset_pipeline import PipelineData, ShardSource
+from lavi.batch import Sample
 from lavi.data.processor import Processor
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
@@ -86,6 +87,9 @@ def test_our_reader_is_the_source_of_a_pipeline(scenes: Path, tmp_path: Path) ->
     keys = [sample.key for samples in pipeline for sample in samples]
     assert keys == [raw["__key__"] for raw in ShardSource(stream, epoch=2)]
     assert len(set(keys)) == 240
+    assert next(iter(ShardSource(stream)))["__key__"] == next(stream.epoch(0, Slot()))["__key__"]
+    shared = [raw["__key__"] for rank in range(3) for raw in ShardSource(stream, rank=rank, ranks=3)]
+    assert sorted(shared) == sorted(keys)
     (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(BrokenSample, match=r"is no tar file|cannot be read"):
         list(wds.DataPipeline(ShardSource(ShardStream([str(tmp_path / "a.tar")])), wds.map(check_intact)))
@@ -133,6 +137,17 @@ def test_a_pipelines_broken_samples_are_counted(processor: Processor, scenes: Pa
         list(empty.stream("test"))
     with pytest.raises(UserError, match="none of the 0 samples read can be used"):
         list(empty.train_dataloader())
+
+
+def test_samples_of_a_pipeline_are_used_by_the_usual_rules(processor: Processor, scenes: Path) -> None:
+    turns = ask("circle " * 60, answer="red").messages * 9
+    train = [Sample("long", turns, []), ask("what?", answer="red", key="short")]
+    for too_long, keys in (("skip", ["short"]), ("cut", ["long", "short"])):
+        data = PipelineData(processor, train=train, validation=undecoded(scenes), batch_size=2, too_long=too_long)  # type: ignore[arg-type]
+        assert [key for batch in data.stream("train") for key in batch.keys] == keys
+    assert [batch.keys for batch in PipelineData(processor, train=train).stream("train")] == [["short"]]
+    limited = PipelineData(processor, train=train, validation=undecoded(scenes), batch_size=2, validation_samples=3)
+    assert [len(read.batch) for read in limited.val_dataloader()] == [2, 1]
 
 
 def test_what_a_pipeline_does_not_give_is_said(processor: Processor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.formats.entries import BadEntry, Item
-from datamodules.formats.files import Source, _load
+from datamodules.formats.files import Source, load_json
 from lavi.errors import UserError
 
 
@@ -17,7 +17,7 @@ def read_coco(file: Path) -> Source:
     Raises:
         UserError: not there, not JSON, of another form.
     """
-    content = _load(file)
+    content = load_json(file)
     images, annotations = (_dicts(content, key) for key in ("images", "annotations"))
     if not images or not annotations:
         raise UserError(f"{file} is not COCO's captions: it has no lists 'images' and 'annotations'.")

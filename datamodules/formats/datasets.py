@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from datamodules.formats.entries import BadEntry, Cell, Item, listed
-from datamodules.formats.files import Source, _head
+from datamodules.formats.files import Source, read_head
 from datamodules.formats.tables import COLUMNS, chosen_columns, item_of_row
 from datamodules.shards.counts import UNREADABLE
 from lavi.errors import UserError, nearest, reason
@@ -62,7 +62,7 @@ def _opened(folder: Path, split: str | None) -> Any:
     datasets.disable_progress_bars()
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".parquet", ".arrow"))
     for file in files:
-        _head(file, "a parquet file")
+        read_head(file, "a parquet file")
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     try:
         if parquet:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from datamodules.formats.entries import BadEntry, Item
 from lavi.data.images import JSON_TEXT, what_it_is
@@ -27,7 +28,22 @@ class Source:
     total: int | None = None
 
 
-def _head(file: Path, *allowed: str) -> bytes:
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """While a file is read: what the system refuses is an error of the user's.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"there is no {file}.") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from None
+
+
+def read_head(file: Path, *allowed: str) -> bytes:
     """The first bytes of a file.
 
     Args:
@@ -36,28 +52,23 @@ def _head(file: Path, *allowed: str) -> bytes:
     Raises:
         UserError: it cannot be read, or is something else altogether.
     """
-    try:
-        with open(file, "rb") as stream:
-            head = stream.read(4096)
-    except OSError as error:
-        _unreadable(file, error)
+    with reading(file), open(file, "rb") as stream:
+        head = stream.read(4096)
     kind = what_it_is(head)
     if kind and kind not in (JSON_TEXT, *allowed):
         raise UserError(f"{file} is {kind}.")
     return head
 
 
-def _load(file: Path) -> Any:
-    _head(file)
+def load_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    read_head(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        with reading(file):
+            return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}).") from None
-    except OSError as error:
-        _unreadable(file, error)
-
-
-def _unreadable(file: Path, error: OSError) -> NoReturn:
-    if isinstance(error, FileNotFoundError):
-        raise UserError(f"there is no {file}.") from None
-    raise UserError(f"{file} cannot be read ({error.strerror}).") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datamodules.formats.entries import BadEntry, Item
-from datamodules.formats.files import Source, _head, _load
+from datamodules.formats.files import Source, load_json, read_head
 from lavi.errors import UserError
 
 
@@ -18,10 +18,10 @@ def read_json(file: Path) -> Source:
     Raises:
         UserError: not there, not JSON, an empty list.
     """
-    head = _head(file)
+    head = read_head(file)
     if not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return Source(file.name, _lines(file))
-    entries = _load(file)
+    entries = load_json(file)
     if not entries:
         raise UserError(f"{file} is not a list of conversations, or an empty one.")
     return Source(file.name, entries, len(entries))
@@ -37,7 +37,7 @@ def _lines(file: Path) -> Iterator[Item | BadEntry]:
                 item = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError):
                 if not any_line:
-                    _load(file)  # one object over many lines, or no JSON at all
+                    load_json(file)  # one object over many lines, or no JSON at all
                     raise UserError(
                         f"{file} is one JSON object: a list of conversations is needed, or one object a line."
                     ) from None

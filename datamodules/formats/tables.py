@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.formats.entries import BadEntry, Item, listed
-from datamodules.formats.files import Source, _head, _unreadable
+from datamodules.formats.files import Source, read_head, reading
 from lavi.data.videos import is_video
 from lavi.errors import UserError, nearest
 
@@ -116,12 +116,10 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
     Raises:
         UserError: not there, no header, columns of no known meaning.
     """
-    _head(file)
+    read_head(file)
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream, delimiter=_delimiter(file)), [])
-    except OSError as error:
-        _unreadable(file, error)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a table of text ({error}).") from None
     if not any(header):
