@@ -18,10 +18,10 @@ from lavi.errors import UserError
 def main() -> None:
     parser = Parser(prog="python -m lavi.generate", description=__doc__)
     parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="a run folder of lavi.fit")
-    seen: dict[str, Any] = {"dest": "seen", "action": "append", "default": [], "metavar": "FILE"}
+    visual: dict[str, Any] = {"dest": "visuals", "action": "append", "default": [], "metavar": "FILE"}
     several = "; may be given several times, in the order that the question means"
-    parser.add_argument("--image", type=lambda file: ("image", str(path(file))), help=f"an image{several}", **seen)
-    parser.add_argument("--video", type=lambda file: ("video", str(path(file))), help=f"a video{several}", **seen)
+    parser.add_argument("--image", type=lambda file: ("image", str(path(file))), help=f"an image{several}", **visual)
+    parser.add_argument("--video", type=lambda file: ("video", str(path(file))), help=f"a video{several}", **visual)
     frames = "frames of each video, evenly spread (None: those that the run was trained on)"
     parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
     parser.add_argument("--question", type=text, required=True, metavar="TEXT")
@@ -49,7 +49,7 @@ def main() -> None:
         sampling = FrameSampling(frames=args.frames)
     elif (recipe.settings["data"].get("format") or {}).get("video") is not None:
         sampling = recipe.build("data.format.video")
-    visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.seen]
+    visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.visuals]
     model.to(device)
     decoding = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     if args.beams > 1:

@@ -24,7 +24,7 @@ from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
 
 LONGEST_ANSWER = 64
-"""Tokens of an answer to a question that is asked, where nothing else is said."""
+"""Tokens of an answer to :meth:`VisionLanguageModel.ask`, unless the call says otherwise."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -131,18 +131,18 @@ class VisionLanguageModel(nn.Module):
         """
         if batch.packed is not None or any(stop != batch.input_ids.shape[1] for _, stop in batch.spans):
             raise UserError("only prompts that end together can be continued: collate them with pad_left=True.")
-        asked = self._asked(decoding)
-        asked.check_rows(len(batch), room=self.room_behind(max(self._lengths(batch))))
+        plan = self._asked(decoding)
+        plan.check_rows(len(batch), room=self.room_behind(max(self._lengths(batch))))
         inputs = self.fusion(batch, self.features(batch.pixels), self.language)
-        hf, vision = self.language.hf, inputs.vision.for_generation(asked.copies)
+        hf, vision = self.language.hf, inputs.vision.for_generation(plan.copies)
         cache = vision.new_cache(hf.config)
-        asked.check_fusion(
+        plan.check_fusion(
             type(self.fusion).__name__,
             own_cache=cache is not None,
             ids_alone=inputs.input_ids is not None,
             device=hf.device.type,
         )
-        settings, sequence = asked.for_transformers, inputs.sequence()
+        settings, sequence = plan.for_transformers, inputs.sequence()
         if inputs.input_ids is None:  # embeddings are read once
             settings["use_cache"] = True
         if cache is not None and settings["use_cache"]:
@@ -159,7 +159,7 @@ class VisionLanguageModel(nn.Module):
         if isinstance(out, ModelOutput):
             out["sequences"] = out["sequences"][:, prompt:]
             return out
-        return asked.cut(out[:, prompt:])
+        return plan.cut(out[:, prompt:])
 
     def room_behind(self, length: int) -> int:
         """How many tokens an answer may have behind a prompt of so many; the last of them is never read."""
@@ -168,8 +168,8 @@ class VisionLanguageModel(nn.Module):
     def _lengths(self, batch: Batch) -> list[int]:
         """Tokens of each row in the language model's sequence, the visual ones among them."""
         lengths = [stop - start for start, stop in batch.spans]
-        for place in batch.image_slots:
-            lengths[place.row] += self.processor.count_visual_tokens(place.layout)
+        for slot in batch.image_slots:
+            lengths[slot.row] += self.processor.count_visual_tokens(slot.layout)
         return lengths
 
     def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:
@@ -209,15 +209,18 @@ class VisionLanguageModel(nn.Module):
         """The answer to a question about PIL images and videos.
 
         Args:
-            decoding: as in :meth:`generate`; ``max_new_tokens`` is by default :data:`LONGEST_ANSWER`, or as many as the
-                context has room for. A ``streamer`` gets the words as they come.
+            decoding: as in :meth:`generate`. Without ``max_new_tokens`` and ``generation_config`` the answer has at
+                most :data:`LONGEST_ANSWER` tokens, or as many as there is room for. A ``streamer`` gets the words as
+                they come.
 
         Raises:
             UserError: as :meth:`prompt` and :meth:`generate`.
         """
         batch = self.prompt(question, *visuals)
-        room = self.room_behind(self._lengths(batch)[0])
-        return self.answer(batch, **{"max_new_tokens": min(LONGEST_ANSWER, room), **decoding})[0]
+        if decoding.get("generation_config") is None:
+            room = self.room_behind(self._lengths(batch)[0])
+            decoding = {"max_new_tokens": min(LONGEST_ANSWER, room), **decoding}
+        return self.answer(batch, **decoding)[0]
 
     def _asked(self, decoding: dict[str, Any]) -> Decoding:
         return Decoding.read(decoding, ends=self.end_ids(), pad=self.chat.pad_id)
@@ -225,6 +228,6 @@ class VisionLanguageModel(nn.Module):
     def end_ids(self) -> list[int]:
         """The ids that end an answer."""
         end = self.language.hf.generation_config.eos_token_id
-        own = self.language.tokenizer.eos_token_id
-        ids = {own} if own is not None else set()
+        of_tokenizer = self.language.tokenizer.eos_token_id
+        ids = {of_tokenizer} if of_tokenizer is not None else set()
         return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))

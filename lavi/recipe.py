@@ -11,7 +11,7 @@
 
 A component is named by ``_target_`` (a dotted path) with its keyword arguments. Everything is checked against the
 signatures before anything is built. A child is merged over its parent; where it names another ``_target_`` it replaces
-the parent's component whole. A ``key=value`` of a command line puts its value in the place of what stood there.
+the parent's component whole. A ``key=value`` of a command line replaces what stood there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ OF_AN_EPOCH = (
 
 @dataclass
 class Recipe:
-    """A merged, resolved recipe, and the place in a file that each of its keys came from."""
+    """A merged, resolved recipe, and the file and line of each of its keys."""
 
     settings: dict[str, Any]
     source_lines: dict[str, str] = field(default_factory=dict)
@@ -142,8 +142,8 @@ class Recipe:
         """Whether there are data to validate on and, by the trainer's own rule (behind an epoch), no time for it."""
         interval = trainer.get("val_check_interval")  # 1.0, the default, is the end of an epoch
         ends = isinstance(interval, int | str | dict) or isinstance(trainer.get("limit_train_batches"), int)
-        wanted = self.settings["data"].get("validation") is not None and trainer.get("limit_val_batches", 1)
-        return bool(wanted) and not ends and self._data_are_unsized()
+        validates = self.settings["data"].get("validation") is not None and trainer.get("limit_val_batches", 1)
+        return bool(validates) and not ends and self._data_are_unsized()
 
     def _data_are_unsized(self) -> bool:
         return bool(getattr(self._find(self.settings["data"][TARGET], "data"), "unsized", False))
@@ -174,7 +174,7 @@ class Recipe:
         """The same recipe with something else at ``key`` (``model.fusion``, ``model.fusion.every``).
 
         Raises:
-            UserError: there is no place for it.
+            UserError: there is nothing that it could be set in.
         """
         settings = copy.deepcopy(self.settings)
         *parents, last = key.split(".")
@@ -232,8 +232,8 @@ class Recipe:
 
     def _check_component(self, node: dict[str, Any], key: str) -> None:
         signature = _signature(self._find(node[TARGET], key))
-        given = {name: value for name, value in node.items() if name != TARGET}
-        for name, value in given.items():
+        arguments = {name: value for name, value in node.items() if name != TARGET}
+        for name, value in arguments.items():
             if name not in signature.named and not signature.takes_any:
                 where, near = self._where(f"{key}.{name}"), nearest(name, signature.named)
                 raise UserError(f"{where}: '{key}.{name}' is unknown to {node[TARGET]}: {near}")
@@ -244,7 +244,7 @@ class Recipe:
             self._check_node(value, f"{key}.{name}")
             self._check_value(value, signature.hints.get(name, Any), f"{key}.{name}")
         for name in signature.needed:
-            if name not in given and name not in PROVIDED.get(key, ()):
+            if name not in arguments and name not in PROVIDED.get(key, ()):
                 raise UserError(f"{self._where(key)}: '{key}' ({node[TARGET]}) needs '{name}'.")
 
     def _check_value(self, value: Any, hint: Any, key: str) -> None:

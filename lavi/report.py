@@ -39,7 +39,7 @@ def has_bars(shown: Console) -> bool:
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None, unit: str = "") -> Iterator[Item]:
-    """The items, while a bar or lines show how many are through; their number is found out where it can be."""
+    """The items, while a bar or lines show how many are through, of how many where that is known."""
     with progress(description, total=total if total is not None else length_hint(items) or None, unit=unit) as update:
         for done, item in enumerate(items, start=1):
             yield item
@@ -155,7 +155,7 @@ class Lines:
         self.description, self.total, self.done, self.unit = description, total, done, unit
         self.note, self.deadline, self.console, self.clock = note, deadline, console, clock
         self.pace = Pace(done, clock)
-        self.first, self.said = done, 0
+        self.first, self.printed = done, 0
         self._began = clock()
         self._next = self._began + FIRST
         self._noted = ""
@@ -215,7 +215,7 @@ class Lines:
             self.console.print(self._line(last=last), soft_wrap=True, highlight=False)
             self.pace.mark(self.done)
             self._next = self.clock() + EVERY
-            self.said += 1
+            self.printed += 1
 
     def _line(self, *, last: bool) -> str:
         of = f" of {self.total:,}" if self.total else ""

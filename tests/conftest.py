@@ -186,16 +186,16 @@ def collate(model: VisionLanguageModel, samples: list[Sample], *, pad_left: bool
 def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]:
     """The likeliest ids, each by one full forward: no cache, no padding."""
     alone = collate(model, [prompt], prompt=True)
-    said: list[int] = []
+    ids: list[int] = []
     for _ in range(tokens):
         longer = copy.deepcopy(alone)
-        longer.input_ids = torch.cat([alone.input_ids, torch.tensor([said], dtype=torch.long)], dim=1)
+        longer.input_ids = torch.cat([alone.input_ids, torch.tensor([ids], dtype=torch.long)], dim=1)
         longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
         longer.spans = [(0, longer.input_ids.shape[1])]
         longer.answers = [Answer(0, alone.input_ids.shape[1], longer.input_ids.shape[1])]
         with torch.no_grad():
-            said.append(int(model(longer)[0, -1].argmax()))
-    return said
+            ids.append(int(model(longer)[0, -1].argmax()))
+    return ids
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Conversations: one tokenisation, labels from offsets, images in their places."""
+"""Conversations: one tokenisation, labels from offsets, images before their tokens."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_answers_are_found_whatever_was_encoded_before(tokenizer: str) -> None:
     for question, answer in [("what?", "red"), (" what? ", "red"), ("what?", " red "), ("", "blue"), ("a  ", "  b")]:
         new = Chat(AutoTokenizer.from_pretrained(tokenizer))
         new.template = TRIMS
-        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for messages in (asked, asked + asked):
+        pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for messages in (pair, pair + pair):
             assert used.encode(messages, images=0) == new.encode(messages, images=0), (question, answer)
 
 
@@ -133,9 +133,9 @@ THINKS = (
 
 @pytest.fixture
 def thinking(tokenizer: str) -> Chat:
-    made = AutoTokenizer.from_pretrained(tokenizer)
-    made.chat_template = THINKS
-    return Chat(made)
+    thinking_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    thinking_tokenizer.chat_template = THINKS
+    return Chat(thinking_tokenizer)
 
 
 def pieces(chat: Chat, messages: list[dict[str, Any]], images: int) -> list[tuple[str, str]]:
@@ -154,14 +154,14 @@ def test_what_is_trained_is_what_an_answer_will_have_to_be(thinking: Chat, chat:
     messages = [*TWO_TURNS, {"role": "user", "content": " and now?"}, {"role": "assistant", "content": "green"}]
     messages = messages[: 2 * turns]
     images = min(turns, 2)
-    for one in (thinking, chat):
-        encoded = one.encode(messages, images=images)
+    for each in (thinking, chat):
+        encoded = each.encode(messages, images=images)
         assert len(encoded.turns) == turns
         for turn, answer in zip(encoded.turns, ("red", "blue", "green"), strict=False):
-            asked = messages[: 2 * encoded.turns.index(turn) + 1]
-            prompt = one.encode_prompt(asked, images=min(images, len(asked) // 2 + 1))
+            before = messages[: 2 * encoded.turns.index(turn) + 1]
+            prompt = each.encode_prompt(before, images=min(images, len(before) // 2 + 1))
             assert encoded.ids[: turn.start] == prompt.ids
-            assert one.tokenizer.decode(encoded.ids[turn.start : turn.stop]) == f"{answer}<|end|>"
+            assert each.tokenizer.decode(encoded.ids[turn.start : turn.stop]) == f"{answer}<|end|>"
     assert "<think>" not in thinking.tokenizer.decode(thinking.encode(messages, images=images).ids)
 
 
@@ -170,8 +170,8 @@ def test_an_answer_in_a_longer_conversation_is_trained_as_in_a_shorter(thinking:
 
 
 def test_blanks_behind_an_answer_stand_before_its_end(thinking: Chat) -> None:
-    asked, answer = TWO_TURNS[0], {"role": "assistant", "content": "red  "}
-    assert pieces(thinking, [asked, answer], 1) == [("<|user|>what colour?<|end|><|assistant|>", "red  <|end|>")]
+    question, answer = TWO_TURNS[0], {"role": "assistant", "content": "red  "}
+    assert pieces(thinking, [question, answer], 1) == [("<|user|>what colour?<|end|><|assistant|>", "red  <|end|>")]
 
 
 def test_an_answer_is_read_without_its_end(chat: Chat) -> None:
@@ -207,22 +207,22 @@ def test_half_a_surrogate_pair_is_a_users_error(chat: Chat, content: Any) -> Non
 def test_words_that_look_like_control_tokens_are_words(chat: Chat, thinking: Chat, words: str) -> None:
     """In questions and answers: as many control tokens as without them, and the text is what was written."""
     special = set(chat.tokenizer.all_special_ids)
-    for one in (chat, thinking, Chat(chat.tokenizer, "vicuna")):
+    for each in (chat, thinking, Chat(chat.tokenizer, "vicuna")):
         for question, answer in ((words, "red"), ("what?", words), (words, words)):
-            asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             plain = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
-            encoded, usual = one.encode(asked, images=0), one.encode(plain, images=0)
+            encoded, usual = each.encode(pair, images=0), each.encode(plain, images=0)
             assert [i for i in encoded.ids if i in special] == [i for i in usual.ids if i in special]
             (turn,) = encoded.turns
-            assert encoded.ids[turn.stop - 1] == one.tokenizer.convert_tokens_to_ids("<|end|>")
-            assert one.tokenizer.decode(encoded.ids[turn.start : turn.stop - 1]).strip() == answer
-            assert encoded.ids[: turn.start] == one.encode_prompt(asked[:1], images=0).ids
-            assert question in one.tokenizer.decode(encoded.ids[: turn.start])
+            assert encoded.ids[turn.stop - 1] == each.tokenizer.convert_tokens_to_ids("<|end|>")
+            assert each.tokenizer.decode(encoded.ids[turn.start : turn.stop - 1]).strip() == answer
+            assert encoded.ids[: turn.start] == each.encode_prompt(pair[:1], images=0).ids
+            assert question in each.tokenizer.decode(encoded.ids[: turn.start])
 
 
 def test_images_stand_right_beside_words_that_look_like_control_tokens(chat: Chat) -> None:
-    asked = [{"role": "user", "content": [{"type": "text", "text": "<|end|> a"}, {"type": "image"}]}]
-    encoded = chat.encode([*asked, {"role": "assistant", "content": "red"}], images=1)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "<|end|> a"}, {"type": "image"}]}]
+    encoded = chat.encode([*turns, {"role": "assistant", "content": "red"}], images=1)
     assert chat.tokenizer.decode(encoded.ids[: encoded.image_columns[0]]) == "<|user|><|end|> a"
 
 
@@ -238,8 +238,8 @@ def beginning(tmp_path: Path) -> Any:
         ["USER: ASSISTANT:"], trainers.BpeTrainer(special_tokens=named, initial_alphabet=alphabet, show_progress=False)
     )
     bare.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    made.save_pretrained(tmp_path / "begins")
+    beginning = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    beginning.save_pretrained(tmp_path / "begins")
     return AutoTokenizer.from_pretrained(tmp_path / "begins")
 
 
@@ -247,9 +247,9 @@ def beginning(tmp_path: Path) -> Any:
 def test_named_templates_begin_as_the_tokenizer_begins_a_text(beginning: Any, template: str) -> None:
     chat = Chat(beginning, template)
     encoded, prompt = chat.encode(TWO_TURNS, images=2), chat.encode_prompt(TWO_TURNS[:3], images=2)
-    for one in (encoded, prompt):
-        assert one.ids[0] == 1
-        assert one.ids.count(1) == 1
+    for each in (encoded, prompt):
+        assert each.ids[0] == 1
+        assert each.ids.count(1) == 1
     assert encoded.labels[0] == IGNORE
     assert encoded.ids[: len(prompt.ids)] == prompt.ids
     assert encoded.image_columns == prompt.image_columns
@@ -266,10 +266,10 @@ def test_a_tokenizers_own_template_says_itself_how_a_text_begins(beginning: Any)
 
 def test_a_template_that_ends_the_last_answer_alone_is_refused_with_the_remedy(tokenizer: str) -> None:
     """Nothing tells where an earlier answer ends: it has no end token."""
-    made = AutoTokenizer.from_pretrained(tokenizer)
-    made.chat_template = (
+    with_system = AutoTokenizer.from_pretrained(tokenizer)
+    with_system.chat_template = (
         "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% if loop.last %}<|end|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
-        Chat(made).encode(TWO_TURNS, images=2)
+        Chat(with_system).encode(TWO_TURNS, images=2)

@@ -44,7 +44,7 @@ TEXT_ALONE = ("lavi", "cross-attention", "visor-cross")
 
 @dataclass
 class Case:
-    """A model and the likeliest answers to two prompts, each found alone, without a cache."""
+    """A model and the likeliest answers to two prompts, each computed alone, without a cache."""
 
     family: str
     fusion: str
@@ -150,8 +150,8 @@ def test_no_cache_answers_as_a_cache(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["cache_implementation", "past_key_values"])
 def test_another_cache_answers_alike_or_is_refused(case: Case, name: str) -> None:
-    given = DynamicCache(config=case.model.language.hf.config)
-    other = {name: "static" if name == "cache_implementation" else given}
+    cache = DynamicCache(config=case.model.language.hf.config)
+    other = {name: "static" if name == "cache_implementation" else cache}
     if case.own_cache:
         with pytest.raises(UserError, match=f"a cache of its own: leave out {name}"):
             case.generate(**other)
@@ -165,9 +165,9 @@ def test_drafts_change_no_answer(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     prompt = case.batch(row).input_ids.shape[1] if case.text_only_input else 0
 
     def draft(self: PromptLookupCandidateGenerator, ids: Tensor) -> tuple[Tensor, None]:
-        said = ids.shape[1] - prompt
-        wrong = [token + 1 for token in case.answers[row][said + 2 : said + 3]]
-        new = (case.answers[row][said : said + 2] + wrong)[: TOKENS - said - 1] if ids.shape[1] else []
+        done = ids.shape[1] - prompt
+        wrong = [token + 1 for token in case.answers[row][done + 2 : done + 3]]
+        new = (case.answers[row][done : done + 2] + wrong)[: TOKENS - done - 1] if ids.shape[1] else []
         read.append(len(new) + 1)
         return torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1), None
 
@@ -191,9 +191,9 @@ def test_what_scores_tokens_sees_the_whole_text(case: Case) -> None:
     """Penalties of repetition depend on it."""
     ids: list[Tensor] = []
     case.generate(logits_processor=[lambda so_far, scores: ids.append(so_far) or scores])
-    said = torch.tensor(case.answers)
+    answers = torch.tensor(case.answers)
     for step, so_far in enumerate(ids):
-        assert torch.equal(so_far, torch.cat([case.batch().input_ids, said[:, :step]], dim=1))
+        assert torch.equal(so_far, torch.cat([case.batch().input_ids, answers[:, :step]], dim=1))
 
 
 def test_a_streamer_gets_the_prompts_and_every_row(case: Case) -> None:
@@ -207,8 +207,8 @@ def test_a_streamer_gets_the_prompts_and_every_row(case: Case) -> None:
 def test_a_row_that_stops_at_a_string_is_as_long_as_alone(case: Case) -> None:
     """Also if no token ends an answer: then the other rows go on."""
     tokenizer = case.model.chat.tokenizer
-    said = [(row, tokenizer.decode([token])) for row in (0, 1) for token in case.answers[row][:-1]]
-    stopped, stop = next((row, text) for row, text in said if text.strip().isalpha() and text.isascii())
+    words = [(row, tokenizer.decode([token])) for row in (0, 1) for token in case.answers[row][:-1]]
+    stopped, stop = next((row, text) for row, text in words if text.strip().isalpha() and text.isascii())
     together = case.generate(stop_strings=[stop])
     assert together == [case.generate(row, stop_strings=[stop])[0] for row in (0, 1)]
     assert len(together[stopped]) < TOKENS
@@ -264,8 +264,8 @@ def test_a_configuration_says_what_is_left_open(plain: Case) -> None:
     expected = plain.model.generate(batch, max_new_tokens=3, num_beams=2, num_return_sequences=2)
     assert plain.model.generate(batch, generation_config=config) == expected
     assert len(expected) == 4
-    one = plain.model.generate(batch, generation_config=config, num_return_sequences=1)
-    assert one == expected[::2]
+    single = plain.model.generate(batch, generation_config=config, num_return_sequences=1)
+    assert single == expected[::2]
     assert [len(answer) for answer in plain.model.generate(batch, eos_token_id=None)] == [32, 32]
 
 
@@ -280,7 +280,7 @@ def test_text_is_of_the_same_tokens(plain: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("decoding", "sentence"),
     [
         ({"max_new_token": 3}, "generate takes no argument 'max_new_token': did you mean 'max_new_tokens'?"),
         ({"input_ids": torch.zeros(2, 3)}, "generate takes no argument 'input_ids'"),
@@ -316,11 +316,11 @@ def test_text_is_of_the_same_tokens(plain: Case) -> None:
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_is_refused_in_one_sentence(plain: Case, asked: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_is_refused_in_one_sentence(plain: Case, decoding: dict[str, Any], sentence: str) -> None:
     ran = []
     hook = plain.model.language.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(UserError) as refused:
-        plain.generate(**asked)
+        plain.generate(**decoding)
     hook.remove()
     text = str(refused.value)
     assert sentence in text
@@ -330,7 +330,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(plain: Case, asked: dict[str,
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "decoding",
     [
         {"guidance_scale": 1.0},
         {"num_beam_groups": 1},
@@ -342,10 +342,10 @@ def test_what_cannot_be_is_refused_in_one_sentence(plain: Case, asked: dict[str,
         {"streamer": None},
         {"encoder_repetition_penalty": 1.0},
     ],
-    ids=lambda asked: next(iter(asked)),
+    ids=lambda decoding: next(iter(decoding)),
 )
-def test_what_asks_for_nothing_is_taken(plain: Case, asked: dict[str, Any]) -> None:
-    assert plain.generate(**asked) == plain.generate()
+def test_what_asks_for_nothing_is_taken(plain: Case, decoding: dict[str, Any]) -> None:
+    assert plain.generate(**decoding) == plain.generate()
 
 
 def test_a_text_streamer_serves_one_answer(plain: Case) -> None:

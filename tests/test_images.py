@@ -31,8 +31,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
 def corners() -> Image.Image:
     """3 x 2, each corner known by its colour: red, green above; blue, white below."""
     image = Image.new("RGB", (3, 2), (9, 9, 9))
-    for place, colour in (((0, 0), RED), ((2, 0), GREEN), ((0, 1), BLUE), ((2, 1), WHITE)):
-        image.putpixel(place, colour)
+    for corner, colour in (((0, 0), RED), ((2, 0), GREEN), ((0, 1), BLUE), ((2, 1), WHITE)):
+        image.putpixel(corner, colour)
     return image
 
 
@@ -73,7 +73,7 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "values", "seen"),
+    ("dtype", "values", "expected"),
     [
         (np.int32, [0, 100, 255], [0, 100, 255]),
         (np.int32, [0, 257, 65535], [0, 1, 255]),
@@ -84,10 +84,10 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
     ],
 )
 def test_numbers_of_unknown_range_become_the_nearest_usual_one(
-    dtype: type, values: list[float], seen: list[int]
+    dtype: type, values: list[float], expected: list[int]
 ) -> None:
     image = Image.fromarray(np.array([values], dtype=dtype))
-    assert np.asarray(open_image(encoded(image, "TIFF")))[0, :, 0].tolist() == seen
+    assert np.asarray(open_image(encoded(image, "TIFF")))[0, :, 0].tolist() == expected
 
 
 def test_transparency_lies_on_white() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ask, awaken, collate, image
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 import lavi
 from lavi.batch import Sample, Video
@@ -105,11 +105,13 @@ def test_an_answer_comes_word_by_word(model: VisionLanguageModel) -> None:
 def test_an_answer_is_as_long_as_asked_for_or_as_there_is_room(
     model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(model, "answer", lambda batch, **decoding: [asked.append(decoding["max_new_tokens"])])
+    lengths: list[int | None] = []
+    monkeypatch.setattr(model, "answer", lambda batch, **decoding: [lengths.append(decoding.get("max_new_tokens"))])
     for question in (QUESTION, "circle " * 180):
         model.ask(question, image(1))
         model.ask(question, image(1), max_new_tokens=3)
+    model.ask(QUESTION, image(1), generation_config=GenerationConfig(max_new_tokens=2))
     length = model.processor.encode(ask(1, "circle " * 180), prompt=True).length
-    assert asked == [LONGEST_ANSWER, 3, model.language.context_length - length + 1, 3]
-    assert asked[2] < LONGEST_ANSWER
+    room = model.language.context_length - length + 1
+    assert lengths == [LONGEST_ANSWER, 3, room, 3, None]
+    assert room < LONGEST_ANSWER

@@ -50,7 +50,7 @@ def awaken_adapters(language: LanguageModel) -> None:
 
 
 def linears(language: LanguageModel) -> dict[str, Any]:
-    """The linear layers inside the decoder layers, as transformers made them."""
+    """The linear layers inside the decoder layers, under transformers' names."""
     inside = {id(module) for module in language.layers.modules()}
     return {n: m for n, m in language.hf.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
 

@@ -77,7 +77,7 @@ def test_a_row_may_hold_several_samples(processor: Processor) -> None:
     assert batch.input_ids[0].tolist() == [20, 21, 22, 10, 11, 12, 13, 14]
     assert batch.spans == [(0, 8), (0, 4)]
     assert batch.packed == [[(0, 3), (3, 8)], [(0, 4)]]
-    assert [place.column for place in batch.image_slots] == [3 + 1, 3 + 5, 0]
+    assert [slot.column for slot in batch.image_slots] == [3 + 1, 3 + 5, 0]
     assert [(a.row, a.start, a.stop) for a in batch.answers] == [(0, 1, 3), (0, 6, 8), (1, 2, 4)]
     assert batch.keys == ["2", "1", "3"]
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 1, 1, 3]
@@ -105,17 +105,17 @@ def test_a_sample_is_its_words_and_the_views_of_its_images(build: Any) -> None:
         )
         processor = model.processor
         alone, both = ask(1, "what?", answer="red", key="x"), ask(1, 2, "which?", answer="first")
-        one, two = processor.encode(alone), processor.encode(both)
-        assert one.key == "x"
-        assert [layout.views for layout in two.layouts] == [1, 1]
-        assert one.layouts[0].views > 1
-        for sample, found in ((alone, one), (both, two)):
-            assert len(found.pixels) == sum(layout.views for layout in found.layouts)
-            visual = sum(model.fusion.tokens_in_language(layout, 16) for layout in found.layouts)
-            assert found.length == len(found.encoded.ids) + visual
+        single, pair = processor.encode(alone), processor.encode(both)
+        assert single.key == "x"
+        assert [layout.views for layout in pair.layouts] == [1, 1]
+        assert single.layouts[0].views > 1
+        for sample, encoded in ((alone, single), (both, pair)):
+            assert len(encoded.pixels) == sum(layout.views for layout in encoded.layouts)
+            visual = sum(model.fusion.tokens_in_language(layout, 16) for layout in encoded.layouts)
+            assert encoded.length == len(encoded.encoded.ids) + visual
             assert (visual > 0) == inside
-            assert processor.measure(sample) == (found.encoded, found.length)
-        assert torch.equal(two.pixels[1], model.vision.preprocessing(image(2)))
+            assert processor.measure(sample) == (encoded.encoded, encoded.length)
+        assert torch.equal(pair.pixels[1], model.vision.preprocessing(image(2)))
         words = processor.encode(ask("what?", answer="red"))
         assert words.pixels.shape == (0, *model.vision.pixel_shape)
         assert not words.encoded.image_columns
@@ -135,18 +135,18 @@ def test_a_prompt_ends_where_its_answer_begins(processor: Processor) -> None:
 
 def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> None:
     sample = ask(1, "what?", answer="red")
-    found = processor.encode(sample)
-    text = len(found.encoded.ids)
+    whole = processor.encode(sample)
+    text = len(whole.encoded.ids)
     exact = Processor(
-        processor.chat, processor.preprocessing, processor.tiling, processor.count_visual_tokens, found.length
+        processor.chat, processor.preprocessing, processor.tiling, processor.count_visual_tokens, whole.length
     )
-    assert exact.encode(sample).length == found.length == text + 16
+    assert exact.encode(sample).length == whole.length == text + 16
     exact.context_length -= 1
     with pytest.raises(
         TooLong, match=rf"{text} text and 16 visual tokens, more than the context of {text + 15}"
-    ) as said:
+    ) as refusal:
         exact.encode(sample)
-    assert said.value.cause.startswith(f"longer than the context of {text + 15} tokens")
+    assert refusal.value.cause.startswith(f"longer than the context of {text + 15} tokens")
     with pytest.raises(TooLong):
         exact.measure(sample)
 
@@ -168,8 +168,8 @@ def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor
         timestamps=True,
     ).encode(sample)
     assert len(timed.encoded.ids) > len(plain.encoded.ids)
-    said = processor.chat.tokenizer.decode(timed.encoded.ids)
-    assert said.index(time_instruction(film).strip()) < said.index("what?")
+    text = processor.chat.tokenizer.decode(timed.encoded.ids)
+    assert text.index(time_instruction(film).strip()) < text.index("what?")
     assert [layout.views for layout in timed.layouts] == [2, 1]
     assert messages[0]["content"][1] == {"type": "image"}  # the sample stays as it is
 

@@ -96,8 +96,8 @@ def test_every_reducer_composes_with_every_fusion(make, name: str, fusion: str) 
 def test_tiles_and_frames_are_counted_as_they_come(make, name: str, fusion: str) -> None:
     reducer, _ = REDUCERS[name]
     model = make(FUSIONS[fusion](), reducer(), tiling=AnyRes(max_grid=2))
-    for seen in (ask(1, "what?"), ask(1, 2, "which?")):
-        sample = seen
+    for question in (ask(1, "what?"), ask(1, 2, "which?")):
+        sample = question
         ready = model.processor.encode(sample, prompt=True)
         batch = model.processor.collate([ready], pad_left=True)
         inputs = model.fusion(batch, model.features(batch.pixels), model.language)
@@ -160,17 +160,17 @@ def test_visionzip_keeps_what_the_tower_attends_to(make) -> None:
     model = make(ConcatFusion(), VisionZip(dominant=3, contextual=2))
     pixels = torch.randn(2, *model.vision.pixel_shape)
     with torch.no_grad():
-        kept = model.features(pixels)
+        reduced = model.features(pixels)
         features = model.vision(pixels)
         model.vision.tower.set_attn_implementation("eager")
         attention = model.vision.tower(pixels, output_attentions=True).attentions[-1]  # (views, heads, N, N)
         best = attention.mean((1, 2)).topk(3).indices.sort().values
     for view in range(2):
-        assert torch.equal(kept[view, :3], features[view, best[view]])
+        assert torch.equal(reduced[view, :3], features[view, best[view]])
         rest = [i for i in range(16) if i not in best[view].tolist()]
         # Merged tokens are means of parts that together are all the rest.
         low, high = features[view, rest].amin(0), features[view, rest].amax(0)
-        assert ((kept[view, 3:] >= low - 1e-6) & (kept[view, 3:] <= high + 1e-6)).all()
+        assert ((reduced[view, 3:] >= low - 1e-6) & (reduced[view, 3:] <= high + 1e-6)).all()
 
 
 @pytest.mark.parametrize("contextual", [3, 8])
@@ -190,7 +190,7 @@ def test_visionzip_merges_each_token_that_is_left_with_the_likest(contextual: in
         first = {int((features[view] == token).all(-1).nonzero()) for token in dominant[view]}
         rest = [index for index in range(16) if index not in first]
         middle = {3: (2, 6, 10), 8: (0, 2, 3, 5, 6, 8, 9, 11)}[contextual]  # of twelve in equal parts
-        centres = [rest[place] for place in middle]
+        centres = [rest[index] for index in middle]
         groups: dict[int, list[int]] = {centre: [centre] for centre in centres}
         for index in rest:
             if index not in centres:
@@ -202,19 +202,19 @@ def test_visionzip_merges_each_token_that_is_left_with_the_likest(contextual: in
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "dinov2"])
 def test_a_class_token_ranks_by_what_it_attends_to(family: str) -> None:
-    own = {"intermediate_size": None, "mlp_ratio": 2} if family == "dinov2" else {}
-    config = {key: value for key, value in (TOWER | own).items() if value is not None}
+    family_keys = {"intermediate_size": None, "mlp_ratio": 2} if family == "dinov2" else {}
+    config = {key: value for key, value in (TOWER | family_keys).items() if value is not None}
     vision = HFVision(config=config | {"model_type": family})
     reducer = VisionZip(dominant=4)
     reducer.bind(vision)
     pixels = torch.randn(1, *vision.pixel_shape)
     with torch.no_grad():
-        kept = reducer(vision(pixels))
+        reduced = reducer(vision(pixels))
         features = vision(pixels)
         vision.tower.set_attn_implementation("eager")
         attention = vision.tower(pixels, output_attentions=True).attentions[-1]
     best = attention.mean(1)[0, 0, 1:].topk(4).indices.sort().values
-    assert torch.equal(kept[0], features[0, best])
+    assert torch.equal(reduced[0], features[0, best])
 
 
 def bound(reducer: Reducer, **changes: object) -> Reducer:
@@ -232,21 +232,21 @@ def test_a_resampler_s_queries_read_the_tokens_and_each_other() -> None:
         for parameter in reducer.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
     features = torch.randn(2, 16, 24)
-    found = reducer(features.double())
-    assert found.dtype == torch.float32
+    resampled = reducer(features.double())
+    assert resampled.dtype == torch.float32
     for view in range(2):
         queries = reducer.queries
         for layer in reducer.layers:
-            own = layer.query_norm(queries)
-            key, value = layer.key_value(torch.cat([layer.visual_norm(features[view]), own])).chunk(2, dim=-1)
+            normed = layer.query_norm(queries)
+            key, value = layer.key_value(torch.cat([layer.visual_norm(features[view]), normed])).chunk(2, dim=-1)
             heads = []
             for head in (slice(0, 12), slice(12, 24)):
-                share = (layer.query(own)[:, head] @ key[:, head].T / 12**0.5).softmax(-1)
+                share = (layer.query(normed)[:, head] @ key[:, head].T / 12**0.5).softmax(-1)
                 heads.append(share @ value[:, head])
             queries = queries + layer.out(torch.cat(heads, dim=-1))
             wide = nn.functional.gelu(layer.ffn[0](layer.ffn_norm(queries)))
             queries = queries + layer.ffn[2](wide)
-        torch.testing.assert_close(found[view], reducer.norm(queries), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resampled[view], reducer.norm(queries), rtol=1e-4, atol=1e-5)
     biases = {name.split(".", 2)[-1] for name in reducer.state_dict() if "layers" in name and name.endswith("bias")}
     assert biases == {f"{part}.bias" for part in ("query_norm", "visual_norm", "ffn_norm", "ffn.0", "ffn.2")}
     assert bound(PerceiverResampler(tokens=1, depth=1, heads=1))(features).shape == (2, 1, 24)
@@ -269,9 +269,9 @@ def test_reducers_say_what_they_leave() -> None:
         (UniformTokens(keep=7), 24, 7, None),
         (ZeroTokens(), 24, 0, None),
     ):
-        seen = reducer.bind(HFVision(config=grid))
-        assert (seen.width, seen.tokens, seen.grid) == (width, tokens, side and (side, side)), reducer
-        assert seen is reducer.after
+        spec = reducer.bind(HFVision(config=grid))
+        assert (spec.width, spec.tokens, spec.grid) == (width, tokens, side and (side, side)), reducer
+        assert spec is reducer.after
         assert reducer.before.grid == (8, 8)
         assert reducer.eval()(torch.zeros(0, 64, 24)).shape == (0, tokens, width)
     resampler = PerceiverResampler()
@@ -288,8 +288,8 @@ def test_grids_need_not_be_square() -> None:
         (shuffle, squares.permute(0, 1, 3, 2, 4, 5).reshape(2, 8, 96)),
         (average, squares.mean((2, 4)).reshape(2, 8, 24)),
     ):
-        seen = reducer.bind(wide)
-        assert (seen.tokens, seen.grid) == (8, (2, 4))
+        spec = reducer.bind(wide)
+        assert (spec.tokens, spec.grid) == (8, (2, 4))
         torch.testing.assert_close(reducer(tokens), expected)
     for factor, grid in ((3, (2, 3)), (5, (1, 2))):
         assert AveragePooling(factor=factor).bind(wide).grid == grid
@@ -319,16 +319,16 @@ def test_numbers_that_cannot_be_are_refused(make_one: Any, words: str) -> None:
 def test_matryoshka_s_scales_are_means_of_nested_squares() -> None:
     features = torch.randn(1, 16, 24)
     for side in (1, 2, 4):
-        found = bound(MatryoshkaPooling(sides=[4, 1, 2], side=side)).eval()(features)
+        pooled = bound(MatryoshkaPooling(sides=[4, 1, 2], side=side)).eval()(features)
         squares = features.reshape(1, side, 4 // side, side, 4 // side, 24)
-        torch.testing.assert_close(found, squares.mean((2, 4)).flatten(1, 2))
+        torch.testing.assert_close(pooled, squares.mean((2, 4)).flatten(1, 2))
     assert bound(MatryoshkaPooling(sides=[2])).side == 2
 
 
 def test_controls_take_tokens_in_the_order_of_the_grid() -> None:
     tokens = torch.arange(16.0).reshape(1, 16, 1).repeat(2, 1, 24)
-    for keep, places in ((5, [1, 4, 8, 11, 14]), (1, [8]), (4, [2, 6, 10, 14])):
-        assert bound(UniformTokens(keep=keep))(tokens)[1, :, 0].tolist() == places
+    for keep, indices in ((5, [1, 4, 8, 11, 14]), (1, [8]), (4, [2, 6, 10, 14])):
+        assert bound(UniformTokens(keep=keep))(tokens)[1, :, 0].tolist() == indices
     draws = [bound(RandomTokens(keep=5, seed=seed))(tokens)[0, :, 0].tolist() for seed in (0, 0, 1, 2, 3)]
     assert draws[0] == draws[1]
     assert len({tuple(draw) for draw in draws}) == 4
@@ -342,7 +342,7 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
     reducer.bind(vision)
     pixels = torch.randn(2, *vision.pixel_shape)
     features = vision(pixels)
-    assert not any(kept.requires_grad for kept in reducer.read.values())  # no graph is held by what is read
+    assert not any(tensor.requires_grad for tensor in reducer.read.values())  # no graph is kept alive by them
     assert reducer(features).requires_grad
     with pytest.raises(RuntimeError, match="run the tower first"):
         reducer(features)
@@ -408,10 +408,10 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
             reducer=reducer(),
         ).eval()
     shape = Scenario(text=20, frames=2, batch=2).shape_for(model)
-    closed, seen = closed_form(model, shape), counted(model, shape)
-    assert closed.prefill["reducer"] == pytest.approx(seen["reducer"], rel=0.01, abs=1)
-    assert closed.language == pytest.approx(seen["reducer"] + seen["language"] + seen["fusion"], rel=0.01)
-    assert closed.prefill["vision_encoder"] == pytest.approx(seen["vision_encoder"], rel=0.01)
+    closed, measured = closed_form(model, shape), counted(model, shape)
+    assert closed.prefill["reducer"] == pytest.approx(measured["reducer"], rel=0.01, abs=1)
+    assert closed.language == pytest.approx(measured["reducer"] + measured["language"] + measured["fusion"], rel=0.01)
+    assert closed.prefill["vision_encoder"] == pytest.approx(measured["vision_encoder"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,12 @@ def question(images: list[Image.Image], ours: VisionLanguageModel) -> Batch:
 @pytest.mark.parametrize("size", SIZES[:-1], ids=lambda size: "x".join(map(str, size)))
 def test_one_image_is_seen_as_transformers_llava_onevision_sees_it(ours, theirs, size: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
     batch = question([picture(size)], ours)
-    given = processed([[picture(size)]])
-    torch.testing.assert_close(batch.pixels, given["pixel_values"][0], atol=1e-6, rtol=0)  # equal crops
+    inputs = processed([[picture(size)]])
+    torch.testing.assert_close(batch.pixels, inputs["pixel_values"][0], atol=1e-6, rtol=0)  # equal crops
     with torch.no_grad():
-        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits
+        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **inputs).logits
         tokens = ours.processor.count_visual_tokens(batch.image_slots[0].layout)
-        features = theirs.model.get_image_features(**given).pooler_output[0]
+        features = theirs.model.get_image_features(**inputs).pooler_output[0]
         assert len(features) == tokens  # equal counts
         start = batch.image_slots[0].column
         logits = ours(batch)[0]
@@ -137,10 +137,10 @@ def test_one_image_is_seen_as_transformers_llava_onevision_sees_it(ours, theirs,
 def test_several_images_are_seen_as_transformers_sees_them(ours, theirs) -> None:  # type: ignore[no-untyped-def]
     images = [picture(size, seed) for seed, size in enumerate([(64, 48), (31, 97), (24, 24)])]
     batch = question(images, ours)
-    given = processed([images])
-    torch.testing.assert_close(batch.pixels, given["pixel_values"][:, 0], atol=1e-6, rtol=0)
+    inputs = processed([images])
+    torch.testing.assert_close(batch.pixels, inputs["pixel_values"][:, 0], atol=1e-6, rtol=0)
     with torch.no_grad():
-        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **given).logits[0]
+        expected = theirs(input_ids=their_ids(ours, batch, IMAGE_ID), **inputs).logits[0]
         logits = ours(batch)[0]
     start = batch.image_slots[0].column
     torch.testing.assert_close(logits[start:], expected[-len(logits[start:]) :], atol=1e-4, rtol=1e-4)

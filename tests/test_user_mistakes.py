@@ -244,7 +244,7 @@ ONCE_IT_IS_BUILT = [
     ("model.reducer='{_target_: lavi.reduction.resampler.PerceiverResampler, heads: 7}'", 2, "7 heads do not divide"),
     ("module.learning_rate='{fusoin: 1}'", 2, "did you mean 'fusion'?"),
     ("module.learning_rate='{fusion: null}'", 2, "names nothing that has parameters to train"),
-    (CONFIG + "hidden_act=nonsense", 2, "no 'qwen2' language model can be made from a bare configuration: nonsense"),
+    (CONFIG + "hidden_act=nonsense", 2, "no 'qwen2' language model can be built from a bare configuration: nonsense"),
     (CONFIG + "vocab_size=200", 2, "tokens, and the language model has only vocab_size=200 embeddings"),
     ("model.language.tokenizer=gone", 2, "tiny.yaml", "no tokenizer at 'gone'"),
     ("model.language.source=gone", 2, "either 'source' (a checkpoint) or 'config'"),
@@ -322,7 +322,7 @@ CHECKPOINTS = {
     "no number": ({"config.json": ('"hidden_size": 32', '"hidden_size": "x"')}, "no language model at"),
     "cut off": ({"config.json": ("}", "")}, "no language model at"),
     "weights missing": ({"model.safetensors": ("lm_head", "xx_head")}, "lacks 1 weights", "lm_head.weight"),
-    "weights that are none": ({"model.safetensors": ("", "")}, "can be made from"),
+    "weights that are none": ({"model.safetensors": ("", "")}, "can be built from"),
     "a tokenizer that is none": ({"tokenizer.json": ("{", "")}, "no tokenizer at"),
 }
 

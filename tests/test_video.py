@@ -90,17 +90,17 @@ KINDS: dict[str, dict[str, Any]] = {
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Two seconds of 20 frames, in each container."""
     folder, frames = tmp_path_factory.mktemp("videos"), [grey(number) for number in range(20)]
-    made = {name: encode(folder / name, frames, **kind) for name, kind in KINDS.items()}
-    return made | {"gif": gif([Image.fromarray(frame[..., 0]) for frame in frames])}
+    videos = {name: encode(folder / name, frames, **kind) for name, kind in KINDS.items()}
+    return videos | {"gif": gif([Image.fromarray(frame[..., 0]) for frame in frames])}
 
 
 EACH = pytest.mark.parametrize("name", [*KINDS, "gif"])
 
 
-def numbers(seen: Video) -> list[int]:
+def numbers(video: Video) -> list[int]:
     """Which frames these are."""
-    assert all(frame.mode == "RGB" for frame in seen.frames)
-    return [round(float(np.asarray(frame).mean()) / STEP) for frame in seen.frames]
+    assert all(frame.mode == "RGB" for frame in video.frames)
+    return [round(float(np.asarray(frame).mean()) / STEP) for frame in video.frames]
 
 
 # --- which frames -----------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def numbers(seen: Video) -> list[int]:
 
 @EACH
 @pytest.mark.parametrize(
-    ("sampling", "wanted"),
+    ("sampling", "expected"),
     [
         (FrameSampling(frames=4), [2, 7, 12, 17]),
         (FrameSampling(frames=1), [10]),
@@ -122,29 +122,29 @@ def numbers(seen: Video) -> list[int]:
     ids=str,
 )
 def test_the_frames_that_were_asked_for_come_back(
-    videos: dict[str, bytes], name: str, sampling: FrameSampling, wanted: list[int]
+    videos: dict[str, bytes], name: str, sampling: FrameSampling, expected: list[int]
 ) -> None:
-    seen = read_video(videos[name], sampling)
-    assert numbers(seen) == wanted
-    assert seen.seconds == pytest.approx([number / 10 for number in wanted])
-    assert seen.duration == pytest.approx(2)
-    assert seen.frames[0].size == (32, 32)
+    video = read_video(videos[name], sampling)
+    assert numbers(video) == expected
+    assert video.seconds == pytest.approx([number / 10 for number in expected])
+    assert video.duration == pytest.approx(2)
+    assert video.frames[0].size == (32, 32)
 
 
 def test_a_file_gives_what_its_bytes_give(videos: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "video").write_bytes(videos["mp4"])
     for source in (tmp_path / "video", str(tmp_path / "video")):
-        seen, other = read_video(source, ALL), read_video(videos["mp4"], ALL)
-        assert [frame.tobytes() for frame in seen.frames] == [frame.tobytes() for frame in other.frames]
-        assert seen.seconds == other.seconds
+        video, other = read_video(source, ALL), read_video(videos["mp4"], ALL)
+        assert [frame.tobytes() for frame in video.frames] == [frame.tobytes() for frame in other.frames]
+        assert video.seconds == other.seconds
 
 
 @EACH
 def test_a_clip_is_the_frames_on_screen_in_it(videos: dict[str, bytes], name: str) -> None:
-    seen = read_video(videos[name], ALL, clip=(0.5, 1.0))
-    assert numbers(seen) == [5, 6, 7, 8, 9]
-    assert seen.seconds == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert seen.duration == pytest.approx(0.5)
+    video = read_video(videos[name], ALL, clip=(0.5, 1.0))
+    assert numbers(video) == [5, 6, 7, 8, 9]
+    assert video.seconds == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert video.duration == pytest.approx(0.5)
     assert numbers(read_video(videos[name], FrameSampling(frames=2), clip=(1.0, 2.5))) == [12, 17]
     assert numbers(read_video(videos[name], ALL, clip=(1.32, 1.34))) == [13]
 
@@ -166,11 +166,11 @@ def test_key_frames_are_those_that_are_stored(videos: dict[str, bytes], name: st
 def test_times_are_those_of_the_frames_not_of_a_rate(tmp_path: Path, name: str) -> None:
     ticks = [0, 1, 2, 10, 11, 30]
     data = encode(tmp_path / "v", [grey(number) for number in range(6)], ticks=ticks, **KINDS[name])
-    seen = read_video(data, ALL)
-    assert numbers(seen) == list(range(6))
-    assert seen.seconds == pytest.approx([tick / 10 for tick in ticks])
-    assert seen.duration is not None
-    assert seen.duration >= 3.0
+    video = read_video(data, ALL)
+    assert numbers(video) == list(range(6))
+    assert video.seconds == pytest.approx([tick / 10 for tick in ticks])
+    assert video.duration is not None
+    assert video.duration >= 3.0
     # On screen at 0, 1, 2 seconds.
     assert numbers(read_video(data, FrameSampling(how="fps", fps=1), clip=(0, 3))) == [0, 3, 4]
     # The fourth is on screen in the middle of two parts, and comes once.
@@ -179,19 +179,19 @@ def test_times_are_those_of_the_frames_not_of_a_rate(tmp_path: Path, name: str) 
 
 def test_sound_that_goes_on_is_not_part_of_the_video(tmp_path: Path) -> None:
     data = encode(tmp_path / "v", [grey(number) for number in range(10)], sound=2, **KINDS["mkv"])
-    seen = read_video(data, FrameSampling(frames=5))
-    assert numbers(seen) == [1, 3, 5, 7, 9]
-    assert seen.duration == pytest.approx(1, abs=0.02)
+    video = read_video(data, FrameSampling(frames=5))
+    assert numbers(video) == [1, 3, 5, 7, 9]
+    assert video.duration == pytest.approx(1, abs=0.02)
 
 
 def test_gifs_move_at_their_own_times_on_white() -> None:
     frames = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)) for _ in range(3)]
     for number, frame in enumerate(frames):
         frame.paste((255, 0, 0, 255), (number, 0, number + 1, 1))
-    seen = read_video(gif(frames, [100, 500, 200]), ALL)
-    assert seen.seconds == pytest.approx([0, 0.1, 0.6])
-    assert seen.duration == pytest.approx(0.8)
-    for number, frame in enumerate(seen.frames):
+    video = read_video(gif(frames, [100, 500, 200]), ALL)
+    assert video.seconds == pytest.approx([0, 0.1, 0.6])
+    assert video.duration == pytest.approx(0.8)
+    for number, frame in enumerate(video.frames):
         assert [frame.getpixel((x, 0)) == (255, 0, 0) for x in range(3)] == [x == number for x in range(3)]
         assert frame.getpixel((7, 7)) == (255, 255, 255)
 
@@ -211,7 +211,7 @@ MATRICES = {
     (0, 1, 1, 0): "ACBD",
     (0, -1, -1, 0): "DBCA",
 }
-"""A telephone's turns and mirrors, and where the quarters ABCD of what is stored are seen, row by row."""
+"""A telephone's turns and mirrors, and where the quarters ABCD of what is stored appear, row by row."""
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
@@ -258,12 +258,12 @@ def test_titles_of_any_encoding_are_no_matter(tmp_path: Path) -> None:
 
 @EACH
 def test_seeking_changes_nothing(videos: dict[str, bytes], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [read_video(videos[name], FrameSampling(frames=count)) for count in (1, 3, 20)]
+    whole = [read_video(videos[name], FrameSampling(frames=count)) for count in (1, 3, 20)]
     for worth in (0, 10**9):
         monkeypatch.setattr(video_files, "WORTH", worth)
-        for count, other in zip((1, 3, 20), wanted, strict=True):
-            seen = read_video(videos[name], FrameSampling(frames=count))
-            assert [frame.tobytes() for frame in seen.frames] == [frame.tobytes() for frame in other.frames]
+        for count, other in zip((1, 3, 20), whole, strict=True):
+            video = read_video(videos[name], FrameSampling(frames=count))
+            assert [frame.tobytes() for frame in video.frames] == [frame.tobytes() for frame in other.frames]
 
 
 def test_what_seeking_does_not_find_is_decoded_through(
@@ -300,13 +300,13 @@ def test_only_what_is_kept_is_converted_and_little_more_decoded(
 def test_files_are_closed(videos: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "good.mp4").write_bytes(videos["mp4"])
     (tmp_path / "bad.mp4").write_bytes(videos["mp4"][:800])
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", ResourceWarning)
         read_video(tmp_path / "good.mp4", FrameSampling())
         with pytest.raises(UserError):
             read_video(tmp_path / "bad.mp4", FrameSampling())
         gc.collect()
-    assert not [warning for warning in said if "mp4" in str(warning.message)]
+    assert not [warning for warning in warned if "mp4" in str(warning.message)]
 
 
 @EACH
@@ -381,12 +381,12 @@ def test_a_video_cut_short_is_what_it_was_or_refused(videos: dict[str, bytes], n
         whole = read_video(data, FrameSampling(frames=frames))
         for percent in (1, 10, 30, 50, 60, 70, 80, 90, 95, 97, 99, 99.5):
             try:
-                seen = read_video(data[: int(len(data) * percent / 100)], FrameSampling(frames=frames))
+                video = read_video(data[: int(len(data) * percent / 100)], FrameSampling(frames=frames))
             except UserError:
                 refused += 1
                 continue
-            assert seen.seconds == whole.seconds, percent
-            assert [f.tobytes() for f in seen.frames] == [f.tobytes() for f in whole.frames], percent
+            assert video.seconds == whole.seconds, percent
+            assert [f.tobytes() for f in video.frames] == [f.tobytes() for f in whole.frames], percent
             assert percent > 50
     assert refused >= 12
 
@@ -419,10 +419,10 @@ def test_seconds_are_counted_from_the_start_whatever_the_clock_shows(
     late: dict[tuple[str, int], bytes], name: str, start: int
 ) -> None:
     data = late[name, start]
-    seen = read_video(data, ALL)
-    assert numbers(seen) == list(range(20))
-    assert seen.seconds == pytest.approx([number / 10 for number in range(20)])
-    assert seen.duration == pytest.approx(2)
+    video = read_video(data, ALL)
+    assert numbers(video) == list(range(20))
+    assert video.seconds == pytest.approx([number / 10 for number in range(20)])
+    assert video.duration == pytest.approx(2)
     assert numbers(read_video(data, FrameSampling(frames=4))) == [2, 7, 12, 17]
     assert numbers(read_video(data, ALL, clip=(0.5, 1.0))) == [5, 6, 7, 8, 9]
     with pytest.raises(UserError, match=r"lasts 2\.00 seconds"):
@@ -439,11 +439,11 @@ def test_a_late_clock_hides_no_cut(late: dict[tuple[str, int], bytes], name: str
         refused = 0
         for percent in (30, 50, 60, 70, 80, 90, 95, 97, 99):
             try:
-                seen = read_video(data[: int(len(data) * percent / 100)], FrameSampling(frames=frames))
+                video = read_video(data[: int(len(data) * percent / 100)], FrameSampling(frames=frames))
             except UserError:
                 refused += 1
             else:
-                assert (seen.seconds, numbers(seen)) == (whole.seconds, numbers(whole)), percent
+                assert (video.seconds, numbers(video)) == (whole.seconds, numbers(whole)), percent
         assert refused >= 4
     cut = data[: int(len(data) * 0.9)]
     with pytest.raises(UserError, match=r"it is cut short: its frames end after 1\.\d\d"):
@@ -456,17 +456,17 @@ def test_a_recording_that_announces_nothing_is_whole(tmp_path: Path, name: str) 
     """What a browser records: no duration, no size, and a clock that began before."""
     ticks = [7 + number for number in range(20)]
     data = encode(tmp_path / "v", [grey(number) for number in range(20)], ticks=ticks, live="1", **KINDS[name])
-    seen = read_video(data, ALL)
-    assert (numbers(seen), seen.seconds[0], seen.duration) == (list(range(20)), 0.0, pytest.approx(2))
+    video = read_video(data, ALL)
+    assert (numbers(video), video.seconds[0], video.duration) == (list(range(20)), 0.0, pytest.approx(2))
 
 
 def test_sound_may_begin_before_the_frames(tmp_path: Path) -> None:
     data = encode(
         tmp_path / "v", [grey(n) for n in range(10)], ticks=[5 + n for n in range(10)], sound=2, **KINDS["mkv"]
     )
-    seen = read_video(data, ALL)
-    assert numbers(seen) == list(range(10))
-    assert seen.seconds[0] == pytest.approx(0.5, abs=0.01)
+    video = read_video(data, ALL)
+    assert numbers(video) == list(range(10))
+    assert video.seconds[0] == pytest.approx(0.5, abs=0.01)
 
 
 # --- cuts -------------------------------------------------------------------------------------------------------------
@@ -525,11 +525,11 @@ def test_no_damage_escapes_as_another_error(videos: dict[str, bytes], seed: int)
         del data[at : at + rng.randrange(100)]
     sampling = FrameSampling(how=rng.choice(["uniform", "fps", "keyframes"]), frames=rng.choice([1, 4, 30]))
     try:
-        seen = read_video(bytes(data), sampling, clip=rng.choice([None, (0.5, 1.0)]))
+        video = read_video(bytes(data), sampling, clip=rng.choice([None, (0.5, 1.0)]))
     except UserError:
         return
-    assert 0 < len(seen.frames) == len(seen.seconds) <= sampling.frames
-    assert seen.seconds == sorted(seen.seconds)
+    assert 0 < len(video.frames) == len(video.seconds) <= sampling.frames
+    assert video.seconds == sorted(video.seconds)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -580,10 +580,10 @@ def test_times_are_told_behind_each_video() -> None:
     ]
     before = copy.deepcopy(messages)
     videos = [Video([frame] * 2, [0.5, 3.26], 12.0), Video([frame]), Video([frame], [1.0])]
-    told = add_timestamps(messages, videos)
+    timed = add_timestamps(messages, videos)
     assert messages == before
-    assert [told[0], told[2]] == [before[0], before[2]]
-    assert told[1]["content"] == [
+    assert [timed[0], timed[2]] == [before[0], before[2]]
+    assert timed[1]["content"] == [
         {"type": "video"},
         {"type": "text", "text": "This video lasts 12.0 seconds; its 2 frames are from 0.5, 3.3 seconds.\n"},
         {"type": "image"},
@@ -598,10 +598,10 @@ def test_times_are_told_behind_each_video() -> None:
 def test_extracted_frames_are_thinned_as_a_video_is(videos: dict[str, bytes]) -> None:
     images = read_video(videos["mp4"], ALL).frames
     for sampling in (FrameSampling(frames=4), FrameSampling(how="fps", fps=5, frames=50), ALL):
-        seen, same = from_frames(images, sampling, fps=10), read_video(videos["mp4"], sampling)
-        assert numbers(seen) == numbers(same)
-        assert seen.seconds == pytest.approx(same.seconds)
-        assert seen.duration == pytest.approx(same.duration)
+        video, same = from_frames(images, sampling, fps=10), read_video(videos["mp4"], sampling)
+        assert numbers(video) == numbers(same)
+        assert video.seconds == pytest.approx(same.seconds)
+        assert video.duration == pytest.approx(same.duration)
     untimed = from_frames(images, FrameSampling(how="fps", frames=4), fps=None)
     assert (numbers(untimed), untimed.seconds, untimed.duration) == ([2, 7, 12, 17], [], None)
     assert numbers(from_frames(images, FrameSampling(how="keyframes", frames=4), fps=None)) == [2, 7, 12, 17]

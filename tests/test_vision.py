@@ -86,7 +86,7 @@ def clip(name: str, **settings: Any) -> OpenCLIPVision:
 
 
 def fresh(name: str, **settings: Any) -> Tower:
-    """A small tower: the same weights whenever it is made."""
+    """A small tower: the same weights each time it is built."""
     return hf(name, **settings) if name in HF else clip(name, **settings)
 
 
@@ -96,7 +96,7 @@ def _made(name: str, settings: str) -> Tower:
 
 
 def tower(name: str, **settings: Any) -> Tower:
-    """The same as :func:`fresh`, made once for all tests: to be looked at, not changed."""
+    """The same as :func:`fresh`, built once for all tests: to be looked at, not changed."""
     return _made(name, json.dumps(settings))
 
 
@@ -119,12 +119,12 @@ def run(vision: Tower, pixels: Tensor) -> Tensor:
 
 def outputs_of_blocks(vision: Tower, pixels: Tensor) -> list[Tensor]:
     """(views, [class | registers | grid], D) of each block, caught at the block itself."""
-    found: list[Tensor] = []
-    handles = [b.register_forward_hook(lambda module, given, out: found.append(out)) for b in blocks_of(vision)]
+    outputs: list[Tensor] = []
+    handles = [b.register_forward_hook(lambda module, inputs, out: outputs.append(out)) for b in blocks_of(vision)]
     run(vision, pixels)
     for handle in handles:
         handle.remove()
-    return [out[0] if isinstance(out, tuple) else out for out in found]
+    return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -334,8 +334,8 @@ def test_weights_of_open_clip_bring_their_own_preprocessing(name: str, tag: str 
     with torch.device("meta"):
         vision = OpenCLIPVision(name, pretrained=tag)
     own, image = OWN_OF_MODELS[name, tag], noise(120, 90)
-    wanted = by_hand(image, vision.pixel_shape[1], own)
-    np.testing.assert_allclose(vision.preprocessing(image), wanted, atol=1e-5)
+    expected = by_hand(image, vision.pixel_shape[1], own)
+    np.testing.assert_allclose(vision.preprocessing(image), expected, atol=1e-5)
     assert (vision.preprocessing.mean, vision.preprocessing.resample) == (own[0][0], own[1])
 
 
@@ -344,7 +344,7 @@ def test_extreme_images_are_prepared_too(name: str) -> None:
     for size in ((1, 1), (3, 1), (1, 3), (20000, 20), (20, 20000)):
         pixels = tower(name).preprocessing(Image.new("RGB", size, (200, 40, 90)))
         assert pixels.shape == tower(name).pixel_shape
-        assert pixels.std(dim=(1, 2)).max() < 1e-4  # one colour stays one colour
+        assert pixels.std(dim=(1, 2)).max() < 1e-4  # a single colour stays one
         assert pixels.mean(dim=(1, 2)).argmax() == 0
 
 
@@ -357,13 +357,13 @@ def test_images_of_other_modes_are_prepared_too(mode: str) -> None:
 
 @pytest.mark.parametrize("name", ["clip_vision_model", "siglip_vision_model", "convnext", "ViT"])
 def test_where_the_middle_is_kept_only_the_middle_is_resized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20000x20 pixels, 224000x224 would have to be made first."""
-    vision, seen = fresh(name), []
+    """Of 20000x20 pixels, a resize of the whole would make 224000x224."""
+    vision, sizes = fresh(name), []
     part = vision.preprocessing.image_processor if isinstance(vision, HFVision) else vision.preprocessing.transform
     prepare = type(part).__call__
-    monkeypatch.setattr(type(part), "__call__", lambda *a, **k: (seen.append(a[1].size), prepare(*a, **k))[1])
+    monkeypatch.setattr(type(part), "__call__", lambda *a, **k: (sizes.append(a[1].size), prepare(*a, **k))[1])
     vision.preprocessing(Image.new("RGB", (20000, 20)))
-    assert seen == [(20000, 20) if name == "siglip_vision_model" else (160, 20)]
+    assert sizes == [(20000, 20) if name == "siglip_vision_model" else (160, 20)]
 
 
 def test_the_middle_of_a_very_long_image() -> None:
@@ -420,7 +420,7 @@ def test_two_counters_agree(name: str) -> None:
         with torch.device("meta"):
             vision = fresh(name, **settings)
         assert vision.flops(3) == pytest.approx(counted(vision, 3), rel=0.01)
-    assert tower(name).flops(3) == tower(name).flops(1) * 3 > 0  # found without a meta device around it, too
+    assert tower(name).flops(3) == tower(name).flops(1) * 3 > 0  # counted without a meta device around it, too
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -467,14 +467,14 @@ def test_a_saved_tower_gives_the_same_features(name: str, tmp_path: Path) -> Non
 
 
 def test_a_saved_tower_keeps_its_preprocessing(tmp_path: Path) -> None:
-    own = {"mean": [0.1, 0.2, 0.3], "std": [0.9] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
-    vision = OpenCLIPVision(config={"vision_cfg": VIT, "preprocess_cfg": own})
+    preprocess_cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.9] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    vision = OpenCLIPVision(config={"vision_cfg": VIT, "preprocess_cfg": preprocess_cfg})
     arguments = vision.save_pretrained(tmp_path)
     again = OpenCLIPVision(**arguments | {"pretrained": str(tmp_path / arguments["pretrained"])})
     np.testing.assert_allclose(vision.preprocessing(noise(50, 40)), again.preprocessing(noise(50, 40)))
     np.testing.assert_allclose(
         again.preprocessing(noise(50, 40)),
-        by_hand(noise(50, 40), 32, ((own["mean"], own["std"]), BILINEAR, "whole")),
+        by_hand(noise(50, 40), 32, ((preprocess_cfg["mean"], preprocess_cfg["std"]), BILINEAR, "whole")),
         atol=1e-5,
     )
 
@@ -531,7 +531,7 @@ def test_preprocessing_that_crops_to_no_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3_vit", "dinov3_convnext"])
 def test_a_tower_of_any_size_takes_that_of_its_preprocessing(name: str, tmp_path: Path) -> None:
-    """DINOv2's checkpoints are made for 518 pixels, and come with preprocessing to 224."""
+    """DINOv2's checkpoints were trained at 518 pixels, and their preprocessing resizes to 224."""
     hf(name).save_pretrained(tmp_path)
     processor(96, tmp_path)
     vision = HFVision(str(tmp_path)).eval()
@@ -695,10 +695,10 @@ def test_every_tower_works_in_a_model(name: str, tokenizer: str) -> None:
             for parameter in model.fusion.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
             batch = collate(model, [ask(1, "what colour is the circle?", answer="red"), ask("hello", answer="hi")])
-            seen, blind = model(batch), model(batch.without_images())
-        assert seen.shape[:2] == batch.input_ids.shape
-        assert not torch.allclose(seen[0], blind[0], atol=1e-3)
-        torch.testing.assert_close(seen[1], blind[1], atol=1e-4, rtol=1e-3)
+            with_images, without_images = model(batch), model(batch.without_images())
+        assert with_images.shape[:2] == batch.input_ids.shape
+        assert not torch.allclose(with_images[0], without_images[0], atol=1e-3)
+        torch.testing.assert_close(with_images[1], without_images[1], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp", "conv"])

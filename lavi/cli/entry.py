@@ -32,7 +32,7 @@ NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
 
 def mendable(error: Exception) -> str | None:
     """The sentence for an error of the system that a user can mend; None where it may be a fault of the program."""
-    said = str(error).partition("\n")[0]
+    message = str(error).partition("\n")[0]
     if isinstance(error, OSError):
         remedy = REMEDIES.get(error.errno or 0)
         if isinstance(error, FileNotFoundError) and _was_given(error.filename):
@@ -40,23 +40,27 @@ def mendable(error: Exception) -> str | None:
         if remedy is None or not (error.filename or error.errno in NAMELESS):
             return None
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}: {remedy}."
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in said:
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "can't allocate memory" in message
+    ):
         return (
-            f"the memory is too small ({'. '.join(said.split('. ')[:2]) or 'of this machine'}): lower "
+            f"the memory is too small ({'. '.join(message.split('. ')[:2]) or 'of this machine'}): lower "
             "data.batch_size, set module.checkpointing=true, or take smaller images, a shorter context or a smaller "
             "model."
         )
-    if (full := os.strerror(errno.ENOSPC)) in said:  # as other libraries pass it on
+    if (full := os.strerror(errno.ENOSPC)) in message:  # as other libraries pass it on
         return f"{full}: {REMEDIES[errno.ENOSPC]}."
-    if said.startswith("DataLoader worker"):  # killed from outside
-        return f"a process that reads data ended ({said}): give it more memory, or lower data.workers."
+    if message.startswith("DataLoader worker"):  # killed from outside
+        return f"a process that reads data ended ({message}): give it more memory, or lower data.workers."
     return None
 
 
 def _was_given(file: object) -> bool:
     """Whether the command line named a file; only then is it the user's to mend that it is not there."""
-    given = {os.path.abspath(os.path.expanduser(argument.rpartition("=")[2])) for argument in sys.argv[1:]}
-    return isinstance(file, str | os.PathLike) and os.path.abspath(file) in given
+    paths = {os.path.abspath(os.path.expanduser(argument.rpartition("=")[2])) for argument in sys.argv[1:]}
+    return isinstance(file, str | os.PathLike) and os.path.abspath(file) in paths
 
 
 def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
@@ -92,7 +96,7 @@ def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
 def _is_closed(stream: TextIO) -> bool:
     """Whether nobody reads what a stream writes (``| head``); from then on it writes to nowhere."""
     try:
-        print(file=stream, flush=True)  # what failed to be written is not kept: flushing alone would not fail again
+        print(file=stream, flush=True)  # what failed to be written is dropped: flushing alone would not fail again
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return True

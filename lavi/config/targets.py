@@ -16,7 +16,7 @@ from lavi.config.text import TARGET
 from lavi.errors import UserError, nearest
 
 OURS = ("lavi.", "datamodules.", "callbacks.")
-"""What their classes raise besides a UserError is a fault of theirs; of others, a refusal of what they were given."""
+"""What their classes raise besides a UserError is a fault of theirs; of others, a refusal of their arguments."""
 
 TRUSTED = (*OURS, "torch.optim.", "lightning.pytorch.", "torchmetrics.")
 """From a recipe inside a checkpoint only classes of these packages are built."""

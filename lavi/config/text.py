@@ -139,10 +139,10 @@ def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]
 
 
 def override(settings: dict[str, Any], words: Sequence[str], lines: dict[str, str]) -> dict[str, Any]:
-    """``settings`` with the values of ``key=value`` in the place of what stood there, in whatever order they come.
+    """``settings`` with the values of ``key=value`` instead of what stood there, in whatever order they come.
 
     Raises:
-        UserError: not of that form, a key twice, a value that is not readable, or no place for it.
+        UserError: not of that form, a key twice, a value that is not readable, or nothing that it could be set in.
     """
     for key, value in _parsed(words):
         settings = _with(settings, key.split("."), value, key)

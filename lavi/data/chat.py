@@ -1,4 +1,4 @@
-"""Messages to ids, labels and image places. The only room that knows chat templates.
+"""Messages to token ids, labels and the columns of images. Only this module knows chat templates.
 
 The conversation is rendered once, an image standing in it as one object-replacement character. The text between the
 images is tokenised once, and labels come from the tokens' character offsets: nothing is tokenised twice and compared
@@ -124,8 +124,8 @@ class Chat:
         """A whole conversation, its answers and their end tokens as labels.
 
         Raises:
-            UserError: images and image places disagree, text that is none, or a template that refuses the conversation
-                or cannot be trained on.
+            UserError: more or fewer images than image parts, text that is none, or a template that refuses the
+                conversation or cannot be trained on.
         """
         plain = self._plain(messages, images)
         text = self._render_whole(plain)
@@ -159,7 +159,7 @@ class Chat:
         """Messages with string contents, an :data:`IMAGE` where an image stands."""
         plain = [{"role": m["role"], "content": self._as_words(_flatten(m["content"]))} for m in messages]
         marked = sum(m["content"].count(IMAGE) for m in plain)
-        if marked == 0 and images:  # images without places stand before the first words of the user
+        if marked == 0 and images:  # images that no part names stand before the first words of the user
             first = next((m for m in plain if m["role"] == "user"), None)
             if first is None:
                 raise UserError("a conversation with images needs a message of role 'user'.")
@@ -248,21 +248,23 @@ class Chat:
         """Each answer's turn, and its characters in ``text`` with those of the end token behind it.
 
         What a template puts around the words is the same for all conversations of the same roles: it is measured once,
-        by rendering turn after turn, and held against the text of every later one.
+        by rendering turn after turn, and checked against the text of every later one.
         """
         roles = tuple(message["role"] for message in plain)
-        said = [0, *itertools.accumulate(len(message["content"]) for message in plain)]
+        offsets = [0, *itertools.accumulate(len(message["content"]) for message in plain)]
         frames = self._frames.get(roles)
         if frames is not None:
-            spans = [(turn, before + said[turn], after + said[turn + 1]) for turn, before, after in frames.answers]
+            spans = [
+                (turn, before + offsets[turn], after + offsets[turn + 1]) for turn, before, after in frames.answers
+            ]
             fits = all(text.startswith(plain[turn]["content"], start) for turn, start, _ in spans)
-            if fits and len(text) == frames.length + said[-1]:
+            if fits and len(text) == frames.length + offsets[-1]:
                 return spans
         spans = [
             (turn, *self._answer_span(plain, turn, text)) for turn, role in enumerate(roles) if role == "assistant"
         ]
-        answers = [(turn, start - said[turn], stop - said[turn + 1]) for turn, start, stop in spans]
-        self._frames[roles] = _Frames(answers, len(text) - said[-1])
+        answers = [(turn, start - offsets[turn], stop - offsets[turn + 1]) for turn, start, stop in spans]
+        self._frames[roles] = _Frames(answers, len(text) - offsets[-1])
         return spans
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ class EncodedSample:
     source: str = ""
     """Where it was read, for counts."""
     is_filler: bool = False
-    """It keeps a rank in step and must not count: no label is kept, no answer scored."""
+    """It keeps a rank in step with the others: it has no labels, and no answer is scored."""
 
 
 def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: int, pad_left: bool = False) -> Batch:
@@ -37,7 +37,7 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
     ids = torch.full((len(packs), width), pad_id)  # (B, T)
     labels = torch.full_like(ids, IGNORE)
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    places, answers = [], []
+    slots, answers = [], []
     conversations: list[list[tuple[int, int]]] = []
     for row, pack in enumerate(packs):
         at = width - widths[row] if pad_left else 0
@@ -47,7 +47,7 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
             ids[row, at:stop] = torch.tensor(ready.encoded.ids)
             mask[row, at:stop] = True
             columns = zip(ready.encoded.image_columns, ready.layouts, strict=True)
-            places += [ImageSlot(row, at + column, layout) for column, layout in columns]
+            slots += [ImageSlot(row, at + column, layout) for column, layout in columns]
             if not ready.is_filler:
                 labels[row, at:stop] = torch.tensor(ready.encoded.labels)
                 turns = ready.encoded.turns
@@ -61,7 +61,7 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
         mask,
         _in_one([ready.pixels for ready in each]),
         spans=[(row[0][0], row[-1][1]) for row in conversations],
-        image_slots=places,
+        image_slots=slots,
         answers=answers,
         keys=[ready.key for ready in each],
         packed=conversations if len(each) > len(packs) else None,

@@ -46,7 +46,7 @@ class FrameSampling:
             raise UserError(f"frame sampling takes a positive number of frames a second, not fps={self.fps!r}.")
 
     def moments(self, start: float, stop: float) -> list[float]:
-        """The seconds in [``start``, ``stop``) whose frames are wanted."""
+        """The seconds in [``start``, ``stop``) whose frames are kept."""
         length = stop - start
         if self._at_rate(length):
             return [start + i / self.fps for i in range(max(1, math.ceil(length * self.fps - TICK)))]

@@ -1,4 +1,4 @@
-"""How the pictures of one vision backbone are made: a small object that goes to the processes that read data."""
+"""What turns an image into the pixels of a vision backbone: plain data, for the processes that read samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Preprocessing(ABC):
-    """An image to the pixels of one view. Plain data: it pickles, and holds no weights.
+    """An image to the pixels of one view. It can be pickled and holds no weights.
 
     Attributes:
         pixel_shape: (C, H, W) of one view.
@@ -31,7 +31,7 @@ class Preprocessing(ABC):
 
 @dataclass(frozen=True)
 class SquareResize(Preprocessing):
-    """Resized to a square, whatever its aspect; then each channel less its mean, over its deviation.
+    """Resizes an image to a square, whatever its aspect; a value v of a channel becomes (v - mean) / std.
 
     Args:
         side: of the square, in pixels.

@@ -63,8 +63,8 @@ class Processor:
         encoded, length = self.measure(sample, prompt=prompt)
         alone = len(sample.images) == 1
         views = [self.tiling.views(image, self.preprocessing, alone=alone) for image in sample.images]
-        seen = [pixels for pixels, _ in views]
-        pixels = seen[0] if len(seen) == 1 else torch.cat([torch.zeros(0, *self.preprocessing.pixel_shape), *seen])
+        parts = [pixels for pixels, _ in views]
+        pixels = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, *self.preprocessing.pixel_shape), *parts])
         return EncodedSample(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
     def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
@@ -75,7 +75,7 @@ class Processor:
         """
         messages = sample.messages
         if self.timestamps:
-            messages = add_timestamps(messages, [one for one in sample.images if isinstance(one, Video)])
+            messages = add_timestamps(messages, [visual for visual in sample.images if isinstance(visual, Video)])
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         alone = len(sample.images) == 1

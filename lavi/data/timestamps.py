@@ -12,18 +12,18 @@ from lavi.errors import UserError
 def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
     """The messages with a text part behind each video that says how long it is and when its frames are shown.
 
-    LLaVA-Video's time instruction (arXiv 2410.02713), in its shortest form. What is not known is not said.
+    LLaVA-Video's time instruction (arXiv 2410.02713), in its shortest form; it leaves out what is not known.
 
     Args:
         messages: left as they are; strings, and parts of other types, stay.
-        videos: in the order of the ``{"type": "video"}`` parts; videos that have no part are not told.
+        videos: in the order of the ``{"type": "video"}`` parts; if no message has such parts, nothing is added.
 
     Raises:
         UserError: the parts and the videos are not equally many.
     """
-    asked = sum(part["type"] == "video" for part in visual_parts(messages))
-    if asked not in (0, len(videos)):
-        raise UserError(f"a conversation has {asked} video parts and {len(videos)} videos: give each its part.")
+    parts = sum(part["type"] == "video" for part in visual_parts(messages))
+    if parts not in (0, len(videos)):
+        raise UserError(f"a conversation has {parts} video parts and {len(videos)} videos: give each its part.")
     coming = iter(videos)
     return [_with_timestamps(message, coming) for message in messages]
 
@@ -47,5 +47,5 @@ def time_instruction(video: Video) -> str:
     times = ", ".join(f"{second:.1f}" for second in video.seconds)
     frames = f"its {count} frames are" if count > 1 else "its one frame is"
     lasts = "" if video.duration is None else f"this video lasts {video.duration:.1f} seconds; "
-    said = f"{lasts}{frames} from {times} seconds.\n"
-    return said[0].upper() + said[1:]
+    sentence = f"{lasts}{frames} from {times} seconds.\n"
+    return sentence[0].upper() + sentence[1:]

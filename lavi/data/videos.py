@@ -1,8 +1,8 @@
 """Decoding videos, the same way wherever one comes from: a shard, a file on the command line.
 
     packets   | K  p  p  p | K  p  p  p | K  p  p  p |     read once, nothing decoded: when each frame is shown
-    wanted            ^               ^        ^           chosen from those times
-    decoded     K  p  p         K  p  p    K  p            from the key frame before each; only the wanted are converted
+    chosen            ^               ^        ^           from those times
+    decoded     K  p  p         K  p  p    K  p            from the key frame before each; only the chosen are converted
 
 The same file gives the same frames on every machine: one decoding thread, no clock, no guessing from frame rates.
 """
@@ -70,7 +70,7 @@ def read_video(
     """Decode the frames that ``sampling`` keeps, to upright RGB.
 
     Of mp4 (mov), webm, mkv and gif: the first video stream that is no cover picture; sound is not decoded, and no file
-    or address that the video may refer to is opened. A file cut short or damaged is used if each frame wanted of the
+    or address that the video may refer to is opened. A file cut short or damaged is used if each frame chosen of the
     *whole* of it is there; where a stream does not say how long it is (live webm, fragments), a cut between two frames
     cannot be seen. A clip's end up to :data:`CLIP_SLACK` seconds behind the video is the video's end.
 
@@ -123,7 +123,7 @@ class _Table:
 
 
 def _cut_to(clip: tuple[float, float] | None, table: _Table, called: str) -> tuple[float, float]:
-    """The seconds in which frames are wanted."""
+    """The seconds from which frames are taken."""
     if clip is None:
         return 0.0, table.length
     start, stop = clip
@@ -133,7 +133,7 @@ def _cut_to(clip: tuple[float, float] | None, table: _Table, called: str) -> tup
 
 
 def _check_all_there(sampling: FrameSampling, table: _Table, start: float, stop: float, called: str) -> None:
-    """Refuse a video that is cut before a moment that is wanted."""
+    """Refuse a video that is cut before a frame that would be taken."""
     if not table.is_cut or stop <= table.end:
         return
     if sampling.how == "keyframes" or math.isinf(stop) or sampling.moments(start, stop)[-1] >= table.end:
@@ -151,7 +151,7 @@ def _file(source: Path | str | bytes) -> Iterator[BinaryIO]:
         yield io.BytesIO(source)
         return
     try:
-        file = open(source, "rb")  # noqa: SIM115 - closed below; what fails while it is read is not said here
+        file = open(source, "rb")  # noqa: SIM115 - closed below; errors of reading are not for this handler
     except FileNotFoundError:
         raise UserError(f"there is no video {source}.") from None
     except (OSError, ValueError) as error:

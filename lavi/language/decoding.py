@@ -1,4 +1,4 @@
-"""What ``generate`` may be asked for: the one place that says yes, or no in a sentence, before the language model runs.
+"""The arguments of ``generate``, checked before the language model runs; what is refused, is so in one sentence.
 
 How tokens are chosen is transformers' own, and so are the names. Refused is what would read the prompt without its
 images, what transformers itself no longer has, and what does not go with the prompt or the fusion at hand.
@@ -91,29 +91,29 @@ OF_THE_IDS = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "pre
 
 @dataclass(frozen=True)
 class Decoding:
-    """The arguments of one call, as transformers names them: those given, and the defaults for the rest."""
+    """The arguments of one call, as transformers names them, with the defaults of what it leaves out."""
 
     settings: dict[str, Any]
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], *, ends: Sequence[int], pad: int) -> Decoding:
+    def read(cls, arguments: Mapping[str, Any], *, ends: Sequence[int], pad: int) -> Decoding:
         """Check names and values.
 
         Args:
-            given: by name; a ``generation_config`` among them says what the others leave open.
-            ends: the tokens that end an answer, if nothing is given.
+            arguments: by name; a ``generation_config`` among them says what the others leave open.
+            ends: the tokens that end an answer, if no argument says.
             pad: the token behind the end of an answer, likewise.
 
         Raises:
             UserError: an argument that there is not, that is refused, or whose value is.
         """
-        config = given.get("generation_config")
+        config = arguments.get("generation_config")
         if not isinstance(config, GenerationConfig | None):
             raise UserError(f"generation_config must be a transformers.GenerationConfig, not {type(config).__name__}.")
-        named = ({} if config is None else _public(config)) | {n: v for n, v in given.items() if v is not None}
+        named = ({} if config is None else _public(config)) | {n: v for n, v in arguments.items() if v is not None}
         named = {n: v for n, v in named.items() if n != "generation_config" and not _asks_for_nothing(n, v)}
         settings: dict[str, Any] = DEFAULTS | {"eos_token_id": ends, "pad_token_id": pad} | named
-        if "eos_token_id" in given and given["eos_token_id"] is None:
+        if "eos_token_id" in arguments and arguments["eos_token_id"] is None:
             settings["eos_token_id"] = ()
         settings["eos_token_id"] = _listed(settings["eos_token_id"])
         _check_names(settings)
@@ -150,12 +150,12 @@ class Decoding:
                     f"{name} serves one answer at a time, and {rows * self.copies} grow here: pass a batch of one row, "
                     "with num_beams=1 and num_return_sequences=1."
                 )
-        wanted = self.settings["max_new_tokens"]
+        tokens = self.settings["max_new_tokens"]
         if room < 1:
             raise UserError("the prompt alone fills the positions of the language model: ask with less text or images.")
-        if wanted > room:
+        if tokens > room:
             raise UserError(
-                f"max_new_tokens={wanted} would lead beyond the positions of the language model: behind this prompt "
+                f"max_new_tokens={tokens} would lead beyond the positions of the language model: behind this prompt "
                 f"there is room for {room}; set max_new_tokens to at most that."
             )
 

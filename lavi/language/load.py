@@ -138,7 +138,7 @@ class LanguageModel(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Positions the model was made for."""
+        """The positions that the model has."""
         return int(self.hf.config.max_position_embeddings)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -215,22 +215,22 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
         UserError: transformers cannot build it, or weights are missing.
     """
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    place = "a bare configuration" if source is None else f"'{source}'"
-    seen: dict[str, Any] | None = None
+    origin = "a bare configuration" if source is None else f"'{source}'"
+    loading_info: dict[str, Any] | None = None
     try:
         if source is None or not weights_wanted():
             model = AutoModelForCausalLM.from_config(settings, **kwargs)
         else:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
-            model, seen = loaded
+            model, loading_info = loaded
     except Exception as error:
         kind, reason = settings.model_type, one_line(error)
         if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
             raise UserError(f"'{kind}' has no attention kernel '{attention}': set language.attention=eager.") from error
         if "Unrecognized configuration class" in reason:
             raise UserError(NO_LANGUAGE_MODEL.format(kind)) from error
-        raise UserError(f"no '{kind}' language model can be made from {place}: {reason}.") from error
-    if seen is not None:
-        check_loaded(seen, str(source), f"'{settings.model_type}' language model")
+        raise UserError(f"no '{kind}' language model can be built from {origin}: {reason}.") from error
+    if loading_info is not None:
+        check_loaded(loading_info, str(source), f"'{settings.model_type}' language model")
     return model

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) inside a language model, by peft, in place.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) inside a language model, by peft; the model itself is changed.
 
     x --+-- W (frozen) ------------------------+--> y        language: {lora: {rank: 128, alpha: 256}}
         |                                      |
@@ -111,7 +111,7 @@ def merged_state(model: nn.Module, adapters: frozenset[str]) -> dict[str, Tensor
     return state
 
 
-def _targets(model: nn.Module, layers: nn.ModuleList, wanted: list[str] | None) -> dict[str, nn.Module]:
+def _targets(model: nn.Module, layers: nn.ModuleList, names: list[str] | None) -> dict[str, nn.Module]:
     """The linear layers that are meant, by their full names."""
     stack = next(name for name, module in model.named_modules() if module is layers)
     linear_layers = {
@@ -121,7 +121,7 @@ def _targets(model: nn.Module, layers: nn.ModuleList, wanted: list[str] | None) 
         if isinstance(module, nn.Linear | Conv1D)
     }
     ends = {end for _, name in linear_layers for end in _endings(name)}
-    for target in wanted or ():
+    for target in names or ():
         if target not in ends:
             raise UserError(
                 f"language.lora.targets names '{target}', which no decoder layer has: {nearest(str(target), ends)}"
@@ -129,7 +129,7 @@ def _targets(model: nn.Module, layers: nn.ModuleList, wanted: list[str] | None) 
     return {
         f"{stack}.{index}.{name}": module
         for (index, name), module in linear_layers.items()
-        if wanted is None or any(end in wanted for end in _endings(name))
+        if names is None or any(end in names for end in _endings(name))
     }
 
 

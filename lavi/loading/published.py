@@ -18,21 +18,21 @@ from lavi.loading.without_weights import weights_wanted
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 
 
-def check_loaded(seen: Mapping[str, Any], source: str, what: str) -> None:
+def check_loaded(loading_info: Mapping[str, Any], source: str, what: str) -> None:
     """That the checkpoint ``source`` had every weight of ``what``; transformers draws at random what it does not find.
 
     Args:
-        seen: transformers' ``output_loading_info``, with ``ignore_mismatched_sizes``.
+        loading_info: transformers' ``output_loading_info``, with ``ignore_mismatched_sizes``.
 
     Raises:
         UserError: weights are missing, or have other shapes than the configuration says.
     """
-    if missing := sorted(seen["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(
             f"the checkpoint at '{source}' lacks {len(missing)} weights of its {what} ({missing[0]} ...): give the "
             "folder of a whole one."
         )
-    for name, there, here in sorted(seen["mismatched_keys"]):
+    for name, there, here in sorted(loading_info["mismatched_keys"]):
         raise UserError(
             f"the weights at '{source}' do not fit its config.json: {name} of the {what} has shape {list(there)} in "
             f"the one, and {list(here)} by the other."

@@ -47,8 +47,8 @@ class PerceiverResampler(Reducer):
         return self.norm(queries)
 
     def flops(self) -> float:
-        width, n, seen = self.before.width, self.tokens, self.before.tokens + self.tokens
-        attention = linear_flops(n, width, 2 * width) + linear_flops(seen, width, 2 * width) + 4.0 * n * seen * width
+        width, n, keys = self.before.width, self.tokens, self.before.tokens + self.tokens
+        attention = linear_flops(n, width, 2 * width) + linear_flops(keys, width, 2 * width) + 4.0 * n * keys * width
         return self.depth * (attention + linear_flops(n, width, 8 * width))
 
 
@@ -65,8 +65,8 @@ class _Layer(nn.Module):
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (views, heads, tokens, Dv / heads)
 
-        own = self.query_norm(queries)
-        key, value = self.key_value(torch.cat([self.visual_norm(features), own], dim=1)).chunk(2, dim=-1)
-        seen = nn.functional.scaled_dot_product_attention(split(self.query(own)), split(key), split(value))
-        queries = queries + self.out(seen.transpose(1, 2).flatten(2))
+        normed = self.query_norm(queries)
+        key, value = self.key_value(torch.cat([self.visual_norm(features), normed], dim=1)).chunk(2, dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(split(self.query(normed)), split(key), split(value))
+        queries = queries + self.out(attended.transpose(1, 2).flatten(2))
         return queries + self.ffn(self.ffn_norm(queries))

@@ -22,7 +22,7 @@ from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class VisionZip(Reducer):
-    """``dominant`` tokens kept, and ``contextual`` made of the rest, in each view.
+    """In each view, the ``dominant`` tokens as they are, and ``contextual`` means of the rest.
 
     Raises:
         UserError: more tokens than there are, or a tower whose queries and keys cannot be read.
@@ -53,15 +53,16 @@ class VisionZip(Reducer):
         if not views or tokens == self.dominant:
             return features[:, : self.after.tokens]
         if len(self.read.get("key", ())) != views:
-            raise RuntimeError("VisionZip ranks features right after the tower has made them: run the tower first.")
+            raise RuntimeError(
+                "VisionZip ranks features by the attention of the tower that gave them: run the tower first."
+            )
         with torch.no_grad():
             rank, keys = self._rank(tokens)  # (views, N), (views, N, d)
             best = rank.topk(self.dominant, dim=-1).indices
             dominant = torch.zeros_like(rank, dtype=torch.bool).scatter(1, best, True)  # (views, N)
             order = (~dominant).long().argsort(dim=1, stable=True)  # dominant first, each part in the order of the grid
         first, rest = order.split([self.dominant, tokens - self.dominant], dim=1)
-        kept = _take(features, first)
-        return torch.cat([kept, self._merged(_take(features, rest), _take(keys, rest))], dim=1)
+        return torch.cat([_take(features, first), self._merged(_take(features, rest), _take(keys, rest))], dim=1)
 
     def _rank(self, tokens: int) -> tuple[Tensor, Tensor]:
         """How much each token of the grid is attended to, and its key (the mean over heads)."""

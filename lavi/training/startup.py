@@ -80,7 +80,7 @@ class StepLines(ProgressBar):
     def on_validation_end(self, *args: Any) -> None:
         if self._validation is not None:
             self._validation.stop()
-            if self._validation.said:  # a short one comes too often for a line of its own
+            if self._validation.printed:  # a short one comes too often for a line of its own
                 self._validation.say(last=True)
             self._validation = None
         if self._training is not None:

@@ -14,7 +14,7 @@ from lavi.vision.shape_flops import forward_on_meta
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What one view's features look like to those who take them in."""
+    """The shape of one view's features."""
 
     width: int
     """Dv."""
@@ -53,7 +53,7 @@ class VisionBackbone(nn.Module, ABC):
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        """What a view becomes."""
+        """The shape of one view's features."""
         return FeatureSpec(self.width, self.tokens, self.grid)
 
     @property
@@ -67,7 +67,7 @@ class VisionBackbone(nn.Module, ABC):
         return self.preprocessing
 
     def flops(self, views: int) -> float:
-        """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), by the shapes that its operations meet."""
+        """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), counted from the shapes of its operations."""
         return views * self._flops_of_view
 
     @cached_property

@@ -49,7 +49,7 @@ HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_he
 """The setting that keeps a pooling head from being built."""
 
 SELECTS = hasattr(output_capturing, "selected_hidden_states")
-"""Whether this transformers keeps only the hidden states it is asked for; an older one keeps all."""
+"""Whether this transformers returns chosen hidden states; an older one returns all."""
 
 REFUSED = {
     "siglip2_vision_model": "its grid changes with each image (NaFlex): take a checkpoint of a fixed resolution, such "
@@ -132,11 +132,11 @@ class HFVision(Tower):
         self.resizing = _resize(self.tower, image_processor, image_size) if image_size is not None else {}
         self.preprocessing = HFPreprocessing(image_processor)
         self.layers = _cut(self.tower, layer)
-        self._look(class_token=class_token)
+        self._infer(class_token=class_token)
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        wanted: Any = self.layers if SELECTS else True
-        hidden = self.tower(pixels, output_hidden_states=wanted, **self.resizing).hidden_states
+        layers: Any = self.layers if SELECTS else True
+        hidden = self.tower(pixels, output_hidden_states=layers, **self.resizing).hidden_states
         return [self._split(hidden[layer], pixels) for layer in self.layers]
 
     def _split(self, hidden: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,25 +147,29 @@ class HFVision(Tower):
         before = hidden.shape[1] - grid[0] * grid[1]
         return hidden[:, :before], hidden[:, before:].transpose(1, 2).unflatten(-1, grid)
 
-    def _look(self, *, class_token: bool) -> None:
-        """Look at the tower run on what its own preprocessing gives."""
+    def _infer(self, *, class_token: bool) -> None:
+        """Run the tower once, without numbers, on what its preprocessing gives.
+
+        Raises:
+            UserError: it does not run on that.
+        """
         settings = self.tower.config
         shape = self.preprocessing.pixel_shape
         shapes = set(self.preprocessing.shapes) - {shape}
-        wanted = (settings.num_channels, *_pair(settings.image_size))
+        expected = (settings.num_channels, *_pair(settings.image_size))
         try:
             if shapes:
                 raise ValueError("wide and tall images come out different")
             self.infer_shapes(class_token=class_token)
         except (ValueError, RuntimeError) as error:
-            if not shapes and shape == wanted:
+            if not shapes and shape == expected:
                 kind = settings.model_type
                 raise UserError(
                     f"the '{kind}' tower does not run on images of {_sides(shape)} pixels: {one_line(error)}"
                 ) from error
             raise UserError(
                 f"the image processor makes {' or '.join(_sides(s) for s in (shape, *shapes))} pixels of an image, but "
-                f"the tower is made for {_sides(wanted)}: set 'size' and 'crop_size' in preprocessor_config.json to "
+                f"the tower is made for {_sides(expected)}: set 'size' and 'crop_size' in preprocessor_config.json to "
                 "image_size of config.json."
             ) from error
 
@@ -190,7 +194,7 @@ class HFVision(Tower):
 
 
 def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
-    """Make the preprocessing give squares of ``side`` pixels; what the tower has to be told when it is called.
+    """Make the preprocessing give squares of ``side`` pixels; returns what the tower is called with for that.
 
     Raises:
         UserError: the tower takes images of its own size only, or ``side`` is no multiple of its patches.
@@ -198,9 +202,9 @@ def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
     own, patch = _pair(tower.config.image_size), _pair(getattr(tower.config, "patch_size", 1))
     if side < 1 or side % patch[0] or side % patch[1]:
         raise UserError(f"image_size={side}: the tower cuts images into patches of {patch[0]} pixels, take a multiple.")
-    told = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+    can_interpolate = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
     if (
-        not told
+        not can_interpolate
         and (side, side) != own
         and "dino" not in tower.config.model_type
         and hasattr(tower.config, "patch_size")
@@ -214,7 +218,7 @@ def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
         processor.size = {"height": side, "width": side}
     if processor.do_center_crop:
         processor.crop_size = {"height": side, "width": side}
-    return {"interpolate_pos_encoding": True} if told and (side, side) != own else {}
+    return {"interpolate_pos_encoding": True} if can_interpolate and (side, side) != own else {}
 
 
 def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
@@ -254,24 +258,24 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
     kind: Any = MODEL_MAPPING[type(settings)]
     pooling = "add_pooling_layer" in inspect.signature(kind).parameters
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
-    seen: dict[str, Any] | None = None
+    loading_info: dict[str, Any] | None = None
     try:
         if source is None or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
         else:
             loading: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **loading, **keys)
-            tower, seen = loaded
+            tower, loading_info = loaded
     except Exception as error:
         if isinstance(error, TypeError) and not isinstance(settings.image_size, int):
             raise UserError(
                 f"a '{settings.model_type}' tower is built for square images only: image_size is one number, not "
                 f"{settings.image_size}."
             ) from None
-        place = "a bare configuration" if source is None else f"'{source}'"
-        raise UserError(f"no '{settings.model_type}' tower can be made from {place}: {one_line(error)}") from error
-    if seen is not None:
-        check_loaded(seen, str(source), f"'{settings.model_type}' tower")
+        origin = "a bare configuration" if source is None else f"'{source}'"
+        raise UserError(f"no '{settings.model_type}' tower can be built from {origin}: {one_line(error)}") from error
+    if loading_info is not None:
+        check_loaded(loading_info, str(source), f"'{settings.model_type}' tower")
     return tower
 
 
@@ -283,7 +287,7 @@ def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
     except (OSError, ValueError):
         raise UserError(
             f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "
-            "it was made of."
+            "it comes from."
         ) from None
 
 
@@ -308,7 +312,7 @@ def _processor_of(settings: PretrainedConfig) -> Any:
 
 
 def _cut(tower: Any, layer: int | list[int]) -> list[int]:
-    """Drop the layers after the last one wanted; the numbers from 1 of those wanted."""
+    """Drop the layers after the last chosen one; the numbers from 1 of the chosen."""
     settings = tower.config
     if not hasattr(settings, "num_attention_heads"):
         stages = len(settings.hidden_sizes)

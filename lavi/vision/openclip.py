@@ -202,14 +202,14 @@ def _weights(tower: nn.Module, pretrained: str, tags: dict[str, dict[str, Any]])
 
 def _fill(tower: nn.Module, weights: dict[str, Tensor], pretrained: str) -> None:
     """Load what the tower has; what it was cut of may be missing."""
-    wanted = tower.state_dict()
-    for name, tensor in wanted.items():
+    expected = tower.state_dict()
+    for name, tensor in expected.items():
         if name not in weights or weights[name].shape != tensor.shape:
             shape = f"of shape {list(weights[name].shape)}" if name in weights else "missing"
             raise UserError(
                 f"the weights '{pretrained}' are another tower's: {name} is {shape}, and here {list(tensor.shape)}."
             )
-    tower.load_state_dict({name: weights[name] for name in wanted})
+    tower.load_state_dict({name: weights[name] for name in expected})
 
 
 def _trunk(tower: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The FLOPs of a vision tower, from the shapes that its linear maps, convolutions and attentions meet.
+"""The FLOPs of a vision tower, from the shapes of its linear maps, convolutions and attentions.
 
-For towers of every kind, their layers' names unknown: each call is priced by the formula of its operation. Norms,
-activations and pooling count as 0. 1 multiply-add = 2 FLOPs.
+It serves towers of every kind, whatever their layers are called: each call counts by the formula of its operation.
+Norms, activations and pooling count as 0. 1 multiply-add = 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lavi.nn.formulas import linear_flops
 
 
 class ShapeFlops(TorchFunctionMode):
-    """Adds up in :attr:`total` what is computed within it; on the meta device nothing else happens."""
+    """Adds up in :attr:`total` the FLOPs of what is computed within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ShapeFlops(TorchFunctionMode):
 
 
 def forward_on_meta(module: nn.Module, pixel_shape: Sequence[int]) -> tuple[Any, float]:
-    """What a module makes of one view (1, C, H, W), on the meta device, and its FLOPs; it stays as it is itself."""
+    """The output and the FLOPs of a module for one view (1, C, H, W) on the meta device; the module is not changed."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()  # in training, a tower may drop patches
     state = {name: t.detach().to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
@@ -52,7 +52,7 @@ def _linear(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> f
 
 
 def _convolution(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
-    """Each output channel at each place looks at one window of its group's input channels."""
+    """Each output value is a product with one window of its group's input channels."""
     return 2.0 * out.numel() * weight[0].numel()
 
 
@@ -67,9 +67,9 @@ def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
 
 def _multi_head(out: Any, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> float:
     """Attention with its four projections; (tokens, B, width) each."""
-    asked, seen = query.shape[:-1].numel(), key.shape[:-1].numel()
-    projections = 2 * linear_flops(asked, width, width) + 2 * linear_flops(seen, width, width)
-    return projections + 4.0 * asked * key.shape[0] * width
+    queries, keys = query.shape[:-1].numel(), key.shape[:-1].numel()
+    projections = 2 * linear_flops(queries, width, width) + 2 * linear_flops(keys, width, width)
+    return projections + 4.0 * queries * key.shape[0] * width
 
 
 FORMULAS: dict[Any, Callable[..., float]] = {

@@ -1,11 +1,11 @@
-"""What the backbones around one network share: the layers chosen, the tokens kept, the shapes found by looking.
+"""What the backbones around one network share: the choice of layers and of tokens, and the shapes of features.
 
-    pixels -> network, cut after the last layer wanted -+- layer a: [ class | registers ] grid (views, D, rows, columns)
+    pixels -> network, cut after the last chosen layer -+- layer a: [ class | registers ] grid (views, D, rows, columns)
                                                         +- layer b: [ class | registers ] grid
-    features (views, N, Dv):  per layer [ class, if wanted | grid, row by row ], the layers side by side in Dv
+    features (views, N, Dv):  per layer [ class, optional | grid, row by row ], the layers side by side in Dv
 
 A new kind of tower has ``preprocessing`` and :meth:`Tower.encode`, and calls :meth:`Tower.infer_shapes` at the end of
-its constructor. What a tower gives is not read off its configuration: one forward on the meta device shows it.
+its constructor. Shapes are not read from a configuration: one forward on the meta device shows them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tower(VisionBackbone):
     """A backbone around one network.
 
     Attributes:
-        standing_before: tokens that the network itself has before its grid (class token, registers), kept or not.
+        standing_before: tokens that the network has before its grid (class token, registers), used or not.
     """
 
     standing_before: int
@@ -38,7 +38,7 @@ class Tower(VisionBackbone):
         """
 
     def infer_shapes(self, *, class_token: bool, registers: int = 0) -> None:
-        """Find grid, width, prefix and FLOPs of a view by one forward without numbers.
+        """Set grid, width, prefix and FLOPs of a view by one forward on the meta device.
 
         Args:
             class_token: keep the class token.
@@ -81,19 +81,19 @@ class _Encode(nn.Module):
 
 
 def chosen_layers(layer: int | list[int], count: int) -> list[int]:
-    """Numbers from 1 of the layers meant, of ``count``; ``layer`` counts as ``hidden_states`` do (-1: the last).
+    """The chosen of ``count`` layers, numbered from 1; ``layer`` counts as ``hidden_states`` do (-1: the last).
 
     Raises:
         UserError: no such layer, or none at all.
     """
-    asked = layer if isinstance(layer, list) else [layer]
-    if not asked:
+    choices = layer if isinstance(layer, list) else [layer]
+    if not choices:
         raise UserError("'layer' of the vision tower is an empty list: name at least one layer, such as -1.")
-    numbers = [number + count + 1 if number < 0 else number for number in asked]
-    for wanted, number in zip(asked, numbers, strict=True):
+    numbers = [number + count + 1 if number < 0 else number for number in choices]
+    for choice, number in zip(choices, numbers, strict=True):
         if not 1 <= number <= count:
             raise UserError(
-                f"the vision tower has {count} layers, none is layer {wanted}: take -{count} (the first) to -1 (the "
+                f"the vision tower has {count} layers, none is layer {choice}: take -{count} (the first) to -1 (the "
                 "last)."
             )
     return numbers
@@ -106,8 +106,8 @@ def middle(image: Image.Image, *, elongation: int = 8) -> Image.Image:
     224000x224 first.
     """
     width, height = image.size
-    wanted = (min(width, elongation * height), min(height, elongation * width))
-    if wanted == image.size:
+    size = (min(width, elongation * height), min(height, elongation * width))
+    if size == image.size:
         return image
-    left, top = (width - wanted[0]) // 2, (height - wanted[1]) // 2
-    return image.crop((left, top, left + wanted[0], top + wanted[1]))
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
