@@ -1,4 +1,4 @@
-"""Recipes: merging, and errors that name the place and the nearest right thing."""
+"""Recipes: merging, and errors that name the line and the nearest right thing."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: p
     with torch.device("meta"):
         model = recipe.build("model")
     kinds = {type(g).__name__ for g in model.fusion.generators.values()}
-    found = (model.vision.tower.config.model_type, model.language.hf.config.model_type, *kinds)
+    kinds_built = (model.vision.tower.config.model_type, model.language.hf.config.model_type, *kinds)
     assert (
-        found
+        kinds_built
         == {
             "lavi_conv": ("siglip_vision_model", "qwen2", "ConvDeltas"),
             "llama": ("siglip_vision_model", "llama", "AttentionDeltas"),
@@ -175,10 +175,10 @@ def test_changes_may_come_in_any_order(tiny_recipe: Path) -> None:
         "model.fusion._target_=lavi.fusion.cross_attention.CrossAttentionFusion",
         "model.fusion.every=1",
     ]
-    found = [Recipe.load(tiny_recipe, order).settings for order in (changes, changes[::-1])]
-    assert found[0] == found[1]
-    assert found[0]["module"]["learning_rate"] == {"fusion": 1e-4, "vision": 1e-5}
-    assert found[0]["model"]["fusion"] == {"_target_": changes[2].partition("=")[2], "every": 1}
+    merged = [Recipe.load(tiny_recipe, order).settings for order in (changes, changes[::-1])]
+    assert merged[0] == found[1]
+    assert merged[0]["module"]["learning_rate"] == {"fusion": 1e-4, "vision": 1e-5}
+    assert merged[0]["model"]["fusion"] == {"_target_": changes[2].partition("=")[2], "every": 1}
 
 
 def test_a_change_reaches_items_numbers_and_what_is_not_there_yet() -> None:
@@ -223,7 +223,7 @@ def test_a_byte_order_mark_and_the_home_folder(tiny_recipe: Path, monkeypatch: p
         recipe = Recipe.load(tiny_recipe, change)
         if part == "vision":
             assert recipe.build("model.vision").width
-        else:  # the folder is found, and holds no language model
+        else:  # the folder is there, and holds no language model
             with pytest.raises(UserError, match=r"no 'siglip_vision_model'|no decoder-only language model"):
                 recipe.build("model.language")
 
