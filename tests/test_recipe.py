@@ -66,9 +66,9 @@ def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: p
     with torch.device("meta"):
         model = recipe.build("model")
     kinds = {type(g).__name__ for g in model.fusion.generators.values()}
-    kinds_built = (model.vision.tower.config.model_type, model.language.hf.config.model_type, *kinds)
+    parts = (model.vision.tower.config.model_type, model.language.hf.config.model_type, *kinds)
     assert (
-        kinds_built
+        parts
         == {
             "lavi_conv": ("siglip_vision_model", "qwen2", "ConvDeltas"),
             "llama": ("siglip_vision_model", "llama", "AttentionDeltas"),
@@ -176,7 +176,7 @@ def test_changes_may_come_in_any_order(tiny_recipe: Path) -> None:
         "model.fusion.every=1",
     ]
     merged = [Recipe.load(tiny_recipe, order).settings for order in (changes, changes[::-1])]
-    assert merged[0] == found[1]
+    assert merged[0] == merged[1]
     assert merged[0]["module"]["learning_rate"] == {"fusion": 1e-4, "vision": 1e-5}
     assert merged[0]["model"]["fusion"] == {"_target_": changes[2].partition("=")[2], "every": 1}
 
