@@ -13,7 +13,7 @@ from conftest import ask, refused, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lavi.batch import Sample
-from lavi.data.data_module import DataModule, EvaluationBatches, SampleEncoder, TrainingBatches
+from lavi.data.data_module import DataModule, EvaluationBatches, SampleEncoder, SampleStream, TrainingBatches
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 
@@ -114,11 +114,13 @@ def test_ranks_share_the_samples_and_get_as_many_batches(processor: Any, ranks: 
     assert sorted(counted) == [f"validation-{number}" for number in (0, 1, 3, 4)]
 
 
-def test_what_cannot_be_encoded_is_counted(processor: Any) -> None:
+def test_what_cannot_be_encoded_is_counted(processor: Any, caplog: pytest.LogCaptureFixture) -> None:
     data = Broken(processor, batch_size=2)
     stream = data.stream("test")
     assert [batch.keys for batch in stream] == [["test-0", "test-1"]]
     assert list(stream.left_out.values()) == [1]
+    assert caplog.messages[0].startswith("left out: sample 'test-2' (longer than the context of 256 tokens")
+    assert Numbers.unsized
     data.trainer = type("Trainer", (), {"training": True, "global_rank": 0, "world_size": 1})()  # type: ignore[assignment]
     batches = iter(data.train_dataloader())
     for _ in range(9):  # two passes
@@ -140,11 +142,13 @@ def test_samples_are_limited_and_read_anew(processor: Any) -> None:
         assert [sample.key for sample in stream] == ["test-0", "test-1"]
     assert (stream.expected, stream.left_out.total()) == (2, 0)
     assert Numbers(processor).sample_stream("test").expected is None
+    counted = [ask(number, "what?", answer="red") for number in range(3)]
+    assert [SampleStream(lambda: counted, limit).expected for limit in (None, 2, 5)] == [3, 2, 3]
 
 
 def test_batches_without_a_trainer_are_those_of_a_single_rank(processor: Any) -> None:
     samples, encode = Numbers(processor).sample_stream("test"), SampleEncoder(processor)
-    assert [batch.keys for batch in EvaluationBatches(samples, encode, 3)] == [["test-0", "test-1", "test-2"]]
+    assert [batch.keys for batch in EvaluationBatches(samples, encode, 2)] == [["test-0", "test-1"], ["test-2"]]
     assert next(iter(TrainingBatches(samples, encode, 3))).keys == ["test-0", "test-1", "test-2"]
 
 

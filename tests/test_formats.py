@@ -158,7 +158,7 @@ def test_files_that_are_no_lists_say_what_they_are(tmp_path: Path) -> None:
     assert (first, second) == ({"a": 1}, {"a": 2})
     assert isinstance(bad, BadEntry)
     assert str(bad) == "entry of line 4 is not JSON"
-    assert read_json(file).total is None
+    assert (read_json(file).name, read_json(file).total) == ("d.json", None)
     file.write_text("\ufeff\n [1, 2]")
     assert (read_json(file).name, read_json(file).total, list(read_json(file).items)) == ("d.json", 2, [1, 2])
 
@@ -211,6 +211,13 @@ def test_cells_keep_their_newlines_and_blank_lines_are_no_rows(tmp_path: Path) -
         items_of("question\tanswer\nwhat, then?\tso\n", tmp_path, name="d.TAB")[0]["conversations"][0]["value"]
         == "what, then?"
     )
+
+
+def test_a_header_is_read_as_it_stands_and_short_rows_are_no_items(tmp_path: Path) -> None:
+    assert items_of('"a\r\nb"\r\nwords\r\n', tmp_path, caption="a\r\nb")[0]["captions"] == ["words"]
+    (short,) = items_of("image,caption\na.png\n", tmp_path)
+    assert short.cause == "has another number of cells"
+    assert str(short) == "entry of row 1 has 1 cells, the header 2"
 
 
 def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lavi.batch import Sample
 from lavi.data.processor import Processor
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.answers import ExactMatch
 
 
 @pytest.fixture
@@ -115,7 +116,9 @@ def test_our_readers_stand_behind_a_web_loader(processor: Processor, scenes: Pat
 def test_the_samples_of_a_pipeline_become_batches(processor: Processor, scenes: Path, workers: int) -> None:
     data = PipelineData(processor, train=undecoded(scenes), batch_size=8, workers=workers)
     batches = iter(data.train_dataloader())
-    keys = [key for _ in range(30) for key in next(batches).batch.keys]
+    reads = [next(batches) for _ in range(30)]
+    keys = [key for read in reads for key in read.batch.keys]
+    assert {source for read in reads for source in read.sources} == set(data.source_names)
     assert sorted(keys) == sorted(item["__key__"] for item in undecoded(scenes))
     again = [key for _ in range(30) for key in next(batches).batch.keys]
     assert sorted(again) == sorted(keys)
@@ -148,6 +151,8 @@ def test_samples_of_a_pipeline_are_used_by_the_usual_rules(processor: Processor,
     assert [batch.keys for batch in PipelineData(processor, train=train).stream("train")] == [["short"]]
     limited = PipelineData(processor, train=train, validation=undecoded(scenes), batch_size=2, validation_samples=3)
     assert [len(read.batch) for read in limited.val_dataloader()] == [2, 1]
+    metric = ExactMatch()
+    assert PipelineData(processor, train=train, metric=metric).metric is metric
 
 
 def test_what_a_pipeline_does_not_give_is_said(processor: Processor) -> None:

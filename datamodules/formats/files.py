@@ -68,7 +68,6 @@ def load_json(file: Path) -> Any:
     """
     read_head(file)
     try:
-        with reading(file):
-            return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}).") from None
