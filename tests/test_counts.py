@@ -35,9 +35,9 @@ def counted(*samples: tuple[dict[str, Any], dict[str, bytes]]) -> Counts:
 
 
 def test_a_conversation_is_counted() -> None:
-    found = counted((CHAT, MEDIA))
+    counts = counted((CHAT, MEDIA))
     size = {"png": len(MEDIA["0.png"]) + len(MEDIA["1.png"]), "mp4": 5, "jpg": 10}
-    assert found == Counts(
+    assert counts == Counts(
         samples=1,
         conversations=1,
         turns=2,
@@ -52,31 +52,31 @@ def test_a_conversation_is_counted() -> None:
 
 
 def test_captions_are_counted_one_by_one() -> None:
-    found = counted(({"captions": ["a", "a cat", "", 7]}, {}), ({"caption": "a cat on a mat"}, {}), ({}, {}))
-    assert (found.samples, found.conversations, found.captions, found.turns) == (3, 0, 4, 0)
-    assert found.text == {"2": 1, "8": 1, "1": 2, "16": 1}
+    counts = counted(({"captions": ["a", "a cat", "", 7]}, {}), ({"caption": "a cat on a mat"}, {}), ({}, {}))
+    assert (counts.samples, counts.conversations, counts.captions, counts.turns) == (3, 0, 4, 0)
+    assert counts.text == {"2": 1, "8": 1, "1": 2, "16": 1}
 
 
 def test_frames_are_of_videos_and_no_images() -> None:
     media = {f"{n}.png": picture(4, 4) for n in range(5)}
-    found = counted(({"frames": [3, None, "x"]}, media))
-    assert (found.frames, found.images, found.videos) == (3, 2, 1)
+    counts = counted(({"frames": [3, None, "x"]}, media))
+    assert (counts.frames, counts.images, counts.videos) == (3, 2, 1)
 
 
 def test_two_counts_add_up_to_the_counts_of_both() -> None:
     samples = [(CHAT, MEDIA), ({"caption": "a cat"}, {"0.png": picture(30, 7)})]
-    found = counted(samples[0])
-    found += counted(samples[1])
-    assert found == counted(*samples)
-    assert Counts.from_json(found.to_json()) == found
-    again = Counts.from_json(found.to_json())
-    again += found
+    counts = counted(samples[0])
+    counts += counted(samples[1])
+    assert counts == counted(*samples)
+    assert Counts.from_json(counts.to_json()) == counts
+    again = Counts.from_json(counts.to_json())
+    again += counts
     assert (again.samples, again.widths["30"]) == (4, 4)
 
 
 def test_a_summary_tells_texts_by_length_and_sizes_by_their_middle() -> None:
-    found = counted(*[({"caption": "x" * n}, {"0.png": picture(n, 5)}) for n in (1, 3, 9, 20)])
-    summary = found.summary()
+    counts = counted(*[({"caption": "x" * n}, {"0.png": picture(n, 5)}) for n in (1, 3, 9, 20)])
+    summary = counts.summary()
     assert list(summary["text"].items()) == [("<2", 1), ("<4", 1), ("<16", 1), ("<32", 1)]
     assert summary["widths"] == {"min": 1, "median": 3, "max": 20}
     assert summary["heights"] == {"min": 5, "median": 5, "max": 5}

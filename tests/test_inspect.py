@@ -128,8 +128,8 @@ def test_the_numbers_are_those_of_the_index(run, shards: Path, tokenizer: str) -
     assert f"bytes of mp4 {statistics['sizes']['mp4']:,}" in shown
     assert f"< 64 {sum(1 for n in range(16) if n % 4 in (0, 1, 1, 2)) + 4}" in shown  # widths: 30 to 45, frames twice
     assert "tokens of a sample" in shown
-    found = scan((raw for shard in find_shards(str(shards)) for raw in read_shard(shard)), check=True)
-    assert found.counts.summary() == statistics
+    contents = scan((raw for shard in find_shards(str(shards)) for raw in read_shard(shard)), check=True)
+    assert contents.counts.summary() == statistics
 
 
 def test_a_limit_and_a_pattern_look_at_less(run, shards: Path) -> None:  # type: ignore[no-untyped-def]
@@ -294,13 +294,13 @@ def test_noise_instead_of_data_is_counted_and_never_a_traceback(run, shards: Pat
     for _ in range(6):
         rewrite(shards / "shard-000000.tar", noise)
         harmed = bytearray(original)
-        for place in rng.sample(range(len(harmed)), 200):
-            harmed[place] = rng.randrange(256)
+        for index in rng.sample(range(len(harmed)), 200):
+            harmed[index] = rng.randrange(256)
         (shards / "shard-000001.tar").write_bytes(harmed)
         assert run(shards, "--check")[0] == 1
         assert run(shards, "--sheet", shards / "sheet.png")[0] in (1, 2)
 
 
 def test_a_broken_sample_is_named_with_its_folders() -> None:
-    found = scan([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
-    assert found.broken == {"its .json member is not JSON": ["sub/a"]}
+    contents = scan([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
+    assert contents.broken == {"its .json member is not JSON": ["sub/a"]}

@@ -18,13 +18,13 @@ SLOT: Any = SimpleNamespace(index=0)
 
 
 class Numbers:
-    """Counts from a place on; after every third record an epoch is complete."""
+    """Counts from a position on; after every third record an epoch is complete."""
 
     def __init__(self, samples: int | None = None) -> None:
         self.samples = samples
 
-    def records(self, slot: Any, place: Any) -> Iterator[tuple[Any, Any]]:
-        at = place if isinstance(place, int) else 0
+    def records(self, slot: Any, position: Any) -> Iterator[tuple[Any, Any]]:
+        at = position if isinstance(position, int) else 0
         while True:
             at += 1
             yield at, at
@@ -67,33 +67,31 @@ def test_mixtures_that_cannot_be_are_refused(settings: dict[str, Any], words: st
 
 
 def test_each_source_comes_in_its_share_and_in_its_own_order() -> None:
-    found = [drawn for drawn in islice(mixed([0.2, 0.5, 0.3]).records(SLOT), 8000) if drawn.raw is not None]
-    counts = Counter(drawn.source for drawn in found)
-    assert [counts[name] / len(found) for name in "abc"] == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
+    draws = [drawn for drawn in islice(mixed([0.2, 0.5, 0.3]).records(SLOT), 8000) if drawn.raw is not None]
+    counts = Counter(drawn.source for drawn in draws)
+    assert [counts[name] / len(draws) for name in "abc"] == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
     for name in "abc":
-        own = [drawn.raw for drawn in found if drawn.source == name]
+        own = [drawn.raw for drawn in draws if drawn.source == name]
         assert own == list(range(1, len(own) + 1))
-    assert [drawn.drawn for drawn in found] == list(range(1, len(found) + 1))
+    assert [drawn.drawn for drawn in draws] == list(range(1, len(draws) + 1))
 
 
 def test_the_end_of_a_sources_epoch_is_told_and_is_no_draw() -> None:
-    found = list(islice(mixed([0.5, 0.5]).records(SLOT), 200))
-    for before, after in pairwise(found):
+    draws = list(islice(mixed([0.5, 0.5]).records(SLOT), 200))
+    for before, after in pairwise(draws):
         if after.raw is None:
             assert after.drawn == before.drawn
             index = "ab".index(after.source)
             assert after.positions[index] % 3 == 0
-    assert sum(drawn.raw is None for drawn in found) > 20
+    assert sum(drawn.raw is None for drawn in draws) > 20
 
 
 @pytest.mark.parametrize("number", [1, 7, DRAWS - 1, DRAWS, DRAWS + 1, 2 * DRAWS + 5])
 def test_a_mixture_goes_on_from_any_place(number: int) -> None:
     stream = mixed([0.2, 0.5, 0.3])
     whole = [drawn for drawn in islice(stream.records(SLOT), 2 * number + 3000) if drawn.raw is not None]
-    place = whole[number - 1]
-    rest = [
-        drawn for drawn in islice(stream.records(SLOT, place.drawn, place.positions), 1000) if drawn.raw is not None
-    ]
+    last = whole[number - 1]
+    rest = [drawn for drawn in islice(stream.records(SLOT, last.drawn, last.positions), 1000) if drawn.raw is not None]
     assert rest == whole[number : number + len(rest)]
 
 
@@ -112,6 +110,6 @@ def test_readers_and_seeds_draw_otherwise() -> None:
 
 def test_one_stream_is_simply_its_own() -> None:
     stream = mixed([1.0])
-    found: list[Drawn] = list(islice(stream.records(SLOT), 5))
-    assert [drawn.raw for drawn in found] == [1, 2, 3, None, 4]
+    draws: list[Drawn] = list(islice(stream.records(SLOT), 5))
+    assert [drawn.raw for drawn in draws] == [1, 2, 3, None, 4]
     assert len(stream.start) == 1

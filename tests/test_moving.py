@@ -81,17 +81,19 @@ def test_a_sample_is_a_video_and_questions_about_it(clips: Path) -> None:
     assert {len(json.loads(raw["json"])["messages"]) for raw in samples(clips / "test")} == {2}
 
 
-def places(frames: list[np.ndarray], colour: str) -> list[tuple[float, float] | None]:
+def centres(frames: list[np.ndarray], colour: str) -> list[tuple[float, float] | None]:
     """Where the pixels of a colour are, on average: (x, y) of each frame; None where there are none."""
-    found: list[tuple[float, float] | None] = []
+    centres_of_frames: list[tuple[float, float] | None] = []
     for pixels in frames:
         near = np.abs(pixels.astype(int) - COLOURS[colour]).max(axis=-1) < 45
-        found.append((float(near.nonzero()[1].mean()), float(near.nonzero()[0].mean())) if near.sum() > 20 else None)
-    return found
+        centres_of_frames.append(
+            (float(near.nonzero()[1].mean()), float(near.nonzero()[0].mean())) if near.sum() > 20 else None
+        )
+    return centres_of_frames
 
 
 def test_answers_are_true_in_what_8_frames_show() -> None:
-    """By another route than the one that made them: where the colours are in the decoded frames."""
+    """Checked in another way than they are drawn: by where the colours are in the decoded frames."""
     held: Counter[str] = Counter()
     for seed in range(120):
         play = Play.draw_from(random.Random(seed))
@@ -99,8 +101,8 @@ def test_answers_are_true_in_what_8_frames_show() -> None:
         if len(set(colours)) < len(colours):
             continue
         video = read_video(mp4(play.frames()), FrameSampling(frames=8))
-        seen = {colour: places([np.asarray(frame) for frame in video.frames], colour) for colour in colours}
-        first = {c: next(i for i, place in enumerate(seen[c]) if place) for c in colours}
+        seen = {colour: centres([np.asarray(frame) for frame in video.frames], colour) for colour in colours}
+        first = {c: next(i for i, centre in enumerate(seen[c]) if centre) for c in colours}
         ways = {c: np.subtract(seen[c][-1], seen[c][first[c]]) for c in colours}  # type: ignore[arg-type]
         for q in (q for family in LEVELS for q in questions(play, family)):
             words = q.text.replace(",", "").rstrip("?").split()

@@ -1,4 +1,4 @@
-"""TileArrangement: every kind of source, what is refused and skipped, and runs that are killed at any moment."""
+"""The packer: every kind of source, what is refused and skipped, and runs that are killed at any moment."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def raw_of(folder: str | Path = "out") -> list[dict[str, Any]]:
 
 
 def said(raw: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(raw["json"])
-    return found
+    record: dict[str, Any] = json.loads(raw["json"])
+    return record
 
 
 def members(raw: dict[str, Any]) -> set[str]:
@@ -114,10 +114,10 @@ DEADLY = 1 << 40
 @pytest.mark.parametrize("workers", [1, 3])
 def test_work_among_processes_keeps_its_order_and_takes_little_at_a_time(workers: int) -> None:
     taken = iter(range(10**6))
-    found = in_order(halved, taken, workers=workers)
-    assert list(itertools.islice(found, 5000)) == [number // 2 for number in range(5000)]
+    results = in_order(halved, taken, workers=workers)
+    assert list(itertools.islice(results, 5000)) == [number // 2 for number in range(5000)]
     assert next(taken) <= 5000 + 2 * (workers + 1) * TOGETHER
-    found.close()
+    results.close()
 
 
 def test_what_stops_work_among_processes_is_a_sentence() -> None:
@@ -362,11 +362,11 @@ def test_checksums_sizes_and_statistics_are_those_of_the_bytes(run, images: Path
     for name, entry in index["shards"].items():
         data = Path("out", name).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    found = index["statistics"]
-    assert (found["images"], found["conversations"], found["turns"]) == (5, 5, 10)
-    assert found["widths"] == {"min": 1, "median": 3, "max": 5}
-    assert found["text"] == {"<128": 5}
-    assert found["sizes"] == {"png": sum(len(png(i + 1)) for i in range(5))}
+    statistics = index["statistics"]
+    assert (statistics["images"], statistics["conversations"], statistics["turns"]) == (5, 5, 10)
+    assert statistics["widths"] == {"min": 1, "median": 3, "max": 5}
+    assert statistics["text"] == {"<128": 5}
+    assert statistics["sizes"] == {"png": sum(len(png(i + 1)) for i in range(5))}
 
 
 def test_conversations_with_images_videos_and_frames(run, images: Path) -> None:  # type: ignore[no-untyped-def]
@@ -782,9 +782,9 @@ def test_a_file_that_goes_after_the_check_is_a_sentence(run, images: Path, monke
     check = pack.check
 
     def and_lose(*given: Any, workers: int) -> pack.Checked:
-        found = check(*given, workers=workers)
+        checked = check(*given, workers=workers)
         (images / "0.png").unlink()
-        return found
+        return checked
 
     monkeypatch.setattr(pack, "check", and_lose)
     refused(

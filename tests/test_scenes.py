@@ -47,7 +47,7 @@ def test_data_that_cannot_be_drawn_is_a_sentence(run, module: str, tmp_path: Pat
     refused(run(f"datamodules.{module}", "--seed", "x"), "invalid int value")
     for option in ("train", "validation", "test", "turns", "workers") if module != "digits" else ():
         refused(run(f"datamodules.{module}", "--out", "new", f"--{option}", 0), "at least 1")
-    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_tokenizer_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_every_family_is_asked_and_two_images_come_as_two(scenes: Path) -> None:
 
 
 def test_answers_are_true() -> None:
-    """By another route than the one that made them: what stands in the picture."""
+    """Checked in another way than they are drawn: by what is in the picture."""
     for seed in range(60):
         scene, other = (Scene.draw_from(random.Random(f"{seed}/{i}")) for i in (0, 1))
         names = {t.name: t for t in scene.things}

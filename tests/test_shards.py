@@ -48,10 +48,10 @@ def bomb() -> bytes:
     pixels = zlib.compressobj(6)
     rows = b"".join(pixels.compress(bytes(6251 * 1000)) for _ in range(50)) + pixels.flush()
     chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    made = [
+    parts = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(made)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
@@ -133,16 +133,16 @@ def info(kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 def causes(shard: Path, *, among: dict[str, Any] | None = None) -> dict[str, str]:
     """What is wrong with each sample of a shard; "" with those that decode, which are put ``among`` others."""
-    found = {}
+    cause_of = {}
     for raw in read_shard(str(shard)):
         try:
             decoded = decode(raw)
         except BrokenSample as error:
-            found[error.key] = error.cause
+            cause_of[error.key] = error.cause
         else:
-            found[raw["__key__"]] = ""
+            cause_of[raw["__key__"]] = ""
             (among if among is not None else {})[raw["__key__"]] = decoded
-    return found
+    return cause_of
 
 
 def test_members_that_are_no_files_are_followed_or_break_their_sample(tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_members_that_are_no_files_are_followed_or_break_their_sample(tmp_path: 
         folder.name = "of.png"  # of no sample: a folder that happens to be named so
         tar.addfile(folder)
     good: dict[str, Any] = {}
-    found = causes(tmp_path / "a.tar", among=good)
-    assert list(found) == ["a", "b", "c", *wrong]
+    cause_of = causes(tmp_path / "a.tar", among=good)
+    assert list(cause_of) == ["a", "b", "c", *wrong]
     assert [good[key].images[0].size for key in "abc"] == [(3, 3)] * 3
     for key, (_, cause) in wrong.items():
-        assert re.search(cause, found[key]), found[key]
+        assert re.search(cause, cause_of[key]), cause_of[key]
 
 
 MARKED = {"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]}
@@ -197,15 +197,15 @@ def test_images_that_are_asked_for_are_there(tmp_path: Path) -> None:
         ("tail.png", png()),  # its JSON is in the shard behind
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
-    found = causes(tmp_path / "a.tar")
-    assert [key for key, cause in found.items() if not cause] == ["whole", "beside", "upper"]
+    cause_of = causes(tmp_path / "a.tar")
+    assert [key for key, cause in cause_of.items() if not cause] == ["whole", "beside", "upper"]
     more = "its messages ask for more images and videos than it has"
     edge = " (it stands at the edge of its shard: the rest may be in another one)"
-    assert (found["head"], found["lost"]) == (more + edge, more)
-    assert found["two"] == "its messages ask for fewer images and videos than it has"
-    assert found["unread"].startswith("its 'bmp' is not read: images and videos are jpg, jpeg, png")
-    assert found["other"] == f"{more} (its member 'npy' is not read)"
-    assert found["tail"] == "has no .json member with its messages, and no .txt member with a caption" + edge
+    assert (cause_of["head"], cause_of["lost"]) == (more + edge, more)
+    assert cause_of["two"] == "its messages ask for fewer images and videos than it has"
+    assert cause_of["unread"].startswith("its 'bmp' is not read: images and videos are jpg, jpeg, png")
+    assert cause_of["other"] == f"{more} (its member 'npy' is not read)"
+    assert cause_of["tail"] == "has no .json member with its messages, and no .txt member with a caption" + edge
 
 
 def test_members_that_do_not_stand_together_say_how_to_sort_them(tmp_path: Path) -> None:
@@ -293,15 +293,15 @@ FORMS |= dict.fromkeys(("captions", "caption", "frames", "fps", "clip", "crc32")
 def test_odd_json_is_a_broken_sample_or_a_sound_one(said: Any, members: tuple[str, ...]) -> None:
     raw = {"__key__": "k", "json": json.dumps(said).encode(), **dict.fromkeys(members, png())}
     try:
-        found = decode(raw)
+        sample = decode(raw)
     except BrokenSample as error:
         str(error).encode()  # it can be written to a log
         return
-    for message in found.messages:
+    for message in sample.messages:
         texts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
         assert all(isinstance(part.get("text", ""), str) for part in texts)
         assert isinstance(message.get("family") or "", str)
-    json.dumps(found.messages, ensure_ascii=False).encode()
+    json.dumps(sample.messages, ensure_ascii=False).encode()
 
 
 def talk(*, content: Any = "red", role: str = "assistant", **more: Any) -> dict[str, Any]:
@@ -415,12 +415,12 @@ def read_batches(module: ImageTextData, count: int) -> list[list[str]]:
         training, global_rank, world_size = True, 0, 1
 
     module.trainer = Training()  # type: ignore[assignment]
-    found = []
+    keys_of_batches = []
     loader = iter(module.train_dataloader())
     for _ in range(count):
         batch = module.on_after_batch_transfer(next(loader), 0)
-        found.append(batch.keys)
-    return found
+        keys_of_batches.append(batch.keys)
+    return keys_of_batches
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -453,18 +453,18 @@ def test_buckets_pad_less_and_lose_nothing(build, scenes: Path) -> None:
 
     def lengths(batch: Batch) -> list[int]:
         visual = Counter(dict.fromkeys(range(len(batch)), 0))
-        for place in batch.image_slots:
-            visual[place.row] += processor.count_visual_tokens(place.layout)
+        for slot in batch.image_slots:
+            visual[slot.row] += processor.count_visual_tokens(slot.layout)
         return [stop - start + visual[row] for row, (start, stop) in enumerate(batch.spans)]
 
-    padded = {k: sum(max(lengths(b)) * len(b) - sum(lengths(b)) for b in found) for k, found in batches.items()}
+    padded = {k: sum(max(lengths(b)) * len(b) - sum(lengths(b)) for b in of_bucket) for k, of_bucket in batches.items()}
     assert padded[10] < padded[1] / 3
     longest = [max(lengths(batch)) for batch in batches[10]]
     assert longest != sorted(longest)  # not the short ones first
 
 
-def _int_keys(found: dict[str, Any]) -> dict[Any, Any]:
-    return {int(k) if k.isdigit() else k: v for k, v in found.items()}
+def _int_keys(state: dict[str, Any]) -> dict[Any, Any]:
+    return {int(k) if k.isdigit() else k: v for k, v in state.items()}
 
 
 def test_another_number_of_readers_is_refused(build, scenes: Path) -> None:
@@ -479,7 +479,7 @@ def test_batches_hold_what_the_contract_says(build, scenes: Path) -> None:
     batch = next(iter(ImageTextData(processor, train=str(scenes / "train"), batch_size=16).stream("train")))
     rows, width = batch.input_ids.shape
     assert batch.labels.shape == batch.attention_mask.shape == (rows, width) == (16, width)
-    assert len(batch.pixels) == sum(place.views for place in batch.image_slots)
+    assert len(batch.pixels) == sum(slot.views for slot in batch.image_slots)
     assert batch.attention_mask.sum(1).tolist() == [stop - start for start, stop in batch.spans]
     assert Counter(len(k) for k in batch.keys) == {12: 16}
     for answer in batch.answers:

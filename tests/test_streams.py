@@ -71,18 +71,18 @@ def said(key: str, count: int, folder: Path, *, per_shard: int = 10, name: str =
 def test_every_place_of_a_stream_is_one_to_go_on_from(
     tmp_path_factory: pytest.TempPathFactory, shuffle: int, seed: int, stop: int, resampled: bool
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "places"
+    folder = tmp_path_factory.getbasetemp() / "positions"
     source = said("k", 47, folder.parent, name=folder.name) if not folder.exists() else str(folder)
     stream = ShardStream(find_shards(source), seed, shuffle, resampled)
     slot = Slot(0, 1, 1, 2)
 
-    def some(place: StreamPosition, count: int) -> list[tuple[StreamPosition, str]]:
-        records = ((place, raw["__key__"]) for place, raw in stream.records(slot, place) if raw is not None)
+    def some(position: StreamPosition, count: int) -> list[tuple[StreamPosition, str]]:
+        records = ((position, raw["__key__"]) for position, raw in stream.records(slot, position) if raw is not None)
         return [next(records) for _ in range(count)]
 
     whole = some(StreamPosition(), 160)
-    place = whole[stop - 1][0] if stop else StreamPosition()
-    assert some(place, 160 - stop) == whole[stop:]
+    position = whole[stop - 1][0] if stop else StreamPosition()
+    assert some(position, 160 - stop) == whole[stop:]
 
 
 def test_going_on_opens_one_shard_however_far_the_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +180,9 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
     for file in source.glob("*.tar"):
         file.unlink()
     records = ShardStream(find_shards(str(source)), shuffle=1000).records(Slot(), StreamPosition())
-    place, one = next(records)
+    position, one = next(records)
     assert one is not None
-    assert (place.shard, one["__lost__"]) == (0, 10)
+    assert (position.shard, one["__lost__"]) == (0, 10)
 
 
 KILLED = """
@@ -323,14 +323,14 @@ def raw(said: Any, **members: bytes) -> dict[str, Any]:
 
 def test_llavas_form_and_sharegpts_are_read() -> None:
     turns = [{"from": "human", "value": "<image>\nwhat is <image> this?"}, {"from": "gpt", "value": "two"}]
-    found = decode({**raw({"conversations": turns}), "0.png": png(), "1.png": png()})
-    assert found.messages[0]["content"] == [
+    sample = decode({**raw({"conversations": turns}), "0.png": png(), "1.png": png()})
+    assert sample.messages[0]["content"] == [
         {"type": "image"},
         {"type": "text", "text": "what is "},
         {"type": "image"},
         {"type": "text", "text": " this?"},
     ]
-    assert [message["role"] for message in found.messages] == ["user", "assistant"]
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     said = {"messages": [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "a"}]}
     assert decode(raw(said, png=png())).messages[0]["content"][0] == {"type": "image"}
     with pytest.raises(BrokenSample, match="from neither of human"):
@@ -527,8 +527,8 @@ def test_ten_thousand_samples_of_which_one_in_a_hundred_is_broken(tmp_path: Path
 
 def test_a_key_that_comes_twice_is_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", sample("x") + sample("x") + sample("y") + sample("x"))
-    found = list(read_shard(str(tmp_path / "a.tar")))
-    assert [(one["__key__"], "__broken__" in one) for one in found] == [
+    raws = list(read_shard(str(tmp_path / "a.tar")))
+    assert [(raw["__key__"], "__broken__" in raw) for raw in raws] == [
         ("x", False),
         ("x", True),
         ("y", False),
