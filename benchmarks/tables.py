@@ -157,7 +157,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
 
 
 def render(text: str) -> str:
-    """The text with every table record anew."""
+    """The text with every table rendered anew."""
 
     def fill(marker: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     args = parser.parse_args()
     pages = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-    changed = {page: record for page, text in pages.items() if (record := render(text)) != text}
+    changed = {page: rendered for page, text in pages.items() if (rendered := render(text)) != text}
     if args.check:
         sys.exit(bool(changed))
     for page, text in changed.items():

@@ -6,6 +6,7 @@ import logging
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
 from lavi.data.data_module import DataModule
 from lavi.data.images import side_by_side
-from lavi.errors import one_line
+from lavi.data.processor import one_bad_sample
 from lavi.metrics.base import AnswerMetric
 from lavi.model import VisionLanguageModel
 
@@ -75,12 +76,8 @@ def first_questions(model: VisionLanguageModel, samples: Iterable[Sample]) -> li
     """The first question of each sample; one whose images cannot be encoded is left out, as it is in training."""
     questions = []
     for sample in samples:
-        try:
+        with one_bad_sample(partial(log.warning, "not shown: sample '%s' (%s)", sample.key)):
             questions.append(first_question(model, sample))
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a sample comes from elsewhere
-            log.warning("not shown: sample '%s' (%s)", sample.key, one_line(error))
     return questions
 
 

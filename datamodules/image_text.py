@@ -49,6 +49,8 @@ class ImageTextData(StreamedData):
         metric: scores answers; None: the share of answers that match exactly.
     """
 
+    source_kind = "a shard folder"
+
     def __init__(
         self,
         processor: Processor,
@@ -71,6 +73,7 @@ class ImageTextData(StreamedData):
     ) -> None:
         super().__init__(
             processor,
+            sources={"train": train, "validation": validation, "test": test},
             batch_size=batch_size,
             metric=metric,
             format=format,
@@ -81,7 +84,6 @@ class ImageTextData(StreamedData):
             bucket=bucket,
             packing=packing,
         )
-        self.sources = {"train": train, "validation": validation, "test": test}
         self.shuffle, self.resampled, self.seed = shuffle, resampled, seed
 
     @property
@@ -95,9 +97,7 @@ class ImageTextData(StreamedData):
         Raises:
             UserError: the recipe names no such split, or it has no shards.
         """
-        source = self.sources[split]
-        if source is None:
-            raise UserError(f"the recipe names no {split} data: set data.{split} to a shard folder.")
+        source = self.source(split)
         sources = source.sources if isinstance(source, Mixture) else {split: source}
         return {
             name: ShardStream(find_shards(shards), self.seed, self.shuffle, self.resampled, self.format.types)
@@ -116,9 +116,6 @@ class ImageTextData(StreamedData):
 
     def held_out_records(self, split: str) -> InOrder:
         return InOrder(list(self.streams(split).values()))
-
-    def has_split(self, split: str) -> bool:
-        return self.sources[split] is not None
 
     def train_dataloader(self) -> DataLoader[ReadBatch]:
         rank, ranks = self.rank_and_ranks()

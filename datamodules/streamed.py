@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
@@ -26,6 +26,7 @@ from datamodules.formats.conversations import Conversations
 from lavi.batch import Batch, Sample
 from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
+from lavi.errors import UserError
 from lavi.metrics.base import AnswerMetric
 
 log = logging.getLogger("lavi")
@@ -35,6 +36,7 @@ class StreamedData(DataModule):
     """Batches and samples from raw samples: a subclass says where these come from.
 
     Args:
+        sources: what is read of each split; None: the recipe names none.
         format: decodes raw samples; None: :class:`datamodules.formats.conversations.Conversations`.
         workers: reading processes; 0 reads in the main process.
         bucket, packing: as :class:`datamodules.batches.BatchStream`.
@@ -43,10 +45,14 @@ class StreamedData(DataModule):
         max_skipped: share of broken samples above which the run stops.
     """
 
+    source_kind: str
+    """What a recipe names as the source of a split, in an error."""
+
     def __init__(
         self,
         processor: Processor,
         *,
+        sources: Mapping[str, Any],
         batch_size: int,
         metric: AnswerMetric | None,
         format: SampleFormat | None,
@@ -58,6 +64,8 @@ class StreamedData(DataModule):
         packing: int | None = None,
     ) -> None:
         super().__init__(processor, batch_size=batch_size, metric=metric)
+        self.sources = sources
+        self.splits = tuple(split for split, source in sources.items() if source is not None)
         self.format = Conversations() if format is None else format
         self.workers, self.bucket, self.packing, self.too_long = workers, bucket, packing, too_long
         self.validation_samples, self.max_skipped = validation_samples, max_skipped
@@ -79,9 +87,15 @@ class StreamedData(DataModule):
             UserError: the recipe names no such split, or there is nothing there.
         """
 
-    @abstractmethod
-    def has_split(self, split: str) -> bool:
-        """Whether the recipe names data of a split."""
+    def source(self, split: str) -> Any:
+        """What the recipe names for a split.
+
+        Raises:
+            UserError: it names nothing.
+        """
+        if split not in self.splits:
+            raise UserError(f"the recipe names no {split} data: set data.{split} to {self.source_kind}.")
+        return self.sources[split]
 
     def samples(self, split: str) -> Iterator[Sample]:
         return iter(self.sample_stream(split))
@@ -114,7 +128,7 @@ class StreamedData(DataModule):
         return DataLoader(batches, batch_size=None, num_workers=self.workers)
 
     def val_dataloader(self) -> Iterable[ReadBatch]:
-        if not self.has_split("validation"):
+        if "validation" not in self.splits:
             return []
         held_out = self.stream("validation", limit=self.validation_samples)
         return DataLoader(ValidationBatches(held_out), batch_size=None)

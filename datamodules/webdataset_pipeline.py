@@ -8,10 +8,10 @@
 A pipeline brings its own reading, decoding, shuffling and mixing. What holds of it as of the shards that
 :class:`datamodules.image_text.ImageTextData` reads: a sample that cannot be used is counted by its cause, and too many
 broken ones stop the run; validation gives all ranks as many batches. An error inside the pipeline is left to its own
-``handler``. What does not hold: a resumed run goes on with the
-beginning of the pipeline, not with the sample it stopped at; nobody knows how many samples there are, so that a shard
-that ends early is not missed; and readers (ranks and workers) share the training data only as the pipeline does it
-(``split_by_node``, ``split_by_worker``). A pipeline for held-out data must give every rank all of its samples.
+``handler``. What does not hold: a resumed run goes on with the beginning of the pipeline, not with the sample it
+stopped at; nobody knows how many samples there are, so that a shard that ends early is not missed; and readers (ranks
+and workers) share the training data only as the pipeline does it (``split_by_node``, ``split_by_worker``). A pipeline
+for held-out data must give every rank all of its samples.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class PipelineData(StreamedData):
         metric: scores answers; None: the share of answers that match exactly.
     """
 
+    source_kind = "a pipeline"
+
     def __init__(
         self,
         processor: Processor,
@@ -128,6 +130,7 @@ class PipelineData(StreamedData):
     ) -> None:
         super().__init__(
             processor,
+            sources={"train": train, "validation": validation, "test": test},
             format=PipelineFormat(format or Conversations()),
             batch_size=batch_size,
             workers=workers,
@@ -136,22 +139,12 @@ class PipelineData(StreamedData):
             max_skipped=max_skipped,
             metric=metric,
         )
-        self.pipelines = {"train": train, "validation": validation, "test": test}
 
     def training_records(self) -> PipelineRecords:
-        return PipelineRecords(self._pipeline("train"))
+        return PipelineRecords(self.source("train"))
 
     def held_out_records(self, split: str) -> PipelinePass:
-        return PipelinePass(self._pipeline(split))
-
-    def has_split(self, split: str) -> bool:
-        return self.pipelines[split] is not None
-
-    def _pipeline(self, split: str) -> Iterable[Any]:
-        pipeline = self.pipelines[split]
-        if pipeline is None:
-            raise UserError(f"the recipe names no {split} data: set data.{split} to a pipeline.")
-        return pipeline
+        return PipelinePass(self.source(split))
 
 
 class ShardSource(IterableDataset[Raw]):

@@ -141,10 +141,10 @@ class Batch:
         """The columns [start, stop) of each conversation of each row."""
         return self.packed if self.packed is not None else [[span] for span in self.spans]
 
-    def conversation_of(self, place: ImageSlot) -> tuple[int, int]:
+    def conversation_of(self, slot: ImageSlot) -> tuple[int, int]:
         """The row of an image, and the number of its conversation in it."""
-        starts = [start for start, _ in self.conversations[place.row]]
-        return place.row, max(0, bisect_right(starts, place.column) - 1)
+        starts = [start for start, _ in self.conversations[slot.row]]
+        return slot.row, max(0, bisect_right(starts, slot.column) - 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from lavi.batch import Batch, Sample, Video, Visual
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
+from lavi.data.images import upright_rgb
 from lavi.data.processor import Processor
 from lavi.data.tiling import OneView, Tiling
 from lavi.errors import UserError
@@ -195,12 +196,15 @@ class VisionLanguageModel(nn.Module):
     def prompt(self, question: str, *visuals: Visual) -> Batch:
         """A question about images and videos, which stand before it in their order, on the model's device.
 
+        Images are read as from a file: turned upright as their EXIF says, transparency on white.
+
         Raises:
             UserError: it is longer than the context.
         """
         kinds = ["video" if isinstance(visual, Video) else "image" for visual in visuals]
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
-        sample = Sample("question", [{"role": "user", "content": content}], visuals)
+        images = [visual if isinstance(visual, Video) else upright_rgb(visual) for visual in visuals]
+        sample = Sample("question", [{"role": "user", "content": content}], images)
         return self.processor.collate([self.processor.encode(sample, prompt=True)], pad_left=True).to(
             self.language.hf.device
         )

@@ -198,6 +198,14 @@ def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]
     return ids
 
 
+LAVI: dict[str, Any] = {
+    "_target_": "lavi.fusion.lavi.LaViFusion",
+    "every": 2,
+    "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
+}
+"""LaVi for small models, as a recipe names it."""
+
+
 @pytest.fixture
 def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
     """A recipe that trains in a second."""
@@ -212,11 +220,7 @@ def tiny_recipe(scenes: Path, tmp_path: Path) -> Path:
                 "config": QWEN2,
                 "tokenizer": str(scenes / "tokenizer"),
             },
-            "fusion": {
-                "_target_": "lavi.fusion.lavi.LaViFusion",
-                "every": 2,
-                "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
-            },
+            "fusion": LAVI,
         },
         "module": {
             "_target_": "lavi.training.module.VisionLanguageModule",

@@ -96,7 +96,7 @@ def test_words_that_look_like_an_image_are_words(chat: Chat) -> None:
 
 
 def test_what_cannot_be_encoded_is_said(chat: Chat, tokenizer: str) -> None:
-    with pytest.raises(UserError, match="places for 2 images and comes with 1"):
+    with pytest.raises(UserError, match="parts for 2 images and comes with 1"):
         chat.encode(TWO_TURNS, images=1)
     with pytest.raises(UserError, match="did you mean 'vicuna'"):
         Chat(chat.tokenizer, "vicunna")

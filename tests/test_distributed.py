@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import QWEN2, TOWER, ask, collate
+from conftest import LAVI, QWEN2, TOWER, ask, collate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
@@ -151,11 +151,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Single:
             "_target_": "lavi.model.VisionLanguageModel",
             "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
             "language": language,
-            "fusion": {
-                "_target_": "lavi.fusion.lavi.LaViFusion",
-                "every": 2,
-                "generator": {"_target_": "lavi.nn.delta_generators.AttentionDeltas", "bottleneck": 16},
-            },
+            "fusion": LAVI,
         },
         "module": {
             "_target_": "lavi.training.module.VisionLanguageModule",

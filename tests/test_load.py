@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 from conftest import ask, awaken, collate, image
+from PIL import Image
 from transformers import GenerationConfig, TextIteratorStreamer
 
 import lavi
 from lavi.batch import Sample, Video
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import load_run
+from lavi.data.images import open_image
 from lavi.fusion.concat import ConcatFusion
 from lavi.model import LONGEST_ANSWER, VisionLanguageModel
 
@@ -115,3 +117,22 @@ def test_an_answer_is_as_long_as_asked_for_or_as_there_is_room(
     room = model.language.context_length - length + 1
     assert lengths == [LONGEST_ANSWER, 3, room, 3, None]
     assert room < LONGEST_ANSWER
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "clear.png"])
+def test_a_picture_that_is_open_is_what_its_file_is(model: VisionLanguageModel, name: str, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    picture = image(1).resize((60, 40))
+    picture.putalpha(picture.convert("L"))
+    if name == "turned.jpg":
+        picture.convert("RGB").save(tmp_path / name, exif=turned)
+    else:
+        picture.save(tmp_path / name)
+    picture = Image.open(tmp_path / name)
+    before = picture.copy()
+    pixels = model.prompt(QUESTION, picture).pixels
+    assert torch.equal(pixels, model.prompt(QUESTION, open_image(tmp_path / name)).pixels)
+    raw = Sample("s", ask(1, QUESTION).messages, [before])
+    assert not torch.equal(pixels, collate(model, [raw], prompt=True).pixels)
+    assert (picture.mode, picture.size, picture.tobytes()) == (before.mode, before.size, before.tobytes())

@@ -1,6 +1,6 @@
-"""What an argument may be: of a component of a recipe, and of a command.
+"""What an argument of a component may be.
 
-A component says it in the type of an argument, and a recipe is checked against that before anything is built::
+A component says it in the type of the argument, and a recipe is checked against that before anything is built::
 
     def __init__(self, *, every: Count = 4, config: Annotated[dict[str, Any], Check(known_keys)] | None = None)
 """

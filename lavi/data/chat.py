@@ -165,7 +165,7 @@ class Chat:
                 raise UserError("a conversation with images needs a message of role 'user'.")
             first["content"] = IMAGE * images + first["content"]
         elif marked != images:
-            raise UserError(f"the conversation has places for {marked} images and comes with {images}.")
+            raise UserError(f"the conversation has parts for {marked} images and comes with {images}.")
         return plain
 
     def _as_words(self, text: str) -> str:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lavi.batch import Batch, Sample
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
-from lavi.data.processor import Processor
-from lavi.errors import UserError, one_line
+from lavi.data.processor import Processor, one_bad_sample
+from lavi.errors import UserError
 from lavi.metrics.answers import ExactMatch
 from lavi.metrics.base import AnswerMetric
 
@@ -69,15 +69,13 @@ class SampleEncoder:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, sample: Sample) -> EncodedSample | None:
-        try:
+        with one_bad_sample(partial(self._leave_out, sample.key)):
             return self.processor.encode(sample)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever one sample does to a template or a tower, it is one sample
-            cause = getattr(error, "cause", one_line(error))
-            self.left_out[cause] += 1
-            log.warning("left out: sample '%s' (%s)", sample.key, cause)
-            return None
+        return None
+
+    def _leave_out(self, key: str, cause: str) -> None:
+        self.left_out[cause] += 1
+        log.warning("left out: sample '%s' (%s)", key, cause)
 
 
 def batches_in_step(
@@ -110,8 +108,8 @@ def batches_in_step(
 
 
 @dataclass
-class EvaluationBatches(IterableDataset[Batch]):
-    """The batches of one pass over samples, in order; all ranks get as many.
+class SampleBatches(IterableDataset[Batch]):
+    """Batches of samples for one of several ranks.
 
     Args:
         samples: of a split; every rank reads all of them.
@@ -123,6 +121,10 @@ class EvaluationBatches(IterableDataset[Batch]):
     batch_size: int
     rank: int = 0
     ranks: int = 1
+
+
+class EvaluationBatches(SampleBatches):
+    """The batches of one pass over samples, in order; all ranks get as many."""
 
     def __iter__(self) -> Iterator[Batch]:
         self.encode.left_out.clear()
@@ -137,15 +139,8 @@ class EvaluationBatches(IterableDataset[Batch]):
         return self.samples.left_out + self.encode.left_out
 
 
-@dataclass
-class TrainingBatches(IterableDataset[Batch]):
+class TrainingBatches(SampleBatches):
     """Batches without end: one pass over the samples after the other. Each rank takes every ``ranks``-th sample."""
-
-    samples: SampleStream
-    encode: SampleEncoder
-    batch_size: int
-    rank: int = 0
-    ranks: int = 1
 
     def __iter__(self) -> Iterator[Batch]:
         encoded = self._encoded()

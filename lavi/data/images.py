@@ -126,6 +126,13 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name != "EPS"]
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that is open already, as :func:`open_image` would give it; the image itself is not changed."""
+    with suppress(*BROKEN):
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image)
+
+
 def _turn_upright(image: Image.Image) -> None:
     with suppress(*BROKEN):  # of an image that opens, damaged EXIF is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from lavi.data.collator import EncodedSample, collate
 from lavi.data.preprocessing import Preprocessing
 from lavi.data.tiling import Tiling
 from lavi.data.timestamps import add_timestamps
-from lavi.errors import UserError
+from lavi.errors import UserError, one_line
 
 
 class TooLong(UserError):
@@ -31,6 +32,19 @@ class TooLong(UserError):
         )
         self.cause = f"longer than the context of {context} tokens (data.too_long=cut keeps its first turns)"
         """The same words for all such conversations, to count them by."""
+
+
+@contextmanager
+def one_bad_sample(report: Callable[[str], object]) -> Iterator[None]:
+    """Within it, an error is reported by its cause and passes: a sample comes from elsewhere, and whatever it does to a
+    decoder, a template or a tower, it is one sample. Want of memory is no sample's fault.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        report(getattr(error, "cause", one_line(error)))
 
 
 @dataclass

@@ -1,13 +1,12 @@
-"""How an image becomes views, and how the features of its views become one sequence of visual tokens.
+"""How an image becomes views.
 
     OneView     the whole image                                  LLaVA, LLaVA-1.5 (padded to a square)
     AnyRes      the whole image, then tiles of it, larger            LLaVA-OneVision (arXiv 2408.03326), anyres_max_9
 
     pixels     [ whole ] [ tile 1 ] ... [ tile R C ]     each through the tower: (1 + R C, N, D)
-    features   whole, then the tiles laid out as one grid, its padding cut off, shrunk to a budget, a newline a row
 
-The first view of a tiled image is the whole image, resized and not padded. Frames of a video are views too, pooled
-2 x 2.
+The first view of a tiled image is the whole image, resized and not padded. Frames of a video are views too. How the
+features of views become one sequence is said in lavi/fusion/tile_arrangement.py.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ import torch
 
 from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
 from lavi.data.collator import EncodedSample
+from lavi.data.processor import one_bad_sample
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.scenario import Scenario
-from lavi.errors import UserError, one_line
+from lavi.errors import UserError
 from lavi.metrics.base import AnswerMetric
 from lavi.model import VisionLanguageModel
 
@@ -121,12 +122,10 @@ class Scorer:
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
         encode = self.model.processor.encode
-        try:
+        encoded = None
+        with one_bad_sample(lambda cause: self.left_out.update([cause])):
             encoded = [(encode(prompt, prompt=True), expected) for prompt, expected in prompts_of(sample)]
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a sample comes from elsewhere: whatever it does, it is one sample
-            self.left_out[getattr(error, "cause", one_line(error))] += 1
+        if encoded is None:
             return False
         for prompt, expected in encoded:
             self.sizes.add(prompt)

@@ -1,7 +1,7 @@
 """The contract of a fusion: how vision meets language.
 
-Five kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence (:meth:`
-Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.run_layer``):
+Five kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence
+(:meth:`Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.run_layer``):
 
     in the norms      LaVi              arrange: text as it is       run_layer: bind deltas to the layer's norms
     in the sequence   concatenation     arrange: splice V into text  run_layer: -
@@ -70,7 +70,7 @@ class Fusion(nn.Module, ABC):
 
     @contextmanager
     def force_route(self, way: Hashable) -> Iterator[None]:
-        """All samples go one of the :attr:`route_counts`, as long as it holds."""
+        """While it holds, all samples take this route, one of those that :attr:`route_counts` counts."""
         yield
 
     def resolved_arguments(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
-        """Make the parameters, for features as ``features`` says, and open the decoder."""
+        """Make the parameters for features of this shape, and open the decoder."""
 
     @abstractmethod
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:

@@ -1,4 +1,9 @@
-"""The features of one image's views as one sequence of visual tokens."""
+"""The features of one image's views as one sequence of visual tokens.
+
+    whole, then the tiles laid out as one grid, its padding cut off, shrunk to a budget, a newline a row
+
+Frames of a video are pooled 2 x 2.
+"""
 
 from __future__ import annotations
 
