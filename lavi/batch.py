@@ -69,6 +69,11 @@ def visual_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part for part in parts if part["type"] in ("image", "video")]
 
 
+def visual_part(visual: Visual) -> dict[str, Any]:
+    """What stands for an image or a video in a message's content."""
+    return {"type": "video" if isinstance(visual, Video) else "image"}
+
+
 def text_of(content: str | list[dict[str, Any]]) -> str:
     """The words of a message's content."""
     if isinstance(content, str):
@@ -132,6 +137,9 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     packed: list[list[tuple[int, int]]] | None = None
     """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
+    features: Tensor | None = None
+    """(views, N, Dv): what a model has computed of the images before, in the order of pixels, which are left out then.
+    None: it has not."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -148,9 +156,33 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""
-        names = ("input_ids", "labels", "attention_mask", "pixels")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
+        names = ("input_ids", "labels", "attention_mask", "pixels", "features")
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{n: tensor.to(device, non_blocking=non_blocking) for n, tensor in tensors.items()})
 
     def without_images(self) -> Batch:
         """The no-image control: the same questions, nothing to see."""
-        return replace(self, pixels=self.pixels[:0], image_slots=[])
+        return replace(self, pixels=self.pixels[:0], image_slots=[], features=None)
+
+
+@dataclass(frozen=True)
+class VisualState:
+    """Images and videos as a model sees them: what depends on them alone, for all that is asked about them.
+
+    Made by ``VisionLanguageModel.see``; it serves the model that made it, for as long as its weights stay as they are.
+    """
+
+    visuals: tuple[Visual, ...]
+    """In their order; images upright."""
+    layouts: tuple[Layout, ...]
+    pixels: tuple[Tensor, ...]
+    """(views, C, H, W) of each, as they were prepared for the vision backbone."""
+    features: tuple[Tensor, ...]
+    """(views, N, Dv) of each: of the vision backbone, reduced."""
+
+    def features_of(self, pixels: Tensor) -> Tensor | None:
+        """(views, N, Dv) of an image or a video of just these pixels; None: it holds none."""
+        for own, features in zip(self.pixels, self.features, strict=True):
+            if own.shape == pixels.shape and bool((own == pixels).all()):
+                return features
+        return None

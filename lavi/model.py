@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Annotated, Any, cast
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch, Sample, Video, Visual
+from lavi.batch import Batch, Sample, Video, Visual, VisualState, visual_part
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
 from lavi.data.images import upright_rgb
@@ -23,6 +25,9 @@ from lavi.language.load import LanguageModel
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
+
+Messages = list[dict[str, Any]]
+"""Of one conversation, as :class:`lavi.batch.Sample` has them."""
 
 LONGEST_ANSWER = 64
 """Tokens of an answer to :meth:`VisionLanguageModel.ask`, unless the call says otherwise."""
@@ -95,6 +100,10 @@ class VisionLanguageModel(nn.Module):
             features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
         return features if self.reducer is None else self.reducer(features)
 
+    def features_of(self, batch: Batch) -> Tensor:
+        """(views, N, Dv): what a batch brings with it, or else :meth:`features` of its pixels."""
+        return self.features(batch.pixels) if batch.features is None else batch.features
+
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.
 
@@ -109,7 +118,7 @@ class VisionLanguageModel(nn.Module):
                 f"{type(self.fusion).__name__} reads rows of one conversation each: set data.packing=null "
                 "(concatenation, LaVi and cross-attention read packed rows)."
             )
-        inputs = self.fusion(batch, self.features(batch.pixels), self.language)
+        inputs = self.fusion(batch, self.features_of(batch), self.language)
         logits = self.language(inputs)
         if losses is not None:
             losses |= inputs.vision.losses()
@@ -134,7 +143,7 @@ class VisionLanguageModel(nn.Module):
             raise UserError("only prompts that end together can be continued: collate them with pad_left=True.")
         plan = self._asked(decoding)
         plan.check_rows(len(batch), room=self.room_behind(max(self._lengths(batch))))
-        inputs = self.fusion(batch, self.features(batch.pixels), self.language)
+        inputs = self.fusion(batch, self.features_of(batch), self.language)
         hf, vision = self.language.hf, inputs.vision.for_generation(plan.copies)
         cache = vision.new_cache(hf.config)
         plan.check_fusion(
@@ -201,30 +210,94 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: it is longer than the context.
         """
-        kinds = ["video" if isinstance(visual, Video) else "image" for visual in visuals]
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
-        images = [visual if isinstance(visual, Video) else upright_rgb(visual) for visual in visuals]
-        sample = Sample("question", [{"role": "user", "content": content}], images)
+        shown = [upright(visual) for visual in visuals]
+        sample = Sample("question", question_about(shown, question), shown)
         return self.processor.collate([self.processor.encode(sample, prompt=True)], pad_left=True).to(
             self.language.hf.device
         )
 
-    def ask(self, question: str, *visuals: Visual, **decoding: Any) -> str:
+    @torch.no_grad()
+    def see(self, *visuals: Visual, known: VisualState | None = None) -> VisualState:
+        """What depends on images and videos alone, computed once for all that is asked about them.
+
+        Images are read as in :meth:`prompt`.
+
+        Args:
+            known: an earlier state; what it holds of the same pixels is taken from it.
+
+        Raises:
+            UserError: the tiling cannot cut one.
+        """
+        shown = [upright(visual) for visual in visuals]
+        views = self.processor.views(shown)
+        pixels, layouts = [pixels for pixels, _ in views], [layout for _, layout in views]
+        features = [None if known is None else known.features_of(one) for one in pixels]
+        new = [one for one, its_features in zip(pixels, features, strict=True) if its_features is None]
+        if new:  # all in one call
+            together = self.features(torch.cat(new).to(self.language.hf.device))  # (views, N, Dv)
+            computed = iter(together.split([len(one) for one in new]))
+            features = [next(computed) if one is None else one for one in features]
+        return VisualState(tuple(shown), tuple(layouts), tuple(pixels), cast(tuple[Tensor, ...], tuple(features)))
+
+    def prompts(self, conversations: Sequence[Messages], state: VisualState) -> Batch:
+        """Conversations that wait for an answer, each about all that a state holds, as one batch on the model's device.
+
+        Args:
+            conversations: the messages of each, with a part for each image and video, as :class:`lavi.batch.Sample`
+                has them.
+
+        Raises:
+            UserError: one is longer than the context, or has parts for more or fewer images.
+        """
+        samples = [Sample("question", messages, state.visuals) for messages in conversations]
+        encoded = [self.processor.encode_seen(sample, state.layouts) for sample in samples]
+        batch = self.processor.collate(encoded, pad_left=True)
+        features = torch.cat(state.features * len(samples)) if state.features else None  # (views, N, Dv)
+        return replace(batch, features=features).to(self.language.hf.device)
+
+    def ask(self, question: str, *visuals: Visual, state: VisualState | None = None, **decoding: Any) -> str:
         """The answer to a question about PIL images and videos.
 
         Args:
+            state: what :meth:`see` has computed of them, in their place.
             decoding: as in :meth:`generate`. Without ``max_new_tokens`` and ``generation_config`` the answer has at
                 most :data:`LONGEST_ANSWER` tokens, or as many as there is room for. A ``streamer`` gets the words as
                 they come.
 
         Raises:
-            UserError: as :meth:`prompt` and :meth:`generate`.
+            UserError: as :meth:`prompt` and :meth:`generate`; images and a state together.
         """
-        batch = self.prompt(question, *visuals)
+        if state is not None and visuals:
+            raise UserError("ask takes images or the state of them, not both: give all of them to see.")
+        return self.ask_all([question], self.see(*visuals) if state is None else state, **decoding)[0]
+
+    def ask_all(self, questions: Sequence[str], state: VisualState, **decoding: Any) -> list[str]:
+        """The answers to several questions about the same images and videos, read as one batch.
+
+        Args:
+            state: what :meth:`see` has computed of them.
+            decoding: as in :meth:`ask`.
+
+        Raises:
+            UserError: as :meth:`ask`.
+        """
+        conversations = [question_about(state.visuals, question) for question in questions]
+        if not conversations:
+            return []
+        return self.reply(self.prompts(conversations, state), **decoding)
+
+    def reply(self, batch: Batch, *, longest: int = LONGEST_ANSWER, **decoding: Any) -> list[str]:
+        """:meth:`answer`, with answers of at most ``longest`` tokens, or as many as there is room for.
+
+        Args:
+            longest: unless ``max_new_tokens`` or a ``generation_config`` says otherwise.
+
+        Raises:
+            UserError: as :meth:`answer`.
+        """
         if decoding.get("generation_config") is None:
-            room = self.room_behind(self._lengths(batch)[0])
-            decoding = {"max_new_tokens": min(LONGEST_ANSWER, room), **decoding}
-        return self.answer(batch, **decoding)[0]
+            decoding = {"max_new_tokens": min(longest, self.room_behind(max(self._lengths(batch)))), **decoding}
+        return self.answer(batch, **decoding)
 
     def _asked(self, decoding: dict[str, Any]) -> Decoding:
         return Decoding.read(decoding, ends=self.end_ids(), pad=self.chat.pad_id)
@@ -235,3 +308,13 @@ class VisionLanguageModel(nn.Module):
         of_tokenizer = self.language.tokenizer.eos_token_id
         ids = {of_tokenizer} if of_tokenizer is not None else set()
         return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))
+
+
+def upright(visual: Visual) -> Visual:
+    """An image as :func:`lavi.data.images.open_image` would give it; a video as it is."""
+    return visual if isinstance(visual, Video) else upright_rgb(visual)
+
+
+def question_about(visuals: Sequence[Visual], question: str) -> Messages:
+    """A question behind images and videos, in their order."""
+    return [{"role": "user", "content": [*map(visual_part, visuals), {"type": "text", "text": question}]}]

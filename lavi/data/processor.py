@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lavi.batch import Batch, Layout, Sample, Video
+from lavi.batch import Batch, Layout, Sample, Video, Visual
 from lavi.data.chat import Chat, Encoded
 from lavi.data.collator import EncodedSample, collate
 from lavi.data.preprocessing import Preprocessing
@@ -75,14 +76,37 @@ class Processor:
             UserError: as :meth:`lavi.data.chat.Chat.encode`.
         """
         encoded, length = self.measure(sample, prompt=prompt)
-        alone = len(sample.images) == 1
-        views = [self.tiling.views(image, self.preprocessing, alone=alone) for image in sample.images]
+        views = self.views(sample.images)
         parts = [pixels for pixels, _ in views]
         pixels = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, *self.preprocessing.pixel_shape), *parts])
         return EncodedSample(sample.key, encoded, pixels, [layout for _, layout in views], length)
 
-    def measure(self, sample: Sample, *, prompt: bool = False) -> tuple[Encoded, int]:
+    def views(self, visuals: Sequence[Visual]) -> list[tuple[Tensor, Layout]]:
+        """Pixels (views, C, H, W) of each image or video of one conversation, and how its views belong together.
+
+        Raises:
+            UserError: the tiling cannot cut one.
+        """
+        alone = len(visuals) == 1
+        return [self.tiling.views(visual, self.preprocessing, alone=alone) for visual in visuals]
+
+    def encode_seen(self, sample: Sample, layouts: Sequence[Layout]) -> EncodedSample:
+        """A sample that waits for its answer, its images of these layouts computed before: no pixel is touched.
+
+        Raises:
+            UserError: as :meth:`encode`.
+        """
+        encoded, length = self.measure(sample, prompt=True, layouts=layouts)
+        no_pixels = torch.zeros(0, *self.preprocessing.pixel_shape)
+        return EncodedSample(sample.key, encoded, no_pixels, list(layouts), length)
+
+    def measure(
+        self, sample: Sample, *, prompt: bool = False, layouts: Sequence[Layout] | None = None
+    ) -> tuple[Encoded, int]:
         """The words of a sample, encoded, and its text and visual tokens in all; no pixel is touched.
+
+        Args:
+            layouts: of its images; None: those that the tiling gives them.
 
         Raises:
             UserError: as :meth:`encode`.
@@ -92,11 +116,10 @@ class Processor:
             messages = add_timestamps(messages, [visual for visual in sample.images if isinstance(visual, Video)])
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
-        alone = len(sample.images) == 1
-        visual = sum(
-            self.count_visual_tokens(self.tiling.layout(image, self.preprocessing, alone=alone))
-            for image in sample.images
-        )
+        if layouts is None:
+            alone = len(sample.images) == 1
+            layouts = [self.tiling.layout(image, self.preprocessing, alone=alone) for image in sample.images]
+        visual = sum(map(self.count_visual_tokens, layouts))
         length = len(encoded.ids) + visual
         if length > self.context_length:
             raise TooLong(len(encoded.ids), visual, self.context_length)
