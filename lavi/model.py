@@ -43,6 +43,8 @@ class VisionLanguageModel(nn.Module):
         reducer: makes fewer visual tokens of a view's before they meet; None: all of them.
         tiling: how an image becomes views; by default one view an image.
         chat_template: a named template, or None for the tokenizer's own.
+        media_tokens: what the tokenizer's own template writes where an ``image`` or a ``video`` stands, where it writes
+            a token (:class:`lavi.data.chat.Chat`): that of a published vision-language model.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
         timestamps: the model is told how long a video is and when its frames are shown.
         built_from: the section of a recipe that names these parts, for a copy in a folder
@@ -58,6 +60,7 @@ class VisionLanguageModel(nn.Module):
         reducer: Reducer | None = None,
         tiling: Tiling | None = None,
         chat_template: Annotated[str, Check(check_template)] | None = None,
+        media_tokens: dict[str, str] | None = None,
         context_length: Count | None = None,
         timestamps: bool = False,
         built_from: dict[str, Any] | None = None,
@@ -69,14 +72,14 @@ class VisionLanguageModel(nn.Module):
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
-        self._template, self.timestamps = chat_template, timestamps
+        self._template, self._media_tokens, self.timestamps = chat_template, media_tokens, timestamps
         if weights_wanted():  # else it is only counted or timed, and its tokenizer need not be at hand
             _ = self.chat
 
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer and its template."""
-        return Chat(self.language.tokenizer, self._template)
+        return Chat(self.language.tokenizer, self._template, media_tokens=self._media_tokens)
 
     @cached_property
     def processor(self) -> Processor:

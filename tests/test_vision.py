@@ -363,13 +363,13 @@ def test_where_the_middle_is_kept_only_the_middle_is_resized(name: str, monkeypa
     prepare = type(part).__call__
     monkeypatch.setattr(type(part), "__call__", lambda *a, **k: (sizes.append(a[1].size), prepare(*a, **k))[1])
     vision.preprocessing(Image.new("RGB", (20000, 20)))
-    assert sizes == [(20000, 20) if name == "siglip_vision_model" else (160, 20)]
+    assert sizes == [(20000, 20) if name == "siglip_vision_model" else (1280, 20)]
 
 
 def test_the_middle_of_a_very_long_image() -> None:
-    assert middle(noise(80, 10)).size == (80, 10)
-    long = noise(300, 10)
-    assert np.array_equal(np.asarray(middle(long)), np.asarray(long)[:, 110:190])
+    assert middle(noise(640, 10)).size == (640, 10)
+    long = noise(860, 10)
+    assert np.array_equal(np.asarray(middle(long)), np.asarray(long)[:, 110:750])
     assert np.array_equal(np.asarray(middle(long.rotate(90, expand=True)).rotate(-90, expand=True)), middle(long))
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +29,9 @@ IMAGE = "\ufffc"
 
 WORDS = "\ufdd0"
 """Stands before what reads like a control token and was written by people (a code point that Unicode gives no text)."""
+
+VIDEO = "\ufdd1"
+"""Stands for a video, where the template writes another token for it than for an image."""
 
 TEMPLATES = {
     "chatml": (
@@ -78,11 +80,65 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Frames:
-    """What a template puts around the words of a conversation of certain roles, in characters."""
+    """What a template puts around the words of a conversation of certain roles and media, in characters."""
 
     answers: list[tuple[int, int, int]]
     """Of each answer: its turn, what stands before it, and what stands before its end."""
     length: int
+
+
+@dataclass(frozen=True)
+class _Media:
+    """The tokens that a template writes where images and videos stand; none: it takes texts, with marks in them."""
+
+    tokens: dict[str, str]
+    """``image`` and ``video`` -> token."""
+    ids: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> _Media:
+        """Of a tokenizer.
+
+        Raises:
+            UserError: it has no such token.
+        """
+        vocabulary = tokenizer.get_vocab()
+        for kind, token in tokens.items():
+            if token not in vocabulary:
+                raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no token '{token}' for an {kind}.")
+        return cls(dict(tokens), frozenset(vocabulary[token] for token in tokens.values()))
+
+    def in_parts(self, plain: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+        """Messages as the template takes them: as they are, or their contents as lists of parts."""
+        if not self.tokens:
+            return list(plain)
+        return [message | {"content": list(_parts_of(message["content"]))} for message in plain]
+
+    def marked(self, rendered: str) -> str:
+        """A rendered conversation with a mark instead of each media token that the template wrote."""
+        for kind, token in self.tokens.items():
+            rendered = re.sub(f"(?<!{WORDS}){re.escape(token)}", VIDEO if kind == "video" else IMAGE, rendered)
+        return rendered
+
+    def written(self, text: str) -> tuple[str, list[int]]:
+        """A part of a conversation as the tokenizer gets it, and the index in ``text`` of each of its characters."""
+        out: list[str] = []
+        origin: list[int] = []
+        tokens = {IMAGE: self.tokens.get("image", IMAGE), VIDEO: self.tokens.get("video", VIDEO), WORDS: ""}
+        for index, character in enumerate(text):
+            piece = tokens.get(character, character)
+            out.append(piece)
+            origin += [index] * len(piece)
+        return "".join(out), origin
+
+
+def _parts_of(content: str) -> Iterator[dict[str, str]]:
+    """Text and media of a content with marks, in order."""
+    for piece in re.split(f"([{IMAGE}{VIDEO}])", content):
+        if piece in (IMAGE, VIDEO):
+            yield {"type": "video" if piece == VIDEO else "image"}
+        elif piece:
+            yield {"type": "text", "text": piece}
 
 
 class Chat:
@@ -91,12 +147,20 @@ class Chat:
     Args:
         tokenizer: a fast one, for its character offsets.
         template: a name in :data:`TEMPLATES`, or None for the tokenizer's own.
+        media_tokens: what the tokenizer's own template writes where an image or a video stands, by ``image`` and
+            ``video``: of published vision-language models, whose templates take contents as lists of parts.
 
     Raises:
-        UserError: no template, or a slow tokenizer.
+        UserError: no template, or a slow tokenizer; a media token that the tokenizer does not have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        *,
+        media_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
         if template is not None:
@@ -108,12 +172,23 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose one with "
                 f"model.chat_template={'|'.join(TEMPLATES)}."
             )
-        self._begin = _added_in_front(tokenizer) if template else []
-        """Ids that the tokenizer puts before each text, such as ``<s>``: its own template has them, a named one not."""
+        self._media = _Media.of(tokenizer, {} if template else media_tokens or {})
+        self._begin = _added_in_front(tokenizer) if template or self._media.tokens else []
+        """Ids that the tokenizer puts before each text, such as ``<s>``. Its own template has them, a named one does
+        not, and that of a vision-language model may."""
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self._media.tokens.values())
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or r"(?!)")
-        self._frames: dict[tuple[str, ...], _Frames] = {}
+        self._frames: dict[tuple[tuple[str, int, int], ...], _Frames] = {}
+        if self._media.tokens and self._begin and tokenizer.bos_token and self._starts_with(tokenizer.bos_token):
+            self._begin = []
+
+    def _starts_with(self, token: str) -> bool:
+        try:
+            return self._render(_turns("a"), prompt=True).startswith(token)
+        except UserError:  # it takes no conversation of words alone
+            return False
 
     @property
     def pad_id(self) -> int:
@@ -157,8 +232,8 @@ class Chat:
 
     def _plain(self, messages: Sequence[dict[str, Any]], images: int) -> list[dict[str, str]]:
         """Messages with string contents, an :data:`IMAGE` where an image stands."""
-        plain = [{"role": m["role"], "content": self._as_words(_flatten(m["content"]))} for m in messages]
-        marked = sum(m["content"].count(IMAGE) for m in plain)
+        plain = [{"role": m["role"], "content": self._as_words(self._flatten(m["content"]))} for m in messages]
+        marked = sum(m["content"].count(mark) for m in plain for mark in (IMAGE, VIDEO))
         if marked == 0 and images:  # images that no part names stand before the first words of the user
             first = next((m for m in plain if m["role"] == "user"), None)
             if first is None:
@@ -167,6 +242,12 @@ class Chat:
         elif marked != images:
             raise UserError(f"the conversation has parts for {marked} images and comes with {images}.")
         return plain
+
+    def _flatten(self, content: str | list[dict[str, Any]]) -> str:
+        if isinstance(content, str):
+            return _bare(content)
+        marks = {"image": IMAGE, "video": VIDEO if "video" in self._media.tokens else IMAGE}
+        return "".join(marks.get(part.get("type", ""), "") or _text(part) for part in content)
 
     def _as_words(self, text: str) -> str:
         """Marks what reads like a control token.
@@ -181,12 +262,12 @@ class Chat:
     def _render(self, plain: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                list(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                self._media.in_parts(plain), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
         # A template is a program from elsewhere: what it does not foresee raises anything.
         except Exception as error:  # noqa: BLE001
             raise UserError(f"the chat template refuses the conversation ({one_line(error)}).") from None
-        return str(rendered)
+        return self._media.marked(str(rendered))
 
     # --- templates that write the last answer otherwise ---------------------------------------------------------------
 
@@ -247,12 +328,13 @@ class Chat:
     def _answer_spans(self, plain: list[dict[str, str]], text: str) -> list[tuple[int, int, int]]:
         """Each answer's turn, and its characters in ``text`` with those of the end token behind it.
 
-        What a template puts around the words is the same for all conversations of the same roles: it is measured once,
-        by rendering turn after turn, and checked against the text of every later one.
+        What a template puts around the words is the same for all conversations of the same roles and media: it is
+        measured once, by rendering turn after turn, and checked against the text of every later one.
         """
         roles = tuple(message["role"] for message in plain)
+        kinds = tuple((m["role"], m["content"].count(IMAGE), m["content"].count(VIDEO)) for m in plain)
         offsets = [0, *itertools.accumulate(len(message["content"]) for message in plain)]
-        frames = self._frames.get(roles)
+        frames = self._frames.get(kinds)
         if frames is not None:
             spans = [
                 (turn, before + offsets[turn], after + offsets[turn + 1]) for turn, before, after in frames.answers
@@ -264,7 +346,7 @@ class Chat:
             (turn, *self._answer_span(plain, turn, text)) for turn, role in enumerate(roles) if role == "assistant"
         ]
         answers = [(turn, start - offsets[turn], stop - offsets[turn + 1]) for turn, start, stop in spans]
-        self._frames[roles] = _Frames(answers, len(text) - offsets[-1])
+        self._frames[kinds] = _Frames(answers, len(text) - offsets[-1])
         return spans
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
@@ -285,14 +367,18 @@ class Chat:
         offsets = [(0, 0)] * len(ids)
         columns: list[int] = []
         start = 0
-        for number, piece in enumerate(text.split(IMAGE)):
+        for number, piece in enumerate([text] if self._media.tokens else text.split(IMAGE)):
             if number:
                 columns.append(len(ids))
                 start += 1
             for at, part in self._parts(piece):
                 part_ids, spans = self._tokenise_part(part)
-                ids += part_ids
-                offsets += [(start + at + a, start + at + b) for a, b in spans]
+                for token, (a, b) in zip(part_ids, spans, strict=True):
+                    if token in self._media.ids and part[a:b] in (IMAGE, VIDEO):  # it makes room, and is no text
+                        columns.append(len(ids))
+                        continue
+                    ids.append(token)
+                    offsets.append((start + at + a, start + at + b))
             start += len(piece)
         return ids, offsets, columns
 
@@ -301,7 +387,8 @@ class Chat:
         if WORDS not in text:
             yield 0, text
             return
-        controls = [m.span() for m in self._control.finditer(text) if text[max(0, m.start() - 1)] != WORDS]
+        marks = re.compile(f"[{IMAGE}{VIDEO}]|{self._control.pattern}")
+        controls = [m.span() for m in marks.finditer(text) if text[max(0, m.start() - 1)] != WORDS]
         edges = [0, *itertools.chain.from_iterable(controls), len(text)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:
@@ -309,12 +396,13 @@ class Chat:
 
     def _tokenise_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets of one of the :meth:`_parts`."""
-        words = text.replace(WORDS, "")
+        as_words = WORDS in text
+        written, origin = self._media.written(text)
         encoded = self.tokenizer(
-            words, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=words != text
+            written, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=as_words
         )
-        marks = [match.start() - number for number, match in enumerate(re.finditer(WORDS, text))]
-        spans = [(a + bisect_right(marks, a), b + bisect_left(marks, b)) for a, b in encoded["offset_mapping"]]
+        # Offsets of what was written, back to those of the text: marks and media are one character there.
+        spans = [(origin[a], origin[b - 1] + 1 if b > a else origin[a]) for a, b in encoded["offset_mapping"]]
         return encoded["input_ids"], spans
 
 
@@ -337,16 +425,10 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: starts[-1]] if starts else []
 
 
-def _flatten(content: str | list[dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return _bare(content)
-    return "".join(IMAGE if part.get("type") in ("image", "video") else _text(part) for part in content)
-
-
 def _text(part: dict[str, Any]) -> str:
     return _bare(str(part.get("text", "")))
 
 
 def _bare(text: str) -> str:
     """Without the characters that mean something here."""
-    return text.replace(IMAGE, "").replace(WORDS, "")
+    return text.translate(dict.fromkeys(map(ord, (IMAGE, VIDEO, WORDS))))

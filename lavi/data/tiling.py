@@ -1,7 +1,8 @@
 """How an image becomes views.
 
-    OneView     the whole image                                  LLaVA, LLaVA-1.5 (padded to a square)
-    AnyRes      the whole image, then tiles of it, larger            LLaVA-OneVision (arXiv 2408.03326), anyres_max_9
+    OneView      the whole image                            LLaVA, LLaVA-1.5 (padded to a square)
+    AnyRes       the whole image, then tiles of it, larger      LLaVA-OneVision (arXiv 2408.03326), LLaVA-NeXT
+    SplitImage   as many tiles as it has pixels for             Idefics3 (arXiv 2408.12637), SmolVLM (arXiv 2504.05299)
 
     pixels     [ whole ] [ tile 1 ] ... [ tile R C ]     each through the tower: (1 + R C, N, D)
 
@@ -73,22 +74,34 @@ class OneView(Tiling):
 
 
 class AnyRes(Tiling):
-    """LLaVA-OneVision's: the grid of tiles with the largest effective resolution, then the least waste.
-
-    Several images of one conversation are not tiled but padded to squares, one view each (as there).
+    """LLaVA-OneVision's and LLaVA-NeXT's: the grid of the largest effective resolution, then of the least waste.
 
     Args:
         max_grid: the most tiles on a side; grids run from 1 x 1 to ``max_grid`` x ``max_grid``.
+        grids: instead, the grids to choose from, as pairs of rows and columns; of two as good the first.
+        tile_several: tile each of several images of one conversation, too (LLaVA-NeXT); else they are padded to
+            squares, one view each (LLaVA-OneVision).
+
+    Raises:
+        UserError: a grid that is no pair of counts.
     """
 
-    def __init__(self, *, max_grid: Count = 6) -> None:
-        self.max_grid = max_grid
+    def __init__(
+        self, *, max_grid: Count = 6, grids: list[list[int]] | None = None, tile_several: bool = False
+    ) -> None:
+        sides = range(1, max_grid + 1)
+        self.grids = [(rows, columns) for rows in sides for columns in sides]
+        if grids is not None:
+            if not grids or not all(len(grid) == 2 and min(grid) > 0 for grid in grids):
+                raise UserError(f"tiling.grids is a list of pairs [rows, columns] from 1, not {grids}.")
+            self.grids = [(rows, columns) for rows, columns in grids]
+        self.tile_several = tile_several
 
     def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         if isinstance(visual, Video):
             return super().layout(visual, preprocessing)
         size = (visual.height, visual.width)
-        if not alone:
+        if not alone and not self.tile_several:
             return Layout(size=size)
         rows, columns = self.grid(size, preprocessing.pixel_shape[1:])
         return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
@@ -107,11 +120,75 @@ class AnyRes(Tiling):
 
     def grid(self, size: tuple[int, int], tile: tuple[int, int]) -> Grid:
         """Rows and columns of tiles for an image of ``size`` (height, width) and tiles of height and width ``tile``."""
-        sides = range(1, self.max_grid + 1)
-        return max(
-            ((rows, columns) for rows in sides for columns in sides),
-            key=lambda grid: _effective(size, (grid[0] * tile[0], grid[1] * tile[1])),
-        )
+        return max(self.grids, key=lambda grid: _effective(size, (grid[0] * tile[0], grid[1] * tile[1])))
+
+
+class SplitImage(Tiling):
+    """Idefics3's and SmolVLM's: the image is resized to ``longest_edge``, then to whole tiles, and cut.
+
+    Args:
+        longest_edge: of the image, in pixels; the tiles are as large as the vision backbone's views.
+        split: cut it; else the whole image is the only view.
+    """
+
+    MOST_PIXELS = 4096
+    """On a side; Idefics3's own limit."""
+
+    def __init__(self, *, longest_edge: Count = 1456, split: bool = True) -> None:
+        self.longest_edge, self.split = longest_edge, split
+
+    def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
+        if isinstance(visual, Video):
+            return super().layout(visual, preprocessing)
+        size = (visual.height, visual.width)
+        rows, columns = self._grid(self._resized(size), preprocessing.pixel_shape[1])
+        if not self.split or (rows, columns) == (1, 1):
+            return Layout(size=size)
+        return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
+
+    def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
+        layout = self.layout(image, preprocessing, alone=alone)
+        side, resample = preprocessing.pixel_shape[1], preprocessing.resample
+        height, width = self._resized(layout.size)
+        image = image.resize((width, height), resample)
+        rows, columns = self._grid((height, width), side)
+        if self.split:
+            image = image.resize((columns * side, rows * side), resample)
+        whole = image.resize((side, side), resample)
+        corners = [(row * side, column * side) for row in range(rows) for column in range(columns)]
+        tiles = [image.crop((left, top, left + side, top + side)) for top, left in corners] if layout.tiles else []
+        return [whole, *tiles], layout
+
+    def _resized(self, size: Grid) -> Grid:
+        """(height, width) at which the longest edge is ``longest_edge``; the other is even, if it is cut down to it."""
+        height, width = size
+        if width >= height:
+            even = int(self.longest_edge / (width / height))
+            height, width = max(1, even + even % 2), self.longest_edge
+        else:
+            even = int(self.longest_edge * (width / height))
+            height, width = self.longest_edge, max(1, even + even % 2)
+        return self._within(height, width)
+
+    def _within(self, height: int, width: int) -> Grid:
+        """(height, width) of at most :attr:`MOST_PIXELS` on a side."""
+        aspect = width / height
+        if width >= height and width > self.MOST_PIXELS:
+            height, width = int(self.MOST_PIXELS / aspect), self.MOST_PIXELS
+        elif height > width and height > self.MOST_PIXELS:
+            height, width = self.MOST_PIXELS, int(self.MOST_PIXELS * aspect)
+        return max(height, 1), max(width, 1)
+
+    @staticmethod
+    def _grid(size: Grid, side: int) -> Grid:
+        """Rows and columns of whole tiles that hold an image of ``size``, its aspect kept by the longer side."""
+        height, width = size
+        aspect = width / height
+        if width >= height:
+            columns = math.ceil(width / side)
+            return math.ceil(int(columns * side / aspect) / side), columns
+        rows = math.ceil(height / side)
+        return rows, math.ceil(int(rows * side * aspect) / side)
 
 
 def _effective(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count
+from lavi.errors import UserError
 from lavi.fusion.arrangement import conversation_ids, splice, splice_tokens
 from lavi.fusion.base import Cost, Fusion, TokenCounter
-from lavi.fusion.tile_arrangement import TileArrangement
+from lavi.fusion.tile_arrangement import TileArrangement, VisualArrangement
+from lavi.fusion.tile_markers import TileMarkers
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
+from lavi.loading.without_weights import weights_wanted
 from lavi.nn.projectors import MLPProjector, Projector
 from lavi.vision.base import FeatureSpec
 
@@ -30,36 +33,59 @@ class ConcatFusion(Fusion):
     Args:
         projector: features to the language model's width; by default LLaVA-1.5's, two layers and a GELU.
         newline: a learned embedding ends each row of a tiled image's grid, and every other image (LLaVA-OneVision).
-        budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``).
+        budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``); None: all.
+        markers: tokens of the vocabulary around the views, instead of one grid of tiles (Idefics3, SmolVLM).
+
+    Raises:
+        UserError: markers and newlines.
     """
 
     packs = True
 
-    def __init__(self, *, projector: Projector | None = None, newline: bool = False, budget: Count = 9) -> None:
+    def __init__(
+        self,
+        *,
+        projector: Projector | None = None,
+        newline: bool = False,
+        budget: Count | None = 9,
+        markers: TileMarkers | None = None,
+    ) -> None:
         super().__init__()
+        if markers is not None and newline:
+            raise UserError(
+                "markers stand around views that are no grid, whose rows could end with a newline: take one."
+            )
         self.projector = projector or MLPProjector()
-        self.has_newline, self.budget = newline, budget
+        self.has_newline, self.budget, self.markers = newline, budget, markers
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
-        self.tile_arrangement = TileArrangement(features.grid, budget=self.budget, newline=self.has_newline)
+        self.tile_arrangement = self._arrangement(language, features)
         self.projector.bind(features.width, language.width)
         self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
 
+    def _arrangement(self, language: LanguageModel, features: FeatureSpec) -> VisualArrangement:
+        if self.markers is None:
+            return TileArrangement(features.grid, budget=self.budget, newline=self.has_newline)
+        return self.markers.arrangement(language.tokenizer) if weights_wanted() else self.markers.of_single_tokens()
+
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         text = language.embed(batch.input_ids)  # (B, T, D)
-        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype))
+        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype), language)
         order, columns = splice(batch, counts, text_width=text.shape[1])
         embeds, mask = splice_tokens(text, visual, order)
         vision = VisualContext(text_columns=columns.to(text.device))
         conversation = None if batch.packed is None else conversation_ids(batch, counts, order).to(text.device)
         return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision, conversation=conversation)
 
-    def visual_tokens(self, batch: Batch, projected: Tensor) -> tuple[Tensor, list[int]]:
+    def visual_tokens(self, batch: Batch, projected: Tensor, language: LanguageModel) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
+        embeddings: Tensor | None = self.newline
+        if ids := self.tile_arrangement.marker_ids:
+            embeddings = language.embed(torch.tensor(ids, device=batch.input_ids.device)).to(projected)  # (K, D)
         images = projected.split([slot.views for slot in batch.image_slots]) if batch.image_slots else ()
         packed = [
-            self.tile_arrangement.arrange(image, slot.layout, self.newline)
+            self.tile_arrangement.arrange(image, slot.layout, embeddings)
             for image, slot in zip(images, batch.image_slots, strict=True)
         ]
         # Without an image they are empty, and still in the graph: a rank without one must not hang the others.

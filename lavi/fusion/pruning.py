@@ -26,6 +26,7 @@ from lavi.errors import UserError
 from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.tile_markers import TileMarkers
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.load import LanguageModel
 from lavi.language.ranking import Ranking, ranking_in
@@ -40,7 +41,7 @@ class PruningFusion(ConcatFusion):
 
     Args:
         stages: after layer (from 0) -> the share of the visual tokens still there that is kept, above 0 and at most 1.
-        projector, newline, budget: as in :class:`~lavi.fusion.concat.ConcatFusion`.
+        projector, newline, budget, markers: as in :class:`~lavi.fusion.concat.ConcatFusion`.
 
     Raises:
         UserError: no such layer, or a share out of range.
@@ -54,9 +55,10 @@ class PruningFusion(ConcatFusion):
         stages: dict[int, Share],
         projector: Projector | None = None,
         newline: bool = False,
-        budget: Count = 9,
+        budget: Count | None = 9,
+        markers: TileMarkers | None = None,
     ) -> None:
-        super().__init__(projector=projector, newline=newline, budget=budget)
+        super().__init__(projector=projector, newline=newline, budget=budget, markers=markers)
         for layer, keep in stages.items():
             if not 0 < keep <= 1:
                 raise UserError(f"pruning after layer {layer} keeps a share above 0 and at most 1, not {keep}.")
@@ -127,9 +129,10 @@ class FastV(PruningFusion):
         keep: Share = 0.5,
         projector: Projector | None = None,
         newline: bool = False,
-        budget: Count = 9,
+        budget: Count | None = 9,
+        markers: TileMarkers | None = None,
     ) -> None:
-        super().__init__(stages={layer - 1: keep}, projector=projector, newline=newline, budget=budget)
+        super().__init__(stages={layer - 1: keep}, projector=projector, newline=newline, budget=budget, markers=markers)
 
 
 class PyramidDrop(PruningFusion):
@@ -147,9 +150,10 @@ class PyramidDrop(PruningFusion):
         keep: Share = 0.5,
         projector: Projector | None = None,
         newline: bool = False,
-        budget: Count = 9,
+        budget: Count | None = 9,
+        markers: TileMarkers | None = None,
     ) -> None:
-        super().__init__(stages={}, projector=projector, newline=newline, budget=budget)
+        super().__init__(stages={}, projector=projector, newline=newline, budget=budget, markers=markers)
         if stages < 2 or not 0 < keep <= 1:
             raise UserError(
                 f"PyramidDrop has at least 2 stages and keeps above 0 and at most 1, not {stages} and {keep}."

@@ -8,6 +8,7 @@ Frames of a video are pooled 2 x 2.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,20 +21,44 @@ Grid = tuple[int, int]
 """Rows and columns."""
 
 
-@dataclass(frozen=True)
-class TileArrangement:
+class VisualArrangement(ABC):
     """The features of one image's views to one sequence of visual tokens; called, it counts them.
+
+    It goes to processes that read data: numbers alone.
+    """
+
+    @property
+    def marker_ids(self) -> tuple[int, ...]:
+        """Ids of the vocabulary whose embeddings :meth:`arrange` puts between the views."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, layout: Layout, per_view: int) -> int:
+        """How many tokens :meth:`arrange` gives for views of ``per_view`` tokens."""
+
+    @abstractmethod
+    def arrange(self, features: Tensor, layout: Layout, embeddings: Tensor | None) -> Tensor:
+        """(views, N, D) to (n, D).
+
+        Args:
+            embeddings: of what else stands in the sequence: of the :attr:`marker_ids` (K, D), or of a newline (D,).
+        """
+
+
+@dataclass(frozen=True)
+class TileArrangement(VisualArrangement):
+    """LLaVA's: the tiles as one grid, behind the whole image.
 
     Args:
         view_grid: rows and columns of the features of one view; None: they lie on no grid (a reducer took them off it),
             and all tokens of all views stand one after the other.
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``max_9``); they are shrunk
-            bilinearly, and only if they exceed it by 1.1 in each direction.
+            bilinearly, and only if they exceed it by 1.1 in each direction. None: they keep all (LLaVA-NeXT).
         newline: one more token ends each row of the tiles' grid, or else the image.
     """
 
     view_grid: Grid | None
-    budget: int = 9
+    budget: int | None = 9
     newline: bool = False
 
     @property
@@ -43,7 +68,6 @@ class TileArrangement:
         return self.view_grid
 
     def __call__(self, layout: Layout, per_view: int) -> int:
-        """How many tokens :meth:`arrange` gives for views of ``per_view`` tokens."""
         if (other := self._at_scale(per_view)) is not None:
             return other(layout, per_view)
         if not per_view:
@@ -57,14 +81,15 @@ class TileArrangement:
         rows, columns = self.shrunk(*self.kept(layout)[1])
         return per_view + rows * (columns + self.newline)
 
-    def arrange(self, features: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
-        """(views, N, D) to (n, D), with the embedding (D,) of the ``newline`` token.
+    def arrange(self, features: Tensor, layout: Layout, embeddings: Tensor | None) -> Tensor:
+        """(views, N, D) to (n, D), with the embedding (D,) of the newline.
 
         Raises:
             UserError: the views of a tiled image or of a video are more than their grid.
         """
         if (other := self._at_scale(features.shape[1])) is not None:
-            return other.arrange(features, layout, newline)
+            return other.arrange(features, layout, embeddings)
+        newline = embeddings
         end = [newline[None].to(features)] if newline is not None else []
         if not features.shape[1]:
             return features.flatten(0, 1)
@@ -129,5 +154,7 @@ class TileArrangement:
 
     def shrunk(self, rows: int, columns: int) -> Grid:
         """The grid within the budget."""
+        if self.budget is None:
+            return rows, columns
         ratio = math.sqrt(rows * columns / (self.budget * math.prod(self.grid)))
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)

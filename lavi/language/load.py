@@ -28,6 +28,7 @@ from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
 from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
+from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
 from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
@@ -46,7 +47,7 @@ class LanguageModel(nn.Module):
     """A causal language model and its tokenizer. ``hf`` is the transformers model, under its original names.
 
     Args:
-        source: hub name or local folder of a checkpoint.
+        source: hub name or local folder of a checkpoint: a language model, or a vision-language model that holds one.
         config: instead of ``source``, a bare configuration: ``model_type`` and its keys; weights start random.
             ``vocab_size`` defaults to the tokenizer's.
         tokenizer: hub name or folder of the tokenizer; with ``source``, that by default.
@@ -214,6 +215,8 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
     Raises:
         UserError: transformers cannot build it, or weights are missing.
     """
+    if is_vlm(settings):
+        return language_model_of(open_vlm(str(source), attention=attention), dtype=dtype, attention=attention)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     origin = "a bare configuration" if source is None else f"'{source}'"
     loading_info: dict[str, Any] | None = None

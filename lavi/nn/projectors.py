@@ -42,3 +42,17 @@ class MLPProjector(Projector):
     def flops(self, tokens: int) -> float:
         vision_width, width = self.widths
         return linear_flops(tokens, vision_width, width) + linear_flops(tokens, width, width)
+
+
+class LinearProjector(Projector):
+    """One linear layer without a bias (Idefics3, arXiv 2408.12637; behind a pixel shuffle)."""
+
+    def bind(self, vision_width: int, width: int) -> None:
+        self.layer = nn.Linear(vision_width, width, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.layer(features)
+        return projected
+
+    def flops(self, tokens: int) -> float:
+        return linear_flops(tokens, self.layer.in_features, self.layer.out_features)

@@ -12,7 +12,15 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    PretrainedConfig,
+    SiglipVisionConfig,
+)
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import output_capturing
 
@@ -21,6 +29,7 @@ from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError, nearest, one_line
 from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
+from lavi.loading.vlm import is_vlm, open_vlm, tower_state
 from lavi.loading.without_weights import weights_wanted
 from lavi.vision.tower import Tower, chosen_layers, middle
 
@@ -50,6 +59,9 @@ HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_he
 
 SELECTS = hasattr(output_capturing, "selected_hidden_states")
 """Whether this transformers returns chosen hidden states; an older one returns all."""
+
+FULL_SQUARE_VIEWS = ("idefics3_vision", "smolvlm_vision")
+"""SigLIP towers whose position embeddings are interpolated for parts of a view; all views here are whole squares."""
 
 REFUSED = {
     "siglip2_vision_model": "its grid changes with each image (NaFlex): take a checkpoint of a fixed resolution, such "
@@ -92,16 +104,19 @@ class HFPreprocessing(Preprocessing):
 class HFVision(Tower):
     """A transformers vision tower, cut after the last layer whose features are used: later layers are never run.
 
-    Features are the layers' own outputs, before the norm that closes the tower. Images are prepared as the
-    checkpoint's ``preprocessor_config.json`` says; where a tower takes images of several sizes (DINOv2, DINOv3,
-    ConvNeXt), that decides their size, else it has to be the tower's own.
+    Features are the layers' own outputs, before the norm that closes the tower. Of a published vision-language model
+    (:mod:`lavi.loading.vlm`) it takes the tower. Images are prepared as the checkpoint's ``preprocessor_config.json``
+    says; where a tower takes images of several sizes (DINOv2, DINOv3, ConvNeXt), that decides their size, else it has
+    to be the tower's own.
 
     Args:
-        source: hub name or local folder of a checkpoint (a vision tower, or a two-tower model that holds one).
+        source: hub name or local folder of a checkpoint (a vision tower, or a model that holds one: of two towers, or a
+            vision-language model).
         config: instead of ``source``, a bare configuration: ``model_type`` and its keys; weights start random.
         layer: whose output to use, as in ``hidden_states``: -1 the last layer's, -2 the one before. Several: their
             features side by side. Of a convolutional tower only -1: its stages have different grids.
         class_token: keep the class token, before the grid.
+        final_norm: the last layer's output goes through the norm that closes the tower (Idefics3, SmolVLM).
         image_size: the side, in pixels, that images are resized to, not the checkpoint's own; the tower's position
             embeddings are interpolated. Smaller images have fewer tokens: a control for reducers of tokens.
 
@@ -119,6 +134,7 @@ class HFVision(Tower):
         config: Annotated[dict[str, Any], Check(check_config)] | None = None,
         layer: int | list[int] = -1,
         class_token: bool = False,
+        final_norm: bool = False,
         image_size: Count | None = None,
     ) -> None:
         super().__init__()
@@ -132,9 +148,14 @@ class HFVision(Tower):
         self.resizing = _resize(self.tower, image_processor, image_size) if image_size is not None else {}
         self.preprocessing = HFPreprocessing(image_processor)
         self.layers = _cut(self.tower, layer)
+        if final_norm and len(self.layers) > 1:
+            raise UserError("final_norm closes the tower behind its last layer: name one layer, not several.")
+        self.final_norm = final_norm
         self._infer(class_token=class_token)
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if self.final_norm:
+            return [self._split(self.tower(pixels, **self.resizing).last_hidden_state, pixels)]
         layers: Any = self.layers if SELECTS else True
         hidden = self.tower(pixels, output_hidden_states=layers, **self.resizing).hidden_states
         return [self._split(hidden[layer], pixels) for layer in self.layers]
@@ -189,6 +210,7 @@ class HFVision(Tower):
             "source": Path(),
             "layer": self.layers,
             "class_token": bool(self.prefix),
+            "final_norm": self.final_norm,
             "image_size": self.image_size,
         }
 
@@ -231,11 +253,20 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
     else:
         settings = _read(str(source))
     settings = getattr(settings, "vision_config", settings)
+    if settings.model_type in FULL_SQUARE_VIEWS:
+        settings = _siglip(settings)
     kind = settings.model_type
     _check_kind(kind)
     if kind in HEADS:
         setattr(settings, HEADS[kind], False)
     return settings
+
+
+def _siglip(settings: PretrainedConfig) -> PretrainedConfig:
+    """The SigLIP tower that computes the same on whole square views."""
+    keys = settings.to_dict()
+    keys = {key: value for key, value in keys.items() if key in SiglipVisionConfig().to_dict() and key != "model_type"}
+    return SiglipVisionConfig(**keys)
 
 
 def _check_kind(kind: str) -> None:
@@ -260,8 +291,11 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
     loading_info: dict[str, Any] | None = None
     try:
-        if source is None or not weights_wanted():
+        whole = source is not None and is_vlm(_read(source))
+        if source is None or whole or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
+            if whole and weights_wanted():
+                _fill_from_vlm(tower, str(source))
         else:
             loading: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **loading, **keys)
@@ -279,16 +313,42 @@ def _tower(source: str | None, settings: PretrainedConfig) -> Any:
     return tower
 
 
+def _fill_from_vlm(tower: Any, source: str) -> None:
+    """Copy the weights of the tower of a published vision-language model, but for a head that is not built here.
+
+    Raises:
+        UserError: as :func:`lavi.loading.vlm.open_vlm`, or the tower is another.
+    """
+    own = getattr(tower, "vision_model", tower)
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in tower_state(open_vlm(source)).items()}
+    missing = sorted(set(own.state_dict()) - set(state))
+    if missing:
+        raise UserError(f"the tower of '{source}' lacks {len(missing)} weights ({missing[0]} ...).")
+    own.load_state_dict({name: state[name] for name in own.state_dict()})
+
+
 def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
     if source is None:
         return _processor_of(settings)
     try:
-        return AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
+        own = AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
+        return _of_one_view(own) if is_vlm(_read(source)) else own
     except (OSError, ValueError):
         raise UserError(
             f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "
             "it comes from."
         ) from None
+
+
+def _of_one_view(own: Any) -> Any:
+    """What a vision-language model's image processor does to one view, without its tiles."""
+    keys = {name: getattr(own, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
+    if getattr(own, "max_image_size", None):  # Idefics3, SmolVLM: tiles come in this size
+        side = own.max_image_size["longest_edge"]
+        return transformers.SiglipImageProcessorPil(size={"height": side, "width": side}, **keys)
+    if not getattr(own, "do_center_crop", False):
+        return transformers.SiglipImageProcessorPil(size=own.size, **keys)
+    return transformers.CLIPImageProcessorPil(size=own.size, crop_size=own.crop_size, **keys)
 
 
 def _processor_of(settings: PretrainedConfig) -> Any:

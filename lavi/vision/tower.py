@@ -99,7 +99,7 @@ def chosen_layers(layer: int | list[int], count: int) -> list[int]:
     return numbers
 
 
-def middle(image: Image.Image, *, elongation: int = 8) -> Image.Image:
+def middle(image: Image.Image, *, elongation: int = 64) -> Image.Image:
     """The middle of an image whose sides differ more than 1:``elongation``, else the image.
 
     For preprocessing that resizes the shortest edge and keeps the middle alone: of 20000x20 pixels it would make

@@ -42,6 +42,7 @@ from lavi.errors import UserError
 from lavi.fusion.arrangement import Rows, group_tokens_by_row, last_prompt_columns, splice, splice_tokens
 from lavi.fusion.base import Cost, TokenCounter, no_tokens
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.tile_markers import TileMarkers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.subsequence import AttentionKind
@@ -69,7 +70,7 @@ class VisorFusion(ConcatFusion):
         labels: the file that ``lavi.visor label`` wrote, to train the router on.
         reader: how the text reads V, one for each reading layer; by default gated cross-attention.
         max_images: images of one conversation that reading layers tell apart; later ones share an embedding.
-        projector, newline, budget: as in :class:`~lavi.fusion.concat.ConcatFusion`.
+        projector, newline, budget, markers: as in :class:`~lavi.fusion.concat.ConcatFusion`.
 
     Raises:
         UserError: no such layers, a layer that both reads and refines, or a router without configurations.
@@ -90,9 +91,10 @@ class VisorFusion(ConcatFusion):
         max_images: Count = 8,
         projector: Projector | None = None,
         newline: bool = False,
-        budget: Count = 9,
+        budget: Count | None = 9,
+        markers: TileMarkers | None = None,
     ) -> None:
-        super().__init__(projector=projector, newline=newline, budget=budget)
+        super().__init__(projector=projector, newline=newline, budget=budget, markers=markers)
         if router is not None and configurations is None:
             raise UserError("VISOR's router chooses from 'configurations': name them, or the file that search wrote.")
         if labels is not None and router is None:
@@ -186,7 +188,7 @@ class VisorFusion(ConcatFusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         self._check_turns(batch)
         device, valid, text_width = batch.input_ids.device, batch.attention_mask, batch.input_ids.shape[1]
-        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype))
+        visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(language.hf.dtype), language)
         on_host = group_tokens_by_row(batch, counts)
         rows = on_host.to(device)
         context = VisorContext(

@@ -1,0 +1,211 @@
+"""Published vision-language models come in: as they are, or as the start of another fusion.
+
+    model: {_target_: lavi.checkpoints.published_vlm.published_vlm, source: llava-hf/llava-onevision-qwen2-0.5b-ov-hf}
+
+    model:                                             # FastV on it, without training
+      _target_: lavi.checkpoints.published_vlm.published_vlm
+      source: llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+      fusion: {_target_: lavi.fusion.pruning.FastV, newline: true, budget: 9}
+
+    module: {start_from: llava-hf/llava-onevision-qwen2-0.5b-ov-hf}     # tower, language model and projector of it
+
+Its configuration is translated into the section ``model`` of a recipe (:func:`section_of`): tower, reducer, fusion,
+tiling and media tokens are components like any others, and the model is exported and resumed like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, PretrainedConfig
+
+from lavi.config.text import TARGET
+from lavi.config.types import Check, Count
+from lavi.errors import UserError, one_line
+from lavi.fusion.base import Fusion
+from lavi.fusion.concat import ConcatFusion
+from lavi.language.lora import LoRA
+from lavi.loading.published import configuration_of
+from lavi.loading.vlm import (
+    TILED_BY_GRID,
+    TILED_WITH_MARKERS,
+    connector_state,
+    open_vlm,
+    opened_once,
+    vlm_config,
+)
+from lavi.loading.without_weights import weights_wanted
+from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
+from lavi.reduction.base import Reducer
+
+MODEL = "lavi.model.VisionLanguageModel"
+VISION = "lavi.vision.hf.HFVision"
+LANGUAGE = "lavi.language.load.LanguageModel"
+CONCAT = "lavi.fusion.concat.ConcatFusion"
+TILING = "lavi.data.tiling"
+
+PARTS = ("vision", "language", "fusion", "reducer", "tiling")
+
+WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+Node = dict[str, Any]
+
+
+def published_vlm(
+    source: str,
+    *,
+    fusion: Fusion | None = None,
+    reducer: Reducer | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
+    lora: Annotated[dict[str, Any], Check(LoRA.of)] | None = None,
+    context_length: Count | None = None,
+    timestamps: bool = False,
+    built_from: Node | None = None,
+) -> VisionLanguageModel:
+    """A published vision-language model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Idefics3 or SmolVLM.
+
+    Args:
+        source: hub name or local folder of the checkpoint, as transformers saves it.
+        fusion: another way for vision to meet language. One with a projector of the checkpoint's shape (pruning, VISOR)
+            starts with the checkpoint's; None: the checkpoint's own, concatenation.
+        reducer: makes fewer visual tokens of a view's; not where the checkpoint has one of its own (Idefics3, SmolVLM).
+        dtype, attention, lora: of the language model.
+        context_length, timestamps: as of :class:`lavi.model.VisionLanguageModel`.
+        built_from: the section of a recipe that says so.
+
+    Raises:
+        UserError: nothing there, a checkpoint of another class, one that lacks weights or says too little; a fusion
+            that arranges its visual tokens otherwise.
+    """
+    section = section_of(source)
+    section["language"] |= {"dtype": dtype, "attention": attention, "lora": lora}
+    section |= {"context_length": context_length, "timestamps": timestamps}
+    if reducer is not None and section["reducer"] is not None:
+        raise UserError(f"the projector of '{source}' reads {section['reducer'][TARGET]}: it takes no other reducer.")
+    recipe = Recipe({"model": section}, {}, source)
+    parts: dict[str, Any] = {"fusion": fusion, "reducer": reducer}
+    section |= {name: (built_from or {}).get(name) for name, part in parts.items() if part is not None}
+    with opened_once():
+        for name in PARTS:
+            if parts.get(name) is None and section[name] is not None:
+                parts[name] = recipe.build(f"model.{name}")
+        others = {key: value for key, value in section.items() if key not in (TARGET, *PARTS)}
+        model = VisionLanguageModel(**parts, **others, built_from=section)
+        if weights_wanted():
+            _start_connector(model.fusion, connector_state(open_vlm(source, attention=attention)), source)
+    return model
+
+
+def section_of(source: str) -> Node:
+    """A published vision-language model as the section ``model`` of a recipe, its weights by ``source``.
+
+    Raises:
+        UserError: nothing there, a checkpoint of another class, or a part that this library has not.
+    """
+    config = vlm_config(source)
+    of_kind = _with_markers if config.model_type in TILED_WITH_MARKERS else _with_projector
+    parts = of_kind(config, _preprocessor(source))
+    return {
+        TARGET: MODEL,
+        "vision": {TARGET: VISION, "source": source} | parts.pop("vision"),
+        "language": {TARGET: LANGUAGE, "source": source},
+        "reducer": None,
+    } | parts
+
+
+def _with_projector(config: PretrainedConfig, preprocessor: Any) -> Node:
+    """LLaVA's: two linear layers, visual tokens row by row.
+
+    Raises:
+        UserError: another activation between the layers, or a projector without biases.
+    """
+    if config.projector_hidden_act != "gelu" or not getattr(config, "multimodal_projector_bias", True):
+        raise UserError(
+            f"its projector (with '{config.projector_hidden_act}') is no two linear layers with biases and a GELU."
+        )
+    has_class_token = config.vision_config.model_type not in WITHOUT_CLASS_TOKEN
+    vision: Node = {
+        "layer": config.vision_feature_layer,
+        "class_token": has_class_token and config.vision_feature_select_strategy == "full",
+    }
+    media = {"image": "<image>"}
+    fusion: Node = {TARGET: CONCAT, "newline": config.model_type in TILED_BY_GRID, "budget": None}
+    if config.model_type not in TILED_BY_GRID:
+        pads = bool(getattr(preprocessor, "do_pad", False))
+        one_view: Node = {TARGET: f"{TILING}.OneView", "pad_to_square": pads}
+        return {"vision": vision, "fusion": fusion, "tiling": one_view, "media_tokens": media}
+    tiling: Node = {TARGET: f"{TILING}.AnyRes"} | _grids(config.image_grid_pinpoints, config.vision_config.image_size)
+    if config.model_type == "llava_next":
+        tiling["tile_several"] = True
+    else:
+        fusion["budget"] = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        media["video"] = "<video>"
+    return {"vision": vision, "fusion": fusion, "tiling": tiling, "media_tokens": media}
+
+
+def _grids(pinpoints: list[list[int]], side: int) -> Node:
+    """Sizes (height, width) of tiled images as arguments of :class:`lavi.data.tiling.AnyRes`."""
+    grids = [[height // side, width // side] for height, width in pinpoints]
+    most = max(max(grid) for grid in grids)
+    sides = range(1, most + 1)
+    if grids == [[rows, columns] for rows in sides for columns in sides]:
+        return {"max_grid": most}
+    return {"grids": grids}
+
+
+def _with_markers(config: PretrainedConfig, preprocessor: Any) -> Node:
+    """Idefics3's and SmolVLM's: a pixel shuffle and one linear layer, tokens of the vocabulary around the views."""
+    return {
+        "vision": {"layer": -1, "final_norm": True},
+        "reducer": {TARGET: "lavi.reduction.pixel_shuffle.PixelShuffle", "factor": config.scale_factor},
+        "fusion": {
+            TARGET: CONCAT,
+            "projector": {TARGET: "lavi.nn.projectors.LinearProjector"},
+            "markers": {TARGET: "lavi.fusion.tile_markers.TileMarkers"},
+        },
+        "tiling": {
+            TARGET: f"{TILING}.SplitImage",
+            "longest_edge": preprocessor.size["longest_edge"],
+            "split": bool(preprocessor.do_image_splitting),
+        },
+        "media_tokens": {"image": "<image>"},
+    }
+
+
+def _preprocessor(source: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
+    except Exception as error:
+        raise UserError(
+            f"'{source}' does not say how its images are prepared ({one_line(error)}): copy preprocessor_config.json "
+            "or processor_config.json from the checkpoint it comes from."
+        ) from error
+
+
+def _start_connector(fusion: Fusion, state: dict[str, Tensor], source: str) -> set[str]:
+    """Copy a checkpoint's connector into a fusion that has one; the names of the parameters that were copied.
+
+    Raises:
+        UserError: the fusion has another one.
+    """
+    if not isinstance(fusion, ConcatFusion):
+        return set()
+    own = {
+        name: parameter
+        for name, parameter in fusion.named_parameters()
+        if name.startswith("projector.") or name == "newline"
+    }
+    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
+        ours, theirs = (", ".join(f"{name} {list(p.shape)}" for name, p in some.items()) for some in (own, state))
+        raise UserError(
+            f"{type(fusion).__name__} joins the halves by {ours}, and '{source}' by {theirs}: give the fusion the same "
+            "projector, newline and markers."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+    return set(own)

@@ -1,0 +1,228 @@
+"""Published vision-language models: the oracle is transformers' own model and processor, on small checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import collate, small
+from PIL import Image
+from test_tiles import picture
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Idefics3Processor,
+)
+from vlms import write_vlm
+
+from lavi.batch import Sample, Video
+from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
+from lavi.checkpoints.published_vlm import published_vlm
+from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.pruning import FastV
+from lavi.language.load import LanguageModel
+from lavi.reduction.pooling import AveragePooling
+from lavi.vision.hf import HFVision
+from lavi.visor.fusion import VisorFusion
+
+KINDS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm")
+SIZES = [(24, 24), (40, 30), (31, 97), (144, 144), (200, 13), (7, 7)]
+"""(width, height): a tile, odd, long, large, narrow, smaller than a tile."""
+
+
+def question(*sizes: tuple[int, int], text: str = "what colour is the circle?", answer: str | None = "red") -> Sample:
+    """A sample about images of these sizes (width, height)."""
+    content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return Sample("a", messages, [picture(size, seed) for seed, size in enumerate(sizes)])
+
+
+class Published:
+    """A small checkpoint, as transformers opens it and as it comes in here."""
+
+    def __init__(self, kind: str, folder: Path, tokenizer: str) -> None:
+        self.kind, self.folder = kind, write_vlm(kind, folder, tokenizer)
+        self.theirs = AutoModelForImageTextToText.from_pretrained(self.folder).eval()
+        images = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        if kind == "smolvlm":
+            words = AutoTokenizer.from_pretrained(self.folder)
+            self.processor = Idefics3Processor(images, words, image_seq_len=1, chat_template=words.chat_template)
+        else:
+            self.processor = AutoProcessor.from_pretrained(self.folder)
+            self.processor.image_processor = images
+        self.ours = published_vlm(str(self.folder))
+
+    def inputs(self, sample: Sample, *, prompt: bool = False) -> dict[str, Tensor]:
+        """What transformers' processor makes of a conversation."""
+        text = self.processor.apply_chat_template(sample.messages, add_generation_prompt=prompt)
+        images = {"images": [list(sample.images)]} if sample.images else {}
+        return dict(self.processor(text=[text], return_tensors="pt", **images))
+
+    def logits(self, sample: Sample) -> Tensor:
+        """Transformers' logits (T, vocabulary) at the tokens of the text.
+
+        Where these stand is known from here; that the ids are the same, and as many in all, is checked.
+        """
+        inputs, batch = self.inputs(sample), collate(self.ours, [sample])
+        ids = inputs["input_ids"][0]
+        with torch.no_grad():
+            logits = self.theirs(**inputs).logits[0]
+            arranged = self.ours.fusion(batch, self.ours.features(batch.pixels), self.ours.language)
+        columns = arranged.vision.text_columns[0]
+        assert arranged.attention_mask.shape[1] == len(ids)
+        assert torch.equal(ids[columns], batch.input_ids[0])
+        return logits[columns]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Published:
+    return Published(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint", tokenizer)
+
+
+@pytest.mark.parametrize("sizes", [(), *((size,) for size in SIZES), ((40, 30), (31, 97)), ((7, 7),) * 3])
+def test_logits_are_those_of_transformers(published: Published, sizes: tuple[tuple[int, int], ...]) -> None:
+    sample = question(*sizes)
+    with torch.no_grad():
+        ours = published.ours(collate(published.ours, [sample]))[0]
+    torch.testing.assert_close(ours, published.logits(sample), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_rows_of_a_batch_are_those_of_transformers(published: Published, pad_left: bool) -> None:
+    samples = [question((40, 30)), question(text="hello"), question((7, 7), (97, 31), text="which has more things?")]
+    batch = collate(published.ours, samples, pad_left=pad_left)
+    with torch.no_grad():
+        logits = published.ours(batch)
+    for row, (start, stop) in enumerate(batch.spans):
+        torch.testing.assert_close(logits[row, start:stop], published.logits(samples[row]), atol=1e-4, rtol=1e-4)
+
+
+def test_answers_are_those_of_transformers(published: Published) -> None:
+    prompts = [question((40, 30), answer=None), question((31, 97), (7, 7), text="which?", answer=None)]
+    batch = collate(published.ours, prompts, prompt=True, pad_left=True)
+    ours = published.ours.generate(batch, max_new_tokens=8, eos_token_id=None)
+    for answer, prompt in zip(ours, prompts, strict=True):
+        inputs = published.inputs(prompt, prompt=True)
+        out = published.theirs.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert answer == out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_conversation_of_several_turns_has_the_ids_of_transformers(published: Published) -> None:
+    messages = [*question((40, 30)).messages, *question((31, 97), text="and here? <image> is a word").messages]
+    sample = Sample("a", messages, [picture((40, 30)), picture((31, 97), 1)])
+    ids = collate(published.ours, [sample]).input_ids[0].tolist()
+    words = published.processor.tokenizer
+    assert words.convert_tokens_to_ids("<image>") not in ids  # what people write stays words
+    assert "<image> is a word" in words.decode(ids)
+
+
+def test_a_video_of_llava_onevision_is_that_of_transformers(tmp_path: Path, tokenizer: str) -> None:
+    published = Published("llava_onevision", tmp_path / "checkpoint", tokenizer)
+    video = Video([picture((40, 30), seed) for seed in range(3)])
+    content = [{"type": "video"}, {"type": "text", "text": "which way does it move?"}]
+    sample = Sample("a", [{"role": "user", "content": content}], [video])
+    batch = collate(published.ours, [sample], prompt=True)
+    text = published.processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+    tokens = published.ours._lengths(batch)[0] - batch.input_ids.shape[1]
+    ids = published.processor.tokenizer(text.replace("<video>", "<video>" * tokens), return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = published.theirs(input_ids=ids, pixel_values_videos=batch.pixels[None]).logits[0]
+        ours = published.ours(batch)[0]
+    torch.testing.assert_close(ours, theirs[ids[0] != published.theirs.config.video_token_id], atol=1e-4, rtol=1e-4)
+
+
+def test_an_export_is_read_again_bit_for_bit(published: Published, tmp_path: Path) -> None:
+    save_pretrained(published.ours, tmp_path / "export")
+    shutil.move(published.folder, published.folder.with_name("away"))  # it needs the checkpoint no more
+    try:
+        again = from_pretrained(tmp_path / "export")
+    finally:
+        shutil.move(published.folder.with_name("away"), published.folder)
+    state = again.state_dict()
+    assert set(state) == set(published.ours.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in published.ours.state_dict().items())
+    batch = collate(published.ours, [question((40, 30))])
+    with torch.no_grad():
+        assert torch.equal(again(batch), published.ours(batch))
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_onevision", "idefics3"])
+def test_another_fusion_starts_from_it(kind: str, tmp_path: Path, tokenizer: str) -> None:
+    """LaVi has its tower and language model, which is itself at step 0; a fusion with a projector has that, too."""
+    folder = str(write_vlm(kind, tmp_path / "checkpoint", tokenizer))
+    as_it_is = published_vlm(folder)
+    lavi = published_vlm(folder, fusion=LaViFusion(every=2, generator=small()))
+    batch = collate(lavi, [question((40, 30))])
+    with torch.no_grad():
+        bare = lavi.language.hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        assert torch.equal(lavi(batch), bare)
+        assert torch.equal(lavi.features(batch.pixels), as_it_is.features(batch.pixels))
+    keys = {
+        "newline": kind == "llava_onevision",
+        "projector": as_it_is.fusion.projector,
+        "markers": as_it_is.fusion.markers,
+    }
+    for fusion in (
+        FastV(layer=2, keep=1.0, **keys),
+        VisorFusion(cross_attention=[], self_attention=[0, 1, 2, 3], **keys),
+    ):
+        started = published_vlm(folder, fusion=fusion)
+        with torch.no_grad():
+            torch.testing.assert_close(started(batch), as_it_is(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_it_are_components_of_a_recipe(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer))
+    as_it_is = published_vlm(folder)
+    tower, language = HFVision(folder), LanguageModel(folder)
+    for part, whole in ((tower, as_it_is.vision), (language, as_it_is.language)):
+        assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in part.state_dict().items())
+
+
+def test_a_reducer_before_it(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava", tmp_path / "checkpoint", tokenizer))
+    model = published_vlm(folder, reducer=AveragePooling(factor=3))
+    batch = collate(model, [question((40, 30))])
+    assert model._lengths(batch) == [batch.input_ids.shape[1] + 1]
+    folder = str(write_vlm("idefics3", tmp_path / "other", tokenizer))
+    with pytest.raises(UserError, match="PixelShuffle: it takes no other reducer"):
+        published_vlm(folder, reducer=AveragePooling(factor=3))
+
+
+def test_what_does_not_come_in_is_refused_in_one_sentence(tmp_path: Path, tokenizer: str) -> None:
+    folder = write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer)
+    with pytest.raises(UserError, match="give the fusion the same projector, newline and markers"):
+        published_vlm(str(folder), fusion=ConcatFusion())
+    with pytest.raises(UserError, match="no vision-language model at"):
+        published_vlm(str(tmp_path / "nowhere"))
+    (folder / "processor_config.json").rename(tmp_path / "processor_config.json")
+    with pytest.raises(UserError, match="does not say how its images are prepared"):
+        published_vlm(str(folder))
+    (tmp_path / "processor_config.json").rename(folder / "processor_config.json")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "relu"}))
+    with pytest.raises(UserError, match="no two linear layers with biases and a GELU"):
+        published_vlm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config["text_config"]))
+    with pytest.raises(UserError, match="is a 'qwen2', no vision-language model that comes in here"):
+        published_vlm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no 'llava_onevision' model can be read from"):
+        published_vlm(str(folder))
+
+
+def test_markers_come_for_images_alone(tmp_path: Path, tokenizer: str) -> None:
+    model = published_vlm(str(write_vlm("smolvlm", tmp_path / "checkpoint", tokenizer)))
+    with pytest.raises(UserError, match="reads no videos"):
+        model.ask("what?", Video([Image.new("RGB", (30, 30))]))
