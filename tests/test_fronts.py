@@ -235,7 +235,7 @@ def test_mistakes_with_recipes(run, tiny_recipe: Path) -> None:
 
 def test_mistakes_with_checkpoints(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
     ask = ["--question", "what?"]
-    refused(run("lavi.generate", "--checkpoint", "gone", *ask), "gone is not a run folder")
+    refused(run("lavi.generate", "--checkpoint", "gone", *ask), "gone holds no model")
     refused(run("lavi.fit", "--resume", "gone"), "gone has no last.ckpt")
     refused(run("lavi.generate", "--checkpoint", trained, "--image", "gone.jpg", *ask), "there is no image gone.jpg")
     Path("text.jpg").write_text("no pixels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -10,8 +11,10 @@ from lavi.checkpoints.model_folder import FUSION, RECIPE, from_pretrained
 from lavi.checkpoints.run_folder import load_run
 from lavi.config.devices import device_of
 from lavi.config.paths import home_path
+from lavi.data.frame_sampling import FrameSampling
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> VisionLanguageModel:
@@ -32,3 +35,14 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool 
     is_export = (folder / FUSION).is_file()
     model = from_pretrained(folder, trust=trust) if is_export else load_run(folder, trust=trust)[1]
     return model.to(target)
+
+
+def trained_sampling(folder: str | Path, *, trust: bool = False) -> FrameSampling:
+    """The frames of a video that the run of a folder was trained on; the default, if nothing there says."""
+    folder = home_path(folder)
+    if (folder / FUSION).is_file():
+        return FrameSampling()
+    recipe = Recipe.load(folder / RECIPE, [], trusted=trust)
+    if (recipe.settings["data"].get("format") or {}).get("video") is None:
+        return FrameSampling()
+    return cast(FrameSampling, recipe.build("data.format.video"))

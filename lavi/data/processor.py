@@ -27,10 +27,9 @@ class TooLong(UserError):
     """
 
     def __init__(self, text: int, visual: int, context: int) -> None:
-        super().__init__(
-            f"the conversation has {text} text and {visual} visual tokens, more than the context of {context}: shorten "
-            "it, or raise model.context_length."
-        )
+        self.what = f"the conversation has {text} text and {visual} visual tokens, more than the context of {context}"
+        """What is wrong; what can be done about it depends on where the conversation comes from."""
+        super().__init__(f"{self.what}: shorten it, or raise model.context_length.")
         self.cause = f"longer than the context of {context} tokens (data.too_long=cut keeps its first turns)"
         """The same words for all such conversations, to count them by."""
 

@@ -1,0 +1,388 @@
+"""A chat: turns, images and videos that are computed once, an answer that is stopped, and mistakes that end nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import itertools
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import awaken, collate, image
+from test_oracles import FUSIONS
+
+from lavi.batch import Sample
+from lavi.chatting.conversation import Conversation
+from lavi.chatting.terminal import HELP, TerminalChat, file_named, say
+from lavi.checkpoints.model_folder import build as build_model
+from lavi.checkpoints.model_folder import save_pretrained
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.processor import TooLong
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+KINDS = ["lavi-attention", "visor-routed", "fastv"]
+TOKENS = 4
+
+
+def make(build: Any, fusion: str) -> VisionLanguageModel:
+    """A model whose answers go on and depend on what it sees."""
+    model = build(FUSIONS[fusion](), initializer_range=0.3, tie_word_embeddings=False)
+    awaken(model.fusion)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(build: Any, request: pytest.FixtureRequest) -> VisionLanguageModel:
+    return make(build, request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(build: Any) -> VisionLanguageModel:
+    return make(build, "concat")
+
+
+def answer_to(model: VisionLanguageModel, messages: list[dict[str, Any]], *seeds: int) -> str:
+    """The answer to a whole conversation with its images, read at once."""
+    whole = Sample("s", messages, [image(seed) for seed in seeds])
+    return model.answer(collate(model, [whole], prompt=True), max_new_tokens=TOKENS)[0]
+
+
+def user(*parts: str | int) -> dict[str, Any]:
+    content = [{"type": "image"} if isinstance(part, int) else {"type": "text", "text": part} for part in parts]
+    return {"role": "user", "content": content}
+
+
+def assistant(words: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": words}
+
+
+# --- the conversation -------------------------------------------------------------------------------------------------
+
+
+def test_each_turn_is_answered_as_the_whole_conversation_read_at_once(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With images before the first question and before a later one; the tower runs once for each image."""
+    views: list[int] = []
+    tower = model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: views.append(len(pixels)) or tower(pixels))
+    conversation = Conversation(model, max_new_tokens=TOKENS)
+    conversation.show(image(1))
+    first = conversation.ask("what is it?")
+    second = conversation.ask("and its colour?")
+    conversation.show(image(2))
+    conversation.show(image(3))
+    third = conversation.ask("which is larger?")
+    assert views == [1, 1, 1]
+    messages = [user(1, "what is it?")]
+    assert first == answer_to(model, messages, 1)
+    messages += [assistant(first), user("and its colour?")]
+    assert second == answer_to(model, messages, 1)
+    messages += [assistant(second), user(2, 3, "which is larger?")]
+    assert third == answer_to(model, messages, 1, 2, 3)
+    assert conversation.messages == [*messages, assistant(third)]
+    conversation.restart()
+    assert conversation.ask("what is it?") == answer_to(model, [user("what is it?")])
+
+
+def test_words_come_one_by_one_and_together_are_the_answer(plain: VisionLanguageModel) -> None:
+    words: list[str] = []
+    answer = Conversation(plain, longest=20).ask("what is it?", words.append)
+    assert len(words) > 2
+    assert not words[0][0].isspace()
+    assert "".join(words).strip() == answer
+    beams: list[str] = []
+    answer = Conversation(plain, num_beams=2).ask("what is it?", beams.append)
+    assert beams == [answer]
+
+
+class Stop:
+    """A listener who presses Ctrl-C when so many pieces of an answer have been said."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.words = after, ""
+
+    def __call__(self, words: str) -> None:
+        self.words += words
+        self.after -= 1
+        if self.after <= 0:
+            raise KeyboardInterrupt
+
+
+def test_an_answer_that_is_stopped_stands_as_far_as_it_was_said(model: VisionLanguageModel) -> None:
+    conversation, stop = Conversation(model, longest=40), Stop(after=2)
+    conversation.show(image(1))
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("what is it?", stop)
+    messages = [user(1, "what is it?"), assistant(stop.words.strip())]
+    assert conversation.messages == messages
+    conversation.decoding = {"max_new_tokens": TOKENS}
+    assert conversation.ask("and its colour?") == answer_to(model, [*messages, user("and its colour?")], 1)
+
+
+def test_a_question_that_is_stopped_before_a_word_was_not_asked(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in the language model it was: nothing of the stopped call is left behind."""
+    conversation = Conversation(model, max_new_tokens=TOKENS)
+    conversation.show(image(1))
+    for layer in model.language.layers:
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = layer.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.ask("what?")
+        hook.remove()
+        assert conversation.messages == []
+    assert conversation.ask("what is it?") == answer_to(model, [user(1, "what is it?")], 1)
+
+
+def test_a_conversation_that_is_too_long_is_left_as_it_was(plain: VisionLanguageModel) -> None:
+    conversation = Conversation(plain, longest=8)
+    conversation.show(image(1))
+    conversation.ask("what is it?")
+    before = conversation.messages
+    with pytest.raises(TooLong):
+        conversation.ask("circle " * 300)
+    assert conversation.messages == before
+    conversation.show(image(2))
+    with pytest.raises(UserError, match="more than the context of 256"):
+        conversation.ask("circle " * 300)
+    assert len(conversation.before_question) == 1
+    conversation.ask("and this?")
+    assert conversation.messages[-2] == user(2, "and this?")
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Lines(io.StringIO):
+    """What is typed; Ctrl-C where a line says so."""
+
+    def readline(self, *size: Any) -> str:
+        line = super().readline(*size)
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+@pytest.fixture
+def typed(plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    """Runs a chat on lines: the answers, the rest, and the conversation."""
+    monkeypatch.chdir(tmp_path)
+    image(1).save("a photo.png")
+    frames = [image(seed) for seed in range(4)]
+    frames[0].save("v.gif", save_all=True, append_images=frames[1:], duration=100)
+
+    def run(*lines: str, terminal: bool = False, **decoding: Any) -> tuple[list[str], list[str], Conversation]:
+        typed = Lines("".join(f"{line}\n" for line in lines))
+        typed.isatty = sys.stdout.isatty = lambda: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", typed)
+        conversation = Conversation(plain, **{"max_new_tokens": 4} | decoding)
+        TerminalChat(conversation, FrameSampling(frames=2)).run()
+        out, err = capsys.readouterr()
+        return out.splitlines(), err.splitlines(), conversation
+
+    return run
+
+
+def test_lines_in_answers_out(typed: Any, plain: VisionLanguageModel) -> None:
+    """Standard output has the answers alone: no prompts, no colours."""
+    out, err, conversation = typed("what is it?", "", "  ", "/image a photo.png", "and this?", "/video v.gif", "so?")
+    answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    assert [line.strip() for line in out] == [answer.translate(dict.fromkeys(range(32))) for answer in answers]
+    assert len(answers) == 3
+    assert err == [
+        "a photo.png (40x40) stands before your next question.",
+        "v.gif (2 frames) stands before your next question.",
+    ]
+    assert [part["type"] for part in conversation.messages[4]["content"]] == ["video", "text"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/image", "error: /image needs a file, as in /image photo.jpg."),
+        ("/video", "error: /video needs a file, as in /video clip.mp4."),
+        ("/image gone.png", "error: there is no image gone.png."),
+        ("/image .", "error: . cannot be read as an image (Is a directory)."),
+        ("/image text.txt", "error: text.txt is not an image that opens (no format known here)."),
+        ("/image 'gone.png", "error: there is no image 'gone.png."),
+        ("/image a\0.png", "error: there is no image a.png."),
+        ("/image " + "x" * 300, f"error: {'x' * 300}: File name too long: choose a shorter name."),
+        (
+            "/video 'a photo.png'",
+            "error: a photo.png does not open as a video (it is a PNG image), which is mp4, webm,",
+        ),
+        ("/imgae a.png", "error: there is no command /imgae: did you mean '/image'?"),
+        ("/", "error: there is no command /: known: /help, /image, /new, /quit, /video."),
+        (
+            "circle " * 300,
+            "error: the conversation has 615 text and 0 visual tokens, more than the context of 256: ask with fewer "
+            "words, or begin a new conversation with /new.",
+        ),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_mistake_is_one_sentence_and_the_chat_goes_on(typed: Any, line: str, sentence: str) -> None:
+    Path("text.txt").write_text("words")
+    out, err, conversation = typed("what is it?", line, "and?")
+    assert len(err) == 1
+    assert re.sub(r"\d+ text", "615 text", err[0]).startswith(sentence)
+    assert len(out) == 2
+    assert len(conversation.messages) == 4
+
+
+def test_an_error_that_nobody_can_mend_is_not_hidden(typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conversation, "ask", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        typed("what?")
+
+
+def test_commands(typed: Any) -> None:
+    out, err, conversation = typed("what?", "/image a photo.png", "/new", "/help", "and?", "/quit", "never asked")
+    assert err[-1 - HELP.count("\n") :] == HELP.splitlines()
+    assert "A new conversation." in err
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert conversation.messages[0] == user("and?")
+    assert len(out) == 2
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressed = itertools.chain([False, True], itertools.repeat(False))  # at the second piece of the first answer
+    heard: list[str] = []
+
+    def listen(words: str) -> None:
+        heard.append(words)
+        if next(pressed):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lavi.chatting.terminal.say", listen)
+    _, err, conversation = typed("one", "two", "three", max_new_tokens=12)
+    assert err == []
+    assert [message["content"] for message in conversation.messages[::2]] == [
+        [{"type": "text", "text": text}] for text in ("one", "two", "three")
+    ]
+    assert conversation.messages[1]["content"] == "".join(heard[:2]).strip()
+
+
+def test_a_second_ctrl_c_at_the_prompt_leaves(typed: Any) -> None:
+    _, err, conversation = typed("^C", "what?", "^C", "^C", "never asked", terminal=True)
+    assert len([line for line in err if "once more leaves" in line]) == 3
+    assert len(conversation.messages) == 2
+
+
+def test_ctrl_c_leaves_a_chat_that_nobody_types(typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two lines at once; else with the second answer in a row that it ends."""
+    with pytest.raises(KeyboardInterrupt):
+        typed("^C")
+    asked: list[str] = []
+
+    def stopped(self: Conversation, question: str, say: Any) -> str:
+        asked.append(question)
+        if question == "answered":
+            return "yes"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "ask", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        typed("one", "answered", "two", "three", "four")
+    assert asked == ["one", "answered", "two", "three"]
+
+
+def test_an_answer_gives_the_terminal_no_commands(capsys: Any) -> None:
+    say("red\x1b[31m\x07 ci\x9brcle\t1\nü")
+    assert capsys.readouterr().out == "red[31m circle\t1\nü"
+
+
+def test_a_file_is_named_as_it_is_or_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.png", "it's.png", "c.png"):
+        Path(name).touch()
+    named = {"a b.png": "a b.png", "'a b.png'": "a b.png", r"a\ b.png": "a b.png", "it's.png": "it's.png"}
+    named |= {"c.png": "c.png", "a b c.png": "a b c.png", "~/x.png": str(Path.home() / "x.png")}
+    assert {words: file_named(words, "/image") for words in named} == named
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat_folder(tiny_recipe: Path, tmp_path: Path) -> Path:
+    """An export whose answers do not end by themselves, and an image beside it."""
+    drawn = ["initializer_range=0.3", "tie_word_embeddings=false", "max_position_embeddings=4096"]
+    model = build_model(Recipe.load(tiny_recipe, [f"model.language.config.{one}" for one in drawn]))
+    save_pretrained(model, tmp_path / "exported")
+    image(1).save(tmp_path / "a.png")
+    return tmp_path / "exported"
+
+
+def command(folder: Path, *arguments: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "lavi.generate", "--checkpoint", str(folder), "--image", "a.png", *arguments]
+    return {"args": words, "cwd": folder.parent, "env": os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}}
+
+
+def test_a_chat_through_pipes(chat_folder: Path) -> None:
+    lines = b"what is it?\n/image gone.png\n\xff?\nand?\n"
+    done = subprocess.run(**command(chat_folder, "--max-new-tokens", "4"), input=lines, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b"error: there is no image gone.png.\n"
+    assert done.stdout.count(b"\n") == 3
+    assert b"\x1b" not in done.stdout
+    assert b">" not in done.stdout
+
+
+def read_until(terminal: int, wanted: bytes, *, seconds: float = 120) -> bytes:
+    """What a terminal shows until it shows something; it fails if that does not come."""
+    shown, end = b"", time.monotonic() + seconds
+    while wanted not in shown:
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], shown
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # it is closed
+            pytest.fail(f"the chat has ended: {shown!r}")
+    return shown
+
+
+def test_a_chat_in_a_terminal(chat_folder: Path) -> None:
+    """Typed at a prompt; Ctrl-C ends a long answer, the chat goes on, and Ctrl-D leaves it."""
+    terminal, inside = pty.openpty()
+    chat = subprocess.Popen(
+        **command(chat_folder, "--max-new-tokens", "3900"),
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    try:
+        assert b"/help" in read_until(terminal, b"> ")
+        for question in (b"what is it?", b"and?"):
+            os.write(terminal, question + b"\n")
+            read_until(terminal, question)
+            read_until(terminal, b" ")
+            os.write(terminal, b"\x03")
+            read_until(terminal, b"> ")
+        os.write(terminal, b"/new\n")
+        read_until(terminal, b"A new conversation.")
+        os.write(terminal, b"\x04")
+        assert chat.wait(timeout=60) == 0
+    finally:
+        chat.kill()
+        chat.wait()
+        os.close(terminal)
