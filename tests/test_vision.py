@@ -403,6 +403,7 @@ OPERATIONS = {
     "operator": lambda x: x @ x.mT,
     "batched": lambda x: torch.bmm(x, x.mT),
     "batched method": lambda x: x.bmm(x.mT),
+    "einsum": lambda x: torch.einsum("btd, bsd -> bts", x, x),
 }
 
 

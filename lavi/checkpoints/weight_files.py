@@ -19,7 +19,7 @@ from torch import Tensor
 from lavi.config.files import replacing
 from lavi.errors import UserError
 
-PACKAGES = ("lavi", "torch", "lightning", "transformers", "peft", "open_clip_torch", "webdataset")
+PACKAGES = ("lavi", "torch", "lightning", "transformers", "peft", "open_clip_torch", "timm", "webdataset")
 """Those whose versions are written into headers and records."""
 
 

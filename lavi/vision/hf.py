@@ -67,6 +67,8 @@ REFUSED = {
     "siglip2_vision_model": "its grid changes with each image (NaFlex): take a checkpoint of a fixed resolution, such "
     "as google/siglip2-base-patch16-224.",
     "pixtral": "its grid changes with each image: take a tower of a fixed resolution.",
+    "timm_wrapper": "it is a network of timm: take lavi.vision.timm.TimmVision with name: local-dir:FOLDER or "
+    "hf-hub:OWNER/NAME.",
     "vit_mae": "it drops patches and shuffles the rest: take the fine-tuned checkpoint, whose model type is vit.",
 }
 

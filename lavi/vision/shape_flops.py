@@ -6,7 +6,9 @@ Norms, activations and pooling count as 0. 1 multiply-add = 2 FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,16 +37,30 @@ class ShapeFlops(TorchFunctionMode):
 
 def forward_on_meta(module: nn.Module, pixel_shape: Sequence[int]) -> tuple[Any, float]:
     """The output and the FLOPs of a module for one view (1, C, H, W) on the meta device; the module is not changed."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()  # in training, a tower may drop patches
+    state = state_on_meta(module)
+    with evaluating(module), torch.device("meta"), torch.no_grad(), ShapeFlops() as counter:
+        out = functional_call(module, state, (torch.zeros(1, *pixel_shape),))
+    return out, counter.total
+
+
+def state_on_meta(module: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers without their numbers; with ``grad`` the parameters take gradients, frozen ones too."""
     state = {name: t.detach().to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    for name, _ in module.named_parameters():
+        state[name].requires_grad_(grad)
+    return state
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, and back: in training, a tower may drop patches."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
-        with torch.device("meta"), torch.no_grad(), ShapeFlops() as counter:
-            out = functional_call(module, state, (torch.zeros(1, *pixel_shape),))
+        yield
     finally:
         for part, mode in modes:
             part.training = mode
-    return out, counter.total
 
 
 def _linear(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
@@ -58,6 +74,15 @@ def _convolution(out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any)
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * out.numel() * left.shape[-1]
+
+
+def _einsum(out: Tensor, equation: str, *operands: Tensor, **__: Any) -> float:
+    """Of two operands: a product for each combination of all their indices."""
+    terms = equation.split("->")[0].replace(" ", "").split(",")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        sizes |= dict(zip(term, operand.shape, strict=True))
+    return 2.0 * math.prod(sizes.values())
 
 
 def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
@@ -79,6 +104,7 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     nn.functional.multi_head_attention_forward: _multi_head,
     torch.matmul: _product,
     torch.bmm: _product,
+    torch.einsum: _einsum,
     Tensor.matmul: _product,  # and the operator @
     Tensor.bmm: _product,
 }

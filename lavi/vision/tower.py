@@ -15,10 +15,11 @@ from abc import abstractmethod
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lavi.errors import UserError
 from lavi.vision.base import VisionBackbone
-from lavi.vision.shape_flops import forward_on_meta
+from lavi.vision.shape_flops import evaluating, forward_on_meta, state_on_meta
 
 
 class Tower(VisionBackbone):
@@ -68,6 +69,18 @@ class Tower(VisionBackbone):
         ]
         return torch.cat(layers, dim=-1)  # (views, N, Dv)
 
+    def drop_unused(self, network: nn.Module) -> None:
+        """Drop the children of ``network`` whose weights no feature depends on: heads, poolings, closing norms."""
+        state = state_on_meta(self, grad=True)
+        with evaluating(self), torch.device("meta"), torch.enable_grad():
+            features = functional_call(self, state, (torch.zeros(1, *self.pixel_shape),))
+            features.sum().backward()
+        prefix = next(name for name, child in self.named_children() if child is network)
+        for name, child in list(network.named_children()):
+            weights = [state[f"{prefix}.{name}.{of_child}"] for of_child, _ in child.named_parameters()]
+            if weights and all(weight.grad is None for weight in weights):
+                setattr(network, name, nn.Identity())
+
 
 class _Encode(nn.Module):
     """:meth:`Tower.encode` as a forward, which is what a functional call calls."""
@@ -97,6 +110,11 @@ def chosen_layers(layer: int | list[int], count: int) -> list[int]:
                 "last)."
             )
     return numbers
+
+
+def nothing_before(grid: Tensor) -> Tensor:
+    """(views, D, rows, columns) to (views, 0, D): what stands before a grid without a class token."""
+    return grid.new_zeros(len(grid), 0, grid.shape[1])
 
 
 def middle(image: Image.Image, *, elongation: int = 64) -> Image.Image:
