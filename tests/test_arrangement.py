@@ -14,6 +14,7 @@ from lavi.fusion.arrangement import (
     ColumnContext,
     Rows,
     conversation_ids,
+    grid_code_of,
     group_tokens_by_row,
     last_prompt_columns,
     splice,
@@ -21,6 +22,7 @@ from lavi.fusion.arrangement import (
     text_conversation_ids,
     text_only_input,
     view_indices,
+    view_windows,
 )
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
@@ -30,6 +32,7 @@ from lavi.fusion.layers import chosen_layers, spread_layers
 from lavi.fusion.pruning import PruningFusion
 from lavi.nn.delta_generators import AttentionDeltas, ConvDeltas, MLPDeltas
 from lavi.nn.formulas import modulation_flops
+from lavi.nn.grid_code import GridCode
 from lavi.visor.fusion import VisorFusion
 
 
@@ -134,6 +137,45 @@ def test_views_are_numbered_in_their_conversation() -> None:
     assert nothing.dtype == torch.long
 
 
+def test_tiles_lie_where_their_image_stands_in_its_canvas() -> None:
+    """A view is all of its image; tiles of 2 x 2 views hold an image twice as wide as high with a quarter above it."""
+    wide = Layout(views=5, tiles=(2, 2), size=(50, 100))
+    high = Layout(views=3, tiles=(1, 2), size=(100, 50))  # on a canvas twice as wide as high
+    slots = [ImageSlot(0, 1, wide), ImageSlot(0, 2, FILM), ImageSlot(0, 4, high), ImageSlot(1, 0, TILED)]
+    batch = batch_of([(0, 6), (0, 6)], slots)
+    windows = view_windows(batch, (4, 4), torch.device("cpu")).tolist()
+    whole = [0, 0, 1, 1]
+    quarters = [[-0.5, 0, 1, 0.5], [-0.5, 0.5, 1, 0.5], [0.5, 0, 1, 0.5], [0.5, 0.5, 1, 0.5]]
+    assert windows[:5] == [whole, *quarters]
+    assert windows[5:8] == [whole] * 3
+    assert windows[8:11] == [whole, [0, -1.5, 1, 2], [0, 0.5, 1, 2]]
+    halves = [[0, 0, 0.5, 0.5], [0, 0.5, 0.5, 0.5], [0.5, 0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    assert windows[11:] == [whole, *halves]  # of a size that is not known: it fills them
+    tall = view_windows(batch_of([(0, 6)], [ImageSlot(0, 1, wide)]), (4, 2), torch.device("cpu"))
+    assert tall[1].tolist() == [-1.5, 0, 2, 0.5]  # views twice as high as wide
+    assert view_windows(batch.without_images(), (4, 4), torch.device("cpu")).shape == (0, 4)
+
+
+def test_a_token_has_one_code_wherever_it_is_seen() -> None:
+    """In the whole image and in a tile of it; a class token has none."""
+    batch = batch_of([(0, 6)], [ImageSlot(0, 1, TILED)])
+    code = GridCode(24)
+    fine = grid_code_of(code, batch, torch.zeros(5, 36, 24), (6, 6))
+    assert fine is not None
+    coarse = grid_code_of(code, batch, torch.zeros(5, 9, 24), (3, 3))
+    assert coarse is not None
+    whole, first = fine.unflatten(1, (6, 6))[0], coarse.unflatten(1, (3, 3))[1]
+    torch.testing.assert_close(first, whole[:3, :3])  # a tile of 3 x 3 shows a quarter of a view of 6 x 6
+    prefixed = grid_code_of(code, batch, torch.zeros(5, 37, 24), (6, 6))
+    assert prefixed is not None
+    assert (prefixed[:, 0] == 0).all()
+    assert torch.equal(prefixed[:, 1:], fine)
+    pooled = grid_code_of(code, batch, torch.zeros(5, 9, 24), (6, 6))  # to another scale in this step
+    assert pooled is not None
+    assert torch.equal(pooled, coarse)
+    assert grid_code_of(None, batch, torch.zeros(5, 36, 24), (6, 6)) is None
+
+
 def test_the_asking_token_stands_before_the_first_answer() -> None:
     answers = [Answer(0, 3, 4), Answer(2, 2, 3), Answer(2, 4, 5), Answer(0, 5, 6)]
     assert last_prompt_columns(batch_of([(0, 6), (0, 4), (0, 5)], [], answers=answers)) == [2, 3, 1]
@@ -229,7 +271,7 @@ def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # 
     model = build(ConcatFusion(newline=True))
     assert float(model.fusion.newline.std()) == pytest.approx(model.language.width**-0.5, rel=0.4)
     projected = torch.zeros(0, 16, model.language.width, requires_grad=True)
-    tokens, counts = model.fusion.visual_tokens(RIGHT.without_images(), projected)
+    tokens, counts = model.fusion.visual_tokens(RIGHT.without_images(), projected, model.language)
     assert (tokens.shape, counts) == ((0, model.language.width), [])
     tokens.sum().backward()
     assert model.fusion.newline.grad is not None
@@ -249,16 +291,17 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
         fusion = model.fusion
         context = fusion(batch, features, model.language).vision
         seen = features + fusion.views(view_indices(batch, torch.device("cpu")))
+        code = grid_code_of(fusion.grid_code, batch, features, (4, 4))
         assert context.column.tolist() == [[1] * 48, [2] * 16 + [Rows.NEVER] * 32]
         for layer in ("1", "3"):
             if model is cross:
-                key, value = fusion.blocks[layer].keys_values(fusion.norm(seen).flatten(0, 1)[None])
+                key, value = fusion.blocks[layer].keys_values((fusion.norm(seen) + code).flatten(0, 1)[None])
                 result = [context.visual[f"{layer} {part}"] for part in ("key", "value")]
                 for whole, of_rows in ((key, result[0]), (value, result[1])):
                     torch.testing.assert_close(of_rows[0], whole[0, :, :48])
                     torch.testing.assert_close(of_rows[1, :, :16], whole[0, :, 48:])
             else:
-                slots = fusion.generators[layer].visual(seen, (4, 4)).flatten(0, 1)
+                slots = fusion.generators[layer].visual(seen, (4, 4), code).flatten(0, 1)
                 torch.testing.assert_close(context.visual[layer][0], slots[:48])
                 torch.testing.assert_close(context.visual[layer][1, :16], slots[48:])
 

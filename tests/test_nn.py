@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavi.errors import UserError
 from lavi.nn.cross_attention import GatedCrossAttention
 from lavi.nn.delta_generators import DeltaGenerator, on_grid
+from lavi.nn.grid_code import GridCode
 from lavi.nn.modulated_norm import ModulatedNorm, normalise
 from lavi.nn.view_embedding import ViewEmbedding
 
@@ -182,6 +183,60 @@ def test_a_view_is_the_sum_of_its_four_numbers_embeddings() -> None:
         torch.testing.assert_close(result[view, 0], expected + embedding.frame.weight[frame])
     result.sum().backward()
     assert (embedding.row.weight.grad[0] == 0).all()  # in no tile nothing is learned
+
+
+def code_at(row: float, column: float, code: GridCode) -> list[float]:
+    """Written out: a sine and a cosine of each of the frequencies, of the row and then of the column."""
+    width = len(code.amplitude)
+    count = math.ceil(width / 4)
+    slowest, fastest = code.CYCLES
+    ratios = [i / (count - 1) for i in range(count)]
+    waves = [
+        wave(2 * math.pi * slowest * (fastest / slowest) ** ratio * position)
+        for position in (row, column)
+        for ratio in ratios
+        for wave in (math.sin, math.cos)
+    ]
+    return [float(a) * wave for a, wave in zip(code.amplitude, waves, strict=False)]
+
+
+@pytest.mark.parametrize("width", [VISION, 16])
+def test_a_grid_code_is_of_row_and_column_in_the_image(width: int) -> None:
+    code: GridCode = randomised(GridCode(width))  # type: ignore[assignment]
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [-0.25, 0.5, 0.75, 0.5]])
+    result = code(windows, torch.tensor([[2, 3], [3, 2]]), 8, prefix=1)
+    assert result.shape == (2, 8, width)
+    assert (result[:, [0, 7]] == 0).all()  # a class token before the grid, padding behind it
+    for token in range(6):
+        row, column = divmod(token, 3)
+        expected = code_at((row + 0.5) / 2, (column + 0.5) / 3, code)
+        torch.testing.assert_close(result[0, 1 + token], torch.tensor(expected), rtol=1e-3, atol=1e-4)
+        row, column = divmod(token, 2)
+        expected = code_at(-0.25 + 0.75 * (row + 0.5) / 3, 0.5 + 0.5 * (column + 0.5) / 2, code)
+        torch.testing.assert_close(result[1, 1 + token], torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_no_two_cells_of_a_fine_grid_have_one_code() -> None:
+    """Of the finest grid there is: 6 x 6 tiles of 27 x 27 tokens; as large beside normed features on any grid."""
+    code = GridCode(64)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    for side in (1, 2, 16, 162):
+        cells = code(whole, torch.tensor([[side, 1]]), side)[0].detach()
+        apart = torch.cdist(cells, cells) + torch.eye(side) * 9
+        assert float(apart.min()) > 0.2
+        assert float(cells.square().mean()) == pytest.approx(code.amplitude[0].item() ** 2 / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_code_is_added_to_normed_features(kind: str) -> None:
+    module = generator(kind)
+    features, code = draw(3, 48, VISION), draw(3, 48, VISION, seed=5)
+    module.vision_norm.weight.data.fill_(1.0)
+    module.vision_norm.bias.data.zero_()
+    normed = layer_norm(features, (VISION,))
+    expected = module.slots(normed + code, GRID)
+    torch.testing.assert_close(module.visual(features, GRID, code), expected)
+    torch.testing.assert_close(module.visual(1000 * features + 7, GRID, code), expected, rtol=1e-3, atol=1e-3)
 
 
 class Norm(ModulatedNorm, nn.LayerNorm):

@@ -17,6 +17,7 @@ from lavi.batch import Batch
 from lavi.checkpoints.trained_weights import load_trained, saved_parameter_names
 from lavi.checkpoints.weight_files import write_state
 from lavi.fusion.arrangement import last_prompt_columns
+from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
@@ -163,6 +164,20 @@ def test_the_order_of_two_images_matters(model: VisionLanguageModel) -> None:
     )
     with torch.no_grad():
         assert apart(model(first), model(swapped)) > 1e-4
+
+
+@pytest.mark.parametrize("fusion", [LaViFusion, CrossAttentionFusion])
+def test_it_matters_where_in_the_image_a_token_lies(build, fusion: type[Fusion]) -> None:
+    """Attention alone tells no order of its tokens; the code does, and without a grid there is none."""
+    for told in (True, False):
+        model = build(fusion(every=2, grid_code=told))  # type: ignore[call-arg]
+        awaken(model.fusion)
+        batch = collate(model, SAMPLES)
+        features = model.features(batch.pixels)
+        turned = features.flip(1)
+        with torch.no_grad():
+            logits = [model.language(model.fusion(batch, f, model.language)) for f in (features, turned)]
+        assert (apart(*logits) > 1e-3) == told
 
 
 @pytest.mark.parametrize("pad_left", [False, True])
@@ -352,6 +367,7 @@ def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_pat
         own = {"vision_norm.weight", "vision_norm.bias", "deltas.weight", "deltas.bias"} | LOOKS[kind]
         expected = {f"model.fusion.generators.{layer}.{key}" for layer in (1, 3) for key in own}
         expected |= {f"model.fusion.views.{table}.weight" for table in ("image", "row", "column", "frame")}
+        expected |= {"model.fusion.grid_code.amplitude"}
         assert set(kept) == expected
     elif name == "concat":
         assert set(kept) == {f"model.fusion.projector.layers.{layer}.{key}" for layer in (0, 2) for key in KINDS}

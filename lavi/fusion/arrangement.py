@@ -10,8 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lavi.batch import Batch
+from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput, VisualContext
+from lavi.nn.grid_code import GridCode, grid_of_tokens
 
 
 @dataclass(kw_only=True)
@@ -122,6 +123,51 @@ def view_indices(batch: Batch, device: torch.device) -> Tensor:
             numbers.append((image, 0, 0, 0))
             numbers += [(image, row + 1, column + 1, 0) for row in range(rows) for column in range(columns)]
     return torch.tensor(numbers, dtype=torch.long, device="cpu").reshape(-1, 4).to(device)
+
+
+def view_windows(batch: Batch, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """(views, 4): top, left, height and width of each view, in heights and widths of its image.
+
+    A view that is all of its image, or a frame, has 0, 0, 1, 1. The tiles of an image share a canvas, in whose middle
+    it stands (:class:`lavi.data.tiling.AnyRes`): they may begin above it and end below it.
+
+    Args:
+        grid: rows and columns of the tokens of one view; their cells are square.
+    """
+    windows: list[tuple[float, float, float, float]] = []
+    for slot in batch.image_slots:
+        layout = slot.layout
+        if layout.tiles is None or layout.video:
+            windows += layout.views * [(0.0, 0.0, 1.0, 1.0)]
+            continue
+        rows, columns = layout.tiles
+        height, width = _tile_extent(layout, grid)
+        top, left = (1 - height * rows) / 2, (1 - width * columns) / 2
+        windows.append((0.0, 0.0, 1.0, 1.0))
+        windows += [(top + r * height, left + c * width, height, width) for r in range(rows) for c in range(columns)]
+    return torch.tensor(windows, device="cpu").reshape(-1, 4).to(device)
+
+
+def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+    """Where each token of ``features`` (views, N, Dv), of a ``grid`` a view, lies: (views, N, Dv), or None."""
+    if code is None or grid is None:
+        return None
+    views, tokens, _ = features.shape
+    grid = grid_of_tokens(tokens, grid)
+    grids = torch.tensor(grid, device="cpu").expand(views, 2).to(features.device)
+    windows = view_windows(batch, grid, features.device)
+    return code(windows, grids, tokens, prefix=tokens - grid[0] * grid[1])
+
+
+def _tile_extent(layout: Layout, grid: tuple[int, int]) -> tuple[float, float]:
+    """Height and width of a tile, in heights and widths of the image that fills its canvas in one direction."""
+    assert layout.tiles is not None
+    rows, columns = layout.tiles[0] * grid[0], layout.tiles[1] * grid[1]
+    height, width = layout.size
+    if not (height and width):  # not known: it fills the canvas
+        height, width = rows, columns
+    scale = min(rows / height, columns / width)
+    return grid[0] / (scale * height), grid[1] / (scale * width)
 
 
 def last_prompt_columns(batch: Batch) -> list[int]:

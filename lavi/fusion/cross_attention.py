@@ -6,7 +6,8 @@
 
 No visual token enters the sequence. The gates start at zero, so at step 0 the model *is* the language model. A token
 reads the images before it in the conversation, all of them (Flamingo reads the last one only).
-Chosen here: the views' norm and embedding (as in lavi.py), and which layers get a block.
+Chosen here: the views' norm and embedding and the code of a token's row and column (as in lavi.py), and which layers
+get a block.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, group_tokens_by_row, text_only_input, view_indices
+from lavi.fusion.arrangement import (
+    ColumnContext,
+    grid_code_of,
+    group_tokens_by_row,
+    text_only_input,
+    view_indices,
+)
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import open_decoder
 from lavi.nn.cross_attention import GatedCrossAttention
+from lavi.nn.grid_code import GridCode
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.vision.base import FeatureSpec
 
@@ -41,6 +49,7 @@ class CrossAttentionFusion(Fusion):
         heads: of the attention; by default the language model's.
         ffn: width of the gated feed-forward part as a multiple of D; 0: none.
         max_images: images of one conversation told apart by an embedding; later ones share the last.
+        grid_code: tell where in its image each visual token lies, as in :class:`lavi.fusion.lavi.LaViFusion`.
     """
 
     packs = True
@@ -54,15 +63,17 @@ class CrossAttentionFusion(Fusion):
         heads: Count | None = None,
         ffn: PositiveOrZero = 4.0,
         max_images: Count = 8,
+        grid_code: bool = True,
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:
             raise UserError("cross-attention takes either 'layers' or 'fraction', not both.")
         self.every, self.wanted, self.fraction = every, layers, fraction
-        self.heads, self.ffn, self.max_images = heads, ffn, max_images
+        self.heads, self.ffn, self.max_images, self.has_grid_code = heads, ffn, max_images, grid_code
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         count, width = len(language.layers), language.width
+        self.grid = features.grid
         layers = chosen_layers(
             count,
             every=self.every,
@@ -73,6 +84,7 @@ class CrossAttentionFusion(Fusion):
         )
         open_decoder(language.hf, layers)
         self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
         self.norm = nn.LayerNorm(features.width)
         self.blocks = nn.ModuleDict(
             {
@@ -88,6 +100,8 @@ class CrossAttentionFusion(Fusion):
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         tokens = self.norm(features.float() + self.views(view_indices(batch, features.device)))  # (views, N, Dv)
+        if (code := grid_code_of(self.grid_code, batch, tokens, self.grid)) is not None:
+            tokens = tokens + code
         rows = group_tokens_by_row(batch, [slot.views * tokens.shape[1] for slot in batch.image_slots]).to(
             features.device
         )

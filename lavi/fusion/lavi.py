@@ -12,7 +12,8 @@ one its deltas are exactly 0.
 
 The paper's: vision-infused layer normalisation, the attention conditioning module, modulating some layers only.
 Chosen here, where the paper is silent: which layers (``every``), one generator a layer for all its targets, the
-bottleneck, ``dbeta`` also on RMS norms, several images, tiles and frames, and the embeddings that tell them apart.
+bottleneck, ``dbeta`` also on RMS norms, several images, tiles and frames, the embeddings that tell them apart, and the
+code of a visual token's row and column.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, group_tokens_by_row, text_only_input, view_indices
+from lavi.fusion.arrangement import (
+    ColumnContext,
+    grid_code_of,
+    group_tokens_by_row,
+    text_only_input,
+    view_indices,
+)
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -36,6 +43,7 @@ from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
 from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
+from lavi.nn.grid_code import GridCode
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.vision.base import FeatureSpec
@@ -55,6 +63,8 @@ class LaViFusion(Fusion):
         generator: what makes the deltas, one for each layer; by default attention (the paper's Table 4).
         per_target: a generator for each norm, instead of one for all of its layer's.
         max_images: images of one conversation told apart by an embedding; later ones share the last.
+        grid_code: tell the generators where in its image each visual token lies (chosen here). Where a reducer took
+            the tokens off their grid, nothing can be told.
 
     Raises:
         UserError: no such layer, or a layer without a norm of that kind.
@@ -74,6 +84,7 @@ class LaViFusion(Fusion):
         generator: DeltaGenerator | None = None,
         per_target: bool = False,
         max_images: Count = 8,
+        grid_code: bool = True,
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:
@@ -82,7 +93,7 @@ class LaViFusion(Fusion):
         self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
         self.new_generator = (generator or AttentionDeltas()).bound  # the template itself is no part of the model
-        self.per_target, self.max_images = per_target, max_images
+        self.per_target, self.max_images, self.has_grid_code = per_target, max_images, grid_code
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         self.width, self.grid = language.width, features.grid or (1, max(1, features.tokens))
@@ -92,6 +103,7 @@ class LaViFusion(Fusion):
         for target in (target for targets in norms.values() for target in targets):
             open_norm(target, language.width)
         self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
         self.generators = nn.ModuleDict()
         for layer, targets in norms.items():
             shares = [1] * len(targets) if self.per_target else [len(targets)]
@@ -130,7 +142,8 @@ class LaViFusion(Fusion):
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
         tokens = features.float() + self.views(view_indices(batch, features.device))  # (views, N, Dv)
-        slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid) for name, g in self.generators.items()}
+        code = grid_code_of(self.grid_code, batch, tokens, self.grid)  # (views, N, Dv)
+        slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid, code) for name, g in self.generators.items()}
         per_view = next(iter(slots.values())).shape[1]
         counts = [slot.views * per_view for slot in batch.image_slots]
         rows = group_tokens_by_row(batch, counts).to(features.device)

@@ -15,7 +15,6 @@ What differs between the four is what an image leaves in its slots, and how a to
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
+from lavi.nn.grid_code import grid_of_tokens
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -73,10 +73,15 @@ class DeltaGenerator(nn.Module, ABC):
         generator.make()
         return generator
 
-    def visual(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E)."""
+    def visual(self, features: Tensor, grid: tuple[int, int], code: Tensor | None = None) -> Tensor:
+        """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E).
+
+        Args:
+            code: (views, N, Dv), where each token lies, added to the normed features (:mod:`lavi.nn.grid_code`).
+        """
         with without_autocast(features):
-            return self.slots(self.vision_norm(features.float()), grid)
+            normed = self.vision_norm(features.float())
+            return self.slots(normed if code is None else normed + code, grid)
 
     def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         """Deltas (B, T, outputs, D) in fp32, exactly 0 where a token sees nothing.
@@ -280,7 +285,5 @@ def on_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
     With another number of tokens than the backbone's ``grid`` has: the rectangle of them nearest to a square.
     """
     tokens = features.shape[1]
-    if tokens - grid[0] * grid[1] not in (0, 1):
-        rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
-        grid = (rows, tokens // rows)
+    grid = grid_of_tokens(tokens, grid)
     return features[:, tokens - grid[0] * grid[1] :].unflatten(1, grid)

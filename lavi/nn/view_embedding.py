@@ -9,6 +9,7 @@ from torch import Tensor, nn
 class ViewEmbedding(nn.Module):
     """Learned embeddings of the image's number, the tile's row and column and the frame (chosen here).
 
+    Where in its image a token lies is said by :mod:`lavi.nn.grid_code`.
     A whole image is in no tile and an image is no frame: there nothing is added. Numbers above the largest share its
     embedding.
 
