@@ -105,9 +105,9 @@ def write_splits(
     name: str,
     version: int,
     make_samples: Callable[..., Iterator[dict[str, Any]]],
-    sentences: Callable[[], Iterable[str]],
+    sentences: Callable[[], Iterable[str]] | None = None,
 ) -> bool:
-    """Write the shards of each split and a tokenizer; returns False if the same data are there already.
+    """Write the shards of each split, and a tokenizer; returns False if the same data are there already.
 
     A run that was stopped goes on with what is missing.
 
@@ -116,7 +116,7 @@ def write_splits(
         turns: questions in a training conversation, at most; the other splits have one each.
         name, version: of the data; the same of both, of the seed, the counts and the turns are the same data.
         make_samples: ``make_samples(job, split=, seed=, turns=)`` gives the samples of a shard; picklable.
-        sentences: for the tokenizer.
+        sentences: for the tokenizer; None: data for a model that has one write none.
 
     Raises:
         UserError: ``out`` holds something else, or cannot be written.
@@ -129,7 +129,8 @@ def write_splits(
         for split, count in counts.items():
             jobs = shard_jobs(count, per_shard=max(1, min(1000, count // 8)))
             write_shards(out / split, jobs, make[split], made_by=plan, workers=workers, label=f"{name}: {split}")
-        train_tokenizer(sentences(), out / "tokenizer")
+        if sentences is not None:
+            train_tokenizer(sentences(), out / "tokenizer")
         (out / NOTE).write_text(json.dumps(plan))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({reason(error)}).") from None
@@ -162,7 +163,15 @@ WriteDataset = Callable[..., bool]
 
 
 def run_command(
-    write: WriteDataset, *, module: str, about: str | None, out: Path, counts: dict[str, int], thing: str
+    write: WriteDataset,
+    *,
+    module: str,
+    about: str | None,
+    out: Path,
+    counts: dict[str, int],
+    thing: str,
+    turns: int | None = 4,
+    source: Path | None = None,
 ) -> None:
     """The command of built-in data: ``python -m MODULE --out FOLDER``.
 
@@ -170,6 +179,8 @@ def run_command(
         about: what ``--help`` says first.
         out, counts: where to, and how many of each split, if the command line does not say otherwise.
         thing: what is drawn, in the singular.
+        turns: questions in a training conversation, if the command line does not say otherwise; None: always one.
+        source: the folder that it is drawn from, if the command line does not say otherwise; None: from nothing.
     """
     parser = Parser(prog=f"python -m {module}", description=about)
     parser.add_argument("--out", type=path, default=out, help="folder to write")
@@ -177,11 +188,16 @@ def run_command(
     for split, count in counts.items():
         what = f"training {thing}s" if split == "train" else f"{split} {thing}s, one question each"
         parser.add_argument(f"--{split}", type=int, default=count, help=what)
-    parser.add_argument("--turns", type=int, default=4, help="questions in a training conversation, at most")
+    if turns is not None:
+        parser.add_argument("--turns", type=int, default=turns, help="questions in a training conversation, at most")
+    if source is not None:
+        parser.add_argument("--source", type=path, default=source, help=f"folder that {thing}s are made from")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.read()
     counts = {split: getattr(args, split) for split in counts}
-    if min(counts.values()) < 1 or args.turns < 1 or args.workers < 1:
-        raise UserError("--train, --validation, --test, --turns and --workers are at least 1.")
-    written = write(args.out, seed=args.seed, counts=counts, turns=args.turns, workers=args.workers)
+    own = {name: getattr(args, name) for name in ("turns", "source") if hasattr(args, name)}
+    if min(*counts.values(), own.get("turns", 1), args.workers) < 1:
+        numbers = [*counts, *(["turns"] if "turns" in own else [])]
+        raise UserError(f"{', '.join(f'--{name}' for name in numbers)} and --workers are at least 1.")
+    written = write(args.out, seed=args.seed, counts=counts, workers=args.workers, **own)
     print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")

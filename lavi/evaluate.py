@@ -2,10 +2,10 @@
 
     python -m lavi.evaluate --checkpoint runs/A [runs/B ...]
 
-For each run: the score of its answers per question family, by the metric that its recipe names (data.metric, by default
-the share of right answers), the same with the images shuffled among the questions and without images (what can be
-guessed), FLOPs, milliseconds and memory of one typical prompt. All runs are timed in this process, on this device, so
-that their ratios mean something.
+For each run: the score of its answers per question family, by the metric that its recipe names (data.metric, by
+default the share of right answers) with a 95 % interval (bootstrap over samples), the same with the images shuffled
+among the questions and without images (what can be guessed), FLOPs, milliseconds and memory of one typical prompt.
+All runs are timed in this process, on this device, so that their ratios mean something.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--limit", type=whole_number(1), help="score at most this many test samples")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--out", type=path, metavar="FILE", help="also append the records to this file of JSON lines")
+    parser.add_argument(
+        "--text", type=path, metavar="FILE", help="also the language models' perplexity on its texts, without images"
+    )
     parser.add_argument("--trust", action="store_true", help="build whatever the runs' recipes name")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER"
@@ -36,7 +39,15 @@ def main() -> None:
     from lavi.evaluation.compare_runs import compare_runs
 
     overrides = args.overrides + behind
-    compare_runs(folders, overrides=overrides, trust=args.trust, limit=args.limit, device=device, out=args.out)
+    compare_runs(
+        folders,
+        overrides=overrides,
+        trust=args.trust,
+        limit=args.limit,
+        device=device,
+        out=args.out,
+        text=args.text,
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lavi.efficiency.measure import saving
 from lavi.efficiency.record import Record
 
 CONTROLS = ("shuffled images", "no image")
 """Names of the controls: the questions about the images of other samples, and about no image."""
+
+WHEN = ("before", "after")
+"""When a language model's perplexity is taken: as its checkpoint has it, and inside what was trained."""
 
 EXACT = "ExactMatch"
 """The metric of records that name none."""
@@ -26,14 +29,17 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
         rows.append(row("metric", metrics))
     overall = "held-out accuracy" if set(metrics) == {EXACT} else "held-out score"
     for group in sorted({g for r in records for g in r.accuracy}, key=_group_order):
-        rows.append(
-            row(f"{_group_name(group, overall)} (%)", [f"{r.accuracy.get(group, float('nan')):.1f}" for r in records])
-        )
+        cells = [score_cell(r.accuracy, r.accuracy_intervals, group) for r in records]
+        rows.append(row(f"{_group_name(group, overall)} (%)", cells))
     for control in CONTROLS:
         for group in ("level/easy", "all"):
             if all(group in r.controls.get(control, {}) for r in records):
-                cells = [f"{r.controls[control][group]:.1f}" for r in records]
+                cells = [score_cell(r.controls[control], r.control_intervals.get(control, {}), group) for r in records]
                 rows.append(row(f"control, {control}: {_group_name(group, overall)} (%)", cells))
+    if any("perplexity" in r.knobs for r in records):
+        rows += [
+            row(f"perplexity on text, {when} training", [perplexity_cell(r, when) for r in records]) for when in WHEN
+        ]
     if len({r.knobs.get("answers") for r in records}) > 1:
         rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
@@ -61,6 +67,17 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     methods = [r.method for r in records]
     names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
     return ["", *names], rows
+
+
+def score_cell(scores: Mapping[str, float], intervals: Mapping[str, Sequence[float]], group: str) -> str:
+    """Percent of a group, with its interval where the record has one."""
+    percent = f"{scores.get(group, float('nan')):.1f}"
+    return "{} ({:.1f}-{:.1f})".format(percent, *intervals[group]) if group in intervals else percent
+
+
+def perplexity_cell(record: Record, when: str) -> str:
+    """The perplexity of a record's language model on text without images."""
+    return f"{record.knobs['perplexity'][when]:.4f}" if "perplexity" in record.knobs else "-"
 
 
 def time_cell(record: Record, stage: str) -> str:

@@ -20,14 +20,16 @@ from lavi.errors import UserError
 class Record:
     """One method at one point: what was counted, and what was measured on the device in use.
 
-    ``text_tokens``, ``visual_tokens``, ``views`` (through the tower) are of one row, everything else of all ``batch``
-    rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more. ``milliseconds``:
-    stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number; ``intervals``: [low,
-    high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was timed in the same turns),
-    stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the timing in which other
-    processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class. ``accuracy``: percent by
-    group. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a point could not be
-    measured. What was not measured is empty; records of before timing in turns have no turns, intervals and ratios.
+    ``text_tokens``, ``visual_tokens``, ``views`` (through the tower) are of one row, everything else of all
+    ``batch`` rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more.
+    ``milliseconds``: stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number;
+    ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was
+    timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
+    timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class.
+    ``accuracy``: percent by group; ``accuracy_intervals``: [low, high] of that (95 %, bootstrap over samples);
+    ``controls`` likewise. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a
+    point could not be measured. What was not measured is empty; records of before timing in turns have no turns,
+    intervals and ratios.
     """
 
     method: str
@@ -48,6 +50,8 @@ class Record:
     mib: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    accuracy_intervals: dict[str, list[float]] = field(default_factory=dict)
+    control_intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     knobs: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     device: str = ""

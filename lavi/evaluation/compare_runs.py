@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure
 from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.evaluation.perplexity import compare_perplexity, read_texts
 from lavi.evaluation.scoring import Scores, evaluate
 from lavi.report import console, table, track
 
@@ -44,6 +45,7 @@ def compare_runs(
     limit: int | None,
     device: torch.device,
     out: Path | None,
+    text: Path | None = None,
 ) -> list[Record]:
     """Score runs one after the other, time them in turns, write their records and print the comparison.
 
@@ -52,13 +54,18 @@ def compare_runs(
         trust: build whatever the runs' recipes name.
         limit: score at most this many test samples.
         out: a file of JSON lines that gets all records besides the run folders.
+        text: a file of texts; the language models' perplexity on them is said, before training and after.
 
     Raises:
         UserError: no such run, no test data, not one question, or a file that cannot be written.
     """
     for file in [*([out] if out else []), *(folder / RECORDS for folder in folders if folder.is_dir())]:
         check_writable(file)
-    runs = [score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device) for folder in folders]
+    texts = read_texts(text) if text else []
+    runs = [
+        score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts)
+        for folder in folders
+    ]
     records = [run.record for run in runs]
     try:
         measure([run.measurement for run in runs], device=device, track=partial(track, description="timing in turns"))
@@ -72,7 +79,13 @@ def compare_runs(
 
 
 def score_run(
-    folder: Path, *, overrides: Sequence[str], trust: bool, limit: int | None, device: torch.device
+    folder: Path,
+    *,
+    overrides: Sequence[str],
+    trust: bool,
+    limit: int | None,
+    device: torch.device,
+    texts: Sequence[str] = (),
 ) -> ScoredRun:
     """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both."""
     recipe, model = load_run(folder, overrides=list(overrides), trust=trust)
@@ -83,6 +96,9 @@ def score_run(
     scores = evaluate(model, watched, metric=data.metric, device=device)
     record = count(recipe, model, scores.typical, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
+    record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
+    if texts:
+        record.knobs["perplexity"] = asdict(compare_perplexity(recipe, model, list(texts)))
     record.knobs |= {"run": folder.name, "test_samples": scores.samples, "answers": scores.answers}
     record.knobs["metric"] = scores.metric
     if left_out := samples.left_out + scores.left_out:

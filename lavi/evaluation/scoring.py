@@ -3,7 +3,7 @@
     samples, one at a time -> a few at a time -+-> their questions -> answered, and answered without images
                                                +-> the same questions about each other's images -> answered
 
-Nothing is kept of a sample that was scored, so that memory does not grow with the data.
+Of a sample that was scored its scores are kept alone, so that memory does not grow with images.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lavi.data.processor import one_bad_sample
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
+from lavi.evaluation.intervals import ScoredAnswer, intervals
 from lavi.metrics.base import AnswerMetric
 from lavi.model import VisionLanguageModel
 
@@ -117,6 +118,8 @@ class Scorer:
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that could not be encoded, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
+    scored: list[ScoredAnswer] = field(default_factory=list)
+    scored_without_images: list[ScoredAnswer] = field(default_factory=list)
     _waiting: list[tuple[EncodedSample, Expected]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> bool:
@@ -152,19 +155,22 @@ class Scorer:
         batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()
-        self._score(expected, batch, tokens, self.metric)
+        self.scored += self._score(expected, batch, tokens, self.metric)
         self.route_counts.update(self.model.fusion.route_counts)
-        if self.metric_without_images is not None:
-            self._score(expected, batch.without_images(), tokens, self.metric_without_images)
+        if (metric := self.metric_without_images) is not None:
+            self.scored_without_images += self._score(expected, batch.without_images(), tokens, metric)
 
-    def _score(self, expected: Sequence[Expected], batch: Batch, tokens: int, metric: AnswerMetric) -> None:
+    def _score(
+        self, expected: Sequence[Expected], batch: Batch, tokens: int, metric: AnswerMetric
+    ) -> Iterator[ScoredAnswer]:
         try:
             answers = self.model.answer(batch.to(self.device), max_new_tokens=tokens)
         except Exception as error:
             error.add_note(f"It was in samples {', '.join(batch.keys[:8])} ...")
             raise
         truths, groups = [e.truth for e in expected], [(e.family, e.level) for e in expected]
-        metric.update_answers(answers, truths, groups)
+        scores = metric.update_answers(answers, truths, groups)
+        return (ScoredAnswer(key, *group, score) for key, group, score in zip(batch.keys, groups, scores, strict=True))
 
 
 @dataclass
@@ -221,6 +227,10 @@ class Scores:
     left_out: Counter[str]
     """Samples that could not be encoded, by cause."""
     typical: Scenario
+    accuracy_intervals: dict[str, list[float]] = field(default_factory=dict)
+    """95 % intervals [low, high] of ``accuracy``, by bootstrap over samples (:mod:`lavi.evaluation.intervals`)."""
+    control_intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """The same of ``controls``."""
 
     def __str__(self) -> str:
         fewer = self.answers - self.shuffled_answers
@@ -262,6 +272,11 @@ def evaluate(
         label=metric.label or metric.name,
         accuracy=plain.metric.compute(),
         controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: plain.metric_without_images.compute()},
+        accuracy_intervals=intervals(plain.scored),
+        control_intervals={
+            SHUFFLED: intervals(shuffled.scored),
+            NO_IMAGE: intervals(plain.scored_without_images),
+        },
         route_counts=plain.route_counts,
         samples=count,
         answers=plain.prompts,

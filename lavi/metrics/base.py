@@ -97,13 +97,15 @@ class AnswerMetric(GroupedMean, ABC):
     def score(self, answer: str, truth: str) -> float:
         """How good an answer is, from 0 to 1; an empty one or one that cannot be read has a score, too."""
 
-    def update_answers(self, answers: Iterable[str], truths: Iterable[str], groups: Iterable[Group]) -> None:
-        """Score answers against the true ones.
+    def update_answers(self, answers: Iterable[str], truths: Iterable[str], groups: Iterable[Group]) -> list[float]:
+        """Score answers against the true ones; returns the scores.
 
         Raises:
             UserError: a score outside of 0 to 1.
         """
-        self.update([self._checked(answer, truth) for answer, truth in zip(answers, truths, strict=True)], groups)
+        scores = [self._checked(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
+        self.update(scores, groups)
+        return scores
 
     def _checked(self, answer: str, truth: str) -> float:
         score = self.score(answer, truth)
