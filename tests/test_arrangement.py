@@ -211,7 +211,7 @@ def test_layers_are_chosen_by_name_by_share_or_by_group() -> None:
         with pytest.raises(UserError, match=r"X cannot work in layers .* has 0 to 11"):
             choose(**wrong)  # type: ignore[arg-type]
     for wrong in ({"every": 0}, {"fraction": 0.0}, {"fraction": 1.5}):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"^X takes every from 1 and a fraction above 0 and at most 1, not "):
             choose(**wrong)  # type: ignore[arg-type]
 
 
@@ -241,6 +241,7 @@ def test_visual_tokens_stand_where_the_conversation_puts_them(batch: Batch) -> N
     left = batch is LEFT
     expected = [[-1] * (longest - len(s)) + s if left else s + [-1] * (longest - len(s)) for s in sequences]
     assert order.tolist() == expected
+    assert order.dtype == columns.dtype == torch.long
     for row, (start, stop) in enumerate(batch.spans):
         for column in range(start, stop):
             assert expected[row][int(columns[row, column])] == row * width + column
@@ -317,6 +318,16 @@ def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:
     block = cross.blocks["3"]
     assert (block.heads, block.ffn_width, block.width) == (4, 128, 32)
     assert lavi.views.image.num_embeddings == cross.views.image.num_embeddings == 8
+
+
+def test_cross_attention_works_in_named_layers_or_a_share_and_costs_what_its_blocks_do(build) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match="cross-attention takes either 'layers' or 'fraction', not both"):
+        CrossAttentionFusion(layers=[0], fraction=0.5)
+    fusion = build(CrossAttentionFusion(layers=[0, 2])).fusion
+    blocks = fusion.blocks.values()
+    for decoding in (False, True):
+        expected = sum(b.flops(5, 3 * 16) + (0 if decoding else b.keys_values_flops(3 * 16)) for b in blocks)
+        assert fusion.costs(5, FILM, 16, decoding=decoding) == {"cross_attention": Cost(expected)}
 
 
 def test_fusions_say_whether_rows_may_hold_several_conversations() -> None:

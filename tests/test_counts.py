@@ -69,6 +69,7 @@ def test_two_counts_add_up_to_the_counts_of_both() -> None:
     counts += counted(samples[1])
     assert counts == counted(*samples)
     assert Counts.from_json(counts.to_json()) == counts
+    assert list(counts.to_json()["sizes"]) == ["jpg", "mp4", "png"]  # in the same order whatever came first
     again = Counts.from_json(counts.to_json())
     again += counts
     assert (again.samples, again.widths["30"]) == (4, 4)

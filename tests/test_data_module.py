@@ -157,3 +157,13 @@ def test_no_validation_split_is_no_validation(processor: Any) -> None:
     assert len(list(data.val_dataloader())) == 1
     data.splits = ("train",)
     assert data.val_dataloader() == []
+
+
+def test_what_is_not_said_is_as_written_in_the_contract(processor: Any) -> None:
+    """Each of the splits gives its samples, and the training samples are counted under the name of their source."""
+    data = Numbers(processor)
+    assert {split: len(list(data.sample_stream(split))) for split in data.splits} == COUNTS
+    data.trainer = type("Trainer", (), {"training": True, "global_rank": 0, "world_size": 1})()  # type: ignore[assignment]
+    data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert data.source_names == ["train"]
+    assert data.counts == {"train": 32, "skipped": 0}

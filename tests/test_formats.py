@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import refused, small
+from PIL import Image
 from test_pack import png, raw_of, said, turns
 from test_shards import write_tar
 
@@ -19,16 +22,19 @@ from datamodules.formats.base import SampleFormat
 from datamodules.formats.captions import read_coco
 from datamodules.formats.conversations import Conversations
 from datamodules.formats.datasets import read_dataset
-from datamodules.formats.entries import BadEntry
+from datamodules.formats.entries import BadEntry, Cell
 from datamodules.formats.files import Source
 from datamodules.formats.json_lists import read_json
+from datamodules.formats.readers import READERS
 from datamodules.formats.tables import chosen_columns, item_of_row, read_table
 from datamodules.image_text import ImageTextData
+from datamodules.moving import mp4
 from datamodules.scenes import make_samples
 from datamodules.shards.processes import in_order
 from datamodules.shards.read import BrokenSample, Raw
 from datamodules.shards.write import shard_jobs, write_shards
-from lavi.batch import Sample
+from lavi.batch import Sample, Video
+from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
@@ -57,6 +63,13 @@ def read_lines(file: Path) -> Source:
             yield {"image": image, "conversations": turns(f"<image>{question}")}
 
     return Source(file.name, items())
+
+
+def image_of(kind: str) -> bytes:
+    stream = io.BytesIO()
+    more = {"save_all": True, "append_images": [Image.new("RGB", (9, 5))]} if kind == "MPO" else {}
+    Image.new("RGB", (9, 5), "red").save(stream, kind, **more)
+    return stream.getvalue()
 
 
 def labelled(folder: Path, labels: list[bytes]) -> str:
@@ -126,6 +139,27 @@ def test_shards_are_packed_alike_however_processes_start(start_method: str, tmp_
     expected = [sample["__key__"] for job in jobs for sample in make(job)]
     assert [raw["__key__"] for raw in raw_of(tmp_path / "out")] == expected
     assert list(in_order(abs, range(-5, 5), workers=2)) == [abs(number) for number in range(-5, 5)]
+
+
+def test_the_reader_of_each_option_reads_what_its_name_says(tmp_path: Path) -> None:
+    """The same captions, in each of the forms; columns and a split are handed on to those that have them."""
+    datasets = pytest.importorskip("datasets")
+    files = {kind: tmp_path / f"d.{kind}" for kind in ("json", "coco", "csv", "dataset")}
+    files["json"].write_text(json.dumps([{"image": "a.jpg", "captions": ["a cat"]}]))
+    files["coco"].write_text(json.dumps({"images": IMAGES, "annotations": CAPTIONS}))
+    files["csv"].write_text("file,words\na.jpg,a cat\n")
+    one = datasets.Dataset.from_dict({"image": ["a.jpg"], "words": ["a cat"]})
+    other = one.map(lambda row: {"words": "a dog"})
+    datasets.DatasetDict({"train": other, "test": one}).save_to_disk(files["dataset"])
+    assert list(READERS) == list(files)
+    for kind, file in files.items():
+        columns = {"caption": "words"} if kind in ("csv", "dataset") else {}
+        source = READERS[kind](file, columns, "test" if kind == "dataset" else None)
+        assert source.name == file.name
+        (item,) = source.items
+        assert isinstance(item, dict)
+        assert item["image"] in ("a.jpg", ["a.jpg"])
+        assert item["captions"] == ["a cat"]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -298,6 +332,55 @@ def test_image_cells_that_are_paths_name_their_files(tmp_path: Path) -> None:
     assert [item["image"] for item in source.items] == [["a.png"], []]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "data-00000-of-00001.arrow"])
+def test_files_of_datasets_that_were_not_fetched_are_named(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer"):
+        read_dataset(tmp_path, {})
+
+
+def test_datasets_that_fail_without_a_word_are_refused_by_the_kind_of_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(folder: str) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(datasets, "load_from_disk", fail)
+    with pytest.raises(UserError, match=r"is neither written by save_to_disk nor a folder .* \(ValueError\)\.$"):
+        read_dataset(tmp_path, {})
+
+
+def test_keys_that_datasets_fill_up_with_nothing_are_left_out(tmp_path: Path) -> None:
+    """Of objects of different keys Arrow makes objects of all keys."""
+    datasets = pytest.importorskip("datasets")
+    messages = [
+        {"role": "user", "content": "what?", "more": {"seen": None, "asked": 1}},
+        {"role": "assistant", "content": "red", "family": "colour"},
+    ]
+    datasets.Dataset.from_dict({"messages": [messages]}).save_to_disk(tmp_path / "disk")
+    (item,) = read_dataset(tmp_path / "disk", {}).items
+    del messages[0]["more"]["seen"]  # type: ignore[attr-defined]
+    assert item["conversations"] == messages  # type: ignore[index]
+
+
+def test_image_cells_that_hold_images_say_what_they_hold(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    held = [image_of(kind) for kind in ("PNG", "JPEG", "MPO", "WEBP")]
+    cells = [[{"bytes": data, "path": None} for data in (*held, b"none")], [{"bytes": None, "path": "a.png"}]]
+    datasets.Dataset.from_dict({"images": cells, "caption": ["x", "y"]}).save_to_disk(tmp_path / "disk")
+    first, second = read_dataset(tmp_path / "disk", {}).items
+    assert first["image"] == [  # type: ignore[index]
+        Cell(kind, len(data), zlib.crc32(data), 0, "images", number)
+        for number, (kind, data) in enumerate(
+            zip(("png", "jpg", "jpg", "webp", "not an image"), (*held, b"none"), strict=True)
+        )
+    ]
+    assert second["image"] == ["a.png"]  # type: ignore[index]
+
+
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
@@ -316,3 +399,30 @@ def test_parts_lose_what_no_template_reads() -> None:
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
     raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode(), "png": png(2)}
     assert Conversations().decode(raw).messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what?"}]
+
+
+def test_a_caption_of_a_video_asks_for_it_and_gets_its_sampled_frames() -> None:
+    raw = {
+        "__key__": "k",
+        "txt": b"it grows dark",
+        "mp4": mp4([Image.new("RGB", (32, 32), (n, n, n)) for n in range(9)]),
+    }
+    sample = Conversations(video=FrameSampling(frames=4), caption_prompt="What happens?").decode(raw)
+    assert sample.messages == [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]},
+        {"role": "assistant", "content": "it grows dark"},
+    ]
+    (video,) = sample.images
+    assert isinstance(video, Video)
+    assert len(video.frames) == 4
+
+
+def test_image_members_are_of_a_few_formats_whatever_their_names_say() -> None:
+    """Pillow reads TIFF; a member of a shard may come from anywhere."""
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
+        image = Conversations().decode({"__key__": "k", "txt": b"red", "jpg": image_of(kind)}).images[0]
+        assert isinstance(image, Image.Image)
+        assert image.size == (9, 5)
+    for kind in ("TIFF", "PPM", "ICO"):
+        with pytest.raises(BrokenSample, match="its member 'jpg'"):
+            Conversations().decode({"__key__": "k", "txt": b"red", "jpg": image_of(kind)})

@@ -24,6 +24,7 @@ class Numbers:
         self.samples = samples
 
     def records(self, slot: Any, position: Any) -> Iterator[tuple[Any, Any]]:
+        assert slot.index >= 0  # a stream reads what is this slot's
         at = position if isinstance(position, int) else 0
         while True:
             at += 1

@@ -12,9 +12,10 @@ from conftest import QWEN2, ask, image
 from lavi.batch import IGNORE, Answer, ImageSlot, Layout, Sample, Video
 from lavi.data.chat import Encoded, Turn
 from lavi.data.collator import EncodedSample
-from lavi.data.processor import Processor, TooLong
+from lavi.data.processor import Processor, TooLong, one_bad_sample
 from lavi.data.tiling import AnyRes
 from lavi.data.timestamps import time_instruction
+from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
@@ -142,13 +143,30 @@ def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> N
     )
     assert exact.encode(sample).length == whole.length == text + 16
     exact.context_length -= 1
-    with pytest.raises(
-        TooLong, match=rf"{text} text and 16 visual tokens, more than the context of {text + 15}"
-    ) as refusal:
+    words = f"{text} text and 16 visual tokens, more than the context of {text + 15}: shorten it, or raise "
+    with pytest.raises(TooLong, match=rf"{words}model\.context_length\.$") as refusal:
         exact.encode(sample)
     assert refusal.value.cause.startswith(f"longer than the context of {text + 15} tokens")
     with pytest.raises(TooLong):
         exact.measure(sample)
+
+
+def test_an_error_of_one_sample_passes_and_its_cause_is_told() -> None:
+    """In the words that are alike for all such samples, if it has some; want of memory is no sample's fault."""
+    causes: list[str] = []
+    for error in (TooLong(30, 10, 32), ValueError("no  image\nat all."), UserError("its image is cut short.")):
+        with one_bad_sample(causes.append):
+            raise error
+    assert causes == [
+        "longer than the context of 32 tokens (data.too_long=cut keeps its first turns)",
+        "no image at all",
+        "its image is cut short",
+    ]
+    with pytest.raises(MemoryError), one_bad_sample(causes.append):
+        raise MemoryError
+    with one_bad_sample(causes.append):
+        pass
+    assert len(causes) == 3
 
 
 def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor) -> None:

@@ -215,6 +215,7 @@ def test_a_class_token_ranks_by_what_it_attends_to(family: str) -> None:
         attention = vision.tower(pixels, output_attentions=True).attentions[-1]
     best = attention.mean(1)[0, 0, 1:].topk(4).indices.sort().values
     assert torch.equal(reduced[0], features[0, best])
+    assert reducer.flops() == 2 * 17 * 24  # the class token's query with each key, 24 wide
 
 
 def bound(reducer: Reducer, **changes: object) -> Reducer:
@@ -296,6 +297,8 @@ def test_grids_need_not_be_square() -> None:
     largest = MatryoshkaPooling(sides=[4])
     assert largest.bind(wide).tokens == 16
     torch.testing.assert_close(largest.eval()(tokens), tokens.reshape(2, 4, 4, 2, 24).mean(3).reshape(2, 16, 24))
+    with pytest.raises(UserError, match="shuffle by 8 does not divide the backbone's grid of 4 x 8"):
+        PixelShuffle(factor=8).bind(wide)
     with pytest.raises(UserError, match=r"\(4, 8\)"):
         MatryoshkaPooling(sides=[5]).bind(wide)
 

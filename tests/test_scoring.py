@@ -104,6 +104,17 @@ def test_what_cannot_be_asked_is_counted_by_cause(scorer: Scorer) -> None:
     assert scorer.prompts == 0
 
 
+def test_an_error_while_answering_names_the_samples(scorer: Scorer) -> None:
+    def answer(batch: Batch, *, max_new_tokens: int) -> list[str]:
+        raise RuntimeError("out of memory")
+
+    scorer.model.answer = answer  # type: ignore[method-assign, assignment]
+    scorer.add(ask("what?", answer="red", key="a"))
+    with pytest.raises(RuntimeError) as error:
+        scorer.add(ask("what?", answer="red", key="b"))
+    assert error.value.__notes__ == ["It was in samples a, b ..."]
+
+
 @pytest.mark.parametrize(
     ("label", "shuffled", "words"),
     [

@@ -304,7 +304,7 @@ def test_odd_json_is_a_broken_sample_or_a_sound_one(said: Any, members: tuple[st
     json.dumps(sample.messages, ensure_ascii=False).encode()
 
 
-def talk(*, content: Any = "red", role: str = "assistant", **more: Any) -> dict[str, Any]:
+def talk(*, content: Any = "red", role: Any = "assistant", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "what?"}, {"role": role, "content": content, **more}]}
 
 
@@ -313,6 +313,8 @@ ODD: dict[str, tuple[Any, str]] = {
     "half a character": (talk(content="\ud83d"), "has half a character in its text"),
     "half of one in a caption": ({"captions": ["\ud83d"]}, "has half a character in its text"),
     "half of one in a label": (talk(family="\ud83d"), "has half a character in its text"),
+    "half of one in a role": (talk(role="\ud83d"), "has half a character in its text"),
+    "a role that is none": (talk(role=5), "its 'messages' are not a list of"),
     "a label that is none": (talk(level=["easy"]), "has a turn whose 'level' is no text"),
     "a number for a text": (talk(content=[{"type": "text", "text": 5}]), "its 'messages' are not a list of"),
     "a part of another type": (talk(content=[{"type": "sound"}]), "its 'messages' are not a list of"),

@@ -186,6 +186,7 @@ def test_parts_of_a_sequence_are_joined_at_their_columns() -> None:
             expected = text[row, of_text[column]] if column in of_text else torch.zeros(3)
             expected = visual[row, of_visual[column]] if column in of_visual else expected
             assert torch.equal(joined[row, column], expected)
+    assert torch.equal(call.join((text, SIX[:, :4]))[:, :4], text)  # a single part
 
 
 def test_kernels_whose_masks_are_not_made_here_are_refused() -> None:

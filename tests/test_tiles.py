@@ -182,6 +182,69 @@ def test_as_many_tokens_as_counted(size: tuple[int, int], newline: bool) -> None
     assert len(arranged) == arrangement(layout, 9) > 9
 
 
+def test_an_image_of_one_view_or_a_video_has_no_newline_unless_asked_for() -> None:
+    assert TileArrangement((4, 6))(Layout(), 24) == 24
+    assert TileArrangement((4, 6))(Layout(views=3, video=True), 24) == 3 * 2 * 3
+    assert TileArrangement((4, 6), newline=True)(Layout(views=3, video=True), 24) == 3 * 2 * 3 + 1
+    assert TileArrangement((4, 6), newline=True)(Layout(), 24) == 25
+
+
+def test_tokens_on_no_grid_stand_one_after_the_other() -> None:
+    features, newline = torch.randn(3, 5, 4), torch.randn(4)
+    arrangement = TileArrangement(None, newline=True)
+    layout = Layout(views=3, tiles=(1, 2), size=(24, 48))
+    arranged = arrangement.arrange(features, layout, newline)
+    assert torch.equal(arranged, torch.cat([*features, newline[None]]))
+    assert arrangement(layout, 5) == len(arranged) == 16
+
+
+def test_tiles_of_a_grid_that_is_no_square_are_laid_out_row_by_row() -> None:
+    """Two tiles, one below the other, each of 2 x 3 tokens; the image fills them."""
+    features = torch.arange(18.0).reshape(3, 6, 1)
+    layout, newline = Layout(views=3, tiles=(2, 1), size=(48, 36)), torch.tensor([-1.0])
+    arrangement = TileArrangement((2, 3), newline=True)
+    assert arrangement.kept(layout) == ((0, 0), (4, 3))
+    rows = [[6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17]]
+    expected = [*range(6), *(token for row in rows for token in [*row, -1])]
+    assert arrangement.arrange(features, layout, newline).flatten().tolist() == expected
+    assert arrangement(layout, 6) == len(expected)
+    beside = Layout(views=3, tiles=(1, 2), size=(20, 60))
+    rows = [[6, 7, 8, 12, 13, 14], [9, 10, 11, 15, 16, 17]]
+    assert arrangement.kept(beside) == ((0, 0), (2, 6))
+    expected = [*range(6), *(token for row in rows for token in [*row, -1])]
+    assert arrangement.arrange(features, beside, newline).flatten().tolist() == expected
+
+
+FILM, WIDE = Layout(views=5, video=True), Layout(views=5, tiles=(2, 2), size=(36, 48))
+
+
+@pytest.mark.parametrize("layout", [Layout(), FILM, WIDE], ids=["one view", "frames", "tiles"])
+def test_views_at_another_scale_are_arranged_on_their_own_grid(layout: Layout) -> None:
+    """As a reducer that draws its scale gives them: 4 x 4 tokens of a grid that has 8 x 8."""
+    given, own = TileArrangement((8, 8), newline=True), TileArrangement((4, 4), newline=True)
+    features, newline = torch.randn(layout.views, 16, 6), torch.randn(6)
+    tokens = {Layout(): 17, FILM: 5 * 4 + 1, WIDE: 16 + 6 * (8 + 1)}[layout]
+    assert given(layout, 16) == own(layout, 16) == tokens
+    arranged = given.arrange(features, layout, newline)
+    assert torch.equal(arranged, own.arrange(features, layout, newline))
+    assert len(arranged) == tokens
+
+
+def test_what_is_no_smaller_square_of_a_square_is_at_no_other_scale() -> None:
+    """Nine tokens in a row are no 3 x 3, and ten on a grid of 4 x 4 are one too many for that."""
+    assert TileArrangement((1, 9))(FILM, 9) == 5 * 5
+    assert TileArrangement((4, 4))(Layout(), 10) == 10
+    with pytest.raises(UserError, match="grids of 4 x 4, and the vision backbone gives 10 tokens"):
+        TileArrangement((4, 4)).arrange(torch.randn(5, 10, 6), WIDE, None)
+
+
+@pytest.mark.parametrize(
+    ("budget", "side", "shrunk"), [(1, 10, 10), (1, 11, 11), (1, 12, 10), (4, 22, 22), (4, 24, 20)]
+)
+def test_a_grid_is_shrunk_only_where_it_exceeds_its_budget_by_a_tenth(budget: int, side: int, shrunk: int) -> None:
+    assert TileArrangement((10, 10), budget=budget).shrunk(side, side) == (shrunk, shrunk)
+
+
 def test_rows_of_every_layout_answer_as_they_would_alone(ours: VisionLanguageModel) -> None:
     lavi = VisionLanguageModel(
         vision=ours.vision, language=ours.language, fusion=LaViFusion(every=2, generator=small()), tiling=AnyRes()
