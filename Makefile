@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,20 @@ digits: install ## your own data, shown on real scans: write, pack, train, score
 	    --images data/digits/images --out data/digits/shards/$$split --per-shard 500 || exit 1; done
 	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
+
+# A run of one of the recipes for real parts. As visor-run below: one that was stopped goes on, a finished one is kept.
+real-folder = runs/real-$(1)
+real-begin = rm -rf $(real-folder) && $(BIN)/python -m lavi.fit --recipe recipes/real/$(1).yaml --run $(real-folder)
+real-resume = $(BIN)/python -m lavi.fit --resume $(real-folder)
+real-run = $(if $(wildcard $(real-folder)/last.ckpt),$(real-resume),$(real-begin))
+
+real: install ## a released language model learns to see photographs: fetch, train three fusions, score (30 to 45 minutes on two quiet cores)
+	$(BIN)/python -m lavi.parts fetch
+	$(BIN)/python -m datamodules.photographs
+	$(call real-run,lavi)
+	$(call real-run,cross_attention)
+	$(call real-run,concat)
+	$(BIN)/python benchmarks/real.py --out benchmarks/results/real.jsonl
 
 tensorboard: install ## look at all runs
 	@echo "efficiency curves: http://localhost:6006/#custom_scalars"

@@ -73,6 +73,18 @@ TELLING = (
 """The lines of a comparison that a README shows."""
 
 
+REAL = (
+    "name (%)",
+    "hard (%)",
+    "control, shuffled images: easy (%)",
+    "perplexity on text, before training",
+    "perplexity on text, after training",
+    "GFLOPs, without vision encoder",
+    "saved, without vision encoder (%)",
+)
+"""The same of runs on real parts."""
+
+
 def short_comparison(records: list[Record]) -> str:
     """The most telling lines of :func:`comparison`."""
     baseline = next((record for record in records if record.method == "concat"), None)
@@ -128,6 +140,33 @@ def visor_scenes(records: list[Record]) -> str:
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
 
 
+IN_README = 3
+"""Questions about the picture that a README shows."""
+
+
+def shown(records: list[Record]) -> str:
+    """What trained models answered about the picture of docs/."""
+    columns = ["question", *(record.method.replace("_", "-") for record in records), "true"]
+    asked = [record.knobs["shown"] for record in records]
+    rows = [[row[0][0], *(answer for _, answer, _ in row), row[0][2]] for row in zip(*asked, strict=True)]
+    return markdown(columns, rows)
+
+
+def shown_short(records: list[Record]) -> str:
+    """The first of these questions, and LaVi's answers alone."""
+    lavi = next(record for record in records if record.method == "lavi")
+    return markdown(
+        ["question", "LaVi's answer"], [[question, given] for question, given, _ in lavi.knobs["shown"]][:IN_README]
+    )
+
+
+def short_real(records: list[Record]) -> str:
+    """Of a comparison on real parts what tells most."""
+    baseline = next((record for record in records if record.method == "concat"), None)
+    columns, rows = side_by_side(records, baseline)
+    return markdown(columns, [row for row in rows if row[0] in REAL])
+
+
 def sweep(records: list[Record]) -> str:
     """A sweep, as ``lavi.profile`` shows it."""
     columns, rows = turns_rows(records)
@@ -144,6 +183,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "quickstart.short": short_comparison,
+    "real.shown": shown,
+    "real.shown_short": shown_short,
+    "real.short": short_real,
     "verify_claims": claims,
     "verify_claims.short": short_claims,
     "verify_claims.speed": speed,
@@ -165,6 +207,8 @@ def render(text: str) -> str:
             return (
                 marker[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + marker[3]
             )
+        if not file.exists():
+            return f"{marker[1]}Not measured yet.\n{marker[3]}"
         records = read_records(file)
         return marker[1] + KINDS.get(marker[2], comparison)(records) + marker[3]
 

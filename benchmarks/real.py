@@ -1,0 +1,78 @@
+"""What LaVi, cross-attention and concatenation reach on real parts: a released language model, tower and photographs.
+
+    make real              fetches, lays out and trains everything, then runs this
+    python benchmarks/real.py --out benchmarks/results/real.jsonl      scores what was trained
+
+All runs are scored on the test photographs and timed in turns (``lavi.evaluate``), with 95 % intervals, and the
+perplexity of their language model on text without images before and after training. Then each answers questions about
+one picture of four test photographs, docs/photographs.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from datamodules.photographs import NAMES, draw, jpeg, photographs
+from lavi.checkpoints.run_folder import load_run
+from lavi.config.devices import device_of
+from lavi.efficiency.record import write_records
+from lavi.evaluation.compare_runs import compare_runs
+
+ROOT = Path(__file__).parent.parent
+RUNS = ("lavi", "cross_attention", "concat")
+TEXT = ROOT / "recipes" / "real" / "text.txt"
+PICTURE = ROOT / "docs" / "photographs.jpg"
+SHOWN = ("boot", "bag", "dress", "sneaker")
+"""What the picture shows, row by row."""
+QUESTIONS = {
+    "what is at the top left?": "boot",
+    "what is at the bottom right?": "sneaker",
+    "is there a bag?": "yes",
+    "how many dresses are there?": "one",
+    "is the boot left or right of the bag?": "left",
+}
+"""What is asked about it, with the true answers."""
+
+
+def compose(source: Path) -> bytes:
+    """The picture, as JPEG: the first test photograph of each kind that is shown."""
+    pools = photographs(source, "test", 0)
+    return jpeg(draw([pools[NAMES.index(kind)][0] for kind in SHOWN], 2, random.Random(0)))
+
+
+def answers(run: Path) -> list[str]:
+    """What a run's model answers to each question."""
+    _, model = load_run(run)
+    return model.ask_all(list(QUESTIONS), model.see(Image.open(PICTURE)), max_new_tokens=16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="which of runs/real-NAME to score")
+    parser.add_argument("--limit", type=int, help="score at most this many test samples")
+    parser.add_argument(
+        "--compose", type=Path, metavar="FOLDER", help="draw the picture anew, of Fashion-MNIST in FOLDER"
+    )
+    args = parser.parse_args()
+    if args.compose:
+        PICTURE.write_bytes(compose(args.compose))
+    runs = [Path("runs") / f"real-{name}" for name in args.runs]
+    said = [answers(run) for run in runs]
+    records = compare_runs(
+        runs, overrides=[], trust=False, limit=args.limit, device=device_of("auto"), out=None, text=TEXT
+    )
+    for record, given in zip(records, said, strict=True):
+        record.knobs["shown"] = [list(row) for row in zip(QUESTIONS, given, QUESTIONS.values(), strict=True)]
+        print(record.method, *(f"{question} {answer}" for question, answer, _ in record.knobs["shown"]), sep="\n  ")
+    if args.out:
+        args.out.unlink(missing_ok=True)
+        write_records(records, args.out)
+
+
+if __name__ == "__main__":
+    main()
