@@ -72,14 +72,14 @@ class VisionLanguageModel(nn.Module):
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
-        self._template, self._media_tokens, self.timestamps = chat_template, media_tokens, timestamps
+        self._template, self.media_tokens, self.timestamps = chat_template, media_tokens, timestamps
         if weights_wanted():  # else it is only counted or timed, and its tokenizer need not be at hand
             _ = self.chat
 
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer and its template."""
-        return Chat(self.language.tokenizer, self._template, media_tokens=self._media_tokens)
+        return Chat(self.language.tokenizer, self._template, media_tokens=self.media_tokens)
 
     @cached_property
     def processor(self) -> Processor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import collate, small
 from PIL import Image
+from safetensors.torch import load_file
 from test_tiles import picture
 from torch import Tensor
 from transformers import (
@@ -24,6 +25,7 @@ from vlms import write_vlm
 from lavi.batch import Sample, Video
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
 from lavi.checkpoints.published_vlm import published_vlm
+from lavi.checkpoints.transformers_vlm import save_as_transformers
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -226,3 +228,23 @@ def test_markers_come_for_images_alone(tmp_path: Path, tokenizer: str) -> None:
     model = published_vlm(str(write_vlm("smolvlm", tmp_path / "checkpoint", tokenizer)))
     with pytest.raises(UserError, match="reads no videos"):
         model.ask("what?", Video([Image.new("RGB", (30, 30))]))
+
+
+def test_the_format_of_transformers_is_written_back(published: Published, tmp_path: Path) -> None:
+    """Keys and bits of the checkpoint, but for the tower's layers that nobody uses; and it is that model."""
+    save_as_transformers(published.ours, tmp_path / "back")
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (published.folder, tmp_path / "back"))
+    assert set(ours) <= set(theirs)
+    assert all("vision" in name and "layers.1." in name for name in set(theirs) - set(ours))
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    sample = question((40, 30))
+    again = published_vlm(str(tmp_path / "back"))
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in published.ours.state_dict().items()
+    }
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "back").eval()
+    inputs = published.inputs(sample)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, published.theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
+        batch = collate(again, [sample])
+        torch.testing.assert_close(again(batch), published.ours(batch), atol=1e-5, rtol=1e-5)

@@ -69,7 +69,7 @@ def save_pretrained(model: VisionLanguageModel, folder: str | Path) -> None:
             "lavi.vision.hf.HFVision has it."
         )
     folder = home_path(folder)
-    with _new_folder(folder) as part:
+    with new_folder(folder) as part:
         needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
         if needed > (free := shutil.disk_usage(part).free):
             raise UserError(
@@ -109,7 +109,7 @@ def _make_part(folder: Path) -> Path:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``folder`` in one step; removed if writing fails."""
     part = _make_part(folder)
     try:

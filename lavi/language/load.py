@@ -171,12 +171,15 @@ class LanguageModel(nn.Module):
         rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
         return any(hasattr(room, "create_causal_mask") for room in rooms)
 
+    def merged_state(self) -> dict[str, Tensor]:
+        """Its weights under the names of its class, adapters merged."""
+        return merged_state(self.hf, frozenset(name.removeprefix("hf.") for name in self.adapters))
+
     def save_pretrained(self, folder: Path) -> None:
         """Write an ordinary transformers checkpoint, tokenizer and all: original names and class, adapters merged."""
-        adapters = frozenset(name.removeprefix("hf.") for name in self.adapters)
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(self.hf.config, attn_implementation=self.attention)
-        plain.load_state_dict(merged_state(self.hf, adapters), assign=True)
+        plain.load_state_dict(self.merged_state(), assign=True)
         plain.generation_config = self.hf.generation_config
         if hasattr(self.hf, "_weight_conversions"):  # how transformers renamed a checkpoint's keys as it read them
             plain._weight_conversions = self.hf._weight_conversions

@@ -33,6 +33,16 @@ TILED_WITH_MARKERS = ("idefics3", "smolvlm")
 VLM_KINDS = ("llava", *TILED_BY_GRID, *TILED_WITH_MARKERS)
 """Model types of the published vision-language models that come in."""
 
+CONNECTOR = {
+    "multi_modal_projector.linear_1.weight": "projector.layers.0.weight",
+    "multi_modal_projector.linear_1.bias": "projector.layers.0.bias",
+    "multi_modal_projector.linear_2.weight": "projector.layers.2.weight",
+    "multi_modal_projector.linear_2.bias": "projector.layers.2.bias",
+    "image_newline": "newline",
+    "connector.modality_projection.proj.weight": "projector.layer.weight",
+}
+"""Parameters of what joins the halves: their names in ``model`` of transformers' classes, and in a concatenation."""
+
 _opened: ContextVar[dict[tuple[str, str], PreTrainedModel] | None] = ContextVar("opened_vlms", default=None)
 
 
@@ -130,14 +140,5 @@ def tower_state(vlm: PreTrainedModel) -> dict[str, Tensor]:
 
 def connector_state(vlm: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of what joins the halves, under the names of :class:`lavi.fusion.concat.ConcatFusion`."""
-    if hasattr(vlm.model, "connector"):
-        return {"projector.layer.weight": vlm.model.connector.modality_projection.proj.weight}
-    projector = vlm.model.multi_modal_projector
-    state = {
-        f"projector.layers.{index}.{name}": parameter
-        for index, layer in ((0, projector.linear_1), (2, projector.linear_2))
-        for name, parameter in layer.named_parameters()
-    }
-    if hasattr(vlm.model, "image_newline"):
-        state["newline"] = vlm.model.image_newline
-    return state
+    parameters = dict(vlm.model.named_parameters())
+    return {CONNECTOR[name]: parameters[name] for name in CONNECTOR if name in parameters}
