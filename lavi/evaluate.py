@@ -1,6 +1,7 @@
 """Score trained runs on their test split, and set them side by side.
 
     python -m lavi.evaluate --checkpoint runs/A [runs/B ...]
+    python -m lavi.evaluate --checkpoint recipes/baselines/released_smolvlm_256m.yaml data.test=FOLDER
 
 For each run: the score of its answers per question family, by the metric that its recipe names (data.metric, by
 default the share of right answers) with a 95 % interval (bootstrap over samples), the same with the images shuffled
@@ -14,13 +15,13 @@ from lavi.cli.arguments import Parser, path, whole_number, without_overrides
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 
+CHECKPOINTS = "run folders of lavi.fit, or recipes of released models (recipes/baselines/released_*.yaml)"
+
 
 @cli_entry_point
 def main() -> None:
     parser = Parser(prog="python -m lavi.evaluate", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", nargs="+", action="extend", required=True, metavar="RUN", help="run folders of lavi.fit"
-    )
+    parser.add_argument("--checkpoint", nargs="+", action="extend", required=True, metavar="RUN", help=CHECKPOINTS)
     parser.add_argument("--limit", type=whole_number(1), help="score at most this many test samples")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--out", type=path, metavar="FILE", help="also append the records to this file of JSON lines")

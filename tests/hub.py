@@ -10,10 +10,20 @@ import json
 import shutil
 from pathlib import Path
 
+from vlms import IMAGES_FIRST, IN_ORDER, with_media
+
 from lavi.data.chat import TEMPLATES
 from lavi.loading.published import CONFIGURATIONS
 
 TEMPLATE_OF = {"Qwen/Qwen2-7B-Instruct": "chatml", "Qwen/Qwen2-0.5B-Instruct": "chatml", "lmsys/vicuna-7b-v1.5": None}
+
+VISION_LANGUAGE = {
+    "llava-hf/llava-1.5-7b-hf": IMAGES_FIRST,
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": IMAGES_FIRST,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": IMAGES_FIRST,
+    "HuggingFaceTB/SmolVLM-256M-Instruct": IN_ORDER,
+}
+"""Published vision-language models, and a template of the kind that is theirs."""
 
 
 def fill(home: Path, tokenizer: Path) -> None:
@@ -27,6 +37,13 @@ def fill(home: Path, tokenizer: Path) -> None:
         (folder / "chat_template.jinja").unlink(missing_ok=True)
         settings |= {"chat_template": TEMPLATES[template]} if template else {}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, template in VISION_LANGUAGE.items():
+        folder = _snapshot(home, name)
+        words = with_media(str(tokenizer))
+        words.chat_template = template
+        words.save_pretrained(folder)
+        for file in (CONFIGURATIONS / name).iterdir():
+            shutil.copy(file, folder)
 
 
 def _snapshot(home: Path, name: str) -> Path:

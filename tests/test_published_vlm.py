@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import collate, small
+from conftest import QWEN2, collate, small
 from PIL import Image
 from safetensors.torch import load_file
 from test_tiles import picture
@@ -23,15 +24,19 @@ from transformers import (
 from vlms import write_vlm
 
 from lavi.batch import Sample, Video
+from lavi.checkpoints.load import load
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
-from lavi.checkpoints.published_vlm import published_vlm
+from lavi.checkpoints.published_vlm import published_vlm, start_from_vlm
 from lavi.checkpoints.transformers_vlm import save_as_transformers
+from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
+from lavi.model import VisionLanguageModel
 from lavi.reduction.pooling import AveragePooling
+from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
 from lavi.visor.fusion import VisorFusion
 
@@ -248,3 +253,34 @@ def test_the_format_of_transformers_is_written_back(published: Published, tmp_pa
         torch.testing.assert_close(model(**inputs).logits, published.theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
         batch = collate(again, [sample])
         torch.testing.assert_close(again(batch), published.ours(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_starts_from_it(tmp_path: Path, tokenizer: str) -> None:
+    """Tower, language model and projector come over into a model that was built from other ones."""
+    folder, other = (
+        str(write_vlm("llava_onevision", tmp_path / name, tokenizer, seed)) for seed, name in enumerate(("a", "b"))
+    )
+    keys = {"newline": True, "self_attention": [0, 1, 2, 3], "cross_attention": []}
+    parts = {"vision": HFVision(other), "language": LanguageModel(other), "fusion": VisorFusion(**keys)}
+    media = {"image": "<image>", "video": "<video>"}
+    model = VisionLanguageModel(**parts, tiling=AnyRes(), media_tokens=media)
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3}, start_from=folder)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.setup("fit")
+    as_it_is, batch = published_vlm(folder), collate(model, [question((40, 30))])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(batch), as_it_is(batch), atol=1e-4, rtol=1e-4)
+    assert {name.split(".")[1] for name in module.inherited} == {"vision", "language", "fusion"}
+    assert start_from_vlm(model, folder) == set()  # nothing is saved beside a run that is what it started from
+
+    small_language = LanguageModel(config=QWEN2, tokenizer=tokenizer)
+    lavi = VisionLanguageModel(vision=HFVision(folder), language=small_language, fusion=LaViFusion(every=2))
+    with pytest.raises(UserError, match="take the checkpoint as the source of model"):
+        start_from_vlm(lavi, folder)
+
+
+def test_a_checkpoint_of_transformers_is_loaded_as_a_run_is(tmp_path: Path, tokenizer: str) -> None:
+    folder = write_vlm("llava", tmp_path / "checkpoint", tokenizer)
+    model = load(folder)
+    assert not model.training
+    assert model.ask("what?", picture((40, 30))) == published_vlm(str(folder)).ask("what?", picture((40, 30)))

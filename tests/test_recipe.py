@@ -50,9 +50,9 @@ def test_a_recipe_of_published_checkpoints_builds_on_meta(
         module = recipe.build("module", model=model)
     named = {name for name, rate in recipe.settings["module"]["learning_rate"].items() if rate is not None}
     trained = {name.removeprefix("model.") for name, p in module.named_parameters() if p.requires_grad}
-    assert all(any(name.startswith(f"{part}.") for part in named) for name in trained)
-    assert all(any(name.startswith(f"{part}.") for name in trained) for part in named)
-    assert sum(p.numel() for p in model.language.parameters()) > 4e8
+    assert all(any(f"{name}.".startswith(f"{part}.") for part in named) for name in trained)
+    assert all(any(f"{name}.".startswith(f"{part}.") for name in trained) for part in named)
+    assert sum(p.numel() for p in model.language.parameters()) > 1e8
     batch = model.processor.collate([model.processor.encode(ask(1, "what is this?", answer="a cat"))])
     assert len(batch.pixels) == batch.image_slots[0].views
 

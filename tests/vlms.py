@@ -35,9 +35,7 @@ TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(
 
 def write_vlm(kind: str, folder: Path, tokenizer: str, seed: int = 0) -> Path:
     """A checkpoint of a class, weights at random, with its processor; a known chat template."""
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    words.add_special_tokens({"bos_token": "<s>"})
-    words.add_special_tokens({"additional_special_tokens": ["<image>", "<video>", *MARKERS, *TILES]})
+    words = with_media(tokenizer)
     words.chat_template = IN_ORDER if kind in ("idefics3", "smolvlm") else IMAGES_FIRST
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **_keys(kind, words))
@@ -48,6 +46,14 @@ def write_vlm(kind: str, folder: Path, tokenizer: str, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     _processor(kind, words).save_pretrained(folder)
     return folder
+
+
+def with_media(tokenizer: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with the tokens that stand for images, videos and tiles."""
+    words: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+    words.add_special_tokens({"bos_token": "<s>"})
+    words.add_special_tokens({"additional_special_tokens": ["<image>", "<video>", *MARKERS, *TILES]})
+    return words
 
 
 def _keys(kind: str, words: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -26,17 +26,19 @@ from lavi.config.types import Check, Count
 from lavi.errors import UserError, one_line
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
-from lavi.language.lora import LoRA
+from lavi.language.lora import LoRA, original_name
 from lavi.loading.published import configuration_of
 from lavi.loading.vlm import (
     TILED_BY_GRID,
     TILED_WITH_MARKERS,
     connector_state,
+    language_model_of,
     open_vlm,
     opened_once,
+    tower_state,
     vlm_config,
 )
-from lavi.loading.without_weights import weights_wanted
+from lavi.loading.without_weights import weights_wanted, without_weights
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.reduction.base import Reducer
@@ -81,8 +83,7 @@ def published_vlm(
         UserError: nothing there, a checkpoint of another class, one that lacks weights or says too little; a fusion
             that arranges its visual tokens otherwise.
     """
-    section = section_of(source)
-    section["language"] |= {"dtype": dtype, "attention": attention, "lora": lora}
+    section = section_of(source, dtype=dtype, attention=attention, lora=lora)
     section |= {"context_length": context_length, "timestamps": timestamps}
     if reducer is not None and section["reducer"] is not None:
         raise UserError(f"the projector of '{source}' reads {section['reducer'][TARGET]}: it takes no other reducer.")
@@ -100,8 +101,70 @@ def published_vlm(
     return model
 
 
-def section_of(source: str) -> Node:
+def start_from_vlm(model: VisionLanguageModel, source: str) -> set[str]:
+    """Copy a published checkpoint's tower, language model and connector into a model built from other ones.
+
+    Returns:
+        The names of the parameters that had other numbers before.
+
+    Raises:
+        UserError: a tower or a language model of another shape.
+    """
+    vlm = open_vlm(source)
+    tower = {f"vision.tower.{name}": tensor for name, tensor in tower_state(vlm).items()}
+    connector = {f"fusion.{name}": tensor for name, tensor in connector_state(vlm).items()}
+    language = language_model_of(vlm, dtype=vlm.dtype, attention="sdpa").state_dict(keep_vars=True)
+    words = {f"language.hf.{name}": tensor for name, tensor in language.items()}
+    state = tower | words | (connector if isinstance(model.fusion, ConcatFusion) else {})
+    changed = set()
+    for name, parameter in model.named_parameters():
+        tensor, halves = state.get(original_name(name)), name.startswith(("vision.", "language."))
+        fits = tensor is not None and tensor.shape == parameter.shape
+        if ".lora_" in name or not (fits or halves):  # a projector of another shape is learned anew
+            continue
+        if tensor is None or not fits:
+            theirs = "none" if tensor is None else f"{list(tensor.shape)}"
+            raise UserError(
+                f"'{source}' is no start for this model: its {name} has shape {list(parameter.shape)}, and the "
+                f"checkpoint {theirs}: take the checkpoint as the source of model.vision and model.language."
+            )
+        if not torch.equal(parameter, tensor.to(parameter)):
+            changed.add(name)
+            with torch.no_grad():
+                parameter.copy_(tensor)
+    return changed
+
+
+def is_released(recipe: Recipe) -> bool:
+    """Whether the model of a recipe is a published one."""
+    return recipe.component("model") is published_vlm
+
+
+def as_released(recipe: Recipe) -> Recipe:
+    """The same recipe, a published model in it as it was released, told by its parts; any other as it is."""
+    if not is_released(recipe):
+        return recipe
+    node = {key: value for key, value in recipe.settings["model"].items() if key not in ("fusion", "reducer")}
+    return written_out(recipe.replaced("model", node))
+
+
+def written_out(recipe: Recipe) -> Recipe:
+    """The same recipe, to be counted: a model that is a published one is told by its parts, as other models are."""
+    node = recipe.settings["model"]
+    if not is_released(recipe):
+        return recipe
+    of_language = {key: node[key] for key in ("dtype", "attention", "lora") if key in node}
+    with without_weights():  # shapes are all that is asked for
+        section = section_of(node["source"], **of_language)
+    section |= {key: node[key] for key in ("context_length", "timestamps", "fusion", "reducer") if node.get(key)}
+    return recipe.replaced("model", section)
+
+
+def section_of(source: str, **language: Any) -> Node:
     """A published vision-language model as the section ``model`` of a recipe, its weights by ``source``.
+
+    Args:
+        language: further arguments of its language model.
 
     Raises:
         UserError: nothing there, a checkpoint of another class, or a part that this library has not.
@@ -112,7 +175,7 @@ def section_of(source: str) -> Node:
     return {
         TARGET: MODEL,
         "vision": {TARGET: VISION, "source": source} | parts.pop("vision"),
-        "language": {TARGET: LANGUAGE, "source": source},
+        "language": {TARGET: LANGUAGE, "source": source} | language,
         "reducer": None,
     } | parts
 

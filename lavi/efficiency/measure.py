@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lavi.checkpoints.published_vlm import as_released, is_released, written_out
 from lavi.checkpoints.weight_files import versions
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
@@ -40,23 +41,29 @@ CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 
 def concat_twin(recipe: Recipe) -> Recipe:
-    """The same recipe with all tokens concatenated instead of its fusion: the baseline of every method."""
-    twin = recipe.replaced("model.fusion", dict(CONCAT))
-    if twin.settings["model"].get("reducer") is not None:
-        twin = twin.replaced("model.reducer", None)
+    """The same recipe with all tokens concatenated instead of its fusion: the baseline of every method.
+
+    Of a released model that is the model as it was released.
+    """
+    twin = as_released(recipe)
+    if twin is recipe:
+        twin = recipe.replaced("model.fusion", dict(CONCAT))
+        if twin.settings["model"].get("reducer") is not None:
+            twin = twin.replaced("model.reducer", None)
     twin.settings["name"] = f"{recipe.settings['name']} (concat)" if "name" in recipe.settings else "concat"
     return twin
 
 
 def method_name(recipe: Recipe) -> str:
     """``lavi``, ``concat``, ``concat+visionzip``: the files that the fusion, and what reduces before it, live in."""
+    recipe = written_out(recipe)
     parts = [recipe.settings["model"]["fusion"], recipe.settings["model"].get("reducer")]
     return "+".join(str(part[TARGET]).split(".")[-2] for part in parts if part is not None)
 
 
 def is_concat(recipe: Recipe) -> bool:
-    """Whether it is a baseline itself: all tokens, concatenated."""
-    return method_name(recipe) == "concat"
+    """Whether it is a baseline itself: all tokens, concatenated as the model was released."""
+    return method_name(recipe) == ("concat" if not is_released(recipe) else method_name(as_released(recipe)))
 
 
 def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
@@ -64,6 +71,7 @@ def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
 
     Adapters are left out: a model answers with the weights they were merged into.
     """
+    recipe = written_out(recipe)
     if recipe.settings["model"]["language"].get("lora") is not None:
         recipe = recipe.replaced("model.language.lora", None)
     with torch.random.fork_rng(), without_weights(), torch.device(device):

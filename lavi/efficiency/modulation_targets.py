@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
+from lavi.checkpoints.published_vlm import written_out
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.language.load import LanguageModel
@@ -23,6 +24,7 @@ def show_targets(recipe: Recipe) -> RenderableType:
     Raises:
         UserError: the recipe's language model or tower cannot be built.
     """
+    recipe = written_out(recipe)
     language: LanguageModel = recipe.build("model.language")
     vision: VisionBackbone = recipe.build("model.vision")
     fusion: Fusion = recipe.build("model.fusion")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from lavi.checkpoints.published_vlm import written_out
 from lavi.efficiency.latency import TURNS, Track
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, is_concat, measure
 from lavi.efficiency.record import Record
@@ -237,7 +238,8 @@ def _points(
 
 def with_baseline(recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes, with the first one's concatenation twin if none of them concatenates: savings are against it."""
-    return list(recipes) if any(map(is_concat, recipes)) else [*recipes, concat_twin(recipes[0])]
+    twins = [] if any(map(is_concat, recipes)) else [concat_twin(recipes[0])]
+    return [written_out(recipe) for recipe in recipes] + twins
 
 
 def name_of(recipe: Recipe) -> str:

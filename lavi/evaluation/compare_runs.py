@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.run_folder import load_run
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
@@ -17,10 +18,14 @@ from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, m
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
 from lavi.evaluation.scoring import Scores, evaluate
+from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 from lavi.report import console, table, track
 
 RECORDS = "evaluation.jsonl"
 """The file of a run folder that an evaluation is appended to."""
+
+RECIPES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def compare_runs(
         measure([run.measurement for run in runs], device=device, track=partial(track, description="timing in turns"))
     finally:  # what was scored is kept, whatever the timing comes to
         for run in runs:
-            write_records([run.record], run.folder / RECORDS)
+            if run.folder.is_dir():  # a recipe has none
+                write_records([run.record], run.folder / RECORDS)
         if out:
             write_records(records, out)
     _print_comparison(runs)
@@ -87,19 +93,23 @@ def score_run(
     device: torch.device,
     texts: Sequence[str] = (),
 ) -> ScoredRun:
-    """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both."""
-    recipe, model = load_run(folder, overrides=list(overrides), trust=trust)
+    """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both.
+
+    Args:
+        folder: of the run; or a recipe, whose model is scored as it is built: a released one.
+    """
+    recipe, model = _open(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
     samples = data.sample_stream("test", limit=limit)
-    watched = track(samples, f"{folder.name}: answering", total=samples.expected)
+    watched = track(samples, f"{_name(folder)}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device)
     record = count(recipe, model, scores.typical, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
     record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
     if texts:
         record.knobs["perplexity"] = asdict(compare_perplexity(recipe, model, list(texts)))
-    record.knobs |= {"run": folder.name, "test_samples": scores.samples, "answers": scores.answers}
+    record.knobs |= {"run": _name(folder), "test_samples": scores.samples, "answers": scores.answers}
     record.knobs["metric"] = scores.metric
     if left_out := samples.left_out + scores.left_out:
         record.knobs["left_out"] = dict(left_out)
@@ -116,6 +126,17 @@ def score_run(
         Measurement(record, scores.typical, partial(model.to, device), usual),
         count(twin, build_on(twin, "meta"), scores.typical),
     )
+
+
+def _name(folder: Path) -> str:
+    return folder.stem if folder.suffix in RECIPES else folder.name
+
+
+def _open(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, VisionLanguageModel]:
+    if folder.suffix not in RECIPES:
+        return load_run(folder, overrides=overrides, trust=trust)
+    recipe = Recipe.load(folder, overrides)
+    return recipe, build(recipe).eval()
 
 
 def _print_comparison(runs: Sequence[ScoredRun]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ def vlm_config(source: str) -> PretrainedConfig:
             f"{', '.join(VLM_KINDS)}."
         )
     return config
+
+
+def names_vlm(source: str) -> bool:
+    """Whether a folder, or what lies under a hub name, is a published vision-language model."""
+    folder = Path(source).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        return False
+    try:
+        return is_vlm(AutoConfig.from_pretrained(configuration_of(source)))
+    except Exception:  # noqa: BLE001 -- whatever the reason: it is another thing, which the caller asks for
+        return False
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE, Batch
+from lavi.checkpoints.published_vlm import start_from_vlm
 from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
 from lavi.config.types import Positive, PositiveOrZero, ShareOrZero
 from lavi.errors import UserError
+from lavi.loading.vlm import names_vlm
 from lavi.metrics.base import GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
@@ -44,6 +46,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         muon: train the hidden matrices with Muon, at this many times their part's rate, and only the rest (embeddings,
             norms, biases) with AdamW; None: AdamW for all. For small models from scratch; finetuning uses AdamW.
         start_from: a run folder whose trained parameters the model starts from; the parts that train now may be others.
+            Or a published vision-language model (:mod:`lavi.loading.vlm`): its tower, its language model and, where the
+            fusion has one of its shape, its projector.
         checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
 
     Raises:
@@ -92,7 +96,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
         if stage == "fit" and self.start_from is not None and not self.inherited:
-            self.inherit(load_start(self, home_path(self.start_from)))
+            if names_vlm(self.start_from):
+                self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
+            else:
+                self.inherit(load_start(self, home_path(self.start_from)))
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy has a mesh of ranks for it."""
