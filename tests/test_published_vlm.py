@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from conftest import QWEN2, collate, small
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from lavi.checkpoints.published_vlm import published_vlm, start_from_vlm
 from lavi.checkpoints.transformers_vlm import save_as_transformers
 from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
+from lavi.evaluation.compare_runs import compare_runs
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
@@ -284,3 +287,33 @@ def test_a_checkpoint_of_transformers_is_loaded_as_a_run_is(tmp_path: Path, toke
     model = load(folder)
     assert not model.training
     assert model.ask("what?", picture((40, 30))) == published_vlm(str(folder)).ask("what?", picture((40, 30)))
+
+
+def test_a_released_model_is_scored_counted_and_timed_from_its_recipe(
+    tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_vlm("smolvlm", tmp_path / "checkpoint", str(scenes / "tokenizer")))
+    recipe = {
+        "model": {"_target_": "lavi.checkpoints.published_vlm.published_vlm", "source": folder},
+        "module": {"_target_": "lavi.training.module.VisionLanguageModule", "learning_rate": {"fusion": 1e-3}},
+        "data": {
+            "_target_": "datamodules.image_text.ImageTextData",
+            **{split: str(scenes / split) for split in ("train", "test")},
+        },
+    }
+    pruned = copy.deepcopy(recipe)
+    pruned["model"]["fusion"] = {
+        "_target_": "lavi.fusion.pruning.FastV",
+        "layer": 2,
+        "projector": {"_target_": "lavi.nn.projectors.LinearProjector"},
+        "markers": {"_target_": "lavi.fusion.tile_markers.TileMarkers"},
+    }
+    files = [tmp_path / "released.yaml", tmp_path / "pruned.yaml"]
+    for file, settings in zip(files, (recipe, pruned), strict=True):
+        file.write_text(yaml.safe_dump(settings))
+    as_it_is, less = compare_runs(
+        files, overrides=[], trust=False, limit=3, device=torch.device("cpu"), out=tmp_path / "records.jsonl"
+    )
+    assert (as_it_is.knobs["run"], less.knobs["run"]) == ("released", "pruned")
+    assert less.gflops_language < as_it_is.gflops_language
+    assert "released" in capsys.readouterr().out

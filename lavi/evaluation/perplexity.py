@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavi.batch import Batch
+from lavi.checkpoints.published_vlm import written_out
 from lavi.errors import UserError, reason
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -54,6 +55,7 @@ def compare_perplexity(recipe: Recipe, model: VisionLanguageModel, texts: list[s
     device, tokenizer = model.language.hf.device, model.language.tokenizer
     batches = [_text_batch(text, tokenizer, model).to(device) for text in texts]
     after, tokens = _mean_loss(model, batches)
+    recipe = written_out(recipe)
     if recipe.settings["model"]["language"].get("lora") is not None:
         recipe = recipe.replaced("model.language.lora", None)
     alone: LanguageModel = recipe.build("model.language").to(device).eval()
