@@ -91,6 +91,8 @@ class Layout(NamedTuple):
     """Height and width of the image, in pixels."""
     video: bool = False
     """The views are frames."""
+    stretched: bool = False
+    """The image was stretched to its tiles; else it stands in the middle of them, its aspect kept."""
 
 
 class ImageSlot(NamedTuple):

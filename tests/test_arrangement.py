@@ -151,6 +151,8 @@ def test_tiles_lie_where_their_image_stands_in_its_canvas() -> None:
     assert windows[8:11] == [whole, [0, -1.5, 1, 2], [0, 0.5, 1, 2]]
     halves = [[0, 0, 0.5, 0.5], [0, 0.5, 0.5, 0.5], [0.5, 0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
     assert windows[11:] == [whole, *halves]  # of a size that is not known: it fills them
+    stretched = batch_of([(0, 6)], [ImageSlot(0, 1, wide._replace(stretched=True))])
+    assert view_windows(stretched, (4, 4), torch.device("cpu")).tolist() == [whole, *halves]
     tall = view_windows(batch_of([(0, 6)], [ImageSlot(0, 1, wide)]), (4, 2), torch.device("cpu"))
     assert tall[1].tolist() == [-1.5, 0, 2, 0.5]  # views twice as high as wide
     assert view_windows(batch.without_images(), (4, 4), torch.device("cpu")).shape == (0, 4)

@@ -144,7 +144,7 @@ class SplitImage(Tiling):
         rows, columns = self._grid(self._resized(size), preprocessing.pixel_shape[1])
         if not self.split or (rows, columns) == (1, 1):
             return Layout(size=size)
-        return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size)
+        return Layout(views=1 + rows * columns, tiles=(rows, columns), size=size, stretched=True)
 
     def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
         layout = self.layout(image, preprocessing, alone=alone)

@@ -128,8 +128,8 @@ def view_indices(batch: Batch, device: torch.device) -> Tensor:
 def view_windows(batch: Batch, grid: tuple[int, int], device: torch.device) -> Tensor:
     """(views, 4): top, left, height and width of each view, in heights and widths of its image.
 
-    A view that is all of its image, or a frame, has 0, 0, 1, 1. The tiles of an image share a canvas, in whose middle
-    it stands (:class:`lavi.data.tiling.AnyRes`): they may begin above it and end below it.
+    A view that is all of its image, or a frame, has 0, 0, 1, 1. Tiles in whose middle the image stands
+    (:class:`lavi.data.tiling.AnyRes`) may begin above it and end below it.
 
     Args:
         grid: rows and columns of the tokens of one view; their cells are square.
@@ -160,11 +160,11 @@ def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tu
 
 
 def _tile_extent(layout: Layout, grid: tuple[int, int]) -> tuple[float, float]:
-    """Height and width of a tile, in heights and widths of the image that fills its canvas in one direction."""
+    """Height and width of a tile, in heights and widths of the image, which fills its tiles one way or both."""
     assert layout.tiles is not None
     rows, columns = layout.tiles[0] * grid[0], layout.tiles[1] * grid[1]
     height, width = layout.size
-    if not (height and width):  # not known: it fills the canvas
+    if layout.stretched or not (height and width):  # or its size is not known
         height, width = rows, columns
     scale = min(rows / height, columns / width)
     return grid[0] / (scale * height), grid[1] / (scale * width)
