@@ -19,6 +19,7 @@ from pathlib import Path
 from busy import busy_table
 from dataloader import table as dataloader_table
 from generator_cost import generator_table
+from grid_code import grid_code_table
 from verify_claims import flops_table, speed_table
 from verify_visor import flops_table as visor_flops_table
 from verify_visor import speed_table as visor_speed_table
@@ -56,6 +57,15 @@ def of_turns(records: list[Record]) -> list[str]:
 def generators(records: list[Record]) -> str:
     """What each delta generator adds."""
     return markdown(*generator_table(records))
+
+
+def grid_code(records: list[Record]) -> str:
+    """What each way of telling where a token lies is worth."""
+    note = (
+        f"{records[0].knobs['test_scenes']:,} test scenes; one figure for each seed. {records[0].knobs['steps']} steps "
+        "of training, from scratch."
+    )
+    return f"{markdown(*grid_code_table(records))}\n{note}\n"
 
 
 TELLING = (
@@ -182,6 +192,7 @@ def busy(records: list[Record]) -> str:
 KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
+    "grid_code": grid_code,
     "quickstart.short": short_comparison,
     "real.shown": shown,
     "real.shown_short": shown_short,
