@@ -1,12 +1,15 @@
 """Ask a trained run about images and videos: one question, or a chat.
 
 python -m lavi.generate --checkpoint runs/NAME --image photo.jpg
+python -m lavi.generate --checkpoint runs/NAME --web
 python -m lavi.generate --checkpoint runs/NAME --image photo.jpg --question "what colour is the circle?"
 python -m lavi.generate --checkpoint runs/NAME --video clip.mp4 --frames 8 --question "which way does the circle move?"
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
+from importlib.util import find_spec
 from typing import Any
 
 from lavi.cli.arguments import Parser, path, text, whole_number
@@ -15,8 +18,12 @@ from lavi.config.devices import device_of
 from lavi.errors import UserError
 
 
-@cli_entry_point
-def main() -> None:
+def arguments() -> Namespace:
+    """Of the command line.
+
+    Raises:
+        UserError: they do not go together, or the page needs what is not installed.
+    """
     parser = Parser(prog="python -m lavi.generate", description=__doc__)
     folder = "a run folder of lavi.fit, or a folder of lavi.export"
     parser.add_argument("--checkpoint", type=path, required=True, metavar="FOLDER", help=folder)
@@ -27,16 +34,27 @@ def main() -> None:
     frames = "frames of each video, evenly spread (None: those that the run was trained on)"
     parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
     parser.add_argument("--question", type=text, metavar="TEXT", help="one question (None: a chat)")
-    longest = "the longest answer (None: 64, in a chat 256, or less where the context has no room for more)"
+    longest = "the longest answer, where the context has room for it (None: 64, in a chat 256)"
     parser.add_argument("--max-new-tokens", type=whole_number(1), metavar="N", help=longest)
     parser.add_argument(
         "--beams", type=whole_number(1), default=1, help="beam search with this many beams (not streamed)"
     )
+    parser.add_argument("--web", action="store_true", help="the chat as a page in the browser, on this computer alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--trust", action="store_true", help="build whatever the recipe in the folder names")
     args = parser.read()
     if args.question is not None and not args.question.strip():
         raise UserError("--question is empty.")
+    if args.web and args.question is not None:
+        raise UserError("--web is a chat: leave out --question.")
+    if args.web and find_spec("gradio") is None:
+        raise UserError("--web needs the package `gradio`: pip install 'lavi[web]'.")
+    return args
+
+
+@cli_entry_point
+def main() -> None:
+    args = arguments()
     device = device_of(args.device)
     from lavi.chatting.conversation import LONGEST_REPLY, Conversation
     from lavi.chatting.terminal import TerminalChat, say
@@ -50,11 +68,14 @@ def main() -> None:
     trained = trained_sampling(args.checkpoint, trust=args.trust)
     sampling = trained if args.frames is None else FrameSampling(frames=args.frames)
     visuals = [open_image(file) if kind == "image" else read_video(file, sampling) for kind, file in args.visuals]
-    decoding = {"num_beams": args.beams}
-    if args.max_new_tokens is not None:
-        decoding["max_new_tokens"] = args.max_new_tokens
-    most = LONGEST_REPLY if args.question is None else LONGEST_ANSWER
-    conversation = Conversation(model, longest=most, **decoding)
+    most = args.max_new_tokens or (LONGEST_ANSWER if args.question is not None else LONGEST_REPLY)
+    conversation = Conversation(model, longest=most, num_beams=args.beams)
+    if args.web:
+        from lavi.chatting.page import Page
+        from lavi.chatting.web import serve
+
+        page = Page(conversation, sampling)
+        return serve(page, title=args.checkpoint.name, files=[file for _, file in args.visuals])
     conversation.show(*visuals)
     if args.question is None:
         TerminalChat(conversation, sampling).run()

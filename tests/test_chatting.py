@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import io
 import itertools
 import os
@@ -15,13 +16,16 @@ import termios
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import av
 import pytest
-from conftest import awaken, collate, image
+from conftest import awaken, collate, image, refused
 from test_oracles import FUSIONS
 
-from lavi.batch import Sample
+from lavi.batch import Layout, Sample
 from lavi.chatting.conversation import Conversation
+from lavi.chatting.page import MISTAKE, Page
 from lavi.chatting.terminal import HELP, TerminalChat, file_named, say
 from lavi.checkpoints.model_folder import build as build_model
 from lavi.checkpoints.model_folder import save_pretrained
@@ -318,6 +322,138 @@ def test_a_file_is_named_as_it_is_or_in_quotes(tmp_path: Path, monkeypatch: pyte
     assert {words: file_named(words, "/image") for words in named} == named
 
 
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def shown(role: str, *parts: str | Path, title: str | None = None) -> dict[str, Any]:
+    """A message as gradio has it: paths are files."""
+    content: list[dict[str, Any]] = [
+        {"type": "file", "file": {"path": str(part)}} if isinstance(part, Path) else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return {"role": role, "content": content, "metadata": {"title": title}}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    files = {name: tmp_path / name for name in ("1.png", "2.png", "bad.png", "film.gif", "film.bin")}
+    for seed in (1, 2):
+        image(seed).save(files[f"{seed}.png"])
+    files["bad.png"].write_text("words")
+    image(3).save(files["film.gif"], save_all=True, append_images=[image(4)], duration=100)
+    with av.open(str(files["film.bin"]), "w", format="mp4") as container:  # by its first bytes, whatever it is called
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 40, 40, "yuv420p"
+        for seed in (3, 4):
+            container.mux(stream.encode(av.VideoFrame.from_image(image(seed))))
+        container.mux(stream.encode())
+    return files
+
+
+def last(page: Page, history: list[dict[str, Any]], text: str, *files: Path) -> Any:
+    """The last that a page shows for a question."""
+    answers = list(page.answer({"text": text, "files": [str(file) for file in files]}, history))
+    return answers[-1] if answers else None
+
+
+def test_a_page_is_answered_as_the_conversation_that_it_shows(
+    plain: VisionLanguageModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was taken back there; and the tower runs once for each image."""
+    views: list[int] = []
+    tower = plain.vision.forward
+    monkeypatch.setattr(plain.vision, "forward", lambda pixels: views.append(len(pixels)) or tower(pixels))
+    page = Page(Conversation(plain, max_new_tokens=TOKENS), FrameSampling(frames=2))
+    history = [shown("user", files["1.png"])]  # given on the command line
+    first = last(page, history, "what is it?")
+    history += [shown("user", "what is it?"), shown("assistant", first)]
+    second = last(page, history, "and this?", files["2.png"])
+    again = last(page, history, "or this?", files["2.png"])
+    assert views == [1, 1]
+    messages = [user(1, "what is it?"), assistant(first)]
+    assert first == answer_to(plain, messages[:1], 1)
+    assert second == answer_to(plain, [*messages, user(2, "and this?")], 1, 2)
+    assert again == answer_to(plain, [*messages, user(2, "or this?")], 1, 2)
+    retried = {"text": "and this?", "files": [{"path": str(files["2.png"])}]}
+    assert list(page.answer(retried, history))[-1] == second
+    waiting = [*history, shown("user", files["2.png"], "")]
+    assert last(page, history, " ", files["2.png"]) is None
+    assert last(page, waiting, "and this?") == second
+
+
+@pytest.mark.parametrize("name", ["film.gif", "film.bin"])
+def test_a_page_shows_videos(plain: VisionLanguageModel, files: dict[str, Path], name: str) -> None:
+    page = Page(Conversation(plain, max_new_tokens=TOKENS), FrameSampling(frames=2))
+    assert isinstance(last(page, [], "what is it?", files[name]), str)
+    assert page.state.layouts == (Layout(views=2, video=True),)
+
+
+def test_a_mistake_on_a_page_is_one_sentence_and_the_chat_goes_on(
+    plain: VisionLanguageModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Page(Conversation(plain, max_new_tokens=TOKENS), FrameSampling())
+    mistake = last(page, [], "what?", files["bad.png"])
+    assert mistake["content"] == "bad.png is not an image that opens (no format known here)."
+    history = [shown("user", files["bad.png"], "what?"), shown("assistant", mistake["content"], title=MISTAKE)]
+    assert last(page, history, "what is it?", files["1.png"]) == answer_to(plain, [user(1, "what is it?")], 1)
+    assert "fewer words, or clear the conversation." in last(page, [], "circle " * 300)["content"]
+    monkeypatch.setattr(Conversation, "ask", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        last(page, [], "what?")
+
+
+def test_a_page_that_is_left_stops_its_answer(plain: VisionLanguageModel) -> None:
+    """Another may be asked then: only one is answered at a time."""
+    ended: list[str] = []
+    page = Page(Conversation(plain, longest=200), FrameSampling())
+    ask = Conversation.ask
+
+    class Watched(Conversation):
+        def ask(self, question: str, say: Any = len) -> str:
+            try:
+                return ask(self, question, say)
+            except KeyboardInterrupt:
+                ended.append(question)
+                raise
+
+        def another(self) -> Conversation:
+            return Watched(self.model, longest=self.longest)
+
+    page.template = Watched(plain, longest=200)
+    answers = page.answer({"text": "what?", "files": []}, [])
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    page.template = Conversation(plain, max_new_tokens=TOKENS)
+    assert last(page, [], "what is it?") == answer_to(plain, [user("what is it?")])
+    assert ended == ["what?"]
+
+
+def test_a_page_is_for_this_computer_alone(plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gradio is asked for; the package itself is an extra, and has no part in it."""
+    gradio = MagicMock()
+    gradio.ChatInterface.return_value.launch.return_value = (None, "http://127.0.0.1:7860/", None)
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    monkeypatch.delitem(sys.modules, "lavi.chatting.web", raising=False)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    web = importlib.import_module("lavi.chatting.web")
+    page = Page(Conversation(plain), FrameSampling())
+    web.serve(page, title="a run", files=["a.png"])
+    asked = gradio.ChatInterface.return_value.launch.call_args.kwargs
+    assert {name: asked[name] for name in ("server_name", "share", "allowed_paths", "mcp_server", "pwa")} == {
+        "server_name": "127.0.0.1",
+        "share": False,
+        "allowed_paths": ["a.png"],
+        "mcp_server": False,
+        "pwa": False,
+    }
+    assert gradio.ChatInterface.call_args.args == (page.answer,)
+    assert gradio.ChatInterface.call_args.kwargs["analytics_enabled"] is False
+    assert "share" not in gradio.Chatbot.call_args.kwargs["buttons"]
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    monkeypatch.delitem(sys.modules, "lavi.chatting.web")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +480,11 @@ def test_a_chat_through_pipes(chat_folder: Path) -> None:
     assert done.stdout.count(b"\n") == 3
     assert b"\x1b" not in done.stdout
     assert b">" not in done.stdout
+
+
+def test_a_page_without_gradio_is_refused_before_the_model_is_read(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavi.generate.find_spec", lambda name: None)
+    refused(run("lavi.generate", "--checkpoint", "gone", "--web"), "pip install 'lavi[web]'")
 
 
 def read_until(terminal: int, wanted: bytes, *, seconds: float = 120) -> bytes:

@@ -56,6 +56,7 @@ OPTIONS = [
     ("datamodules.photographs --turns 2", 2, "unrecognized arguments: --turns"),
     ("datamodules.photographs --test 0", 2, "--train, --validation, --test and --workers are at least 1"),
     ("lavi.generate --checkpoint gone --question ''", 2, "--question is empty"),
+    ("lavi.generate --checkpoint gone --web --question what?", 2, "--web is a chat: leave out --question"),
     ("lavi.generate --checkpoint gone --question what? --beams 0", 2, "--beams: a whole number from 1, not '0'"),
     ("lavi.generate --checkpoint gone --question what? --frames 0", 2, "--frames: a whole number from 1, not '0'"),
     (

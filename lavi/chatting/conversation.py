@@ -37,6 +37,10 @@ class Conversation:
         """The parts of images and videos that stand before the next question."""
         self.state = self.model.see()
 
+    def another(self) -> Conversation:
+        """A new conversation with the same model, of answers as here."""
+        return Conversation(self.model, longest=self.longest, **self.decoding)
+
     def show(self, *visuals: Visual) -> None:
         """Let images and videos stand before the next question, and compute what depends on them alone.
 
