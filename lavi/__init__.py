@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavi.batch import Batch, Sample, Video
+    from lavi.chatting.conversation import Conversation
     from lavi.checkpoints.load import load
     from lavi.checkpoints.model_folder import save_pretrained
     from lavi.errors import UserError
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "lavi.batch",
+    "Conversation": "lavi.chatting.conversation",
     "Recipe": "lavi.recipe",
     "Sample": "lavi.batch",
     "UserError": "lavi.errors",
@@ -37,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "Conversation",
     "Recipe",
     "Sample",
     "UserError",
