@@ -134,6 +134,18 @@ def test_a_prompt_ends_where_its_answer_begins(processor: Processor) -> None:
     assert (turn.family, turn.level) == ("all", "all")
 
 
+def test_a_prompt_on_images_that_were_seen_is_that_prompt_without_pixels(processor: Processor) -> None:
+    """What its images take of the context is what they took when they were seen, however they were cut."""
+    asked = ask(1, "what?", answer="red", key="x")
+    sample = Sample("x", asked.messages[:1], asked.images)
+    whole = processor.encode(sample, prompt=True)
+    for layouts, visual in ((whole.layouts, 16), ([Layout(views=5, video=True)], 5 * 4)):
+        seen = processor.encode_seen(sample, layouts)
+        assert (seen.key, seen.encoded, seen.layouts) == ("x", whole.encoded, layouts)
+        assert seen.length == len(whole.encoded.ids) + visual
+        assert seen.pixels.shape == (0, *processor.preprocessing.pixel_shape)
+
+
 def test_a_conversation_fills_its_context_and_no_more(processor: Processor) -> None:
     sample = ask(1, "what?", answer="red")
     whole = processor.encode(sample)

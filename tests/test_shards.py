@@ -317,6 +317,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "a role that is none": (talk(role=5), "its 'messages' are not a list of"),
     "a label that is none": (talk(level=["easy"]), "has a turn whose 'level' is no text"),
     "a number for a text": (talk(content=[{"type": "text", "text": 5}]), "its 'messages' are not a list of"),
+    "a part that is none": (talk(content=["red"]), "its 'messages' are not a list of"),
     "a part of another type": (talk(content=[{"type": "sound"}]), "its 'messages' are not a list of"),
     "no content": (talk(content=None), "its 'messages' are not a list of"),
     "blanks": (talk(content=[{"type": "text", "text": " "}]), "its conversation has no answer"),
