@@ -57,12 +57,15 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
     "timm SigLIP": {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map", "timm_proj": "none"},
     "EVA": {"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224, "timm_pool": "token", "timm_proj": None},
     "ConvNeXt": {"timm_model_name": "test_convnext", "image_size": 64},
+    "EfficientNet": {"timm_model_name": "test_efficientnet", "image_size": 160},
+    "MobileNet": {"timm_model_name": "mobilenetv4_conv_small", "image_size": 64, "timm_pool": "", "timm_proj": None},
     "FastViT": {"timm_model_name": "fastvit_mci0", "image_size": 64, "timm_proj": None},
     "ResNet": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
 }
 TOWER_NAMES = [*HF, *OPEN_CLIP]
 """Model types of transformers are lower case, kinds of open_clip are not."""
-CONVOLUTIONAL = {"dinov3_convnext", "convnext", "convnextv2", "ConvNeXt", "FastViT", "ResNet"}
+CONVOLUTIONAL = {"dinov3_convnext", "convnext", "convnextv2"}
+CONVOLUTIONAL |= {"ConvNeXt", "EfficientNet", "MobileNet", "FastViT", "ResNet"}
 NO_CLASS_TOKEN = {"siglip_vision_model", "ijepa", "aimv2_vision_model", "timm registers", "timm SigLIP"} | CONVOLUTIONAL
 REGISTER_COUNT = {"dinov2_with_registers": 3, "dinov3_vit": 3, "timm registers": 1}
 BLOCKS = [name for name in TOWER_NAMES if name not in CONVOLUTIONAL]
@@ -155,13 +158,13 @@ def test_features_are_what_the_contract_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOWER_NAMES)
 def test_the_grid_runs_row_by_row(name: str) -> None:
-    """A change at the right edge of the top row of patches is felt most at that token."""
+    """A change of the upper half of the last patch of the top row is felt most at that token."""
     vision = tower(name)
     pixels = 0.1 * pixels_of(vision, 1)
     changed = pixels.clone()
     rows, columns = vision.grid
     height, width = vision.pixel_shape[1] // rows, vision.pixel_shape[2] // columns
-    changed[:, :, :height, -width:] += 3.0
+    changed[:, :, : height // 2, -width:] += 3.0
     felt = (run(vision, changed) - run(vision, pixels)).norm(dim=-1)[0]
     assert felt.argmax() == columns - 1
 
@@ -219,7 +222,7 @@ def test_layers_count_as_hidden_states_do(name: str) -> None:
     torch.testing.assert_close(run(vision, pixels), hidden)
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt", "FastViT"])
+@pytest.mark.parametrize("name", ["ConvNeXt", "EfficientNet", "MobileNet", "FastViT"])
 def test_a_convolutional_tower_gives_the_grid_it_would_pool(name: str) -> None:
     vision = clip(name)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from lavi.config.types import Check
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError, nearest, one_line
 from lavi.loading.without_weights import weights_wanted
-from lavi.vision.tower import Tower, chosen_layers, middle
+from lavi.vision.tower import Tower, chosen_layers, middle, nothing_before
 
 SETTINGS = ("embed_dim", "vision_cfg", "quick_gelu", "preprocess_cfg")
 """What of open_clip's files a tower needs; the rest is about the text half, and the training of both."""
@@ -98,8 +98,6 @@ class OpenCLIPVision(Tower):
         self.tower = _build(self.settings)
         weights = None if pretrained is None else _weights(self.tower, pretrained, tags)
         self.layers = _cut(self.tower, layer)
-        if weights is not None:
-            _fill(self.tower, weights, str(pretrained))
         self._prepare(self.settings.get("preprocess_cfg") or tag or next(iter(tags.values()), {}))
         registers = getattr(_trunk(self.tower), "reg_token", None)
         try:
@@ -109,20 +107,24 @@ class OpenCLIPVision(Tower):
             )
         except AssertionError as error:
             raise UserError(f"the tower does not take images of vision_cfg.image_size: {error}") from None
+        for network in (self.tower, _trunk(self.tower)):
+            self.drop_unused(network)
+        if weights is not None:
+            _fill(self.tower, weights, str(pretrained))
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         trunk = _trunk(self.tower)
         if not self.layers:
-            grid = self.tower(pixels)
+            grid = trunk.forward_features(pixels) if hasattr(trunk, "forward_features") else self.tower(pixels)
             grid = grid.permute(0, 3, 1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else grid
-            return [(_nothing(grid), grid)]
+            return [(nothing_before(grid), grid)]
         blocks = sorted({layer - 1 for layer in self.layers})
         before = getattr(trunk, "num_prefix_tokens", 1)  # open_clip's own ViT always has a class token
         out = self.tower.forward_intermediates(
             pixels, indices=blocks, intermediates_only=True, output_extra_tokens=before > 0
         )
         grids = out["image_intermediates"]  # (views, D, rows, columns) each
-        befores = out.get("image_intermediates_prefix") or [_nothing(grid) for grid in grids]
+        befores = out.get("image_intermediates_prefix") or [nothing_before(grid) for grid in grids]
         outputs = dict(zip(blocks, zip(befores, grids, strict=True), strict=True))
         return [outputs[layer - 1] for layer in self.layers]
 
@@ -218,22 +220,25 @@ def _trunk(tower: Any) -> Any:
 
 
 def _cut(tower: Any, layer: int | list[int]) -> list[int]:
-    """Drop what comes after the features; the numbers from 1 of the blocks they come from, if the tower has blocks."""
+    """Drop the blocks after the last chosen one; the numbers from 1 of the chosen, if the tower has blocks."""
     trunk = _trunk(tower)
-    blocks = getattr(trunk, "blocks", None) or getattr(getattr(trunk, "transformer", None), "resblocks", None)
-    numbers: list[int] = []
-    if blocks:
+    blocks = _blocks(trunk)
+    if blocks is not None:
         numbers = chosen_layers(layer, len(blocks))
         trunk.prune_intermediate_layers([number - 1 for number in numbers], prune_norm=True, prune_head=True)
-    elif layer not in (-1, [-1]):
+        return numbers
+    if layer not in (-1, [-1]):
         raise UserError(f"{type(trunk).__name__} has stages of different grids, not blocks of one: leave layer at -1.")
-    ends = ("attn_pool", "attn_pool_contrastive") if blocks else ("head", "attnpool")
-    for owner, name in [(tower, "head"), *((trunk, end) for end in ends)]:
-        if getattr(owner, name, None) is not None:
-            setattr(owner, name, nn.Identity())
-    return numbers
+    if hasattr(trunk, "attnpool"):
+        trunk.attnpool = nn.Identity()
+    return []
 
 
-def _nothing(grid: Tensor) -> Tensor:
-    """(views, D, rows, columns) to (views, 0, D): what stands before a grid without a class token."""
-    return grid.new_zeros(len(grid), 0, grid.shape[1])
+def _blocks(trunk: Any) -> Any:
+    """The blocks of a transformer; None of a convolutional network, whose stages have different grids."""
+    if (transformer := getattr(trunk, "transformer", None)) is not None:
+        return transformer.resblocks
+    info = getattr(trunk, "feature_info", [])
+    if len({stage["reduction"] for stage in getattr(info, "info", info)}) != 1:
+        return None
+    return getattr(trunk, "blocks", None)

@@ -75,9 +75,9 @@ class Tower(VisionBackbone):
         with evaluating(self), torch.device("meta"), torch.enable_grad():
             features = functional_call(self, state, (torch.zeros(1, *self.pixel_shape),))
             features.sum().backward()
-        prefix = next(name for name, child in self.named_children() if child is network)
+        path = next(name for name, module in self.named_modules() if module is network)
         for name, child in list(network.named_children()):
-            weights = [state[f"{prefix}.{name}.{of_child}"] for of_child, _ in child.named_parameters()]
+            weights = [state[f"{path}.{name}.{of_child}"] for of_child, _ in child.named_parameters()]
             if weights and all(weight.grad is None for weight in weights):
                 setattr(network, name, nn.Identity())
 
