@@ -93,6 +93,19 @@ class Layout(NamedTuple):
     """The views are frames."""
     stretched: bool = False
     """The image was stretched to its tiles; else it stands in the middle of them, its aspect kept."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the features of each view, where each image has its own (native resolution); they are the
+    first of a view's features, what follows is padding."""
+
+    def tokens_of_view(self, per_view: int) -> int:
+        """Of the ``per_view`` features of a view, those that are not padding."""
+        return per_view if self.grid is None else self.grid[0] * self.grid[1]
+
+
+def grids_of_views(layouts: Sequence[Layout]) -> list[tuple[int, int]] | None:
+    """The grids of all views of images of these layouts; None: they have that of the backbone."""
+    grids = [(layout.grid, layout.views) for layout in layouts]
+    return [grid for grid, views in grids if grid is not None for _ in range(views)] or None
 
 
 class ImageSlot(NamedTuple):
@@ -155,6 +168,11 @@ class Batch:
         """The row of an image, and the number of its conversation in it."""
         starts = [start for start, _ in self.conversations[slot.row]]
         return slot.row, max(0, bisect_right(starts, slot.column) - 1)
+
+    @property
+    def grids(self) -> list[tuple[int, int]] | None:
+        """Of each view in turn, at native resolution; None: all views have the grid of the backbone."""
+        return grids_of_views([slot.layout for slot in self.image_slots])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch, Sample, Video, Visual, VisualState, visual_part
+from lavi.batch import Batch, Sample, Video, Visual, VisualState, grids_of_views, visual_part
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
 from lavi.data.images import upright_rgb
@@ -67,6 +67,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.built_from = built_from
+        check_native_resolution(vision, tiling, reducer, fusion)
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
         fusion.bind(language, self.feature_spec)
@@ -93,19 +94,28 @@ class VisionLanguageModel(nn.Module):
             timestamps=self.timestamps,
         )
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """(views, C, H, W) to (views, N, Dv), reduced; of a frozen tower, without a graph."""
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
+        """(views, C, H, W), at native resolution of these grids, through the backbone alone."""
+        features: Tensor = self.vision(pixels, grids) if self.vision.native_resolution else self.vision(pixels)
+        return features
+
+    def features(self, pixels: Tensor, grids: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """(views, C, H, W) to (views, N, Dv), reduced; of a frozen tower, without a graph.
+
+        Args:
+            grids: of each view, at native resolution.
+        """
         if len(pixels):
             trained = any(parameter.requires_grad for parameter in self.vision.parameters())
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                features = self.vision(pixels)
+                features = self.encode(pixels, grids)
         else:
             features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
         return features if self.reducer is None else self.reducer(features)
 
     def features_of(self, batch: Batch) -> Tensor:
         """(views, N, Dv): what a batch brings with it, or else :meth:`features` of its pixels."""
-        return self.features(batch.pixels) if batch.features is None else batch.features
+        return self.features(batch.pixels, batch.grids) if batch.features is None else batch.features
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.
@@ -237,7 +247,8 @@ class VisionLanguageModel(nn.Module):
         features = [None if known is None else known.features_of(one) for one in pixels]
         new = [one for one, its_features in zip(pixels, features, strict=True) if its_features is None]
         if new:  # all in one call
-            together = self.features(torch.cat(new).to(self.language.hf.device))  # (views, N, Dv)
+            grids = grids_of_views([one for one, seen in zip(layouts, features, strict=True) if seen is None])
+            together = self.features(torch.cat(new).to(self.language.hf.device), grids)  # (views, N, Dv)
             computed = iter(together.split([len(one) for one in new]))
             features = [next(computed) if one is None else one for one in features]
         return VisualState(tuple(shown), tuple(layouts), tuple(pixels), cast(tuple[Tensor, ...], tuple(features)))
@@ -311,6 +322,30 @@ class VisionLanguageModel(nn.Module):
         of_tokenizer = self.language.tokenizer.eos_token_id
         ids = {of_tokenizer} if of_tokenizer is not None else set()
         return sorted(ids | set(end if isinstance(end, list) else [end] if end is not None else []))
+
+
+def check_native_resolution(
+    vision: VisionBackbone, tiling: Tiling | None, reducer: Reducer | None, fusion: Fusion
+) -> None:
+    """That all parts take views whose grids differ, where the backbone gives such.
+
+    Raises:
+        UserError: one does not.
+    """
+    if not vision.native_resolution:
+        return
+    what = f"{type(vision).__name__} gives each image a grid of its own"
+    if tiling is not None and not tiling.native_resolution:
+        raise UserError(
+            f"{what}, and {type(tiling).__name__} cuts images into tiles of one size: leave model.tiling out."
+        )
+    if reducer is not None:
+        raise UserError(f"{what}, and {type(reducer).__name__} reduces views of one grid: leave model.reducer out.")
+    if not fusion.native_resolution:
+        raise UserError(
+            f"{what}, and {type(fusion).__name__} as it is set needs one for all: take concatenation, cross-attention, "
+            "or LaVi with its attention generator."
+        )
 
 
 def upright(visual: Visual) -> Visual:

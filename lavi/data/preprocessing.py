@@ -24,6 +24,10 @@ class Preprocessing(ABC):
     mean: tuple[float, ...]
     resample: Image.Resampling
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the features of an image of ``size`` (height, width); None: all images have the same."""
+        return None
+
     @abstractmethod
     def __call__(self, image: Image.Image) -> Tensor:
         """One image to (C, H, W)."""

@@ -30,7 +30,13 @@ Grid = tuple[int, int]
 
 
 class Tiling(ABC):
-    """How images become views."""
+    """How images become views.
+
+    Attributes:
+        native_resolution: its views may have grids of their own.
+    """
+
+    native_resolution: bool = False
 
     @abstractmethod
     def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
@@ -39,7 +45,9 @@ class Tiling(ABC):
     def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         """How the views of an image, or the frames of a video, belong together."""
         if isinstance(visual, Video):
-            return Layout(views=len(visual.frames), video=True)
+            first = visual.frames[0]
+            grid = preprocessing.grid((first.height, first.width))
+            return Layout(views=len(visual.frames), video=True, grid=grid)
         return self.cut(visual, preprocessing, alone=alone)[1]
 
     def views(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> tuple[Tensor, Layout]:
@@ -60,13 +68,17 @@ class OneView(Tiling):
             (LLaVA-1.5); else the backbone's own preprocessing gets the image as it is.
     """
 
+    native_resolution = True
+
     def __init__(self, *, pad_to_square: bool = False) -> None:
         self.pad_to_square = pad_to_square
 
     def layout(self, visual: Visual, preprocessing: Preprocessing, *, alone: bool = True) -> Layout:
         if isinstance(visual, Video):
             return super().layout(visual, preprocessing)
-        return Layout(size=(visual.height, visual.width))
+        size = (visual.height, visual.width)
+        shown = (max(size), max(size)) if self.pad_to_square else size
+        return Layout(size=size, grid=preprocessing.grid(shown))
 
     def cut(self, image: Image.Image, preprocessing: Preprocessing, *, alone: bool) -> tuple[list[Image.Image], Layout]:
         view = square(image, preprocessing.mean) if self.pad_to_square else image

@@ -55,7 +55,7 @@ def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
     with_visual = [shape.text + count for count in visual]
     language, alone = (language_flops(model.language, tokens=tokens) for tokens in (with_visual, text))
     prefill = {
-        "vision_encoder": model.vision.flops(shape.encoded),
+        "vision_encoder": model.vision.flops(shape.encoded, layout.grid if layout else None),
         **({"reducer": shape.encoded * model.reducer.flops()} if model.reducer is not None else {}),
         **_flops(model.fusion.costs(shape.text, layout, per_view)),
         "text_attention": alone["attention"],
@@ -128,13 +128,13 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     batch, features = shape.inputs(model, "meta")
     pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
     with torch.no_grad():
-        encoder = _count(lambda: model.vision(pixels)) if len(pixels) else 0.0
+        encoder = _count(lambda: model.encode(pixels, shape.grids())) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
         language = _bare(model, shape)
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
             "vision_encoder": encoder,
-            "reducer": _count(lambda: model.features(pixels)) - encoder if len(pixels) else 0.0,
+            "reducer": _count(lambda: model.features(pixels, shape.grids())) - encoder if len(pixels) else 0.0,
             "language": language,
             "fusion": _count(lambda: model.prefill(batch, features)) - language,
             "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),

@@ -227,7 +227,7 @@ def model_and_floor(
     hf, token = model.language.hf, torch.ones(shape.batch, 1, dtype=torch.long, device=device)
 
     def encoded() -> Any:
-        return model.features(pixels) if len(pixels) else None
+        return model.features(pixels, shape.grids()) if len(pixels) else None
 
     def prefill() -> tuple[Any, Any]:
         return model.prefill(batch, features)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavi.batch import Batch, ImageSlot, Layout
+from lavi.batch import Batch, ImageSlot, Layout, grids_of_views
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -48,7 +48,7 @@ class Scenario:
             return PromptShape(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
         if self.image is not None:
             _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)
-            return PromptShape(self.text, self.batch, layout, tokens, layout.views)
+            return PromptShape(self.text, self.batch, layout, layout.tokens_of_view(tokens), layout.views)
         if self.frames is not None:
             return PromptShape(self.text, self.batch, Layout(views=self.frames, video=True), tokens, self.frames)
         if self.visual_tokens:
@@ -112,6 +112,10 @@ class PromptShape:
         return batch, torch.zeros(
             self.batch * self.views, max(self.per_view, 1), model.feature_spec.width, device=device
         )
+
+    def grids(self) -> list[tuple[int, int]] | None:
+        """Of the views of all rows, at native resolution."""
+        return grids_of_views([self.layout] * self.batch) if self.layout else None
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
         """Pixels that the tower encodes: (views of all rows, C, H, W), zeros."""

@@ -89,6 +89,18 @@ def group_tokens_by_row(batch: Batch, counts: Sequence[int]) -> Rows:
     return Rows(index, column, image)
 
 
+def group_views_by_row(batch: Batch, per_view: int) -> Rows:
+    """The rows of a batch whose views have ``per_view`` tokens each, without the padding of smaller grids."""
+    layouts = [slot.layout for slot in batch.image_slots]
+    rows = group_tokens_by_row(batch, [layout.views * layout.tokens_of_view(per_view) for layout in layouts])
+    if (grids := batch.grids) is None:
+        return rows
+    counts = [height * width for height, width in grids]
+    kept = [view * per_view + token for view, count in enumerate(counts) for token in range(count)]
+    positions = torch.tensor([*kept, len(grids) * per_view], device="cpu")
+    return Rows(positions[rows.index], rows.column, rows.image)
+
+
 def text_only_input(batch: Batch, vision: ColumnContext) -> DecoderInput:
     """The text of a batch as the decoder's input, nothing between its tokens."""
     inputs = DecoderInput(batch.attention_mask, vision, input_ids=batch.input_ids)
@@ -153,6 +165,9 @@ def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tu
     if code is None or grid is None:
         return None
     views, tokens, _ = features.shape
+    if (own := batch.grids) is not None:
+        windows = view_windows(batch, grid, features.device)
+        return code(windows, torch.tensor(own, device="cpu").to(features.device), tokens)
     grid = grid_of_tokens(tokens, grid)
     grids = torch.tensor(grid, device="cpu").expand(views, 2).to(features.device)
     windows = view_windows(batch, grid, features.device)

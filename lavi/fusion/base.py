@@ -58,6 +58,9 @@ class Fusion(nn.Module, ABC):
     packs = False
     """Whether rows may hold several conversations, which do not see each other."""
 
+    native_resolution = False
+    """Whether views may have grids of their own (:attr:`lavi.batch.Layout.grid`), their features padded."""
+
     @property
     def modulated_norms(self) -> list[NormTarget]:
         """The norms that it modulates."""

@@ -41,6 +41,7 @@ class ConcatFusion(Fusion):
     """
 
     packs = True
+    native_resolution = True
 
     def __init__(
         self,
@@ -99,5 +100,5 @@ class ConcatFusion(Fusion):
         return self.tile_arrangement
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        visual = 0 if decoding or layout is None else layout.views * per_view
+        visual = 0 if decoding or layout is None else layout.views * layout.tokens_of_view(per_view)
         return {"projector": Cost(self.projector.flops(visual))}

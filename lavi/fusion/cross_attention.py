@@ -24,7 +24,7 @@ from lavi.errors import UserError
 from lavi.fusion.arrangement import (
     ColumnContext,
     grid_code_of,
-    group_tokens_by_row,
+    group_views_by_row,
     text_only_input,
     view_indices,
 )
@@ -53,6 +53,7 @@ class CrossAttentionFusion(Fusion):
     """
 
     packs = True
+    native_resolution = True
 
     def __init__(
         self,
@@ -102,9 +103,7 @@ class CrossAttentionFusion(Fusion):
         tokens = self.norm(features.float() + self.views(view_indices(batch, features.device)))  # (views, N, Dv)
         if (code := grid_code_of(self.grid_code, batch, tokens, self.grid)) is not None:
             tokens = tokens + code
-        rows = group_tokens_by_row(batch, [slot.views * tokens.shape[1] for slot in batch.image_slots]).to(
-            features.device
-        )
+        rows = group_views_by_row(batch, tokens.shape[1]).to(features.device)
         visual = rows.gather(tokens)  # (B, M, Dv)
         keys_values = {}
         for layer, block in self.blocks.items():
@@ -115,7 +114,7 @@ class CrossAttentionFusion(Fusion):
         return text_only_input(batch, context)
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        visual = layout.views * per_view if layout else 0
+        visual = layout.views * layout.tokens_of_view(per_view) if layout else 0
         flops = 0.0
         for module in self.blocks.values():
             block = cast(GatedCrossAttention, module)

@@ -32,7 +32,7 @@ from lavi.errors import UserError
 from lavi.fusion.arrangement import (
     ColumnContext,
     grid_code_of,
-    group_tokens_by_row,
+    group_views_by_row,
     text_only_input,
     view_indices,
 )
@@ -92,7 +92,9 @@ class LaViFusion(Fusion):
         self.every, self.wanted_layers, self.fraction, self.where = every, layers, fraction, where
         self.wanted_targets = targets or ["attention", "ffn"]
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
-        self.new_generator = (generator or AttentionDeltas()).bound  # the template itself is no part of the model
+        template = generator or AttentionDeltas()
+        self.new_generator = template.bound  # the template itself is no part of the model
+        self.native_resolution = template.per_token
         self.per_target, self.max_images, self.has_grid_code = per_target, max_images, grid_code
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
@@ -144,14 +146,13 @@ class LaViFusion(Fusion):
         tokens = features.float() + self.views(view_indices(batch, features.device))  # (views, N, Dv)
         code = grid_code_of(self.grid_code, batch, tokens, self.grid)  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid, code) for name, g in self.generators.items()}
-        per_view = next(iter(slots.values())).shape[1]
-        counts = [slot.views * per_view for slot in batch.image_slots]
-        rows = group_tokens_by_row(batch, counts).to(features.device)
+        rows = group_views_by_row(batch, next(iter(slots.values())).shape[1]).to(features.device)
         visual = {name: rows.gather(slot) for name, slot in slots.items()}  # (B, M, E) each
         return text_only_input(batch, LaViContext(plan=self.plan, visual=visual, column=rows.column))
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         views = layout.views if layout else 0
+        per_view = layout.tokens_of_view(per_view) if layout else per_view
         generators = 0.0
         for module in self.generators.values():
             generator = cast(DeltaGenerator, module)

@@ -68,6 +68,9 @@ class TileArrangement(VisualArrangement):
         return self.view_grid
 
     def __call__(self, layout: Layout, per_view: int) -> int:
+        if layout.grid is not None:
+            per_view = min(per_view, layout.tokens_of_view(per_view))
+            return replace(self, view_grid=layout.grid)(layout._replace(grid=None), per_view)
         if (other := self._at_scale(per_view)) is not None:
             return other(layout, per_view)
         if not per_view:
@@ -87,6 +90,9 @@ class TileArrangement(VisualArrangement):
         Raises:
             UserError: the views of a tiled image or of a video are more than their grid.
         """
+        if layout.grid is not None:
+            own = features[:, : layout.tokens_of_view(features.shape[1])]
+            return replace(self, view_grid=layout.grid).arrange(own, layout._replace(grid=None), embeddings)
         if (other := self._at_scale(features.shape[1])) is not None:
             return other.arrange(features, layout, embeddings)
         newline = embeddings

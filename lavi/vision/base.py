@@ -34,12 +34,14 @@ class VisionBackbone(nn.Module, ABC):
         width: Dv, the width of a feature.
         grid: rows and columns of the feature grid of one view.
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
+        native_resolution: views have grids of their own, which :meth:`forward` is told (:mod:`lavi.vision.naflex`).
         preprocessing: one image to the pixels of a view, by the backbone's own mean, deviation, size and interpolation.
     """
 
     width: int
     grid: tuple[int, int]
     prefix: int = 0
+    native_resolution: bool = False
     preprocessing: Preprocessing
 
     @abstractmethod
@@ -66,8 +68,12 @@ class VisionBackbone(nn.Module, ABC):
         """What a data module needs to feed this backbone alone."""
         return self.preprocessing
 
-    def flops(self, views: int) -> float:
-        """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), counted from the shapes of its operations."""
+    def flops(self, views: int, grid: tuple[int, int] | None = None) -> float:
+        """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), counted from the shapes of its operations.
+
+        Args:
+            grid: of each view, at native resolution.
+        """
         return views * self._flops_of_view
 
     @cached_property

@@ -64,8 +64,8 @@ FULL_SQUARE_VIEWS = ("idefics3_vision", "smolvlm_vision")
 """SigLIP towers whose position embeddings are interpolated for parts of a view; all views here are whole squares."""
 
 REFUSED = {
-    "siglip2_vision_model": "its grid changes with each image (NaFlex): take a checkpoint of a fixed resolution, such "
-    "as google/siglip2-base-patch16-224.",
+    "siglip2_vision_model": "its grid changes with each image (NaFlex): take lavi.vision.naflex.NaFlexVision, or a "
+    "checkpoint of a fixed resolution, such as google/siglip2-base-patch16-224.",
     "pixtral": "its grid changes with each image: take a tower of a fixed resolution.",
     "timm_wrapper": "it is a network of timm: take lavi.vision.timm.TimmVision with name: local-dir:FOLDER or "
     "hf-hub:OWNER/NAME.",
@@ -144,12 +144,12 @@ class HFVision(Tower):
             raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
         source = None if source is None else os.path.expanduser(source)
         settings = _config(source, config)
-        self.tower = _tower(source, settings)
+        self.tower = load_tower(source, settings)
         image_processor = _image_processor(source, settings)
         self.image_size = image_size
         self.resizing = _resize(self.tower, image_processor, image_size) if image_size is not None else {}
         self.preprocessing = HFPreprocessing(image_processor)
-        self.layers = _cut(self.tower, layer)
+        self.layers = cut_layers(self.tower, layer)
         if final_norm and len(self.layers) > 1:
             raise UserError("final_norm closes the tower behind its last layer: name one layer, not several.")
         self.final_norm = final_norm
@@ -253,7 +253,7 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
             _check_kind(config["model_type"])
         settings = bare_configuration(config, TOWERS, what="vision tower")
     else:
-        settings = _read(str(source))
+        settings = read_configuration(str(source))
     settings = getattr(settings, "vision_config", settings)
     if settings.model_type in FULL_SQUARE_VIEWS:
         settings = _siglip(settings)
@@ -277,7 +277,7 @@ def _check_kind(kind: str) -> None:
         raise UserError(f"the vision tower '{kind}' does not work here: {reason}")
 
 
-def _read(source: str) -> PretrainedConfig:
+def read_configuration(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(configuration_of(source))
     except Exception as error:
@@ -286,14 +286,14 @@ def _read(source: str) -> PretrainedConfig:
         ) from error
 
 
-def _tower(source: str | None, settings: PretrainedConfig) -> Any:
+def load_tower(source: str | None, settings: PretrainedConfig) -> Any:
     """The tower in fp32: what computes in less is the trainer's choice, not the checkpoint's."""
     kind: Any = MODEL_MAPPING[type(settings)]
     pooling = "add_pooling_layer" in inspect.signature(kind).parameters
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
     loading_info: dict[str, Any] | None = None
     try:
-        whole = source is not None and is_vlm(_read(source))
+        whole = source is not None and is_vlm(read_configuration(source))
         if source is None or whole or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
             if whole and weights_wanted():
@@ -334,7 +334,7 @@ def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
         return _processor_of(settings)
     try:
         own = AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
-        return _of_one_view(own) if is_vlm(_read(source)) else own
+        return _of_one_view(own) if is_vlm(read_configuration(source)) else own
     except (OSError, ValueError):
         raise UserError(
             f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "
@@ -373,7 +373,7 @@ def _processor_of(settings: PretrainedConfig) -> Any:
     return make(**keys)
 
 
-def _cut(tower: Any, layer: int | list[int]) -> list[int]:
+def cut_layers(tower: Any, layer: int | list[int]) -> list[int]:
     """Drop the layers after the last chosen one; the numbers from 1 of the chosen."""
     settings = tower.config
     if not hasattr(settings, "num_attention_heads"):

@@ -77,6 +77,7 @@ class VisorFusion(ConcatFusion):
     """
 
     packs = False
+    native_resolution = False
 
     def __init__(
         self,
