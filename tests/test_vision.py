@@ -45,6 +45,8 @@ HF: dict[str, dict[str, Any]] = {
     "ijepa": WIDE,
     "aimv2_vision_model": WIDE,
     "mlcd_vision_model": WIDE,
+    "radio": PLAIN | {"num_cls_tokens": 2, "num_registers": 3, "max_img_size": 64},
+    "tipsv2_vision_model": PLAIN | REGISTERS,
     "convnext": STAGES,
     "convnextv2": STAGES,
 }
@@ -67,7 +69,8 @@ TOWER_NAMES = [*HF, *OPEN_CLIP]
 CONVOLUTIONAL = {"dinov3_convnext", "convnext", "convnextv2"}
 CONVOLUTIONAL |= {"ConvNeXt", "EfficientNet", "MobileNet", "FastViT", "ResNet"}
 NO_CLASS_TOKEN = {"siglip_vision_model", "ijepa", "aimv2_vision_model", "timm registers", "timm SigLIP"} | CONVOLUTIONAL
-REGISTER_COUNT = {"dinov2_with_registers": 3, "dinov3_vit": 3, "timm registers": 1}
+REGISTER_COUNT = {"dinov2_with_registers": 3, "dinov3_vit": 3, "radio": 4, "tipsv2_vision_model": 3}
+REGISTER_COUNT |= {"timm registers": 1}
 BLOCKS = [name for name in TOWER_NAMES if name not in CONVOLUTIONAL]
 CLASSES = [name for name in TOWER_NAMES if name not in NO_CLASS_TOKEN]
 
@@ -330,6 +333,14 @@ def test_a_bare_configuration_has_its_familys_preprocessing(name: str) -> None:
     for size in ((100, 60), (60, 100), (8, 8)):
         np.testing.assert_allclose(vision.preprocessing(noise(*size)), by_hand(noise(*size), 32, OWN[name]), atol=1e-5)
     assert (vision.preprocessing.mean, vision.preprocessing.resample) == (OWN[name][0][0], OWN[name][1])
+
+
+@pytest.mark.parametrize(("name", "mean"), [("radio", CLIP_COLOURS[0]), ("tipsv2_vision_model", NONE[0])])
+def test_towers_that_normalise_themselves_get_values_from_0_to_1(name: str, mean: tuple[float, ...]) -> None:
+    preprocessing = hf(name).preprocessing
+    image = noise(32, 32)
+    np.testing.assert_allclose(preprocessing(image), np.asarray(image).transpose(2, 0, 1) / 255, atol=1e-6)
+    assert preprocessing.mean == mean
 
 
 @pytest.mark.parametrize(("name", "tag"), OWN_OF_MODELS)

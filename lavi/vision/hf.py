@@ -46,6 +46,8 @@ TOWERS = {
     "ijepa": "ViTImageProcessor",
     "aimv2_vision_model": "CLIPImageProcessor",
     "mlcd_vision_model": "CLIPImageProcessor",
+    "radio": "CLIPImageProcessor",
+    "tipsv2_vision_model": "Tipsv2ImageProcessor",
     "convnext": "ConvNextImageProcessor",
     "convnextv2": "ConvNextImageProcessor",
 }
@@ -53,6 +55,9 @@ TOWERS = {
 
 IMAGENET_COLOURS = {"dinov2", "dinov2_with_registers", "deit", "convnext", "convnextv2"}
 """Whose published checkpoints are normalised by ImageNet's mean and deviation, not by their processor's default."""
+
+NORMALISES_ITSELF = {"radio"}
+"""Whose network normalises: its images are prepared as values from 0 to 1."""
 
 HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
 """The setting that keeps a pooling head from being built."""
@@ -87,7 +92,7 @@ class HFPreprocessing(Preprocessing):
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
-        self.mean = tuple(image_processor.image_mean)
+        self.mean = tuple(image_processor.image_mean or (0.0, 0.0, 0.0))
         self.resample = Image.Resampling(image_processor.resample)
         with torch.device("cpu"):
             views = [self(Image.new("RGB", size)) for size in ((20, 10), (10, 20))]
@@ -370,6 +375,8 @@ def _processor_of(settings: PretrainedConfig) -> Any:
         keys["size"] = {"height": round(larger * height), "width": round(larger * width)}
     if settings.model_type in IMAGENET_COLOURS:
         keys |= {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    if settings.model_type in NORMALISES_ITSELF:
+        keys |= {"do_normalize": False}
     return make(**keys)
 
 
