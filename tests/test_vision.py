@@ -397,7 +397,7 @@ FULL = {
 }
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 MODELS = ["ViT-L-14-336", "ViT-SO400M-14-SigLIP-384", "EVA02-B-16", "convnext_base_w_320", "ViTamin-S", "RN50"]
-MODELS += ["MobileCLIP-S1", "MobileCLIP2-S0", "MobileCLIP2-B"]
+MODELS += ["MobileCLIP-S1", "MobileCLIP2-S0", "MobileCLIP2-B", "PE-Core-T-16-384"]
 
 
 def counted(vision: Tower, views: int) -> float:

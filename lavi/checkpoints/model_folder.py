@@ -132,14 +132,23 @@ def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> No
     model.language.save_pretrained(folder / "language")
     model.language.tokenizer.save_pretrained(folder / "tokenizer")
     arguments: dict[str, Any] = model.vision.save_pretrained(folder / "vision")  # type: ignore[operator]
-    paths = {k: f"{INSIDE}{'vision' / v}" if isinstance(v, Path) else v for k, v in arguments.items()}
-    node["vision"] = {TARGET: node["vision"][TARGET], **paths}
+    node["vision"] = {TARGET: node["vision"][TARGET], **_paths_inside(arguments)}
     Recipe({}, {}, RECIPE).replaced("model", node)  # refuses what could not be built again
     write_state(_other_weights(model), folder / FUSION)
     for file in folder.rglob("*.safetensors"):
         make_readable(file)
     text = yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110)
     (folder / RECIPE).write_text(text, encoding="utf-8")
+
+
+def _paths_inside(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a backbone, and of those within it, whose paths are of the whole folder."""
+    out = {}
+    for key, value in arguments.items():
+        if isinstance(value, dict):
+            value = _paths_inside(value)
+        out[key] = f"{INSIDE}{'vision' / value}" if isinstance(value, Path) else value
+    return out
 
 
 def _other_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -22,12 +22,17 @@ class Reducer(nn.Module, ABC):
         """Make what is needed for the features of ``vision``; what they look like afterwards.
 
         Raises:
-            UserError: the backbone keeps a class token, which lies on no grid, or its grid does not fit.
+            UserError: the backbone keeps a class token, which lies on no grid, or its grid does not fit or is none.
         """
         if vision.prefix:
             raise UserError(
                 f"{type(self).__name__} takes the tokens of a grid, and the vision backbone gives a class token beside "
                 "them: set model.vision.class_token=false."
+            )
+        if vision.feature_spec.grid is None:
+            raise UserError(
+                f"{type(self).__name__} takes the tokens of a grid, and those of two towers one after the other lie on "
+                "none: set model.vision.join=channels."
             )
         self.before = vision.feature_spec
         self.after = self.make(vision)

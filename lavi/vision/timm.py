@@ -29,13 +29,12 @@ from timm.models import load_model_config_from_hf, load_state_dict, load_state_d
 from timm.models._hub import load_model_config_from_path, load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from lavi.config.types import Check, Count
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError, nearest, one_line
 from lavi.loading.without_weights import weights_wanted
-from lavi.vision.tower import Tower, chosen_layers, middle, nothing_before
+from lavi.vision.tower import Tower, chosen_layers, middle, nothing_before, resized
 
 DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 """What of timm's data config can be set; the size is ``image_size``."""
@@ -142,7 +141,7 @@ class TimmVision(Tower):
         pairs = [(grid[1], grid[0]) if isinstance(grid, tuple) else (nothing_before(grid), grid) for grid in out]
         chosen = [dict(zip(indices, pairs, strict=True))[layer - 1] for layer in self.layers]
         size = (chosen[0][1].shape[2], chosen[0][1].shape[3])
-        return [(before, _resized(grid, size)) for before, grid in chosen]
+        return [(before, resized(grid, size)) for before, grid in chosen]
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
         """Write the network, as cut; returns the arguments that build it again, paths relative to ``folder``."""
@@ -297,15 +296,6 @@ def _split(tower: Any, out: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     if before < 0:
         raise ValueError(f"its {out.shape[1]} tokens are no grid of {rows}x{columns}")
     return out[:, :before], out[:, before:].transpose(1, 2).unflatten(-1, (rows, columns))
-
-
-def _resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """A grid (views, D, rows, columns) of ``size``: a finer one averaged, a coarser one interpolated."""
-    if grid.shape[2:] == size:
-        return grid
-    if grid.shape[2] >= size[0] and grid.shape[3] >= size[1]:
-        return adaptive_avg_pool2d(grid, size)
-    return interpolate(grid, size, mode="bilinear", align_corners=False)
 
 
 def _registers(tower: Any) -> int:

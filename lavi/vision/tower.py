@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from lavi.errors import UserError
 from lavi.vision.base import VisionBackbone
@@ -115,6 +116,15 @@ def chosen_layers(layer: int | list[int], count: int) -> list[int]:
 def nothing_before(grid: Tensor) -> Tensor:
     """(views, D, rows, columns) to (views, 0, D): what stands before a grid without a class token."""
     return grid.new_zeros(len(grid), 0, grid.shape[1])
+
+
+def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid (views, D, rows, columns) of ``size``: a finer one averaged, a coarser one interpolated."""
+    if grid.shape[2:] == size:
+        return grid
+    if grid.shape[2] >= size[0] and grid.shape[3] >= size[1]:
+        return adaptive_avg_pool2d(grid, size)
+    return interpolate(grid, size, mode="bilinear", align_corners=False)
 
 
 def middle(image: Image.Image, *, elongation: int = 64) -> Image.Image:
