@@ -337,10 +337,10 @@ def check_native_resolution(
     what = f"{type(vision).__name__} gives each image a grid of its own"
     if tiling is not None and not tiling.native_resolution:
         raise UserError(
-            f"{what}, and {type(tiling).__name__} cuts images into tiles of one size: leave model.tiling out."
+            f"{what}, and {type(tiling).__name__} cuts images into tiles of one size: set model.tiling=null."
         )
     if reducer is not None:
-        raise UserError(f"{what}, and {type(reducer).__name__} reduces views of one grid: leave model.reducer out.")
+        raise UserError(f"{what}, and {type(reducer).__name__} reduces views of one grid: set model.reducer=null.")
     if not fusion.native_resolution:
         raise UserError(
             f"{what}, and {type(fusion).__name__} as it is set needs one for all: take concatenation, cross-attention, "

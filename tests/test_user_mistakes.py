@@ -227,6 +227,11 @@ CONFIGURATIONS = [
     ("model.vision.config.num_attention_heads=5", 2, "hidden_size=24 is no multiple of num_attention_heads=5"),
     ("model.vision.config.patch_size=0", 2, "cannot have patch_size=0"),
     (
+        "model.vision='{_target_: lavi.vision.timm.TimmVision, name: test_vit, data_config: {maen: 1}}'",
+        2,
+        "has no key 'maen': did you mean 'mean'?",
+    ),
+    (
         "model.vision='{_target_: lavi.vision.openclip.OpenCLIPVision, config: {embed_dm: 8, vision_cfg: {}}}'",
         2,
         "has no key 'embed_dm': did you mean 'embed_dim'?",
