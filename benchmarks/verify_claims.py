@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
+from lavi.checkpoints.published_vlm import written_out
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
@@ -49,7 +50,8 @@ FLOPS, SPEED, MEMORY = 94.0, 3.1, 0.5
 
 def recipe_at(file: str) -> Recipe:
     """A full-size recipe as it is deployed: its language model in bf16."""
-    recipe = Recipe.load(ROOT / "recipes" / f"{file}.yaml", ["model.language.dtype=bfloat16"])
+    recipe = written_out(Recipe.load(ROOT / "recipes" / f"{file}.yaml"))
+    recipe = recipe.replaced("model.language.dtype", "bfloat16")
     recipe.source = f"recipes/{file}.yaml"
     return recipe
 

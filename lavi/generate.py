@@ -25,7 +25,7 @@ def arguments() -> Namespace:
         UserError: they do not go together, or the page needs what is not installed.
     """
     parser = Parser(prog="python -m lavi.generate", description=__doc__)
-    folder = "a run folder of lavi.fit, or a folder of lavi.export"
+    folder = "a run folder of lavi.fit, a folder of lavi.export, or a released vision-language model"
     parser.add_argument("--checkpoint", type=path, required=True, metavar="FOLDER", help=folder)
     visual: dict[str, Any] = {"dest": "visuals", "action": "append", "default": [], "metavar": "FILE"}
     several = "; may be given several times, in the order that the question means"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -317,3 +319,11 @@ def test_a_released_model_is_scored_counted_and_timed_from_its_recipe(
     assert (as_it_is.knobs["run"], less.knobs["run"]) == ("released", "pruned")
     assert less.gflops_language < as_it_is.gflops_language
     assert "released" in capsys.readouterr().out
+
+
+def test_a_released_model_answers_in_the_terminal(tmp_path: Path, tokenizer: str) -> None:
+    folder = write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer)
+    picture((40, 30)).save(tmp_path / "a.png")
+    options = ["--checkpoint", str(folder), "--image", str(tmp_path / "a.png"), "--question", "what?"]
+    done = subprocess.run([sys.executable, "-m", "lavi.generate", *options], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == published_vlm(str(folder)).ask("what?", Image.open(tmp_path / "a.png"))

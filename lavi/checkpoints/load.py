@@ -49,7 +49,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool 
 def trained_sampling(folder: str | Path, *, trust: bool = False) -> FrameSampling:
     """The frames of a video that the run of a folder was trained on; the default, if nothing there says."""
     folder = home_path(folder)
-    if (folder / FUSION).is_file():
+    if (folder / FUSION).is_file() or not (folder / RECIPE).is_file():  # an export, or a released model
         return FrameSampling()
     recipe = Recipe.load(folder / RECIPE, [], trusted=trust)
     if (recipe.settings["data"].get("format") or {}).get("video") is None:
