@@ -234,6 +234,22 @@ def test_what_does_not_come_in_is_refused_in_one_sentence(tmp_path: Path, tokeni
         published_vlm(str(folder))
 
 
+def test_a_checkpoint_in_shards_is_read_whole_or_not_at_all(tmp_path: Path, tokenizer: str) -> None:
+    folder = write_vlm("llava", tmp_path / "checkpoint", tokenizer)
+    whole = published_vlm(str(folder)).state_dict()
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" and not (tmp_path / "shards" / file.name).exists():
+            shutil.copy(file, tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    again = published_vlm(str(tmp_path / "shards")).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    shards[0].unlink()
+    with pytest.raises(UserError, match="no 'llava' model can be read from"):
+        published_vlm(str(tmp_path / "shards"))
+
+
 def test_markers_come_for_images_alone(tmp_path: Path, tokenizer: str) -> None:
     model = published_vlm(str(write_vlm("smolvlm", tmp_path / "checkpoint", tokenizer)))
     with pytest.raises(UserError, match="reads no videos"):
