@@ -200,9 +200,9 @@ class VisualState:
     features: tuple[Tensor, ...]
     """(views, N, Dv) of each: of the vision backbone, reduced."""
 
-    def features_of(self, pixels: Tensor) -> Tensor | None:
-        """(views, N, Dv) of an image or a video of just these pixels; None: it holds none."""
-        for own, features in zip(self.pixels, self.features, strict=True):
-            if own.shape == pixels.shape and bool((own == pixels).all()):
+    def features_of(self, pixels: Tensor, layout: Layout) -> Tensor | None:
+        """(views, N, Dv) of an image or a video of just these pixels, laid out like this; None: it holds none."""
+        for own, own_layout, features in zip(self.pixels, self.layouts, self.features, strict=True):
+            if own_layout == layout and own.shape == pixels.shape and bool((own == pixels).all()):
                 return features
         return None

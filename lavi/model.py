@@ -236,7 +236,7 @@ class VisionLanguageModel(nn.Module):
         Images are read as in :meth:`prompt`.
 
         Args:
-            known: an earlier state; what it holds of the same pixels is taken from it.
+            known: an earlier state; what it holds of the same pixels, laid out alike, is taken from it.
 
         Raises:
             UserError: the tiling cannot cut one.
@@ -244,7 +244,7 @@ class VisionLanguageModel(nn.Module):
         shown = [upright(visual) for visual in visuals]
         views = self.processor.views(shown)
         pixels, layouts = [pixels for pixels, _ in views], [layout for _, layout in views]
-        features = [None if known is None else known.features_of(one) for one in pixels]
+        features = [None if known is None else known.features_of(one, layout) for one, layout in views]
         new = [one for one, its_features in zip(pixels, features, strict=True) if its_features is None]
         if new:  # all in one call
             grids = grids_of_views([one for one, seen in zip(layouts, features, strict=True) if seen is None])

@@ -51,7 +51,7 @@ OPTIONS = [
     ("lavi.evaluate --checkpoint gone --text gone.txt", 2, "the texts gone.txt cannot be read"),
     ("lavi.parts", 2, "the following arguments are required: action"),
     ("lavi.parts fetsch", 2, "invalid choice: 'fetsch'"),
-    ("lavi.parts fetch smollm", 2, "no part is called 'smollm': did you mean 'smollm2-135m-instruct'?"),
+    ("lavi.parts fetch smollm2", 2, "no part is called 'smollm2': did you mean 'smollm2-135m-instruct'?"),
     ("datamodules.photographs --source gone", 2, "train-images-idx3-ubyte cannot be read"),
     ("datamodules.photographs --turns 2", 2, "unrecognized arguments: --turns"),
     ("datamodules.photographs --test 0", 2, "--train, --validation, --test and --workers are at least 1"),

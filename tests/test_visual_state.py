@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ask, awaken, collate, image
+from PIL import Image
 from test_oracles import FUSIONS
 from torch import Tensor
 
@@ -115,6 +116,19 @@ def test_an_image_in_company_is_cut_as_its_tiling_says(build: Any, monkeypatch: 
     three = tiled.see(image(1), image(2), image(3), known=both)
     assert seen == [5, 2, 1]
     assert tiled.ask_all(QUESTIONS, three, max_new_tokens=TOKENS) == answers_to_pixels(tiled, 1, 2, 3)
+
+
+def test_the_same_pixels_in_another_layout_are_other_views(
+    plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A white image is white in any shape; where the backbone keeps the shape, its features are others."""
+    seen = views_through(plain, monkeypatch)
+    wide, high = Image.new("RGB", (40, 20), "white"), Image.new("RGB", (20, 40), "white")
+    first = plain.see(wide)
+    both = plain.see(wide, high, known=first)
+    assert seen == [1, 1]
+    assert both.features[0] is first.features[0]
+    assert torch.equal(*both.pixels)
 
 
 def test_a_state_holds_what_a_reducer_leaves(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:

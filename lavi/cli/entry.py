@@ -73,7 +73,8 @@ def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
     def run() -> NoReturn:
         prepare_output()
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        for talkative in ("httpx", "timm"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
         try:
             status = main() or 0
             sys.stdout.flush()
