@@ -17,6 +17,9 @@ LOOPBACK = "127.0.0.1"
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Of the reader's own system: gradio's would be fetched from elsewhere."""
 
+NO_SHARING = "button[aria-label=Share] {display: none}"
+"""Beside each picture gradio has a button that would send it to a public page."""
+
 
 def interface(page: Page, *, title: str, files: Sequence[str] = ()) -> gr.ChatInterface:
     """The page.
@@ -53,6 +56,7 @@ def serve(page: Page, *, title: str, files: Sequence[str] = ()) -> None:
         prevent_thread_lock=True,
         allowed_paths=list(files),
         footer_links=[],
+        css=NO_SHARING,
         theme=gr.themes.Default(**FONTS),
         enable_monitoring=False,
         ssr_mode=False,
