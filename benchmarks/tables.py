@@ -1,6 +1,6 @@
-"""Write the tables of the README and of docs/ from benchmarks/results, so that no figure in it is typed by hand.
+"""Write the tables of the README and of docs/ from benchmarks/results, so that no figure in them is typed by hand.
 
-    python benchmarks/tables.py            rewrite README.md and docs/
+    python benchmarks/tables.py            rewrite README.md, CONTRIBUTING.md and docs/
     python benchmarks/tables.py --check    fail if it would change
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file of records in benchmarks/results,
@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from busy import busy_table
 from dataloader import table as dataloader_table
@@ -189,6 +190,25 @@ def busy(records: list[Record]) -> str:
     return f"{markdown(*busy_table(records))}\n{records[0].device}. {NOTE}\n"
 
 
+def noticed_mutants(modules: list[dict[str, Any]]) -> str:
+    """How many of the faults that ``make mutants`` plants the tests notice."""
+    mutants, survived, equivalent = (
+        sum(module[name] for module in modules) for name in ("mutants", "survived", "equivalent")
+    )
+    noticed = 100 * (1 - survived / (mutants - equivalent))
+    lowest = min(module["percent"] for module in modules)
+    return (
+        f"Of {mutants - equivalent:,} such faults in {len(modules)} modules, {noticed:.1f} % are noticed, and in no "
+        f"module fewer than {lowest:.1f} %.\n"
+    )
+
+
+OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "dataloader": dataloader_table,
+    "mutants": noticed_mutants,
+}
+"""Tables of records in which nothing of a model was measured."""
+
 KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
@@ -214,14 +234,13 @@ def render(text: str) -> str:
 
     def fill(marker: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
-        if marker[2] == "dataloader":  # records of its own: nothing of a model was measured
-            return (
-                marker[1] + dataloader_table([json.loads(line) for line in file.read_text().splitlines()]) + marker[3]
-            )
         if not file.exists():
-            return f"{marker[1]}Not measured yet.\n{marker[3]}"
-        records = read_records(file)
-        return marker[1] + KINDS.get(marker[2], comparison)(records) + marker[3]
+            table = "Not measured yet.\n"
+        elif own := OWN_RECORDS.get(marker[2]):
+            table = own([json.loads(line) for line in file.read_text().splitlines()])
+        else:
+            table = KINDS.get(marker[2], comparison)(read_records(file))
+        return marker[1] + table + marker[3]
 
     return TABLE.sub(fill, text)
 
@@ -230,7 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     args = parser.parse_args()
-    pages = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {page: page.read_text() for page in files}
     changed = {page: rendered for page, text in pages.items() if (rendered := render(text)) != text}
     if args.check:
         sys.exit(bool(changed))
