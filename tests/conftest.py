@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from families import EAGER, FAMILIES, QWEN2
 
 from datamodules.scenes import sentences, write_dataset
 from datamodules.tokenizer import train_tokenizer
@@ -36,54 +37,6 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 32,
     "patch_size": 8,
-}
-QWEN2 = {
-    "model_type": "qwen2",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-_SIZES = {key: value for key, value in QWEN2.items() if key not in ("model_type", "tie_word_embeddings")}
-_WINDOWED = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 24}
-_SMALL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
-# Each family's own keys. Together: both kinds of norm, with and without weight, bias and (1 + w), before and after
-# the branch, one norm for both branches, local and global layers, rotary and learned positions.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 8},
-    "llama": {},
-    "mistral": {"sliding_window": 24},
-    "smollm3": {},
-    "gemma": {"head_dim": 8},
-    "gemma2": _WINDOWED,
-    "gemma3_text": _WINDOWED,
-    "phi": {},
-    "phi3": {},
-    "olmo": {},
-    "olmo2": {},
-    "granite": {"attention_multiplier": 0.3},
-    "cohere": {},
-    "stablelm": {},
-    "gpt_neox": {"num_key_value_heads": None},
-    "gpt2": {
-        "num_key_value_heads": None,
-        "intermediate_size": None,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    },
-    "starcoder2": {},
-    "ernie4_5": {},
-    "glm": {"head_dim": 8},
-    "glm4": {"head_dim": 8},
-}
-FAMILIES = {
-    family: {k: v for k, v in (_SIZES | _SMALL_IDS | own).items() if v is not None} | {"model_type": family}
-    for family, own in _FAMILIES.items()
 }
 
 
@@ -128,7 +81,7 @@ def build(tokenizer: str):  # type: ignore[no-untyped-def]
             config=FAMILIES[family] | config,
             tokenizer=tokenizer,
             dtype=dtype,  # type: ignore[arg-type]
-            attention="eager" if family == "gemma2" else "sdpa",  # it caps its scores, which no fused kernel does
+            attention="eager" if family in EAGER else "sdpa",
         )
         # Random norms: with all weights at 1 a wrong affine part would go unseen.
         with torch.no_grad():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, GENERATORS, TOWER, ask, awaken, collate, small
+from families import VARIED
 from torch import Tensor
 
 from lavi.errors import UserError
@@ -14,21 +15,20 @@ from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.layers import spread_layers
+from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import norm_targets
 from lavi.model import VisionLanguageModel
 from lavi.vision.hf import HFVision
 
 FEEDS_BOTH_APART = {"attention": "feeds", "ffn": "feeds"}
+FEEDS_BOTH = {"both": "feeds"}
 CLOSES = {"attention": "closes", "ffn": "closes"}
-ROLES = {
-    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "smollm3", "gemma", "phi3", "olmo"), FEEDS_BOTH_APART),
-    **dict.fromkeys(("granite", "stablelm", "gpt_neox", "gpt2", "starcoder2", "ernie4_5", "glm"), FEEDS_BOTH_APART),
-    **dict.fromkeys(("gemma2", "gemma3_text", "glm4"), FEEDS_BOTH_APART),  # and norms that close their branches
-    "phi": {"both": "feeds"},
-    "cohere": {"both": "feeds"},
-    "olmo2": CLOSES,
+OTHER_ROLES = {
+    **dict.fromkeys(("phi", "cohere", "cohere2"), FEEDS_BOTH),
+    **dict.fromkeys(("olmo2", "olmo3", "flex_olmo", "exaone4"), CLOSES),
 }
+"""Of families that do not have one norm before their attention and one before their feed-forward part."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +38,7 @@ def test_roles_are_found_by_probing(build, family: str) -> None:
     for layer in range(4):
         of_layer = [t for t in targets if t.layer == layer]
         best = {t.role: t.position for t in sorted(of_layer, key=lambda t: t.position)}  # "feeds" wins over "closes"
-        assert best == ROLES[family]
+        assert best == OTHER_ROLES.get(family, FEEDS_BOTH_APART)
     assert [t.role for t in targets if t.layer == 4] == ["final"]
 
 
@@ -112,13 +112,33 @@ def test_what_cannot_work_is_refused_with_the_reason(tokenizer: str, config: dic
         build()
 
 
+def test_concatenation_too_needs_the_keyword(tokenizer: str) -> None:
+    """It tells the stack where the text stands; without that, logits of visual tokens would be taken for the text's."""
+    config = {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    language = LanguageModel(config=config, tokenizer=tokenizer, attention="eager")
+    with pytest.raises(UserError, match="before its decoder"):
+        VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=ConcatFusion())
+
+
+def test_what_works_on_a_part_of_the_sequence_is_refused_attention_in_chunks(tokenizer: str) -> None:
+    config = {"model_type": "llama4_text", "head_dim": 8, "num_local_experts": 2, "num_key_value_heads": 2}
+    language = LanguageModel(config=OTHER_KEYS | config, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="attention in chunks"):
+        VisionLanguageModel(vision=HFVision(config=TOWER), language=language, fusion=FastV(layer=1, keep=0.5))
+
+
 def test_a_family_without_the_kernel_says_which_one_to_take(tokenizer: str) -> None:
     with pytest.raises(UserError, match="attention=eager"):
         LanguageModel(config=FAMILIES["gemma2"], tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [*GENERATORS, "concat"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, kind) for family in VARIED for kind in ("attention", "concat")),
+        *((family, kind) for family in ("olmo2", "gemma3_text", "gpt2", "phi") for kind in ("mlp", "conv", "pooled")),
+    ],
+)
 def test_a_static_cache_answers_as_a_growing_one(build, family: str, kind: str) -> None:
     fusion: Fusion = ConcatFusion() if kind == "concat" else LaViFusion(every=2, generator=small(kind))
     model = build(fusion, family=family)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy, small
+from families import EAGER, VARIED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,7 @@ SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a s
 def language_model(tokenizer: str, family: str, **settings: Any) -> LanguageModel:
     """The same weights whatever the settings."""
     torch.manual_seed(0)
-    attention: Any = "eager" if family == "gemma2" else "sdpa"
+    attention: Any = "eager" if family in EAGER else "sdpa"
     return LanguageModel(config=FAMILIES[family], tokenizer=tokenizer, attention=attention, **settings).eval()
 
 
@@ -50,13 +51,15 @@ def awaken_adapters(language: LanguageModel) -> None:
 
 
 def linears(language: LanguageModel) -> dict[str, Any]:
-    """The linear layers inside the decoder layers, under transformers' names."""
+    """The linear layers inside the decoder layers, under transformers' names; no routers of experts."""
     inside = {id(module) for module in language.layers.modules()}
-    return {n: m for n, m in language.hf.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
+    linear = {n: m for n, m in language.hf.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
+    return {name: module for name, module in linear.items() if "router" not in name}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "float32") for family in FAMILIES), *((family, "bfloat16") for family in VARIED)]
+)
 def test_it_starts_as_the_bare_model_and_ends_as_an_ordinary_one(
     tokenizer: str, family: str, dtype: str, tmp_path: Path
 ) -> None:

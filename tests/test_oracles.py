@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ask, awaken, collate, greedy, small
+from families import VARIED
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -55,11 +56,14 @@ FUSIONS = {
     "concat": ConcatFusion,
 }
 KINDS = ("weight", "bias")
-EVERYWHERE = ["lavi-attention", "cross-attention", "visor", "fastv", "concat"]
+EVERYWHERE = ["lavi-attention", "concat"]
+MOST = ["cross-attention", "visor", "fastv"]
 # What makes the deltas does not know the family, so the other generators are tried on the kinds of families alone.
 SOME = ("olmo2", "gemma3_text", "gpt2", "phi")
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
+CASES += [(family, name) for family in VARIED if family != "qwen2" for name in MOST]
+CASES += [(family, MOST[i % 3]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
 CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
 CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop")]
 BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross"))]
@@ -130,7 +134,12 @@ def test_a_row_without_an_image_is_untouched_bit_for_bit(build, case: tuple[str,
     awaken(model.fusion)
     batch = collate(model, SAMPLES)
     with torch.no_grad():
-        assert torch.equal(model(batch)[2], bare_logits(model, batch)[2])
+        said, bare = model(batch)[2], bare_logits(model, batch)[2]
+    if any("experts" in name for name, _ in model.language.hf.named_modules()):
+        # An expert multiplies all tokens that are sent to it at once, and how many they are decides how it rounds.
+        torch.testing.assert_close(said, bare, atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(said, bare)
 
 
 def test_later_tokens_change_no_earlier_logits(model: VisionLanguageModel) -> None:

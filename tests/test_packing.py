@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ask, awaken, small
+from families import VARIED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,8 @@ FUSIONS: dict[str, Any] = {
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
 }
-CASES = [(family, name) for family in FAMILIES for name in ("concat", "lavi")]
+CASES = [(family, name) for family in VARIED for name in ("concat", "lavi")]
+CASES += [(family, "concat") for family in FAMILIES if family not in VARIED]
 CASES += [("qwen2", name) for name in FUSIONS if name not in ("concat", "lavi")]
 
 SAMPLES = [

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken, collate
+from conftest import ask, awaken, collate
+from families import VARIED
 from test_oracles import row
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("fusion", [lambda: FastV(keep=1.0), lambda: PyramidDrop(keep=1.0)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_with_nothing_dropped_it_is_concatenation(build, fusion, family: str) -> None:  # type: ignore[no-untyped-def]
     concat, pruned = build(ConcatFusion(), family=family), build(fusion(), family=family)
     awaken(concat.fusion)
@@ -36,7 +37,7 @@ def test_with_nothing_dropped_it_is_concatenation(build, fusion, family: str) ->
         assert torch.equal(pruned(batch), concat(batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_a_drop_of_nothing_through_the_ranking_is_concatenation(build, family: str) -> None:
     """The whole machinery with shares that round to all tokens: masks, positions and order are those of concat."""
     concat, pruned = (
@@ -53,7 +54,7 @@ def test_a_drop_of_nothing_through_the_ranking_is_concatenation(build, family: s
             torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_what_stays_is_what_the_last_token_attends_to_most(build, family: str) -> None:
     """Against the attention that transformers itself returns, windows and caps of the scores included."""
     window = {"sliding_window": 12} if family in ("mistral", "gemma2", "gemma3_text") else {}
@@ -106,7 +107,7 @@ def test_tokens_leave_behind_the_layers_that_the_papers_say(build) -> None:  # t
 def test_ranking_costs_one_query_s_scores_in_its_layers(build) -> None:  # type: ignore[no-untyped-def]
     """Over the text and the visual tokens that are still there; where nothing is seen or a prompt is cached, none."""
     fusion = build(PruningFusion(stages={0: 0.5, 2: 0.5}), family="qwen3", num_attention_heads=2, head_dim=12).fusion
-    assert fusion.key_width == 24
+    assert fusion.query_widths == [24] * 4
     assert fusion.costs(10, Layout(), 16)["ranking"].flops == 2 * 24 * ((10 + 16) + (10 + 8))
     assert fusion.costs(10, Layout(), 32)["ranking"].flops == 2 * 24 * ((10 + 32) + (10 + 16))
     for seen, decoding in ((None, False), (Layout(), True)):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken, collate
+from conftest import ask, awaken, collate
+from families import VARIED
 from test_oracles import bare_logits, row
 
 from lavi.errors import UserError
@@ -34,7 +35,7 @@ def routed(**changes: object) -> VisorFusion:
     return VisorFusion(**(settings | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_with_self_attention_everywhere_it_is_concatenation(build, family: str, pad_left: bool) -> None:
     concat = build(ConcatFusion(), family=family)
@@ -50,7 +51,7 @@ def test_with_self_attention_everywhere_it_is_concatenation(build, family: str, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("reader", [AttentionReader, ModulationReader])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_without_self_attention_it_starts_as_the_language_model(
     build, family: str, reader: type[Reader], dtype: str
 ) -> None:

@@ -7,14 +7,15 @@ counter does); ``causal`` says how much of it a causal kernel leaves out.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from lavi.efficiency.scenario import PromptShape
 from lavi.fusion.base import Cost
@@ -98,18 +99,36 @@ def language_flops(
     """
     config = language.hf.config
     before = past or [0] * len(tokens)
-    caches = DynamicCache(config=config).layers
-    scores = sum(
-        4.0 * new * _keys(cache, old, new) * language.attention_width
-        for cache, new, old in zip(caches, tokens, before, strict=True)
-    )
-    attention = ffn = 0.0
-    for layer, new in zip(language.layers, tokens, strict=True):
-        for child in layer.children():
-            matrices = sum(2.0 * new * p.numel() for p in child.parameters() if p.ndim == 2)
+    attention = ffn = scores = 0.0
+    for layer, cache in enumerate(DynamicCache(config=config).layers):
+        new, keys = tokens[layer], _keys(cache, before[layer], tokens[layer])
+        scores += language.attention_widths(layer).score_flops(new * keys)
+        for child in language.layers[layer].children():
+            matrices = _matrix_flops(child, config, tokens=new, keys=keys)
             attention, ffn = (attention + matrices, ffn) if takes_attention_mask(child) else (attention, ffn + matrices)
     head = linear_flops(1, config.hidden_size, config.vocab_size)
     return {"attention": attention + scores, "scores": scores, "ffn": ffn, "head": head}
+
+
+def _matrix_flops(module: nn.Module, config: PretrainedConfig, *, tokens: int, keys: int) -> float:
+    """Each matrix meets every token once; of experts, as many as a token is sent to.
+
+    Args:
+        keys: that the tokens meet; a matrix that reads keys out of cached latents (DeepSeek) meets each of them anew.
+    """
+    flops = 0.0
+    for name, parameter in module.named_parameters():
+        if "bias" in name or parameter.ndim not in (2, 3):
+            continue
+        met = keys if "kv_b_proj" in name else tokens
+        of_experts = min(1.0, _experts_of_a_token(config) / len(parameter)) if parameter.ndim == 3 else 1.0
+        flops += 2.0 * met * parameter.numel() * of_experts
+    return flops
+
+
+def _experts_of_a_token(config: PretrainedConfig) -> int:
+    names = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+    return next((count for name in names if (count := getattr(config, name, None))), 1)
 
 
 def _keys(cache: Any, past: int, tokens: int) -> int:
@@ -127,7 +146,7 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     """
     batch, features = shape.inputs(model, "meta")
     pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
-    with torch.no_grad():
+    with torch.no_grad(), _experts_by_operators(model.language.hf.config):
         encoder = _count(lambda: model.encode(pixels, shape.grids())) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
         language = _bare(model, shape)
@@ -141,19 +160,39 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
         }
 
 
+@contextmanager
+def _experts_by_operators(config: PretrainedConfig) -> Iterator[None]:
+    """Experts are run by an operator that the counter knows, and not by one of transformers' own."""
+    before = config._experts_implementation
+    config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+
+
 def _bare(model: VisionLanguageModel, shape: PromptShape) -> float:
-    """The bare language model; where layers differ in their tokens, each costs its share of a run with as many."""
-    layers = len(model.language.layers)
-    visual = model.fusion.visual_by_layer(shape.visual_tokens_in_language(model), layers)
-    lengths = Counter(shape.text + count for count in visual)
+    """The bare language model; where layers differ in their tokens, each is counted in a run with as many in all."""
+    hf, layers = model.language.hf, model.language.layers
+    visual = model.fusion.visual_by_layer(shape.visual_tokens_in_language(model), len(layers))
+    lengths = [shape.text + count for count in visual]
+    name = {id(module): name for name, module in hf.named_modules()}
 
-    def run(length: int) -> float:
+    def run(length: int) -> FlopCounterMode:
         ids = torch.ones(shape.batch, length, dtype=torch.long, device="meta")
-        return _count(lambda: model.language.hf(input_ids=ids, use_cache=True, logits_to_keep=1))
+        with FlopCounterMode(display=False) as counter:
+            hf(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return counter
 
-    config = model.language.hf.config
-    head = shape.batch * linear_flops(1, config.hidden_size, config.vocab_size)
-    return head + sum(share * (run(length) - head) / layers for length, share in lengths.items())
+    runs = {length: run(length) for length in set(lengths)}
+    if len(runs) == 1:
+        return float(runs[lengths[0]].get_total_flops())
+    head = shape.batch * linear_flops(1, hf.config.hidden_size, hf.config.vocab_size)
+    counts = [
+        runs[length].get_flop_counts()[f"{type(hf).__name__}.{name[id(layer)]}"]
+        for layer, length in zip(layers, lengths, strict=True)
+    ]
+    return head + sum(float(sum(of_layer.values())) for of_layer in counts)
 
 
 def _count(run: Callable[[], object]) -> float:

@@ -67,7 +67,7 @@ class PruningFusion(ConcatFusion):
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         super().bind(language, features)
         layers, attention = list(language.layers), AttentionKind.of(language.attention, language.hf.config)
-        self.key_width = language.attention_width
+        self.query_widths = [language.attention_widths(layer).query for layer in range(len(layers))]
         if wrong := [layer for layer in self.stages if not 0 <= layer < len(layers) - 1]:
             raise UserError(
                 f"pruning after layers {wrong}: the language model has layers to prune before in 0 to "
@@ -114,8 +114,8 @@ class PruningFusion(ConcatFusion):
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         inside = 0 if decoding or layout is None else self.tokens_in_language(layout, per_view)
         by_layer = self.visual_by_layer(inside, self.plan.depth)
-        ranked = [by_layer[layer] for layer in self.stages] if inside else []
-        ranking = sum(2.0 * (text + visual) * self.key_width for visual in ranked)
+        ranked = self.stages if inside else ()
+        ranking = sum(2.0 * (text + by_layer[layer]) * self.query_widths[layer] for layer in ranked)
         return super().costs(text, layout, per_view, decoding=decoding) | {"ranking": Cost(ranking)}
 
 

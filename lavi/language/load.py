@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
+from lavi.language.attention_widths import AttentionWidths
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.surgery import decoder_of, refuse_recurrent
@@ -125,12 +126,9 @@ class LanguageModel(nn.Module):
         """D."""
         return int(self.hf.config.hidden_size)
 
-    @property
-    def attention_width(self) -> int:
-        """Of all query heads together."""
-        config = self.hf.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(config.num_attention_heads * head)
+    def attention_widths(self, layer: int) -> AttentionWidths:
+        """Of one decoder layer."""
+        return AttentionWidths.of(self.hf.config, layer)
 
     @property
     def layers(self) -> nn.ModuleList:

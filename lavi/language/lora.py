@@ -74,7 +74,7 @@ def add_lora(model: nn.Module, layers: nn.ModuleList, lora: LoRA) -> frozenset[s
     from peft import LoraConfig, inject_adapter_in_model
 
     before = {name for name, _ in model.named_parameters()}
-    chosen = _targets(model, layers, lora.targets)
+    chosen = _targets(layers, lora.targets)
     transposed = any(isinstance(linear, Conv1D) for linear in chosen.values())  # GPT-2's linear layers
     config = LoraConfig(
         r=lora.rank,
@@ -83,7 +83,7 @@ def add_lora(model: nn.Module, layers: nn.ModuleList, lora: LoRA) -> frozenset[s
         target_modules=list(chosen),
         fan_in_fan_out=transposed,
     )
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, layers)  # in the whole model peft would take shared experts for the others
     added = {name: p for name, p in model.named_parameters() if original_name(name) not in before}
     for parameter in added.values():
         parameter.data = parameter.data.float()  # small steps would be rounded away in bf16
@@ -111,14 +111,13 @@ def merged_state(model: nn.Module, adapters: frozenset[str]) -> dict[str, Tensor
     return state
 
 
-def _targets(model: nn.Module, layers: nn.ModuleList, names: list[str] | None) -> dict[str, nn.Module]:
-    """The linear layers that are meant, by their full names."""
-    stack = next(name for name, module in model.named_modules() if module is layers)
+def _targets(layers: nn.ModuleList, names: list[str] | None) -> dict[str, nn.Module]:
+    """The linear layers that are meant, by their names in ``layers``."""
     linear_layers = {
         (index, name): module
         for index, layer in enumerate(layers)
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if _is_linear(module)
     }
     ends = {end for _, name in linear_layers for end in _endings(name)}
     for target in names or ():
@@ -127,10 +126,15 @@ def _targets(model: nn.Module, layers: nn.ModuleList, names: list[str] | None) -
                 f"language.lora.targets names '{target}', which no decoder layer has: {nearest(str(target), ends)}"
             )
     return {
-        f"{stack}.{index}.{name}": module
+        f"{index}.{name}": module
         for (index, name), module in linear_layers.items()
         if names is None or any(end in names for end in _endings(name))
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer, and no router that is one with more behind it (Llama 4, Phi-MoE)."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _endings(name: str) -> list[str]:

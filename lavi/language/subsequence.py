@@ -97,20 +97,28 @@ class AttentionKind:
 
     kernel: str
     windows: tuple[int | None, ...]
+    chunked: bool = False
+    """Whether some layers attend within chunks of the sequence, as Llama 4's do."""
 
     @classmethod
     def of(cls, kernel: str, config: PretrainedConfig) -> Self:
         """Of the language model with this configuration."""
         cache = DynamicCache(config=config)
-        return cls(kernel, tuple(window_of(cache, layer) for layer in range(len(cache.layers))))
+        windows = tuple(window_of(cache, layer) for layer in range(len(cache.layers)))
+        return cls(kernel, windows, chunked="chunked_attention" in (getattr(config, "layer_types", None) or ()))
 
     def check(self, method: str) -> None:
         """Refuse what masks cannot be made for here.
 
         Raises:
-            UserError: another kernel than :data:`KERNELS`; or flash attention in a model with sliding windows, which it
-                counts in the tokens it gets, not in those of the sequence.
+            UserError: attention in chunks; another kernel than :data:`KERNELS`; or flash attention in a model with
+                sliding windows, which it counts in the tokens it gets, not in those of the sequence.
         """
+        if self.chunked:
+            raise UserError(
+                f"{method} works on a part of the sequence, which attention in chunks (Llama 4) would cut "
+                "elsewhere than the whole: take another family."
+            )
         if self.kernel == "flash_attention_2" and any(self.windows):
             raise UserError(
                 f"{method} in a model with sliding windows needs language.attention=sdpa, not '{self.kernel}'."
@@ -125,6 +133,11 @@ def take(tensor: Tensor, columns: Tensor) -> Tensor:
     index = columns.reshape(*columns.shape, *[1] * (tensor.ndim - 2))
     wide = tensor.expand(len(columns), *tensor.shape[1:])
     return wide.gather(1, index.expand(*columns.shape, *tensor.shape[2:]))
+
+
+def _take_each(parts: Any, columns: Tensor) -> Any:
+    """Cosine and sine, or one complex tensor, at ``columns``."""
+    return take(parts, columns) if isinstance(parts, Tensor) else tuple(take(part, columns) for part in parts)
 
 
 def causal_mask(
@@ -233,7 +246,7 @@ class ArrangedCall:
             if isinstance(kwargs.get("position_ids"), Tensor):
                 changed["position_ids"] = take(kwargs["position_ids"], columns)
             if kwargs.get("position_embeddings") is not None:
-                changed["position_embeddings"] = tuple(take(part, columns) for part in kwargs["position_embeddings"])
+                changed["position_embeddings"] = _take_each(kwargs["position_embeddings"], columns)
         window = attention.windows[layer]
         if window is not None and self.past + self.new_tokens <= window:
             window = None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of {count} decoder layers that vision could enter.")
+    if stack is model:  # Llama 4: transformers does not see which part it is
+        stack = next(child for child in model.children() if lists[0] in child.children())
     return stack, lists[0]
 
 
@@ -154,10 +156,12 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         layer.fused_index = index
     reached = _Canary()
     _dummy_forward(model, vision=reached)
-    if missing := sorted(set(layers) - reached.layers):
+    missing = sorted(set(layers) - reached.layers)
+    if missing or not reached.stack:
+        where = f"layers {missing}" if missing else "decoder"
         close(model)
         raise UserError(
-            f"{type(model).__name__} drops unknown keywords before its layers {missing}: vision cannot enter it. "
+            f"{type(model).__name__} drops unknown keywords before its {where}: vision cannot enter it. "
             "Choose a family that passes them on (Qwen2, Llama, Mistral, Gemma, Phi, OLMo, ...)."
         )
 
@@ -178,11 +182,16 @@ def refuse_recurrent(model: PreTrainedModel) -> None:
 
 
 class _Canary(VisualContext):
-    """Notes which layers it was carried to."""
+    """Notes where it was carried to."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.stack = False
         self.layers: set[int] = set()
+
+    def for_step(self, past: int, length: int) -> Self:
+        self.stack = True
+        return self
 
     def run_layer(self, layer: int, call: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
         self.layers.add(layer)
@@ -190,14 +199,27 @@ class _Canary(VisualContext):
 
 
 def _dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -> None:
-    """Run two tokens through the model, changing nothing of it. With a cache: on meta, masks need one."""
+    """Run two tokens through the model, changing nothing of it. With a cache: on meta, masks need one.
+
+    Raises:
+        UserError: on meta, where a family reads numbers on the way (BioGPT those of its mask).
+    """
     training = model.training
     model.eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     extra = {} if vision is None else {"vision": vision}
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **extra)
-    model.train(training)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=True, **extra)
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} reads numbers on its way, which a model without weights does not have: it can be "
+            "trained, and not counted."
+        ) from error
+    finally:
+        model.train(training)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
