@@ -155,20 +155,24 @@ IN_README = 3
 """Questions about the picture that a README shows."""
 
 
+def one_cell(answer: str) -> str:
+    """An answer as a cell of a table."""
+    return " ".join(answer.split()).replace("|", "\\|")
+
+
 def shown(records: list[Record]) -> str:
     """What trained models answered about the picture of docs/."""
     columns = ["question", *(record.method.replace("_", "-") for record in records), "true"]
     asked = [record.knobs["shown"] for record in records]
-    rows = [[row[0][0], *(answer for _, answer, _ in row), row[0][2]] for row in zip(*asked, strict=True)]
+    rows = [[row[0][0], *(one_cell(answer) for _, answer, _ in row), row[0][2]] for row in zip(*asked, strict=True)]
     return markdown(columns, rows)
 
 
 def shown_short(records: list[Record]) -> str:
     """The first of these questions, and LaVi's answers alone."""
     lavi = next(record for record in records if record.method == "lavi")
-    return markdown(
-        ["question", "LaVi's answer"], [[question, given] for question, given, _ in lavi.knobs["shown"]][:IN_README]
-    )
+    rows = [[question, one_cell(answer)] for question, answer, _ in lavi.knobs["shown"][:IN_README]]
+    return markdown(["question", "LaVi's answer"], rows)
 
 
 def short_real(records: list[Record]) -> str:

@@ -55,11 +55,12 @@ def test_answers_and_figures_are_shown_as_they_were_recorded() -> None:
     asked = [["what is at the top left?", "boot"], ["is there a bag?", "yes"], *[["how many?", "one"]] * 2]
     lavi.knobs["shown"] = [[question, "sandal", true] for question, true in asked]
     concat.knobs["shown"] = [[question, true, true] for question, true in asked]
+    lavi.knobs["shown"][1][1] = "san\ndal | x"
     whole = tables.shown([lavi, concat])
     assert "| question | lavi | concat | true |" in whole
     assert "| what is at the top left? | sandal | boot | boot |" in whole
     short = tables.shown_short([concat, lavi])
-    assert "| is there a bag? | sandal |" in short
+    assert "| is there a bag? | san dal \\| x |" in short
     assert short.count("\n") == 2 + tables.IN_README
     figures = tables.short_real([lavi, concat])
     assert "| name (%) | 85.5 (83.0-88.0) | nan |" in figures
