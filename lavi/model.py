@@ -22,6 +22,7 @@ from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
+from lavi.language.surgery import refuse_recurrent
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
@@ -70,6 +71,8 @@ class VisionLanguageModel(nn.Module):
         check_native_resolution(vision, tiling, reducer, fusion)
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
+        if not fusion.keeps_sequence:
+            refuse_recurrent(language.hf, type(fusion).__name__)
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)

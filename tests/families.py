@@ -148,3 +148,30 @@ VARIED = (
     *("persimmon", "qwen3_moe"),
 )
 """One or two of each kind, for what would take too long on all."""
+
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_DELTA = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+_HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64, "head_dim": 8},
+    "granitemoehybrid": _MAMBA
+    | {"num_local_experts": 0, "shared_intermediate_size": 32, "layer_types": ["mamba", "attention"] * 2},
+    "jamba": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    },
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "olmo_hybrid": _DELTA | {"layer_types": None},
+    "qwen3_5_text": _DELTA | {"head_dim": 8},
+    "qwen3_next": _DELTA
+    | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"head_dim": 8},
+}
+HYBRIDS = {
+    family: {k: v for k, v in (_SIZES | _SMALL_IDS | own).items() if v is not None} | {"model_type": family}
+    for family, own in _HYBRIDS.items()
+}
+"""Families some of whose layers keep a recurrent state."""

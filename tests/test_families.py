@@ -98,7 +98,6 @@ OTHER_KEYS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 
         ({"model_type": "falcon"}, "Falcon"),
         ({"model_type": "bloom"}, "Bloom"),
         ({"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, "decoder-only"),
-        ({"model_type": "jamba", "num_key_value_heads": 2, "intermediate_size": 64}, "Jamba"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PretrainedConfig
 
 from lavi.efficiency.scenario import PromptShape
+from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
-from lavi.language.surgery import takes_attention_mask
+from lavi.language.surgery import recurrent_layers, takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops
 
@@ -96,7 +97,15 @@ def language_flops(
 
     Returns:
         ``attention`` (``scores`` are its part), ``ffn``, and the ``head`` for the last token.
+
+    Raises:
+        UserError: some layers keep a recurrent state, whose scan has no formula here.
     """
+    if recurrent := recurrent_layers(language.hf):
+        raise UserError(
+            f"FLOPs of recurrent layers ({recurrent} of {type(language.hf).__name__}) have no formula here: such a "
+            "model can be trained and timed, and not counted."
+        )
     config = language.hf.config
     before = past or [0] * len(tokens)
     attention = ffn = scores = 0.0

@@ -54,6 +54,7 @@ class CrossAttentionFusion(Fusion):
 
     packs = True
     native_resolution = True
+    keeps_sequence = True
 
     def __init__(
         self,

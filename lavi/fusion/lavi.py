@@ -71,6 +71,7 @@ class LaViFusion(Fusion):
     """
 
     packs = True
+    keeps_sequence = True
 
     def __init__(
         self,

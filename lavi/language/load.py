@@ -26,7 +26,7 @@ from lavi.errors import UserError, one_line
 from lavi.language.attention_widths import AttentionWidths
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
-from lavi.language.surgery import decoder_of, refuse_recurrent
+from lavi.language.surgery import decoder_of, recurrent_layers, refuse_recurrent
 from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
 from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
         if inputs.conversation is not None and not self._masks_by_position:
             raise UserError(
                 f"'{self.hf.config.model_type}' with attention '{self.attention}' would let the conversations of a row "
-                "see each other: set language.attention=sdpa, or data.packing=null."
+                "see each other: set data.packing=null, or language.attention=sdpa if it has no recurrent layers."
             )
         out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
         return out.logits
@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
 
         Not with flash attention: there that is looked for in batches of one row alone.
         """
-        if self.attention == "flash_attention_2":
+        if self.attention == "flash_attention_2" or recurrent_layers(self.hf):
             return False
         rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
         return any(hasattr(room, "create_causal_mask") for room in rooms)
