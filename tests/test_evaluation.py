@@ -131,14 +131,15 @@ def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
     seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where only the images of another do not fit: then of the control alone."""
-    usual = seeing.processor.preprocessing
+    kind = type(seeing.processor.preprocessing)
+    usual = kind.__call__
 
-    def preprocess(picture: Image.Image) -> torch.Tensor:
+    def preprocess(self: Any, picture: Image.Image) -> torch.Tensor:
         if picture.width == 7:
             raise ZeroDivisionError("of width 7")
-        return usual(picture)
+        return usual(self, picture)
 
-    monkeypatch.setattr(seeing.processor, "preprocessing", preprocess)
+    monkeypatch.setattr(kind, "__call__", preprocess)
     broken = Sample("broken", ask(0, "what?", answer="c0").messages, [Image.new("RGB", (7, 7))])
     scores = evaluate(seeing, [ask(1, "what?", answer="c1"), broken, ask(2, "what?", answer="c2")])
     assert (scores.samples, scores.answers, scores.shuffled_answers) == (2, 2, 2)
@@ -210,7 +211,7 @@ def test_nothing_is_kept_of_a_sample_that_was_scored(
     """However many there are; of large images fewer are held at a time."""
     monkeypatch.setattr(seeing, "answer", lambda batch, **_: ["a"] * len(batch))
     pixels = torch.zeros(seeing.vision.pixel_shape)
-    monkeypatch.setattr(seeing.processor, "preprocessing", lambda image: pixels)
+    monkeypatch.setattr(type(seeing.processor.preprocessing), "__call__", lambda self, image: pixels)
     samples = Counted(200 if most > 10 else 20, size)
     assert evaluate(seeing, samples).samples == samples.count
     assert samples.most <= most
