@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from datamodules.photographs import NAMES, draw, jpeg, photographs
+from datamodules.photographs import NAMES, draw, jpeg, photographs, position_name
 from lavi.checkpoints.run_folder import load_run
 from lavi.config.devices import device_of
-from lavi.efficiency.record import write_records
+from lavi.efficiency.record import read_records, write_records
 from lavi.evaluation.compare_runs import compare_runs
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +28,7 @@ TEXT = ROOT / "recipes" / "real" / "text.txt"
 PICTURE = ROOT / "docs" / "photographs.jpg"
 SHOWN = ("boot", "bag", "dress", "sneaker")
 """What the picture shows, row by row."""
+NAMING = "what is this?"
 QUESTIONS = {
     "what is at the top left?": "boot",
     "what is at the bottom right?": "sneaker",
@@ -44,10 +45,17 @@ def compose(source: Path) -> bytes:
     return jpeg(draw([pools[NAMES.index(kind)][0] for kind in SHOWN], 2, random.Random(0)))
 
 
-def answers(run: Path) -> list[str]:
-    """What a run's model answers to each question."""
+def answers(run: Path) -> list[list[str]]:
+    """Question, answer of a run's model, true answer: of each quarter of the picture alone, then of the whole."""
     _, model = load_run(run)
-    return model.ask_all(list(QUESTIONS), model.see(Image.open(PICTURE)), max_new_tokens=16)
+    picture = Image.open(PICTURE)
+    half = picture.width // 2
+    corners = [(column * half, row * half) for row in range(2) for column in range(2)]
+    alone = [model.ask(NAMING, picture.crop((x, y, x + half, y + half)), max_new_tokens=16) for x, y in corners]
+    whole = model.ask_all(list(QUESTIONS), model.see(picture), max_new_tokens=16)
+    asked = [f"{position_name(2, number)}, alone: {NAMING}" for number in range(4)]
+    truths = [*SHOWN, *QUESTIONS.values()]
+    return [list(row) for row in zip([*asked, *QUESTIONS], [*alone, *whole], truths, strict=True)]
 
 
 def main() -> None:
@@ -58,16 +66,20 @@ def main() -> None:
     parser.add_argument(
         "--compose", type=Path, metavar="FOLDER", help="draw the picture anew, of Fashion-MNIST in FOLDER"
     )
+    parser.add_argument("--answers", action="store_true", help="only the answers anew, the rest as FILE has it")
     args = parser.parse_args()
     if args.compose:
         PICTURE.write_bytes(compose(args.compose))
     runs = [Path("runs") / f"real-{name}" for name in args.runs]
     said = [answers(run) for run in runs]
-    records = compare_runs(
-        runs, overrides=[], trust=False, limit=args.limit, device=device_of("auto"), out=None, text=TEXT
+    device = device_of("auto")
+    records = (
+        read_records(args.out)
+        if args.answers
+        else compare_runs(runs, overrides=[], trust=False, limit=args.limit, device=device, out=None, text=TEXT)
     )
-    for record, given in zip(records, said, strict=True):
-        record.knobs["shown"] = [list(row) for row in zip(QUESTIONS, given, QUESTIONS.values(), strict=True)]
+    for record, rows in zip(records, said, strict=True):
+        record.knobs["shown"] = rows
         print(record.method, *(f"{question} {answer}" for question, answer, _ in record.knobs["shown"]), sep="\n  ")
     if args.out:
         args.out.unlink(missing_ok=True)

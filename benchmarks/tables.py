@@ -70,13 +70,10 @@ def grid_code(records: list[Record]) -> str:
 
 
 TELLING = (
-    "held-out accuracy (%)",
     "easy (%)",
     "hard (%)",
     "control, no image: held-out accuracy (%)",
-    "visual tokens in the language model",
     "GFLOPs, without vision encoder",
-    "GFLOPs, with vision encoder",
     "saved, without vision encoder (%)",
     "first token, times concatenation (interval)",
     "decode, times concatenation (interval)",
@@ -151,7 +148,7 @@ def visor_scenes(records: list[Record]) -> str:
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
 
 
-IN_README = 3
+IN_README = 4
 """Questions about the picture that a README shows."""
 
 
