@@ -136,6 +136,15 @@ def collate(model: VisionLanguageModel, samples: list[Sample], *, pad_left: bool
     return model.processor.collate([model.processor.encode(s, prompt=prompt) for s in samples], pad_left=pad_left)
 
 
+def assert_same(model: VisionLanguageModel, said: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the last bit; with experts, to rounding: each multiplies all tokens that are sent to it at once, and how many
+    they are, padding among them, decides how it rounds."""
+    if any("experts" in name for name, _ in model.language.hf.named_modules()):
+        torch.testing.assert_close(said, expected, atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(said, expected)
+
+
 def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]:
     """The likeliest ids, each by one full forward: no cache, no padding."""
     alone = collate(model, [prompt], prompt=True)
