@@ -57,6 +57,10 @@ def test_the_models_that_are_listed_are_those_that_are_tested(mark: str, expecte
     assert set(re.findall(r"`(\w+)`", listed)) == set(expected)
 
 
+def test_the_readme_counts_the_families() -> None:
+    assert f"decoders of {len(FAMILIES)} families" in README
+
+
 def test_the_readme_is_short() -> None:
     assert README.count("\n") <= 150
     assert (ROOT / "docs" / "architecture.md").read_text().count("\n") <= 120
