@@ -88,6 +88,9 @@ class OneLanguage:
     def __init__(self, language: Any) -> None:
         self.language, self.settings = language, {"model": {"language": {}}}
 
+    def component(self, section: str) -> type:
+        return type(self)
+
     def build(self, section: str) -> Any:
         assert section == "model.language"
         return self.language

@@ -25,6 +25,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
+from lavi.language.load import ROWS_OF_ONE
 from lavi.model import VisionLanguageModel
 from lavi.training.module import summed_loss
 from lavi.visor.fusion import VisorFusion
@@ -35,8 +36,8 @@ FUSIONS: dict[str, Any] = {
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
 }
-CASES = [(family, name) for family in VARIED for name in ("concat", "lavi")]
-CASES += [(family, "concat") for family in FAMILIES if family not in VARIED]
+CASES = [(family, name) for family in VARIED if family not in ROWS_OF_ONE for name in ("concat", "lavi")]
+CASES += [(family, "concat") for family in FAMILIES if family not in (*VARIED, *ROWS_OF_ONE)]
 CASES += [("qwen2", name) for name in FUSIONS if name not in ("concat", "lavi")]
 
 SAMPLES = [
@@ -70,6 +71,13 @@ def test_a_conversation_answers_as_if_it_were_alone(build, case: tuple[str, str]
         for row, numbers in enumerate(ROWS):
             for (start, stop), number in zip(together.packed[row], numbers, strict=True):
                 torch.testing.assert_close(logits[row, start:stop], model(alone[number])[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ROWS_OF_ONE)
+def test_a_family_that_would_not_is_refused(build, family: str) -> None:  # type: ignore[no-untyped-def]
+    model = build(ConcatFusion(), family=family)
+    with pytest.raises(UserError, match=r"data\.packing=null"):
+        model(alone_and_packed(model)[1])
 
 
 @pytest.mark.parametrize("name", FUSIONS)
@@ -148,7 +156,7 @@ def test_flash_attention_would_mix_them_and_refuses(build) -> None:  # type: ign
     model = build(ConcatFusion())
     _, together = alone_and_packed(model)
     model.language.attention = "flash_attention_2"
-    with pytest.raises(UserError, match=r"'flash_attention_2' would let .* see each other: set language.attention"):
+    with pytest.raises(UserError, match=r"'flash_attention_2' would let .* see each other: set data.packing=null"):
         model(together)
 
 

@@ -238,9 +238,9 @@ def test_models_take_turns_with_each_other_and_with_their_floors(
 ) -> None:
     prefill, features, ran = VisionLanguageModel.prefill, VisionLanguageModel.features, list[str]()
 
-    def encoding(self: VisionLanguageModel, pixels: Any) -> Any:
+    def encoding(self: VisionLanguageModel, pixels: Any, *grids: Any) -> Any:
         clock.now += {"ConcatFusion": 96.0, "LaViFusion": 32.0}[type(self.fusion).__name__]
-        return features(self, pixels)
+        return features(self, pixels, *grids)
 
     def scripted(self: VisionLanguageModel, batch: Any, features: Any) -> Any:
         ran.append(type(self.fusion).__name__)

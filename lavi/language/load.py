@@ -34,6 +34,9 @@ from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
 
+ROWS_OF_ONE = ("biogpt", "gpt_oss")
+"""Families that answer otherwise in a row of several conversations than alone, as the tests of packing have found."""
+
 
 def check_config(config: dict[str, Any]) -> None:
     """Of a bare configuration.
@@ -165,6 +168,8 @@ class LanguageModel(nn.Module):
         Not with flash attention: there that is looked for in batches of one row alone.
         """
         if self.attention == "flash_attention_2" or recurrent_layers(self.hf):
+            return False
+        if self.hf.config.model_type in ROWS_OF_ONE:
             return False
         rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
         return any(hasattr(room, "create_causal_mask") for room in rooms)
