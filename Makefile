@@ -49,11 +49,12 @@ digits: install ## your own data, shown on real scans: write, pack, train, score
 	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
 
-# A run of one of the recipes for real parts. As visor-run below: one that was stopped goes on, a finished one is kept.
-real-folder = runs/real-$(1)
-real-begin = rm -rf $(real-folder) && $(BIN)/python -m lavi.fit --recipe recipes/real/$(1).yaml --run $(real-folder)
-real-resume = $(BIN)/python -m lavi.fit --resume $(real-folder)
-real-run = $(if $(wildcard $(real-folder)/last.ckpt),$(real-resume),$(real-begin))
+# A run of recipe $(1) in folder $(2). One that was stopped goes on, a finished one is kept (with the recipe it had):
+# remove its folder to train anew. A folder without a checkpoint holds nothing yet.
+begin-run = rm -rf $(2) && $(BIN)/python -m lavi.fit --recipe $(1) --run $(2)
+run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-run,$(1),$(2)))
+
+real-run = $(call run-or-resume,recipes/real/$(1).yaml,runs/real-$(1))
 
 real: install ## a released language model learns to see photographs: fetch, train three fusions, score (30 to 45 minutes on two quiet cores)
 	$(BIN)/python -m lavi.parts fetch
@@ -76,12 +77,8 @@ verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.
 verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
 	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
 
-# A run of one of VISOR's recipes for the scenes. One that was stopped goes on, a finished one is kept (with the recipe it
-# had): remove runs/visor-scenes-* and data/visor-scenes to train anew. A folder without a checkpoint holds nothing yet.
-visor-folder = runs/visor-scenes-$(subst _,-,$(1))
-visor-begin = rm -rf $(visor-folder) && $(BIN)/python -m lavi.fit --recipe recipes/visor/scenes_$(1).yaml --run $(visor-folder)
-visor-resume = $(BIN)/python -m lavi.fit --resume $(visor-folder)
-visor-run = $(if $(wildcard $(visor-folder)/last.ckpt),$(visor-resume),$(visor-begin))
+# To train anew: remove runs/visor-scenes-* and data/visor-scenes.
+visor-run = $(call run-or-resume,recipes/visor/scenes_$(1).yaml,runs/visor-scenes-$(subst _,-,$(1)))
 
 visor-scenes: install ## train VISOR and concatenation on the scenes, and score them (two hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/scenes

@@ -18,8 +18,9 @@ from PIL import Image
 
 from datamodules.photographs import NAMES, draw, jpeg, photographs, position_name
 from lavi.checkpoints.run_folder import load_run
+from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
-from lavi.efficiency.record import read_records, write_records
+from lavi.efficiency.record import check_writable, read_records, write_records
 from lavi.evaluation.compare_runs import compare_runs
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,7 @@ def answers(run: Path) -> list[list[str]]:
     return [list(row) for row in zip([*asked, *QUESTIONS], [*alone, *whole], truths, strict=True)]
 
 
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
@@ -68,6 +70,10 @@ def main() -> None:
     )
     parser.add_argument("--answers", action="store_true", help="only the answers anew, the rest as FILE has it")
     args = parser.parse_args()
+    if args.answers and not args.out:
+        parser.error("--answers needs --out, the file whose answers are made anew")
+    if args.out:
+        check_writable(args.out)
     if args.compose:
         PICTURE.write_bytes(compose(args.compose))
     runs = [Path("runs") / f"real-{name}" for name in args.runs]

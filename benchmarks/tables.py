@@ -81,18 +81,6 @@ TELLING = (
 """The lines of a comparison that a README shows."""
 
 
-REAL = (
-    "name (%)",
-    "hard (%)",
-    "control, shuffled images: easy (%)",
-    "perplexity on text, before training",
-    "perplexity on text, after training",
-    "GFLOPs, without vision encoder",
-    "saved, without vision encoder (%)",
-)
-"""The same of runs on real parts."""
-
-
 def short_comparison(records: list[Record]) -> str:
     """The most telling lines of :func:`comparison`."""
     baseline = next((record for record in records if record.method == "concat"), None)
@@ -172,13 +160,6 @@ def shown_short(records: list[Record]) -> str:
     return markdown(["question", "LaVi's answer"], rows)
 
 
-def short_real(records: list[Record]) -> str:
-    """Of a comparison on real parts what tells most."""
-    baseline = next((record for record in records if record.method == "concat"), None)
-    columns, rows = side_by_side(records, baseline)
-    return markdown(columns, [row for row in rows if row[0] in REAL])
-
-
 def sweep(records: list[Record]) -> str:
     """A sweep, as ``lavi.profile`` shows it."""
     columns, rows = turns_rows(records)
@@ -217,7 +198,6 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "quickstart.short": short_comparison,
     "real.shown": shown,
     "real.shown_short": shown_short,
-    "real.short": short_real,
     "verify_claims": claims,
     "verify_claims.short": short_claims,
     "verify_claims.speed": speed,

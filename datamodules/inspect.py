@@ -12,7 +12,6 @@ status is 1 if something is broken.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import os
 import random
@@ -30,6 +29,7 @@ from datamodules.shards.read import BrokenSample, Raw, ShardStream, index_entry,
 from datamodules.shards.sources import find_shards
 from lavi.cli.arguments import Parser, path
 from lavi.cli.entry import cli_entry_point
+from lavi.config.files import sha256_of
 from lavi.errors import UserError, one_line, reason
 from lavi.report import console, table, track
 
@@ -119,8 +119,7 @@ def check_sums(shards: list[str]) -> Iterator[BrokenSample | None]:
 
 def _sum(file: Path) -> str | None:
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(file)
     except OSError:
         return None
 

@@ -278,7 +278,7 @@ def make_samples(job: ShardJob, *, source: Path, split: str, seed: int, turns: i
 
 
 def _photograph(pool: np.ndarray[Any, Any], layout: Layout, index: int, rng: random.Random) -> np.ndarray[Any, Any]:
-    """One of a kind's: alone by its number, so that none is named twice before all were, among others any."""
+    """One of a kind's: among others any; alone by its number, so that none comes again within twice as many samples."""
     return pool[index // 2 % len(pool) if layout.side == 1 else rng.randrange(len(pool))]
 
 

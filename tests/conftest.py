@@ -114,6 +114,13 @@ def awaken(fusion: Fusion, seed: int = 1) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
+def answering(build: Any, fusion: Fusion) -> VisionLanguageModel:
+    """A small model whose answers go on, and depend on what it sees."""
+    model: VisionLanguageModel = build(fusion, initializer_range=0.3, tie_word_embeddings=False)
+    awaken(model.fusion)
+    return model
+
+
 def image(seed: int):  # type: ignore[no-untyped-def]
     """A random image."""
     from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import io
@@ -10,6 +11,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -20,7 +22,7 @@ from unittest.mock import MagicMock
 
 import av
 import pytest
-from conftest import awaken, collate, image, refused
+from conftest import answering, collate, image, refused
 from test_oracles import FUSIONS
 
 from lavi.batch import Layout, Sample
@@ -32,6 +34,7 @@ from lavi.checkpoints.model_folder import save_pretrained
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.processor import TooLong
 from lavi.errors import UserError
+from lavi.fusion.concat import ConcatFusion
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 
@@ -40,21 +43,14 @@ KINDS = ["lavi-attention", "visor-routed", "fastv"]
 TOKENS = 4
 
 
-def make(build: Any, fusion: str) -> VisionLanguageModel:
-    """A model whose answers go on and depend on what it sees."""
-    model = build(FUSIONS[fusion](), initializer_range=0.3, tie_word_embeddings=False)
-    awaken(model.fusion)
-    return model
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def model(build: Any, request: pytest.FixtureRequest) -> VisionLanguageModel:
-    return make(build, request.param)
+    return answering(build, FUSIONS[request.param]())
 
 
 @pytest.fixture(scope="module")
 def plain(build: Any) -> VisionLanguageModel:
-    return make(build, "concat")
+    return answering(build, ConcatFusion())
 
 
 def answer_to(model: VisionLanguageModel, messages: list[dict[str, Any]], *seeds: int) -> str:
@@ -396,6 +392,8 @@ def test_a_mistake_on_a_page_is_one_sentence_and_the_chat_goes_on(
     assert mistake["content"] == "bad.png is not an image that opens (no format known here)."
     history = [shown("user", files["bad.png"], "what?"), shown("assistant", mistake["content"], title=MISTAKE)]
     assert last(page, history, "what is it?", files["1.png"]) == answer_to(plain, [user(1, "what is it?")], 1)
+    given = shown("user", files["1.png"])  # on the command line: a question that failed does not take it along
+    assert last(page, [given, *history], "what is it?") == answer_to(plain, [user(1, "what is it?")], 1)
     assert "fewer words, or clear the conversation." in last(page, [], "circle " * 300)["content"]
     monkeypatch.setattr(Conversation, "ask", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -487,6 +485,25 @@ def test_a_page_without_gradio_is_refused_before_the_model_is_read(run: Any, mon
     refused(run("lavi.generate", "--checkpoint", "gone", "--web"), "pip install 'lavi[web]'")
 
 
+def test_an_interrupt_that_another_library_drops_ends_the_answer(
+    plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = TerminalChat(Conversation(plain), FrameSampling())
+
+    def ask(question: str, say: Any) -> None:
+        say("one ")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        say("two ")
+        say("three")
+
+    monkeypatch.setattr(chat.conversation, "ask", ask)
+    before = signal.getsignal(signal.SIGINT)
+    chat._obey("and?")
+    assert capsys.readouterr().out == "one two \n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def read_until(terminal: int, wanted: bytes, *, seconds: float = 120) -> bytes:
     """What a terminal shows until it shows something; it fails if that does not come."""
     shown, end = b"", time.monotonic() + seconds
@@ -520,7 +537,7 @@ def test_a_chat_in_a_terminal(chat_folder: Path) -> None:
             os.write(terminal, b"\x03")
             read_until(terminal, b"> ")
         os.write(terminal, b"/new\n")
-        read_until(terminal, b"A new conversation.")
+        read_until(terminal, b"A new conversation.\r\n> ")  # until it listens: Ctrl-D before that would be lost
         os.write(terminal, b"\x04")
         assert chat.wait(timeout=60) == 0
     finally:

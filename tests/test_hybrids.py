@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ask, awaken, collate, greedy
+from conftest import collate
 from families import HYBRIDS
-from test_oracles import FUSIONS, SAMPLES, bare_logits, row
+from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_answer_alone, bare_logits
 
 from lavi.efficiency.flops import language_flops
 from lavi.errors import UserError
@@ -33,21 +33,11 @@ def test_the_start_is_the_language_model(model: VisionLanguageModel) -> None:
 
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_a_batch_answers_as_its_rows_alone(model: VisionLanguageModel, pad_left: bool) -> None:
-    awaken(model.fusion)
-    batch = collate(model, SAMPLES, pad_left=pad_left)
-    with torch.no_grad():
-        together = model(batch)
-        for index, sample in enumerate(SAMPLES):
-            alone = model(collate(model, [sample]))[0]
-            torch.testing.assert_close(row(together, batch, index), alone, atol=2e-5, rtol=1e-4)
+    assert_rows_answer_alone(model, pad_left=pad_left)
 
 
 def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> None:
-    awaken(model.fusion)
-    prompts = [ask(1, "what colour is the circle?"), ask("hello", 2, "which has the red circle?", 3), ask("hello")]
-    batch = collate(model, prompts, prompt=True, pad_left=True)
-    answers = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
-    assert answers == [greedy(model, prompt, 6) for prompt in prompts]
+    assert_cached_is_full(model)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -26,7 +26,7 @@ TEXTS = ["what colour is the circle?", "red", "is there a square above the blue 
 
 def answers(scores: list[float], *, each: int = 1, family: str = "f", level: str = "easy") -> list[ScoredAnswer]:
     """One sample a score, with so many answers of that score."""
-    return [ScoredAnswer(str(n), family, level, score) for n, score in enumerate(scores) for _ in range(each)]
+    return [ScoredAnswer(n, family, level, score) for n, score in enumerate(scores) for _ in range(each)]
 
 
 def test_the_interval_of_a_share_is_the_binomial_one() -> None:
@@ -43,7 +43,7 @@ def test_answers_about_one_image_are_drawn_together() -> None:
     rng = random.Random(0)
     scores = [float(rng.random() < 0.5) for _ in range(200)]
     assert intervals(answers(scores, each=4)) == intervals(answers(scores))
-    separate = [ScoredAnswer(f"{answer.key}/{n}", *answer[1:]) for n, answer in enumerate(answers(scores, each=4))]
+    separate = [ScoredAnswer(n, *answer[1:]) for n, answer in enumerate(answers(scores, each=4))]
     (one, many) = (np.diff(intervals(scored)["all"])[0] for scored in (answers(scores, each=4), separate))
     assert many == pytest.approx(one / 2, rel=0.15)
 

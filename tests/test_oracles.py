@@ -185,8 +185,8 @@ def test_it_matters_where_in_the_image_a_token_lies(build, fusion: type[Fusion])
         assert (apart(*logits) > 1e-3) == told
 
 
-@pytest.mark.parametrize("pad_left", [False, True])
-def test_a_batch_answers_as_its_rows_alone(model: VisionLanguageModel, pad_left: bool) -> None:
+def assert_rows_answer_alone(model: VisionLanguageModel, *, pad_left: bool) -> None:
+    """A batch, padded on either side, answers as its rows one by one."""
     awaken(model.fusion)
     batch = collate(model, SAMPLES, pad_left=pad_left)
     with torch.no_grad():
@@ -196,7 +196,8 @@ def test_a_batch_answers_as_its_rows_alone(model: VisionLanguageModel, pad_left:
             torch.testing.assert_close(row(together, batch, index), alone, atol=2e-5, rtol=1e-4)
 
 
-def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> None:
+def assert_cached_is_full(model: VisionLanguageModel) -> None:
+    """Greedy answers with a cache are those of a full forward for each token."""
     awaken(model.fusion)
     prompts = [
         ask(1, "what colour is the circle?"),
@@ -206,6 +207,15 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
     batch = collate(model, prompts, prompt=True, pad_left=True)
     answers = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
     assert answers == [greedy(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_batch_answers_as_its_rows_alone(model: VisionLanguageModel, pad_left: bool) -> None:
+    assert_rows_answer_alone(model, pad_left=pad_left)
+
+
+def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> None:
+    assert_cached_is_full(model)
 
 
 def test_beams_see_their_own_row(model: VisionLanguageModel) -> None:

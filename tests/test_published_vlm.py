@@ -39,6 +39,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
+from lavi.loading import vlm
 from lavi.model import VisionLanguageModel
 from lavi.reduction.pooling import AveragePooling
 from lavi.training.module import VisionLanguageModule
@@ -151,6 +152,18 @@ def test_a_video_of_llava_onevision_is_that_of_transformers(tmp_path: Path, toke
         theirs = published.theirs(input_ids=ids, pixel_values_videos=batch.pixels[None]).logits[0]
         ours = published.ours(batch)[0]
     torch.testing.assert_close(ours, theirs[ids[0] != published.theirs.config.video_token_id], atol=1e-4, rtol=1e-4)
+
+
+def test_media_that_a_template_writes_in_another_order_are_refused(tmp_path: Path, tokenizer: str) -> None:
+    """This one writes a message's images and videos first, in its order, and its words behind them."""
+    model = published_vlm(str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer)))
+    parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "video"}]
+    chat = model.chat
+    in_order = chat.encode_prompt([{"role": "user", "content": parts}], images=2)
+    assert in_order.image_columns == sorted(in_order.image_columns)
+    chat.template = chat.template.replace("if part['type'] != 'text'", "if part['type'] == 'video'")
+    with pytest.raises(UserError, match="otherwise than the conversation has them"):
+        chat.encode_prompt([{"role": "user", "content": parts}], images=2)
 
 
 def test_an_export_is_read_again_bit_for_bit(published: Published, tmp_path: Path) -> None:
@@ -335,6 +348,25 @@ def test_a_released_model_is_scored_counted_and_timed_from_its_recipe(
     assert (as_it_is.knobs["run"], less.knobs["run"]) == ("released", "pruned")
     assert less.gflops_language < as_it_is.gflops_language
     assert "released" in capsys.readouterr().out
+
+
+def test_a_recipe_of_an_untrained_model_is_not_scored(tiny_recipe: Path) -> None:
+    with pytest.raises(UserError, match="whose model is not trained"):
+        compare_runs([tiny_recipe], overrides=[], trust=False, limit=1, device=torch.device("cpu"), out=None)
+
+
+def test_a_checkpoint_is_read_once_for_all_of_its_parts(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(write_vlm("llava", tmp_path / "checkpoint", tokenizer))
+    read, sources = vlm._read, list[str]()
+    monkeypatch.setattr(vlm, "_read", lambda source, config: (sources.append(source), read(source, config))[1])
+    model = published_vlm(folder, attention="eager")
+    assert sources == [folder]
+    assert model.language.hf.config._attn_implementation == model.language.attention == "eager"
+    batch = collate(model, [question((40, 30))])
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), published_vlm(folder)(batch), atol=1e-4, rtol=1e-4)
 
 
 def test_a_released_model_answers_in_the_terminal(tmp_path: Path, tokenizer: str) -> None:

@@ -57,6 +57,14 @@ def test_a_recipe_of_published_checkpoints_builds_on_meta(
     assert len(batch.pixels) == batch.image_slots[0].views
 
 
+@pytest.mark.parametrize("name", ["stage1", "modulation", "reduced"])
+def test_the_first_stage_of_visor_trains_what_is_new_alone(name: str) -> None:
+    recipe = Recipe.load(ROOT / "recipes" / "visor" / f"qwen2_0_5b_siglip_{name}.yaml")
+    rates = recipe.settings["module"]["learning_rate"]
+    assert {part for part, rate in rates.items() if rate is not None} == {"fusion"}
+    assert {"fusion.projector", "fusion.newline"} <= set(rates)
+
+
 @pytest.mark.parametrize("name", ["lavi_conv", "llama", "clip"])
 def test_a_swapped_part_is_a_few_lines(name: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

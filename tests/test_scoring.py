@@ -125,3 +125,11 @@ def test_an_error_while_answering_names_the_samples(scorer: Scorer) -> None:
 def test_scores_name_their_metric_and_their_numbers(label: str, shuffled: int, words: str) -> None:
     scores = Scores("M", label, {"all": 75.0}, {}, Counter(), 3, 5, shuffled, Counter(), Scenario(5))
     assert str(scores) == words
+
+
+def test_samples_of_one_key_are_several(scorer: Scorer) -> None:
+    """Keys may begin anew in each shard; intervals draw samples."""
+    for _ in range(2):
+        assert scorer.add(ask(1, "what colour is the circle?", answer="red", key="000001"))
+    scorer.finish()
+    assert [answer.sample for answer in scorer.scored] == [0, 1]

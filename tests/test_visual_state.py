@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ask, awaken, collate, image
+from conftest import answering, ask, awaken, collate, image
 from PIL import Image
 from test_oracles import FUSIONS
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 import lavi
 from lavi.batch import Sample, Video
 from lavi.data.tiling import AnyRes
+from lavi.fusion.concat import ConcatFusion
 from lavi.model import VisionLanguageModel
 from lavi.reduction.pooling import AveragePooling
 
@@ -22,24 +23,22 @@ QUESTIONS = ["what colour is the circle?", "which image has the red circle? firs
 KINDS = ["lavi-attention", "lavi-conv", "concat", "cross-attention", "visor", "visor-routed", "fastv", "pyramid-drop"]
 
 
-def make(build: Any, fusion: str = "concat", **parts: Any) -> VisionLanguageModel:
-    """A model whose answers go on and depend on what it sees."""
-    model = build(FUSIONS[fusion](), initializer_range=0.3, tie_word_embeddings=False)
-    if parts:
-        halves = {"vision": model.vision, "language": model.language}
-        model = VisionLanguageModel(**halves, fusion=FUSIONS[fusion](), **parts).eval()
+def concat_with(build: Any, **parts: Any) -> VisionLanguageModel:
+    """Concatenation with further parts of a model."""
+    bare = answering(build, ConcatFusion())
+    model = VisionLanguageModel(vision=bare.vision, language=bare.language, fusion=ConcatFusion(), **parts).eval()
     awaken(model.fusion)
     return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(build: Any, request: pytest.FixtureRequest) -> VisionLanguageModel:
-    return make(build, request.param)
+    return answering(build, FUSIONS[request.param]())
 
 
 @pytest.fixture(scope="module")
 def plain(build: Any) -> VisionLanguageModel:
-    return make(build)
+    return answering(build, ConcatFusion())
 
 
 def views_through(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -109,7 +108,7 @@ def test_what_is_known_is_not_computed_again(plain: VisionLanguageModel, monkeyp
 
 def test_an_image_in_company_is_cut_as_its_tiling_says(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiled where it is alone, one view where it is not: then its views are other pixels, and are computed."""
-    tiled = make(build, tiling=AnyRes(max_grid=2))
+    tiled = concat_with(build, tiling=AnyRes(max_grid=2))
     seen = views_through(tiled, monkeypatch)
     first = tiled.see(image(1))
     both = tiled.see(image(1), image(2), known=first)
@@ -132,7 +131,7 @@ def test_the_same_pixels_in_another_layout_are_other_views(
 
 
 def test_a_state_holds_what_a_reducer_leaves(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(build, reducer=AveragePooling(factor=2))
+    model = concat_with(build, reducer=AveragePooling(factor=2))
     runs: list[int] = []
     model.reducer.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
     state = model.see(image(1), image(2))

@@ -18,7 +18,6 @@ from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image, what_it_is
 from lavi.data.processor import TooLong
 from lavi.data.videos import is_video, read_video
-from lavi.errors import UserError
 
 MISTAKE = "error"
 """The title of what the page shows in the place of an answer."""
@@ -62,8 +61,7 @@ class Page:
         except TooLong as error:
             yield mistake(f"{error.what}: ask with fewer words, or clear the conversation.")
         except Exception as error:
-            sentence = str(error) if isinstance(error, UserError) else mendable(error)
-            if sentence is None:
+            if (sentence := mendable(error)) is None:
                 raise
             yield mistake(sentence)
 
@@ -134,12 +132,14 @@ def turns(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Files that are shown one message after the other are one turn with the question behind them.
     """
-    told: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for message in shown:
-        if (message.get("metadata") or {}).get("title") == MISTAKE:
-            if told and told[-1]["role"] == "user":
-                told.pop()
-            continue
+        if (message.get("metadata") or {}).get("title") != MISTAKE:
+            kept.append(message)
+        elif kept and kept[-1]["role"] == "user":
+            kept.pop()
+    told: list[dict[str, Any]] = []
+    for message in kept:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         if told and told[-1]["role"] == message["role"]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from lavi.batch import Video, Visual
 from lavi.chatting.conversation import Conversation
@@ -96,8 +99,7 @@ class TerminalChat:
         except TooLong as error:
             note(f"error: {error.what}: ask with fewer words, or begin a new conversation with /new.")
         except Exception as error:
-            sentence = str(error) if isinstance(error, UserError) else mendable(error)
-            if sentence is None:
+            if (sentence := mendable(error)) is None:
                 raise
             note(f"error: {sentence}")
         self.was_interrupted = False
@@ -109,7 +111,14 @@ class TerminalChat:
         self.commands[name](rest.strip())
 
     def _answer(self, question: str) -> None:
-        self.conversation.ask(text(question), say=say)
+        with noting_interrupts() as interrupted:
+
+            def say_on(words: str) -> None:
+                say(words)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+
+            self.conversation.ask(text(question), say=say_on)
         print(flush=True)
 
     def _show(self, visual: Visual, name: str) -> None:
@@ -120,6 +129,28 @@ class TerminalChat:
     def _restart(self) -> None:
         self.conversation.restart()
         note("A new conversation.")
+
+
+@contextlib.contextmanager
+def noting_interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is noted: what is raised inside a library may be dropped there.
+
+    Handlers of signals belong to the main thread; in another one nothing is noted.
+    """
+    interrupted = threading.Event()
+
+    def note_and_raise(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, note_and_raise)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def note(words: str) -> None:

@@ -97,7 +97,7 @@ def published_vlm(
         others = {key: value for key, value in section.items() if key not in (TARGET, *PARTS)}
         model = VisionLanguageModel(**parts, **others, built_from=section)
         if weights_wanted():
-            _start_connector(model.fusion, connector_state(open_vlm(source, attention=attention)), source)
+            _start_connector(model.fusion, connector_state(open_vlm(source)), source)
     return model
 
 
@@ -113,9 +113,9 @@ def start_from_vlm(model: VisionLanguageModel, source: str) -> set[str]:
     vlm = open_vlm(source)
     tower = {f"vision.tower.{name}": tensor for name, tensor in tower_state(vlm).items()}
     connector = {f"fusion.{name}": tensor for name, tensor in connector_state(vlm).items()}
-    language = language_model_of(vlm, dtype=vlm.dtype, attention="sdpa").state_dict(keep_vars=True)
-    words = {f"language.hf.{name}": tensor for name, tensor in language.items()}
-    state = tower | words | (connector if isinstance(model.fusion, ConcatFusion) else {})
+    language = language_model_of(vlm, dtype=vlm.dtype, attention="sdpa").state_dict()
+    language = {f"language.hf.{name}": tensor for name, tensor in language.items()}
+    state = tower | language | (connector if isinstance(model.fusion, ConcatFusion) else {})
     changed = set()
     for name, parameter in model.named_parameters():
         tensor, halves = state.get(original_name(name)), name.startswith(("vision.", "language."))
@@ -249,14 +249,14 @@ def _preprocessor(source: str) -> Any:
         ) from error
 
 
-def _start_connector(fusion: Fusion, state: dict[str, Tensor], source: str) -> set[str]:
-    """Copy a checkpoint's connector into a fusion that has one; the names of the parameters that were copied.
+def _start_connector(fusion: Fusion, state: dict[str, Tensor], source: str) -> None:
+    """Copy a checkpoint's connector into a fusion that has one.
 
     Raises:
         UserError: the fusion has another one.
     """
     if not isinstance(fusion, ConcatFusion):
-        return set()
+        return
     own = {
         name: parameter
         for name, parameter in fusion.named_parameters()
@@ -271,4 +271,3 @@ def _start_connector(fusion: Fusion, state: dict[str, Tensor], source: str) -> s
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
-    return set(own)

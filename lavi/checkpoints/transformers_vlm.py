@@ -115,13 +115,13 @@ def _media_id(model: VisionLanguageModel, kind: str) -> int:
         UserError: the tokenizer has none.
     """
     token = (model.media_tokens or {}).get(kind, f"<{kind}>")
-    words = model.language.tokenizer
-    if token not in words.get_vocab():
+    tokenizer = model.language.tokenizer
+    if token not in tokenizer.get_vocab():
         raise UserError(
-            f"transformers' class puts a token '{token}' where an {kind} stands, and this tokenizer has none: start "
+            f"transformers' class puts a token '{token}' for each {kind}, and this tokenizer has none: start "
             "from a released vision-language model, or export without --format transformers."
         )
-    return words.get_vocab()[token]
+    return tokenizer.get_vocab()[token]
 
 
 def _pinpoints(model: VisionLanguageModel) -> list[list[int]]:
@@ -146,10 +146,10 @@ def _state(model: VisionLanguageModel, kind: str) -> dict[str, Tensor]:
 
 def _processor(model: VisionLanguageModel, kind: str) -> Any:
     """Transformers' processor of the class."""
-    words = model.language.tokenizer
+    tokenizer = model.language.tokenizer
     images, keys = _images(model, kind)
     make: Any = getattr(transformers, PROCESSORS[kind])
-    return make(images, tokenizer=words, chat_template=words.chat_template, **keys)
+    return make(images, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **keys)
 
 
 def _images(model: VisionLanguageModel, kind: str) -> tuple[Any, dict[str, Any]]:

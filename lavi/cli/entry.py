@@ -31,7 +31,9 @@ NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
 
 
 def mendable(error: Exception) -> str | None:
-    """The sentence for an error of the system that a user can mend; None where it may be a fault of the program."""
+    """The sentence for an error that a user can mend; None where it may be a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
     message = str(error).partition("\n")[0]
     if isinstance(error, OSError):
         remedy = REMEDIES.get(error.errno or 0)
@@ -84,7 +86,7 @@ def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
                 status = 128 + 13  # as of a command that SIGPIPE ended
-            elif (sentence := str(error) if isinstance(error, UserError) else mendable(error)) is not None:
+            elif (sentence := mendable(error)) is not None:
                 print("error:", sentence, *getattr(error, "__notes__", ()), file=sys.stderr)
                 status = 2
             else:

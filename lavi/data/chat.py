@@ -105,7 +105,9 @@ class _Media:
         vocabulary = tokenizer.get_vocab()
         for kind, token in tokens.items():
             if token not in vocabulary:
-                raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no token '{token}' for an {kind}.")
+                raise UserError(
+                    f"the tokenizer of {tokenizer.name_or_path} has no token '{token}', which stands for each {kind}."
+                )
         return cls(dict(tokens), frozenset(vocabulary[token] for token in tokens.values()))
 
     def in_parts(self, plain: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
@@ -130,6 +132,11 @@ class _Media:
             out.append(piece)
             origin += [index] * len(piece)
         return "".join(out), origin
+
+
+def _marks(text: str) -> str:
+    """Those of images and videos, in order."""
+    return "".join(re.findall(f"[{IMAGE}{VIDEO}]", text))
 
 
 def _parts_of(content: str) -> Iterator[dict[str, str]]:
@@ -267,7 +274,10 @@ class Chat:
         # A template is a program from elsewhere: what it does not foresee raises anything.
         except Exception as error:  # noqa: BLE001
             raise UserError(f"the chat template refuses the conversation ({one_line(error)}).") from None
-        return self._media.marked(str(rendered))
+        text = self._media.marked(str(rendered))
+        if _marks(text) != "".join(_marks(message["content"]) for message in plain):
+            raise UserError("the chat template writes images and videos otherwise than the conversation has them.")
+        return text
 
     # --- templates that write the last answer otherwise ---------------------------------------------------------------
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from lavi.checkpoints.model_folder import build
+from lavi.checkpoints.published_vlm import is_released
 from lavi.checkpoints.run_folder import load_run
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure
 from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
 from lavi.evaluation.scoring import Scores, evaluate
 from lavi.model import VisionLanguageModel
@@ -136,6 +138,8 @@ def _open(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, V
     if folder.suffix not in RECIPES:
         return load_run(folder, overrides=overrides, trust=trust)
     recipe = Recipe.load(folder, overrides)
+    if not is_released(recipe):
+        raise UserError(f"{folder} is a recipe whose model is not trained: give the run folder that lavi.fit wrote.")
     return recipe, build(recipe).eval()
 
 

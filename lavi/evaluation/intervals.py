@@ -16,9 +16,9 @@ BLOCK = 2**24
 
 
 class ScoredAnswer(NamedTuple):
-    """The score of one answer, from 0 to 1, and the sample that it is of."""
+    """The score of one answer, from 0 to 1, and the number of the sample that it is of."""
 
-    key: str
+    sample: int
     family: str
     level: str
     score: float
@@ -30,10 +30,10 @@ def intervals(answers: Iterable[ScoredAnswer], *, draws: int = DRAWS) -> dict[st
     Samples are drawn with replacement, with all of their answers: those about one image are not independent. The
     interval is from the 2.5th to the 97.5th percentile of the means. The same answers give the same intervals.
     """
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         for group in ("all", f"level/{answer.level}", f"family/{answer.family}"):
-            groups[group][answer.key].append(answer.score)
+            groups[group][answer.sample].append(answer.score)
     return {group: _interval(list(scores.values()), draws) for group, scores in sorted(groups.items())}
 
 

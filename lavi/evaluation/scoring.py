@@ -120,7 +120,9 @@ class Scorer:
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
     scored: list[ScoredAnswer] = field(default_factory=list)
     scored_without_images: list[ScoredAnswer] = field(default_factory=list)
-    _waiting: list[tuple[EncodedSample, Expected]] = field(default_factory=list)
+    samples: int = 0
+    """Added so far: their numbers tell them apart, since keys may begin anew in each shard."""
+    _waiting: list[tuple[EncodedSample, Expected, int]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
@@ -136,10 +138,11 @@ class Scorer:
             fills_context = self._answer_room(prompt) < self.max_new_tokens
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
-            self._waiting.append((prompt, expected))
-            size = sum(waiting.pixels.nbytes for waiting, _ in self._waiting)
+            self._waiting.append((prompt, expected, self.samples))
+            size = sum(waiting.pixels.nbytes for waiting, *_ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
+        self.samples += 1
         return True
 
     def _answer_room(self, prompt: EncodedSample) -> int:
@@ -150,18 +153,18 @@ class Scorer:
         """Answer the prompts that are waiting."""
         if not self._waiting:
             return
-        prompts, expected = zip(*self._waiting, strict=True)
+        prompts, expected, samples = zip(*self._waiting, strict=True)
         tokens = min(map(self._answer_room, prompts))
         batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()
-        self.scored += self._score(expected, batch, tokens, self.metric)
+        self.scored += self._score(expected, samples, batch, tokens, self.metric)
         self.route_counts.update(self.model.fusion.route_counts)
         if (metric := self.metric_without_images) is not None:
-            self.scored_without_images += self._score(expected, batch.without_images(), tokens, metric)
+            self.scored_without_images += self._score(expected, samples, batch.without_images(), tokens, metric)
 
     def _score(
-        self, expected: Sequence[Expected], batch: Batch, tokens: int, metric: AnswerMetric
+        self, expected: Sequence[Expected], samples: Sequence[int], batch: Batch, tokens: int, metric: AnswerMetric
     ) -> Iterator[ScoredAnswer]:
         try:
             answers = self.model.answer(batch.to(self.device), max_new_tokens=tokens)
@@ -170,7 +173,7 @@ class Scorer:
             raise
         truths, groups = [e.truth for e in expected], [(e.family, e.level) for e in expected]
         scores = metric.update_answers(answers, truths, groups)
-        return (ScoredAnswer(key, *group, score) for key, group, score in zip(batch.keys, groups, scores, strict=True))
+        return (ScoredAnswer(n, *group, score) for n, group, score in zip(samples, groups, scores, strict=True))
 
 
 @dataclass

@@ -222,7 +222,7 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
         UserError: transformers cannot build it, or weights are missing.
     """
     if is_vlm(settings):
-        return language_model_of(open_vlm(str(source), attention=attention), dtype=dtype, attention=attention)
+        return language_model_of(open_vlm(str(source)), dtype=dtype, attention=attention)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     origin = "a bare configuration" if source is None else f"'{source}'"
     loading_info: dict[str, Any] | None = None

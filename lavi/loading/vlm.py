@@ -44,7 +44,7 @@ CONNECTOR = {
 }
 """Parameters of what joins the halves: their names in ``model`` of transformers' classes, and in a concatenation."""
 
-_opened: ContextVar[dict[tuple[str, str], PreTrainedModel] | None] = ContextVar("opened_vlms", default=None)
+_opened: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("opened_vlms", default=None)
 
 
 def is_vlm(config: PretrainedConfig) -> bool:
@@ -94,34 +94,27 @@ def opened_once() -> Iterator[None]:
         _opened.reset(token)
 
 
-def open_vlm(source: str, *, attention: str = "sdpa") -> PreTrainedModel:
+def open_vlm(source: str) -> PreTrainedModel:
     """A published vision-language model in the precision of its files; without weights where none are wanted.
-
-    Args:
-        attention: the attention kernel of its language model.
 
     Raises:
         UserError: nothing there, a checkpoint of another class, or one that lacks weights.
     """
     opened = _opened.get()
-    key = (source, attention)
-    if opened is not None and key in opened:
-        return opened[key]
-    model = _read(source, vlm_config(source), attention)
+    if opened is not None and source in opened:
+        return opened[source]
+    model = _read(source, vlm_config(source))
     if opened is not None:
-        opened[key] = model
+        opened[source] = model
     return model
 
 
-def _read(source: str, config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    kernels = {"text_config": attention, "vision_config": "sdpa", "": "sdpa"}
+def _read(source: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         if not weights_wanted():
-            return AutoModelForImageTextToText.from_config(config, attn_implementation=kernels)
+            return AutoModelForImageTextToText.from_config(config)
         keys: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype="auto", attn_implementation=kernels, **keys
-        )
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype="auto", **keys)
     except Exception as error:
         raise UserError(f"no '{config.model_type}' model can be read from '{source}': {one_line(error)}.") from error
     model, loading_info = loaded
@@ -134,12 +127,13 @@ def language_model_of(vlm: PreTrainedModel, *, dtype: torch.dtype, attention: st
     """The language model of a published one, as a causal language model of its own family; its weights are moved."""
     inner = vlm.model.text_model if hasattr(vlm.model, "text_model") else vlm.model.language_model
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(inner.config, attn_implementation=attention)
+        causal = AutoModelForCausalLM.from_config(inner.config)
     setattr(causal, causal.base_model_prefix, inner)
     head, embeddings = vlm.get_output_embeddings(), inner.get_input_embeddings()
     causal.set_output_embeddings(head)
     causal.config.tie_word_embeddings = head.weight is embeddings.weight
     causal.generation_config = vlm.generation_config
+    causal.set_attn_implementation(attention)
     language: PreTrainedModel = causal.to(dtype)
     return language
 

@@ -5,7 +5,6 @@ Both keep their settings (an index of one's own, a proxy); nothing of a package 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,16 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lavi.config.files import sha256_of
 from lavi.errors import UserError, one_line
 from lavi.report import progress
 
 BLOCK = 2**20
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

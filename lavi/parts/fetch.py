@@ -15,10 +15,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from lavi.config.files import holding
+from lavi.config.files import holding, sha256_of
 from lavi.errors import UserError, nearest, reason
 from lavi.parts.catalogue import PARTS, Part
-from lavi.parts.download import sha256_of
 from lavi.report import table
 
 NOTE = "part.json"

@@ -297,12 +297,10 @@ def load_tower(source: str | None, settings: PretrainedConfig) -> Any:
     pooling = "add_pooling_layer" in inspect.signature(kind).parameters
     keys = {"add_pooling_layer": False} if pooling else {}  # its output would go unused
     loading_info: dict[str, Any] | None = None
+    of_vlm = source is not None and is_vlm(read_configuration(source))
     try:
-        whole = source is not None and is_vlm(read_configuration(source))
-        if source is None or whole or not weights_wanted():
+        if source is None or of_vlm or not weights_wanted():
             tower = AutoModel.from_config(settings, **keys)
-            if whole and weights_wanted():
-                _fill_from_vlm(tower, str(source))
         else:
             loading: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **loading, **keys)
@@ -317,6 +315,8 @@ def load_tower(source: str | None, settings: PretrainedConfig) -> Any:
         raise UserError(f"no '{settings.model_type}' tower can be built from {origin}: {one_line(error)}") from error
     if loading_info is not None:
         check_loaded(loading_info, str(source), f"'{settings.model_type}' tower")
+    if of_vlm and weights_wanted():
+        _fill_from_vlm(tower, str(source))
     return tower
 
 

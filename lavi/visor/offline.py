@@ -6,7 +6,6 @@ as they go, so that a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import torch
 
 from lavi.batch import Batch
 from lavi.checkpoints.trained_weights import TRAINED
+from lavi.config.files import sha256_of
 from lavi.errors import UserError
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
@@ -203,8 +203,7 @@ def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
 
 def fingerprint(run: Path) -> str:
     """Of the weights that a run trained."""
-    with open(run / TRAINED, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return sha256_of(run / TRAINED)[:16]
 
 
 def _name(configuration: Configuration) -> str:
