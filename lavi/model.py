@@ -22,7 +22,7 @@ from lavi.fusion.base import Fusion
 from lavi.language.context import VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
-from lavi.language.surgery import refuse_recurrent
+from lavi.language.recurrent import refuse_other_sequence
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
@@ -72,7 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
         if not fusion.keeps_sequence:
-            refuse_recurrent(language.hf, type(fusion).__name__)
+            refuse_other_sequence(language.hf, type(fusion).__name__)
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
@@ -157,7 +157,7 @@ class VisionLanguageModel(nn.Module):
         """
         if batch.packed is not None or any(stop != batch.input_ids.shape[1] for _, stop in batch.spans):
             raise UserError("only prompts that end together can be continued: collate them with pad_left=True.")
-        plan = self._asked(decoding)
+        plan = self._read_decoding(decoding)
         plan.check_rows(len(batch), room=self.room_behind(max(self._lengths(batch))))
         inputs = self.fusion(batch, self.features_of(batch), self.language)
         hf, vision = self.language.hf, inputs.vision.for_generation(plan.copies)
@@ -213,7 +213,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: also for ``return_dict_in_generate``, which text has no room for.
         """
-        if self._asked(decoding).settings.get("return_dict_in_generate"):
+        if self._read_decoding(decoding).settings.get("return_dict_in_generate"):
             raise UserError("answer gives text alone: call generate for what return_dict_in_generate gives besides.")
         answers = cast(list[list[int]], self.generate(batch, **decoding))
         return [self.chat.decode(ids) for ids in answers]
@@ -316,7 +316,7 @@ class VisionLanguageModel(nn.Module):
             decoding = {"max_new_tokens": min(longest, self.room_behind(max(self._lengths(batch)))), **decoding}
         return self.answer(batch, **decoding)
 
-    def _asked(self, decoding: dict[str, Any]) -> Decoding:
+    def _read_decoding(self, decoding: dict[str, Any]) -> Decoding:
         return Decoding.read(decoding, ends=self.end_ids(), pad=self.chat.pad_id)
 
     def end_ids(self) -> list[int]:

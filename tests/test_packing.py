@@ -25,7 +25,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
-from lavi.language.load import ROWS_OF_ONE
+from lavi.language.load import NOT_PACKED
 from lavi.model import VisionLanguageModel
 from lavi.training.module import summed_loss
 from lavi.visor.fusion import VisorFusion
@@ -36,8 +36,8 @@ FUSIONS: dict[str, Any] = {
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
 }
-CASES = [(family, name) for family in VARIED if family not in ROWS_OF_ONE for name in ("concat", "lavi")]
-CASES += [(family, "concat") for family in FAMILIES if family not in (*VARIED, *ROWS_OF_ONE)]
+CASES = [(family, name) for family in VARIED if family not in NOT_PACKED for name in ("concat", "lavi")]
+CASES += [(family, "concat") for family in FAMILIES if family not in (*VARIED, *NOT_PACKED)]
 CASES += [("qwen2", name) for name in FUSIONS if name not in ("concat", "lavi")]
 
 SAMPLES = [
@@ -73,7 +73,7 @@ def test_a_conversation_answers_as_if_it_were_alone(build, case: tuple[str, str]
                 torch.testing.assert_close(logits[row, start:stop], model(alone[number])[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ROWS_OF_ONE)
+@pytest.mark.parametrize("family", NOT_PACKED)
 def test_a_family_that_would_not_is_refused(build, family: str) -> None:  # type: ignore[no-untyped-def]
     model = build(ConcatFusion(), family=family)
     with pytest.raises(UserError, match=r"data\.packing=null"):

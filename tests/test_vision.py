@@ -23,7 +23,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.vision.hf import TOWERS, HFVision
+from lavi.vision.hf import CLOSED_BY_A_NORM, TOWERS, HFVision
 from lavi.vision.openclip import OpenCLIPVision
 from lavi.vision.shape_flops import ShapeFlops
 from lavi.vision.tower import Tower, middle
@@ -378,6 +378,21 @@ def test_where_the_middle_is_kept_only_the_middle_is_resized(name: str, monkeypa
     monkeypatch.setattr(type(part), "__call__", lambda *a, **k: (sizes.append(a[1].size), prepare(*a, **k))[1])
     vision.preprocessing(Image.new("RGB", (20000, 20)))
     assert sizes == [(20000, 20) if name == "siglip_vision_model" else (1280, 20)]
+
+
+@pytest.mark.parametrize("name", [name for name in HF if name not in CLOSED_BY_A_NORM])
+def test_a_tower_that_no_norm_closes_has_no_final_norm(name: str) -> None:
+    with pytest.raises(UserError, match="leave final_norm out"):
+        fresh(name, final_norm=True)
+
+
+@pytest.mark.parametrize("name", sorted(CLOSED_BY_A_NORM))
+def test_the_final_norm_is_behind_the_last_layer(name: str) -> None:
+    own, normed = (fresh(name, **settings) for settings in ({}, {"final_norm": True}))
+    pixels = torch.randn(2, *own.pixel_shape)
+    with torch.no_grad():
+        assert not torch.equal(own(pixels), normed(pixels))
+        assert own(pixels).shape == normed(pixels).shape
 
 
 def test_the_middle_of_a_very_long_image() -> None:

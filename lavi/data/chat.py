@@ -187,6 +187,7 @@ class Chat:
         special |= set(self._media.tokens.values())
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or r"(?!)")
+        self._control_or_media = re.compile(f"[{IMAGE}{VIDEO}]|{self._control.pattern}")
         self._frames: dict[tuple[tuple[str, int, int], ...], _Frames] = {}
         if self._media.tokens and self._begin and tokenizer.bos_token and self._starts_with(tokenizer.bos_token):
             self._begin = []
@@ -384,7 +385,7 @@ class Chat:
             for at, part in self._parts(piece):
                 part_ids, spans = self._tokenise_part(part)
                 for token, (a, b) in zip(part_ids, spans, strict=True):
-                    if token in self._media.ids and part[a:b] in (IMAGE, VIDEO):  # it makes room, and is no text
+                    if token in self._media.ids and part[a:b] in (IMAGE, VIDEO):  # an image or a video stands here
                         columns.append(len(ids))
                         continue
                     ids.append(token)
@@ -397,8 +398,7 @@ class Chat:
         if WORDS not in text:
             yield 0, text
             return
-        marks = re.compile(f"[{IMAGE}{VIDEO}]|{self._control.pattern}")
-        controls = [m.span() for m in marks.finditer(text) if text[max(0, m.start() - 1)] != WORDS]
+        controls = [m.span() for m in self._control_or_media.finditer(text) if text[max(0, m.start() - 1)] != WORDS]
         edges = [0, *itertools.chain.from_iterable(controls), len(text)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:

@@ -10,7 +10,7 @@ from lavi.efficiency.record import Record
 CONTROLS = ("shuffled images", "no image")
 """Names of the controls: the questions about the images of other samples, and about no image."""
 
-WHEN = ("before", "after")
+PERPLEXITY_TIMES = ("before", "after")
 """When a language model's perplexity is taken: as its checkpoint has it, and inside what was trained."""
 
 EXACT = "ExactMatch"
@@ -38,7 +38,8 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
                 rows.append(row(f"control, {control}: {_group_name(group, overall)} (%)", cells))
     if any("perplexity" in r.knobs for r in records):
         rows += [
-            row(f"perplexity on text, {when} training", [perplexity_cell(r, when) for r in records]) for when in WHEN
+            row(f"perplexity on text, {when} training", [perplexity_cell(r, when) for r in records])
+            for when in PERPLEXITY_TIMES
         ]
     if len({r.knobs.get("answers") for r in records}) > 1:
         rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))

@@ -21,7 +21,8 @@ from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
-from lavi.language.surgery import recurrent_layers, takes_attention_mask
+from lavi.language.recurrent import recurrent_layers
+from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops
 
@@ -109,10 +110,11 @@ def language_flops(
     config = language.hf.config
     before = past or [0] * len(tokens)
     attention = ffn = scores = 0.0
-    for layer, cache in enumerate(DynamicCache(config=config).layers):
-        new, keys = tokens[layer], _keys(cache, before[layer], tokens[layer])
-        scores += language.attention_widths(layer).score_flops(new * keys)
-        for child in language.layers[layer].children():
+    together = zip(language.layers, DynamicCache(config=config).layers, tokens, before, strict=True)
+    for index, (layer, cache, new, past_of_layer) in enumerate(together):
+        keys = _keys(cache, past_of_layer, new)
+        scores += language.attention_widths(index).score_flops(new * keys)
+        for child in layer.children():
             matrices = _matrix_flops(child, config, tokens=new, keys=keys)
             attention, ffn = (attention + matrices, ffn) if takes_attention_mask(child) else (attention, ffn + matrices)
     head = linear_flops(1, config.hidden_size, config.vocab_size)

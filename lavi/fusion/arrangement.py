@@ -95,9 +95,9 @@ def group_views_by_row(batch: Batch, per_view: int) -> Rows:
     rows = group_tokens_by_row(batch, [layout.views * layout.tokens_of_view(per_view) for layout in layouts])
     if (grids := batch.grids) is None:
         return rows
-    counts = [height * width for height, width in grids]
-    kept = [view * per_view + token for view, count in enumerate(counts) for token in range(count)]
-    positions = torch.tensor([*kept, len(grids) * per_view], device="cpu")
+    counts = torch.tensor([height * width for height, width in grids], device="cpu")  # (views,)
+    kept = (torch.arange(per_view, device="cpu") < counts[:, None]).flatten().nonzero()[:, 0]
+    positions = torch.cat([kept, kept.new_tensor([len(grids) * per_view])])
     return Rows(positions[rows.index], rows.column, rows.image)
 
 

@@ -34,7 +34,8 @@ class ConcatFusion(Fusion):
         projector: features to the language model's width; by default LLaVA-1.5's, two layers and a GELU.
         newline: a learned embedding ends each row of a tiled image's grid, and every other image (LLaVA-OneVision).
         budget: a tiled image keeps at most about this many views' worth of tile tokens (``anyres_max_9``); None: all.
-        markers: tokens of the vocabulary around the views, instead of one grid of tiles (Idefics3, SmolVLM).
+        markers: tokens of the vocabulary around the views, instead of one grid of tiles (Idefics3, SmolVLM); where
+            a model is only counted, each counts as one token.
 
     Raises:
         UserError: markers and newlines.

@@ -4,7 +4,7 @@
     <around> <row_2_col_1> V V V V <around> <row_2_col_2> V V V V \\n \\n
     <around> <whole> V V V V <around>                                      then the whole image
 
-Nobody wrote them: they come with the image, are counted with it, and cost what visual tokens cost.
+They are not in the text: they come with the image, are counted with it, and cost what visual tokens cost.
 """
 
 from __future__ import annotations

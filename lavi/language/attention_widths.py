@@ -7,7 +7,7 @@ from typing import Self
 
 from transformers import PretrainedConfig
 
-IN_PAIRS = frozenset({"diffllama"})
+PAIRED_HEADS = frozenset({"diffllama"})
 """Families whose heads go in pairs, each head reading the values of both (Differential Transformer, 2410.05258)."""
 
 
@@ -31,7 +31,7 @@ class AttentionWidths:
         width = getattr(own, "head_dim", None) or own.hidden_size // heads
         query = getattr(own, "qk_head_dim", None) or width  # keys and values that are read out of a latent may differ
         value = getattr(own, "v_head_dim", None) or width
-        if config.model_type not in IN_PAIRS:
+        if config.model_type not in PAIRED_HEADS:
             return cls(heads * query, heads * value)
         # A fused kernel takes values as wide as keys, so it runs twice; the other one scores once.
         return cls(heads * query * (1 if config._attn_implementation == "eager" else 2), 2 * heads * value)

@@ -26,7 +26,8 @@ from lavi.errors import UserError, one_line
 from lavi.language.attention_widths import AttentionWidths
 from lavi.language.context import DecoderInput
 from lavi.language.lora import LoRA, add_lora, merged_state
-from lavi.language.surgery import decoder_of, recurrent_layers, refuse_recurrent
+from lavi.language.recurrent import recurrent_layers, refuse_recurrent
+from lavi.language.surgery import decoder_of
 from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
 from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
@@ -34,7 +35,7 @@ from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
 
-ROWS_OF_ONE = ("biogpt", "gpt_oss")
+NOT_PACKED = ("biogpt", "gpt_oss")
 """Families that answer otherwise in a row of several conversations than alone, as the tests of packing have found."""
 
 
@@ -169,7 +170,7 @@ class LanguageModel(nn.Module):
         """
         if self.attention == "flash_attention_2" or recurrent_layers(self.hf):
             return False
-        if self.hf.config.model_type in ROWS_OF_ONE:
+        if self.hf.config.model_type in NOT_PACKED:
             return False
         rooms = (sys.modules[kind.__module__] for kind in type(self.hf).__mro__)
         return any(hasattr(room, "create_causal_mask") for room in rooms)

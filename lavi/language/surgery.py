@@ -23,8 +23,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lavi.errors import UserError
 from lavi.language.context import VisualContext
@@ -163,44 +162,6 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         raise UserError(
             f"{type(model).__name__} drops unknown keywords before its {where}: vision cannot enter it. "
             "Choose a family that passes them on (Qwen2, Llama, Mistral, Gemma, Phi, OLMo, ...)."
-        )
-
-
-PADDING_STAYS_OUT = frozenset(
-    {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "olmo_hybrid", "qwen3_5_text", "qwen3_next"}
-)
-"""Families with recurrent layers in which padding stays outside the state and cached decoding is the full forward."""
-
-
-def recurrent_layers(model: PreTrainedModel) -> list[int]:
-    """The layers that keep a recurrent state, instead of keys and values or beside them."""
-    layers = DynamicCache(config=model.config).layers
-    return [
-        index
-        for index, layer in enumerate(layers)
-        if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, CacheLayerMixin)
-    ]
-
-
-def refuse_recurrent(model: PreTrainedModel, method: str | None = None) -> None:
-    """What enters a recurrent state, no mask takes out again.
-
-    Args:
-        method: puts tokens into the sequence, or takes some out; None: it stays the text's.
-
-    Raises:
-        UserError: some layers keep a recurrent state, and ``method`` is given or the family lets padding into it.
-    """
-    recurrent, name = recurrent_layers(model), type(model).__name__
-    if recurrent and method is not None:
-        raise UserError(
-            f"layers {recurrent} of {name} keep a recurrent state, and {method} works on another sequence than the "
-            "text's: take LaVi or cross-attention, or a family such as qwen2 or llama."
-        )
-    if recurrent and model.config.model_type not in PADDING_STAYS_OUT:
-        raise UserError(
-            f"layers {recurrent} of {name} keep a recurrent state, in which padding was not shown to leave no trace: "
-            f"choose a family such as qwen2 or llama, or one of {', '.join(sorted(PADDING_STAYS_OUT))}."
         )
 
 

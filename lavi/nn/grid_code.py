@@ -58,5 +58,10 @@ def grid_of_tokens(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     """
     if tokens - grid[0] * grid[1] in (0, 1):
         return grid
+    return squarest_grid(tokens)
+
+
+def squarest_grid(tokens: int) -> tuple[int, int]:
+    """Rows and columns of the rectangle of ``tokens`` cells that is nearest to a square."""
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     return rows, tokens // rows

@@ -65,6 +65,19 @@ HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_he
 SELECTS = hasattr(output_capturing, "selected_hidden_states")
 """Whether this transformers returns chosen hidden states; an older one returns all."""
 
+CLOSED_BY_A_NORM = {
+    "siglip_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit",
+    "deit",
+    "ijepa",
+    "aimv2_vision_model",
+    "tipsv2_vision_model",
+}
+"""Whose ``last_hidden_state`` is behind a norm of all tokens; of the others it is the last layer's own output."""
+
 FULL_SQUARE_VIEWS = ("idefics3_vision", "smolvlm_vision")
 """SigLIP towers whose position embeddings are interpolated for parts of a view; all views here are whole squares."""
 
@@ -76,6 +89,17 @@ REFUSED = {
     "hf-hub:OWNER/NAME.",
     "vit_mae": "it drops patches and shuffles the rest: take the fine-tuned checkpoint, whose model type is vit.",
 }
+
+
+def check_origin(source: str | None, config: dict[str, Any] | None) -> str | None:
+    """That a tower comes from a checkpoint or from a bare configuration; the ``source``, ``~`` written out.
+
+    Raises:
+        UserError: both are given, or neither.
+    """
+    if (source is None) == (config is None):
+        raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
+    return None if source is None else os.path.expanduser(source)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -145,9 +169,7 @@ class HFVision(Tower):
         image_size: Count | None = None,
     ) -> None:
         super().__init__()
-        if (source is None) == (config is None):
-            raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
-        source = None if source is None else os.path.expanduser(source)
+        source = check_origin(source, config)
         settings = _config(source, config)
         self.tower = load_tower(source, settings)
         image_processor = _image_processor(source, settings)
@@ -157,6 +179,10 @@ class HFVision(Tower):
         self.layers = cut_layers(self.tower, layer)
         if final_norm and len(self.layers) > 1:
             raise UserError("final_norm closes the tower behind its last layer: name one layer, not several.")
+        if final_norm and settings.model_type not in CLOSED_BY_A_NORM:
+            raise UserError(
+                f"a '{settings.model_type}' tower has no norm that closes all tokens: leave final_norm out."
+            )
         self.final_norm = final_norm
         self._infer(class_token=class_token)
 
@@ -271,9 +297,8 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
 
 def _siglip(settings: PretrainedConfig) -> PretrainedConfig:
     """The SigLIP tower that computes the same on whole square views."""
-    keys = settings.to_dict()
-    keys = {key: value for key, value in keys.items() if key in SiglipVisionConfig().to_dict() and key != "model_type"}
-    return SiglipVisionConfig(**keys)
+    known = SiglipVisionConfig().to_dict().keys() - {"model_type"}
+    return SiglipVisionConfig(**{key: value for key, value in settings.to_dict().items() if key in known})
 
 
 def _check_kind(kind: str) -> None:
@@ -337,9 +362,18 @@ def _fill_from_vlm(tower: Any, source: str) -> None:
 def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
     if source is None:
         return _processor_of(settings)
+    own = published_image_processor(source)
+    return _of_one_view(own) if is_vlm(read_configuration(source)) else own
+
+
+def published_image_processor(source: str) -> Any:
+    """How the checkpoint ``source`` prepares images.
+
+    Raises:
+        UserError: it does not say.
+    """
     try:
-        own = AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
-        return _of_one_view(own) if is_vlm(read_configuration(source)) else own
+        return AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
     except (OSError, ValueError):
         raise UserError(
             f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "

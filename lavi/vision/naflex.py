@@ -8,8 +8,6 @@ How many of a view's features are its own says its layout (:attr:`lavi.batch.Lay
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,16 +17,23 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
 from lavi.config.types import Check, Count
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
 from lavi.loading.bare import bare_configuration
-from lavi.loading.published import configuration_of
+from lavi.nn.grid_code import squarest_grid
 from lavi.vision.base import VisionBackbone
-from lavi.vision.hf import SELECTS, cut_layers, load_tower, read_configuration
+from lavi.vision.hf import (
+    SELECTS,
+    check_origin,
+    cut_layers,
+    load_tower,
+    published_image_processor,
+    read_configuration,
+)
 from lavi.vision.shape_flops import forward_on_meta
 
 KIND = "siglip2_vision_model"
@@ -91,9 +96,7 @@ class NaFlexVision(VisionBackbone):
         max_patches: Count | None = None,
     ) -> None:
         super().__init__()
-        if (source is None) == (config is None):
-            raise UserError("a vision tower takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
-        source = None if source is None else os.path.expanduser(source)
+        source = check_origin(source, config)
         settings = _settings(source, config)
         self.tower = load_tower(source, settings)
         image_processor = _image_processor(source, settings)
@@ -102,9 +105,7 @@ class NaFlexVision(VisionBackbone):
         self.preprocessing = NaFlexPreprocessing(image_processor)
         self.layers = cut_layers(self.tower, layer)
         self.width = settings.hidden_size * len(self.layers)
-        budget = self.preprocessing.pixel_shape[1]
-        rows = next(rows for rows in range(math.isqrt(budget), 0, -1) if budget % rows == 0)
-        self.grid = (rows, budget // rows)
+        self.grid = squarest_grid(self.preprocessing.pixel_shape[1])
         self._flops_by_grid: dict[tuple[int, int], float] = {}
 
     def forward(self, pixels: Tensor, grids: Sequence[tuple[int, int]] | None = None) -> Tensor:
@@ -175,10 +176,4 @@ def _image_processor(source: str | None, settings: PretrainedConfig) -> Any:
     if source is None:
         kind: Any = getattr(transformers, "Siglip2ImageProcessorPil", None) or transformers.Siglip2ImageProcessor
         return kind(patch_size=settings.patch_size, max_num_patches=settings.num_patches)
-    try:
-        return AutoImageProcessor.from_pretrained(configuration_of(source), backend="pil")
-    except (OSError, ValueError):
-        raise UserError(
-            f"'{source}' does not say how its images are prepared: copy preprocessor_config.json from the checkpoint "
-            "it comes from."
-        ) from None
+    return published_image_processor(source)

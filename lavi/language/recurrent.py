@@ -1,0 +1,49 @@
+"""Decoders some of whose layers keep a recurrent state: what enters it, no mask takes out again."""
+
+from __future__ import annotations
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from lavi.errors import UserError
+
+PADDING_STAYS_OUT = frozenset(
+    {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "olmo_hybrid", "qwen3_5_text", "qwen3_next"}
+)
+"""Families with recurrent layers in which padding stays outside the state and cached decoding is the full forward."""
+
+
+def recurrent_layers(model: PreTrainedModel) -> list[int]:
+    """The layers that keep a recurrent state, instead of keys and values or beside them."""
+    layers = DynamicCache(config=model.config).layers
+    return [
+        index
+        for index, layer in enumerate(layers)
+        if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, CacheLayerMixin)
+    ]
+
+
+def refuse_other_sequence(model: PreTrainedModel, method: str) -> None:
+    """Refuse a ``method`` that works on another sequence than the text's where that would enter a recurrent state.
+
+    Raises:
+        UserError: some layers keep one.
+    """
+    if recurrent := recurrent_layers(model):
+        raise UserError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, and {method} works on another "
+            "sequence than the text's: take LaVi or cross-attention, or a family such as qwen2 or llama."
+        )
+
+
+def refuse_recurrent(model: PreTrainedModel) -> None:
+    """Refuse a family that lets padding into a recurrent state.
+
+    Raises:
+        UserError: ``model`` is of one.
+    """
+    if (recurrent := recurrent_layers(model)) and model.config.model_type not in PADDING_STAYS_OUT:
+        raise UserError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, in which padding was not shown to "
+            f"leave no trace: choose a family such as qwen2 or llama, or one of {', '.join(sorted(PADDING_STAYS_OUT))}."
+        )
