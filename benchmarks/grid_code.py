@@ -28,6 +28,7 @@ from lavi.batch import Batch, Sample
 from lavi.cli.entry import cli_entry_point
 from lavi.data.collator import EncodedSample
 from lavi.efficiency.record import Record, check_writable, current_commit, device_name, read_records, write_records
+from lavi.language.token_scores import TokenScores
 from lavi.metrics.base import GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
@@ -35,7 +36,6 @@ from lavi.nn.delta_generators import AttentionDeltas
 from lavi.nn.grid_code import GridCode
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
-from lavi.training.module import summed_loss
 from lavi.training.optim import rate_at_step
 
 RECIPE = "recipes/quickstart.yaml"
@@ -152,10 +152,10 @@ def encoded(model: VisionLanguageModel, split: str) -> list[EncodedSample]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def answered(model: VisionLanguageModel, rows: Sequence[EncodedSample]) -> tuple[Batch, Tensor]:
-    """A batch, and its logits (B, T, vocabulary)."""
+def answered(model: VisionLanguageModel, rows: Sequence[EncodedSample]) -> tuple[Batch, TokenScores]:
+    """A batch, and the scores of its trained tokens."""
     batch = model.processor.collate(rows)
-    return batch, model.language(model.fusion(batch, batch.pixels, model.language))
+    return batch, model.language.score(model.fusion(batch, batch.pixels, model.language), batch.labels)
 
 
 def shuffled(rows: list[EncodedSample], seed: int) -> Iterator[EncodedSample]:
@@ -172,10 +172,9 @@ def train(model: VisionLanguageModel, rows: list[EncodedSample], *, seed: int, s
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at_step(step, steps, warmup=WARMUP))
     drawn = shuffled(rows, seed)
     for _ in track(range(steps), "training", total=steps):
-        batch, logits = answered(model, list(itertools.islice(drawn, BATCH)))
-        loss, tokens = summed_loss(logits, batch.labels)
+        _, scores = answered(model, list(itertools.islice(drawn, BATCH)))
         optimizer.zero_grad()
-        (loss / tokens).backward()
+        (scores.loss / scores.tokens).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -186,8 +185,8 @@ def accuracy(model: VisionLanguageModel, rows: list[EncodedSample]) -> dict[str,
     """Percent of answers right, by family."""
     scores = GroupedMean()
     for start in range(0, len(rows), 256):
-        batch, logits = answered(model, rows[start : start + 256])
-        scores.update(correct_under_teacher_forcing(logits, batch), groups_of(batch.answers))
+        batch, said = answered(model, rows[start : start + 256])
+        scores.update(correct_under_teacher_forcing(said, batch), groups_of(batch.answers))
     return scores.compute()
 
 

@@ -19,10 +19,11 @@ from lavi.data.processor import Processor
 from lavi.data.tiling import OneView, Tiling
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
-from lavi.language.context import VisualContext
+from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
-from lavi.language.recurrent import refuse_other_sequence
+from lavi.language.sequence import refuse_other_sequence
+from lavi.language.token_scores import TokenScores
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
@@ -129,16 +130,34 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: rows of several conversations, and a fusion that would not keep them apart.
         """
+        inputs = self._arranged(batch)
+        logits = self.language(inputs)
+        if losses is not None:
+            losses |= inputs.vision.losses()
+        return logits
+
+    def score(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> TokenScores:
+        """How likely the trained tokens are, without the logits of the others.
+
+        Args:
+            losses: as in :meth:`forward`.
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        inputs = self._arranged(batch)
+        scores = self.language.score(inputs, batch.labels)
+        if losses is not None:
+            losses |= inputs.vision.losses()
+        return scores
+
+    def _arranged(self, batch: Batch) -> DecoderInput:
         if batch.packed is not None and not self.fusion.packs:
             raise UserError(
                 f"{type(self.fusion).__name__} reads rows of one conversation each: set data.packing=null "
                 "(concatenation, LaVi and cross-attention read packed rows)."
             )
-        inputs = self.fusion(batch, self.features_of(batch), self.language)
-        logits = self.language(inputs)
-        if losses is not None:
-            losses |= inputs.vision.losses()
-        return logits
+        return self.fusion(batch, self.features_of(batch), self.language)
 
     @torch.no_grad()
     def generate(self, batch: Batch, **decoding: Any) -> list[list[int]] | ModelOutput:

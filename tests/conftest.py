@@ -22,7 +22,7 @@ from families import EAGER, FAMILIES, HYBRIDS, QWEN2
 
 from datamodules.scenes import sentences, write_dataset
 from datamodules.tokenizer import train_tokenizer
-from lavi.batch import Answer, Sample
+from lavi.batch import IGNORE, Answer, Sample
 from lavi.fusion.base import Fusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -141,6 +141,13 @@ def ask(*parts: str | int, answer: str | None = None, key: str = "s") -> Sample:
 def collate(model: VisionLanguageModel, samples: list[Sample], *, pad_left: bool = False, prompt: bool = False):  # type: ignore[no-untyped-def]
     """Samples to a batch of a model."""
     return model.processor.collate([model.processor.encode(s, prompt=prompt) for s in samples], pad_left=pad_left)
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy summed over the trained tokens, and their number, by logits (B, T, vocabulary) of all tokens."""
+    targets = labels[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="none")
+    return loss[targets != IGNORE].sum(), (targets != IGNORE).sum()
 
 
 def assert_same(model: VisionLanguageModel, said: torch.Tensor, expected: torch.Tensor) -> None:

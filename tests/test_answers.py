@@ -13,6 +13,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lavi.batch import IGNORE, Answer, Batch
 from lavi.errors import UserError
+from lavi.language.token_scores import scores_of
 from lavi.metrics.answers import ExactMatch
 from lavi.metrics.base import AnswerMetric, GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
@@ -38,14 +39,14 @@ def test_an_answer_is_correct_where_each_of_its_tokens_is_the_likeliest() -> Non
     answers = [Answer(0, 1, 3, "colour", "easy"), Answer(0, 4, 6, "count", "easy"), Answer(1, 3, 6, "count", "hard")]
     batch = batch_of(labels, answers)
     foretold = one_hot(labels.roll(-1, 1).clamp(min=0), 4).float()
-    assert correct_under_teacher_forcing(foretold, batch) == [True, True, True]
+    assert correct_under_teacher_forcing(scores_of(foretold, batch.labels), batch) == [True, True, True]
     wrong = {(0, 0): [False, True, True], (0, 1): [False, True, True], (0, 3): [True, False, True]}
     wrong |= {(0, 4): [True, False, True], (1, 2): [True, True, False], (1, 4): [True, True, False]}
     wrong |= {(0, 2): [True] * 3, (0, 5): [True] * 3, (1, 0): [True] * 3, (1, 5): [True] * 3}
     for index, expected in wrong.items():
         logits = foretold.clone()
         logits[index] = logits[index].roll(1)
-        assert correct_under_teacher_forcing(logits, batch) == expected
+        assert correct_under_teacher_forcing(scores_of(logits, batch.labels), batch) == expected
     assert groups_of(answers) == [("colour", "easy"), ("count", "easy"), ("count", "hard")]
 
 

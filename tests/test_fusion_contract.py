@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ask, awaken, collate
+from conftest import ask, awaken, collate, summed_loss
 from torch import Tensor, nn
 
 from lavi.batch import Layout
@@ -26,7 +26,6 @@ from lavi.nn.delta_generators import MLPDeltas
 from lavi.nn.formulas import linear_flops
 from lavi.nn.projectors import MLPProjector, Projector
 from lavi.recipe import Recipe
-from lavi.training.module import summed_loss
 from lavi.vision.base import FeatureSpec
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.readers import Reader

@@ -11,7 +11,7 @@ from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_an
 from lavi.efficiency.flops import language_flops
 from lavi.errors import UserError
 from lavi.language.load import LanguageModel
-from lavi.language.recurrent import PADDING_STAYS_OUT
+from lavi.language.sequence import PADDING_STAYS_OUT
 from lavi.model import VisionLanguageModel
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy, small
+from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy, small, summed_loss
 from families import EAGER, VARIED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +19,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.training.module import VisionLanguageModule, summed_loss
+from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
 
 SETTINGS = {"rank": 4, "alpha": 8, "dropout": 0.0}

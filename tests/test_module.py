@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import ask, awaken, collate, small
+from conftest import ask, awaken, collate, small, summed_loss
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,9 +19,10 @@ from lavi.batch import IGNORE, Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.language.token_scores import TokenScores, scores_of
 from lavi.metrics.base import GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
-from lavi.training.module import VisionLanguageModule, summed_loss
+from lavi.training.module import VisionLanguageModule
 from lavi.training.optim import MuonAdamW
 from lavi.training.startup import what_trains
 
@@ -143,7 +144,8 @@ def test_validation_is_of_all_tokens_and_all_answers(build) -> None:
     (metrics,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
     with torch.no_grad():
         sums = [summed_loss(module.model(batch), batch.labels) for batch in batches]
-        right = [r for batch in batches for r in correct_under_teacher_forcing(module.model(batch), batch)]
+        scores = [scores_of(module.model(batch), batch.labels) for batch in batches]
+        right = [r for said, of in zip(scores, batches, strict=True) for r in correct_under_teacher_forcing(said, of)]
     assert metrics["val/loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
     assert metrics["val/accuracy"] == pytest.approx(100 * sum(right) / 3)
     assert "val/accuracy" in trainer.progress_bar_metrics
@@ -166,15 +168,15 @@ def test_on_two_ranks_each_token_of_both_weighs_the_same(build, monkeypatch: pyt
     module.trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy=strategy)  # type: ignore[assignment]
     logged: dict[str, tuple[float, dict[str, Any]]] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **how: logged.update({name: (float(value), how)}))
-    forward = module.model.forward
+    score = module.model.score
 
-    def adding(batch: Batch, added: dict[str, Tensor]) -> Tensor:
+    def adding(batch: Batch, added: dict[str, Tensor]) -> TokenScores:
         added["size"] = torch.tensor(0.25)
-        return forward(batch, added)
+        return score(batch, added)
 
-    monkeypatch.setattr(module.model, "forward", adding)
+    monkeypatch.setattr(module.model, "score", adding)
     loss = module.training_step(batch, 0)
-    summed, tokens = summed_loss(forward(batch), batch.labels)
+    summed, tokens = summed_loss(module.model(batch), batch.labels)
     mean = float(2 * summed / (tokens + 5))
     assert float(loss) == pytest.approx(mean + 0.25)
     assert {name: value for name, (value, _) in logged.items()} == pytest.approx(
@@ -318,10 +320,10 @@ def test_accuracy_counts_whole_answers_by_family(build) -> None:
     model = build(ConcatFusion())
     batch = collate(model, [ask(1, "what?", answer="red"), ask(2, "what?", answer="the first of all")])
     logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0).roll(-1, 1), len(model.chat.tokenizer)).float()
-    assert correct_under_teacher_forcing(logits, batch) == [True, True]
+    assert correct_under_teacher_forcing(scores_of(logits, batch.labels), batch) == [True, True]
     wrong = logits.clone()
     wrong[1, batch.answers[1].stop - 2] = 0  # its end token alone
-    assert correct_under_teacher_forcing(wrong, batch) == [True, False]
+    assert correct_under_teacher_forcing(scores_of(wrong, batch.labels), batch) == [True, False]
     metric = GroupedMean()
     metric.update([True, False, True], [("colour", "easy"), ("colour", "easy"), ("count", "hard")])
     metric.update([False], [("count", "hard")])
@@ -337,8 +339,9 @@ def test_a_token_is_judged_by_the_logits_before_it() -> None:
     foretold = torch.zeros(1, 5, 4)
     for column in (1, 2, 4):  # at the column before, all mass on the label
         foretold[0, column - 1, labels[0, column]] = 50.0
-    loss, tokens = summed_loss(foretold, labels)
-    assert (float(loss), int(tokens)) == (pytest.approx(0.0, abs=1e-5), 3)
+    scores = scores_of(foretold, labels)
+    assert (float(scores.loss), int(scores.tokens)) == (pytest.approx(0.0, abs=1e-5), 3)
+    assert scores.positions.tolist() == [[0, 1], [0, 2], [0, 4]]
 
 
 def test_a_loaders_worker_joins_pixels_in_shared_memory(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

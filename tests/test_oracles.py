@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, assert_same, awaken, collate, greedy, small
+from conftest import FAMILIES, ask, assert_same, awaken, collate, greedy, small, summed_loss
 from families import VARIED
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +25,7 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
 from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
-from lavi.training.module import VisionLanguageModule, summed_loss
+from lavi.training.module import VisionLanguageModule
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.readers import ModulationReader
 

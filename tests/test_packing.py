@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ask, awaken, small
+from conftest import FAMILIES, ask, awaken, small, summed_loss
 from families import VARIED
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +27,6 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.language.load import NOT_PACKED
 from lavi.model import VisionLanguageModel
-from lavi.training.module import summed_loss
 from lavi.visor.fusion import VisorFusion
 
 FUSIONS: dict[str, Any] = {

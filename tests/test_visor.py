@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ask, assert_same, awaken, collate
+from conftest import ask, assert_same, awaken, collate, summed_loss
 from families import VARIED
 from test_oracles import bare_logits, row
 
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
-from lavi.training.module import summed_loss
 from lavi.visor.context import VisorContext
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.offline import answer_probability

@@ -21,7 +21,7 @@ from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
-from lavi.language.recurrent import recurrent_layers
+from lavi.language.sequence import recurrent_layers
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops

@@ -15,9 +15,9 @@ from lavi.batch import Batch
 from lavi.checkpoints.published_vlm import written_out
 from lavi.errors import UserError, reason
 from lavi.language.load import LanguageModel
+from lavi.language.token_scores import scores_of
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
-from lavi.training.module import summed_loss
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def compare_perplexity(recipe: Recipe, model: VisionLanguageModel, texts: list[s
 
 def _mean_loss(forward: Callable[[Batch], Tensor], batches: list[Batch]) -> tuple[float, int]:
     """Mean cross-entropy of a token, and the number of tokens, one text at a time."""
-    losses, tokens = zip(*(summed_loss(forward(batch), batch.labels) for batch in batches), strict=True)
-    count = int(sum(tokens))
-    return float(sum(loss.double() for loss in losses)) / max(1, count), count
+    scores = [scores_of(forward(batch), batch.labels) for batch in batches]
+    count = sum(len(of_text.positions) for of_text in scores)
+    return float(sum(of_text.loss.double() for of_text in scores)) / max(1, count), count
 
 
 def _text_batch(text: str, tokenizer: PreTrainedTokenizerBase, model: VisionLanguageModel) -> Batch:

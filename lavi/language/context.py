@@ -58,6 +58,10 @@ class VisualContext:
         return replace(self, text_columns=None)
 
 
+class HeadAlone(VisualContext):
+    """Of a call whose ``inputs_embeds`` are what the stack of layers gave before: it does not run again."""
+
+
 @dataclass
 class DecoderInput:
     """A sequence as a fusion arranged it: ids (B, T) or embeddings (B, T', D), mask (B, T') bool, and the context.

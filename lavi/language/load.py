@@ -24,11 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
 from lavi.language.attention_widths import AttentionWidths
-from lavi.language.context import DecoderInput
+from lavi.language.context import DecoderInput, HeadAlone
 from lavi.language.lora import LoRA, add_lora, merged_state
-from lavi.language.recurrent import recurrent_layers, refuse_recurrent
+from lavi.language.sequence import recurrent_layers, refuse_recurrent
 from lavi.language.surgery import decoder_of
+from lavi.language.token_scores import MOST_LOGITS, TokenScores, score_tokens
 from lavi.loading.bare import bare_configuration
+from lavi.loading.compressed import Quantization, as_ordinary, gguf_arguments, quantization_config
 from lavi.loading.published import check_loaded, configuration_of
 from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
 from lavi.loading.without_weights import weights_wanted
@@ -55,15 +57,19 @@ class LanguageModel(nn.Module):
         source: hub name or local folder of a checkpoint: a language model, or a vision-language model that holds one.
         config: instead of ``source``, a bare configuration: ``model_type`` and its keys; weights start random.
             ``vocab_size`` defaults to the tokenizer's.
+        gguf_file: the GGUF file in ``source``, tokenizer and all; its weights are opened to ``dtype`` (extra ``gguf``).
         tokenizer: hub name or folder of the tokenizer; with ``source``, that by default.
         dtype: of the weights.
+        quantization: of the weights of a checkpoint's linear layers while it is loaded; they stay frozen. Flops are
+            counted as without it.
         attention: the attention kernel, the same for every method that is to be compared.
         lora: put adapters into the decoder layers: keys of :class:`lavi.language.lora.LoRA` (``rank``, ``alpha``,
             ``dropout``, ``targets``); what trains of this part is then the adapters alone.
 
     Raises:
         UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer, or one with more tokens
-            than the model has; an unknown LoRA target.
+            than the model has; an unknown LoRA target; quantization of what is no checkpoint of a language model, or
+            whose library is not there.
     """
 
     def __init__(
@@ -71,28 +77,42 @@ class LanguageModel(nn.Module):
         source: str | None = None,
         *,
         config: Annotated[dict[str, Any], Check(check_config)] | None = None,
+        gguf_file: str | None = None,
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
+        quantization: Quantization | None = None,
         lora: Annotated[dict[str, Any], Check(LoRA.of)] | None = None,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
             raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
+        if source is None and (gguf_file is not None or quantization is not None):
+            raise UserError("gguf_file and quantization are of a checkpoint: name it as 'source'.")
+        if quantization is not None and (gguf_file is not None or lora is not None):
+            raise UserError("quantization goes neither with gguf_file nor with lora: leave one of them out.")
         adapters = None if lora is None else LoRA.of(lora)
         source = None if source is None else os.path.expanduser(source)
         name = tokenizer or source
         if name is None:
             raise UserError("a language model from a bare configuration needs 'tokenizer' (a folder or a hub name).")
         self._tokenizer = os.path.expanduser(name)
+        self._tokenizer_file = gguf_file if tokenizer is None else None
         if config is not None and "vocab_size" not in config:
             config = {"vocab_size": len(self.tokenizer)} | config
-        settings = _config(source, config)
+        settings = _config(source, config, gguf_file)
         if weights_wanted() and self._tokenizer != source:
             self._check_vocabulary(settings)
-        self.hf = _language_model(source, settings, dtype=getattr(torch, dtype), attention=attention)
+        self.hf = _language_model(
+            source,
+            settings,
+            dtype=getattr(torch, dtype),
+            attention=attention,
+            gguf_file=gguf_file,
+            quantization=quantization,
+        )
         refuse_recurrent(self.hf)
-        self.attention = attention
+        self.attention, self.quantization = attention, quantization
         added = add_lora(self.hf, self.layers, adapters) if adapters is not None else frozenset()
         self.adapters = frozenset(f"hf.{name}" for name in added)
         """Names of the adapters' parameters."""
@@ -109,12 +129,13 @@ class LanguageModel(nn.Module):
         refuse_recurrent(hf)
         language.hf, language.tokenizer = hf, tokenizer  # type: ignore[misc]
         language.attention, language.adapters = hf.config._attn_implementation, frozenset()
+        language.quantization = None
         return language
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loaded on first use: a model that is only counted needs none."""
-        return _load_tokenizer(self._tokenizer)
+        return _load_tokenizer(self._tokenizer, self._tokenizer_file)
 
     def _check_vocabulary(self, settings: PretrainedConfig) -> None:
         """Of a tokenizer that is not the checkpoint's own."""
@@ -154,13 +175,45 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: rows of several conversations, for a decoder that would not keep them apart.
         """
+        self._check_conversations(inputs)
+        out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
+        return out.logits
+
+    def score(self, inputs: DecoderInput, labels: Tensor, *, most_logits: int = MOST_LOGITS) -> TokenScores:
+        """The scores of the trained tokens; ``labels`` (B, T) are those of the text.
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        chunk = max(1, most_logits // self.hf.config.vocab_size)
+        return score_tokens(self.head, self.hidden(inputs), labels, chunk=chunk)
+
+    def hidden(self, inputs: DecoderInput) -> Tensor:
+        """(B, T, D): behind the final norm, at the text tokens; what :meth:`head` reads.
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        self._check_conversations(inputs)
+        stack, _ = decoder_of(self.hf)
+        given = inputs.sequence() | {"position_ids": inputs.position_ids}
+        return stack(**given, vision=inputs.vision, use_cache=False).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, D) to logits (n, vocabulary), scaled and capped as the family does it."""
+        return self.hf(inputs_embeds=hidden[None], vision=HeadAlone(), use_cache=False).logits[0]
+
+    def _check_conversations(self, inputs: DecoderInput) -> None:
+        """Of rows that hold several: that the decoder keeps them apart.
+
+        Raises:
+            UserError: it would not.
+        """
         if inputs.conversation is not None and not self._masks_by_position:
             raise UserError(
                 f"'{self.hf.config.model_type}' with attention '{self.attention}' would let the conversations of a row "
                 "see each other: set data.packing=null, or language.attention=sdpa if it has no recurrent layers."
             )
-        out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
-        return out.logits
 
     @property
     def _masks_by_position(self) -> bool:
@@ -191,9 +244,9 @@ class LanguageModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     except Exception as error:
         raise UserError(
             f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): "
@@ -201,10 +254,10 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
+def _config(source: str | None, config: dict[str, Any] | None, gguf_file: str | None = None) -> PretrainedConfig:
     if source is not None:
         try:
-            return AutoConfig.from_pretrained(configuration_of(source))
+            return AutoConfig.from_pretrained(configuration_of(source), gguf_file=gguf_file)
         except Exception as error:
             raise UserError(f"no language model at '{source}': {one_line(error)}.") from error
     assert config is not None
@@ -216,13 +269,23 @@ def _config(source: str | None, config: dict[str, Any] | None) -> PretrainedConf
     return bare_configuration(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, what="language model")
 
 
-def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> Any:
+def _language_model(
+    source: str | None,
+    settings: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    gguf_file: str | None,
+    quantization: Quantization | None,
+) -> Any:
     """The model of a checkpoint, or of a configuration where there is none or its weights are not wanted.
 
     Raises:
         UserError: transformers cannot build it, or weights are missing.
     """
     if is_vlm(settings):
+        if quantization is not None:
+            raise UserError(f"'{source}' is a vision-language model: quantization takes a language model's checkpoint.")
         return language_model_of(open_vlm(str(source)), dtype=dtype, attention=attention)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     origin = "a bare configuration" if source is None else f"'{source}'"
@@ -232,8 +295,14 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
             model = AutoModelForCausalLM.from_config(settings, **kwargs)
         else:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if gguf_file is not None:
+                kwargs |= gguf_arguments(gguf_file)
+            if quantization is not None:
+                kwargs["quantization_config"] = quantization_config(quantization, dtype)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=settings, **kwargs)
             model, loading_info = loaded
+    except UserError:
+        raise
     except Exception as error:
         kind, reason = settings.model_type, one_line(error)
         if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
@@ -243,4 +312,6 @@ def _language_model(source: str | None, settings: PretrainedConfig, *, dtype: to
         raise UserError(f"no '{kind}' language model can be built from {origin}: {reason}.") from error
     if loading_info is not None:
         check_loaded(loading_info, str(source), f"'{settings.model_type}' language model")
+    if gguf_file is not None:
+        as_ordinary(model)
     return model

@@ -24,9 +24,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lavi.errors import UserError
-from lavi.language.context import VisualContext
+from lavi.language.context import HeadAlone, VisualContext
 from lavi.language.subsequence import LayeredCache
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm, normalise
 
@@ -74,6 +75,13 @@ def _with_layer_past(call: Callable[..., Any], hidden: Tensor, *, past_key_value
     return call(hidden, layer_past=past_key_values, **kwargs)
 
 
+@dataclass
+class StackOutput(MoeModelOutputWithPast):
+    """Of any family's stack of layers: its last hidden states alone."""
+
+    cross_attentions: None = None
+
+
 class FusedDecoder(nn.Module):
     """A stack of layers that tells the context which tokens these are, and keeps the hidden states that get logits."""
 
@@ -85,6 +93,8 @@ class FusedDecoder(nn.Module):
         if vision is None:
             return super().forward(input_ids, *args, **kwargs)
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        if isinstance(vision, HeadAlone):
+            return StackOutput(last_hidden_state=tokens)
         cache = kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache"):
             kwargs["past_key_values"] = cache = vision.new_cache(self.config)

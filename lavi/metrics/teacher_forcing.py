@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
-from lavi.batch import IGNORE, Batch
+from lavi.batch import Batch
+from lavi.language.token_scores import TokenScores
 
 
-def correct_under_teacher_forcing(logits: Tensor, batch: Batch) -> list[bool]:
-    """Whether each answer's tokens, its end token among them, are all the likeliest ones; logits (B, T, vocabulary)."""
-    labels = batch.labels[:, 1:]
-    correct = ((logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)).cpu()  # (B, T - 1)
-    return [bool(correct[a.row, a.start - 1 : a.stop - 1].all()) for a in batch.answers]
+def correct_under_teacher_forcing(scores: TokenScores, batch: Batch) -> list[bool]:
+    """Whether each answer's tokens, its end token among them, are all the likeliest ones."""
+    correct = torch.ones(batch.labels.shape, dtype=torch.bool, device=scores.likeliest.device)  # (B, T)
+    correct[*scores.positions.unbind(1)] = scores.likeliest
+    correct = correct.cpu()
+    return [bool(correct[a.row, a.start : a.stop].all()) for a in batch.answers]
+
+
+def answer_probabilities(scores: TokenScores, batch: Batch) -> list[float]:
+    """The probability of each answer, its end token with it, as the model would say it after the true ones."""
+    log_probability = torch.zeros(batch.labels.shape, device=scores.log_probability.device)  # (B, T)
+    log_probability[*scores.positions.unbind(1)] = scores.log_probability
+    log_probability = log_probability.cpu()
+    return [float(log_probability[a.row, a.start : a.stop].sum().exp()) for a in batch.answers]

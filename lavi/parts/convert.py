@@ -18,12 +18,12 @@ from typing import Any
 
 import timm
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavi.errors import UserError, one_line
+from lavi.loading.compressed import as_ordinary, gguf_arguments
 
 # --- a language model -------------------------------------------------------------------------------------------------
 
@@ -59,18 +59,12 @@ def importable(module: str, wheel: Path, folder: Path) -> Iterator[None]:
 
 def gguf_to_transformers(file: Path, folder: Path) -> None:
     """A GGUF file to an ordinary checkpoint of transformers in bfloat16, with its tokenizer."""
-    # Weights stay packed, and cannot be saved, unless this is said.
-    opened = transformers.GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=opened
-    )
+    opened: dict[str, Any] = gguf_arguments(file.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **opened)
     model.bfloat16()
-    for key in ("quantization_config", "_pre_quantization_dtype"):  # it is an ordinary model from here on
-        if hasattr(model.config, key):
-            delattr(model.config, key)
+    as_ordinary(model)
     model.config._name_or_path = ""
-    model.is_quantized, model.hf_quantizer = False, None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
-from lavi.batch import IGNORE, Batch
+from lavi.batch import Batch
 from lavi.checkpoints.published_vlm import start_from_vlm
 from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
@@ -20,7 +20,7 @@ from lavi.loading.vlm import names_vlm
 from lavi.metrics.base import GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
-from lavi.training.optim import MuonAdamW, adamw, parameter_groups, part_of_each, rate_at_share, rate_at_step
+from lavi.training.optim import MuonAdamW, adamw, inside, parameter_groups, part_of_each, rate_at_share, rate_at_step
 from lavi.training.sharding import shard
 
 
@@ -75,6 +75,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         self.weight_decay, self.warmup, self.muon = weight_decay, warmup, muon
         self.start_from, self.checkpointing = start_from, checkpointing
         self.part_of = part_of_each(model, learning_rate, {f"language.{name}" for name in model.language.adapters})
+        if model.language.quantization is not None and any(inside(name, "language") for name in self.part_of):
+            raise UserError(
+                f"weights in {model.language.quantization} stay frozen: leave 'language' out of module.learning_rate."
+            )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.part_of)
         if checkpointing:
@@ -87,8 +91,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
-            UserError: a precision in which all weights are cast.
+            UserError: a precision in which all weights are cast; 4-bit weights on a CPU.
         """
+        if self.model.language.quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
+            raise UserError("4-bit weights of bitsandbytes pass no gradient on where the device is a CPU: take 8 bits.")
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(
@@ -135,8 +141,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
-        logits = self.model(batch, added)
-        loss, tokens = summed_loss(logits, batch.labels)
+        scores = self.model.score(batch, added)
+        loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
         if broken:  # all ranks stop together
             raise UserError(
@@ -152,7 +158,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             loss = loss + value
         weight, mean = self._weigh(total, loss.detach())
         self.log("train/loss", mean, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        self.accuracy["train"].update(correct_under_teacher_forcing(logits.detach(), batch), groups_of(batch.answers))
+        self.accuracy["train"].update(correct_under_teacher_forcing(scores, batch), groups_of(batch.answers))
         return loss * weight
 
     def _weigh(self, tokens: Tensor, loss: Tensor) -> tuple[Tensor | float, Tensor]:
@@ -198,10 +204,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             self._log_accuracy("train")
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        logits = self.model(batch)
-        loss, tokens = summed_loss(logits, batch.labels)
-        self.log("val/loss", loss / tokens.clamp(min=1), batch_size=int(tokens), sync_dist=True)
-        self.accuracy["val"].update(correct_under_teacher_forcing(logits, batch), groups_of(batch.answers))
+        scores = self.model.score(batch)
+        tokens = len(scores.positions)
+        self.log("val/loss", scores.loss / max(1, tokens), batch_size=tokens, sync_dist=True)
+        self.accuracy["val"].update(correct_under_teacher_forcing(scores, batch), groups_of(batch.answers))
 
     def on_validation_epoch_end(self) -> None:
         self._log_accuracy("val")
@@ -312,12 +318,3 @@ def checkpoint_layers(language: Any) -> None:
     # Only re-entrant checkpointing needs an input with a gradient: here a frozen embedding would only make the
     # backward pass go on below the first layer that anything is learned from.
     language.disable_input_require_grads()
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the trained tokens, and their number; logits (B, T, vocabulary), labels (B, T)."""
-    targets = labels[:, 1:].flatten()
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"
-    )
-    return loss, (targets != IGNORE).sum()

@@ -20,7 +20,7 @@ from lavi.batch import Batch
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.config.files import sha256_of
 from lavi.errors import UserError
-from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
+from lavi.metrics.teacher_forcing import answer_probabilities, correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.report import track
 from lavi.visor.files import Configuration
@@ -64,7 +64,7 @@ def answer_correct(
 ) -> Iterator[tuple[str, list[bool]]]:
     """For each sample its key, and which of its answers are right."""
     for batch in batches:
-        said = correct_under_teacher_forcing(model(batch.to(device)), batch)
+        said = correct_under_teacher_forcing(model.score(batch.to(device)), batch)
         rows: list[list[bool]] = [[] for _ in batch.keys]
         for is_right, answer in zip(said, batch.answers, strict=True):
             rows[answer.row].append(is_right)
@@ -77,12 +77,10 @@ def answer_probability(
 ) -> Iterator[tuple[str, list[float]]]:
     """For each sample its key, and the probability of each of its true answers, under teacher forcing."""
     for batch in batches:
-        logits = model(batch.to(device))  # (B, T, vocabulary)
+        said = answer_probabilities(model.score(batch.to(device)), batch)
         rows: list[list[float]] = [[] for _ in batch.keys]
-        for row, start, stop, *_ in batch.answers:
-            tokens = logits[row, start - 1 : stop - 1].float().log_softmax(-1)  # (tokens of the answer, vocabulary)
-            said = batch.labels[row, start:stop, None].to(tokens.device)
-            rows[row].append(float(tokens.gather(1, said).sum().exp()))
+        for probability, answer in zip(said, batch.answers, strict=True):
+            rows[answer.row].append(probability)
         yield from zip(batch.keys, rows, strict=True)
 
 

@@ -1,4 +1,7 @@
-"""Decoders some of whose layers keep a recurrent state: what enters it, no mask takes out again."""
+"""Decoders that read the text's own sequence alone, or none with padding.
+
+What enters a recurrent state, no mask takes out again; what a layer looks up by a token's id, a visual token lacks.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,16 @@ def recurrent_layers(model: PreTrainedModel) -> list[int]:
 
 
 def refuse_other_sequence(model: PreTrainedModel, method: str) -> None:
-    """Refuse a ``method`` that works on another sequence than the text's where that would enter a recurrent state.
+    """Refuse a ``method`` that works on another sequence than the text's where the decoder needs that.
 
     Raises:
-        UserError: some layers keep one.
+        UserError: some layers keep a recurrent state, or get inputs by the tokens' ids (Gemma 3n, Gemma 4).
     """
+    if getattr(model.config, "hidden_size_per_layer_input", None):
+        raise UserError(
+            f"the layers of {type(model).__name__} get inputs that are looked up by a token's id, and {method} puts "
+            "tokens into the sequence that have none: take LaVi or cross-attention, or a family such as qwen2 or llama."
+        )
     if recurrent := recurrent_layers(model):
         raise UserError(
             f"layers {recurrent} of {type(model).__name__} keep a recurrent state, and {method} works on another "

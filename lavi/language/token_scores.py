@@ -1,0 +1,68 @@
+"""How likely a language model finds the tokens that are trained: logits are computed for those alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lavi.batch import IGNORE
+
+MOST_LOGITS = 2**26
+"""How many logits stand in memory at once: 256 MiB of float32, 441 tokens of a vocabulary of 152,000."""
+
+
+class TokenScores(NamedTuple):
+    """Of the n trained tokens of a batch, each after the true ones before it (teacher forcing)."""
+
+    log_probability: Tensor
+    """(n,) float32, natural logarithm."""
+    likeliest: Tensor
+    """(n,) bool: no other token is likelier."""
+    positions: Tensor
+    """(n, 2): row and column of each among the labels."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The cross-entropy, summed over the tokens."""
+        return -self.log_probability.sum()
+
+    @property
+    def tokens(self) -> Tensor:
+        """n, where the scores are."""
+        return torch.tensor(len(self.positions), device=self.positions.device)
+
+
+def score_tokens(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, chunk: int) -> TokenScores:
+    """The scores of all tokens that have labels.
+
+    Args:
+        head: hidden states (n, D) to logits (n, vocabulary).
+        hidden: (B, T, D).
+        labels: (B, T), ``IGNORE`` where nothing is trained; a row's first token is never scored.
+        chunk: logits of at most so many tokens stand in memory; where there are more of them, they are computed anew
+            in the backward pass.
+    """
+    positions = (labels[:, 1:] != IGNORE).nonzero() + torch.tensor([0, 1], device=labels.device)  # (n, 2)
+    row, column = positions.unbind(1)
+    before, truth = hidden[row, column - 1], labels[row, column]  # (n, D), (n,)
+    recompute = len(positions) > chunk and torch.is_grad_enabled()
+    parts = [
+        checkpoint(_score, head, *part, use_reentrant=False) if recompute else _score(head, *part)
+        for part in zip(before.split(chunk), truth.split(chunk), strict=True)
+    ]
+    log_probability, likeliest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenScores(log_probability, likeliest, positions)
+
+
+def _score(head: Callable[[Tensor], Tensor], before: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(before).float()  # (n, vocabulary)
+    return -nn.functional.cross_entropy(logits, truth, reduction="none"), logits.argmax(-1) == truth
+
+
+def scores_of(logits: Tensor, labels: Tensor) -> TokenScores:
+    """The scores by logits (B, T, vocabulary) that are there already; ``labels`` (B, T)."""
+    return score_tokens(lambda given: given, logits, labels, chunk=labels.numel())
