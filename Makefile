@@ -56,7 +56,7 @@ run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resu
 
 real-run = $(call run-or-resume,recipes/real/$(1).yaml,runs/real-$(1))
 
-real: install ## a released language model learns to see photographs: fetch, train three fusions, score (30 to 45 minutes on two quiet cores)
+real: install ## a released language model learns to see photographs: fetch, train three fusions, score (about an hour on two quiet cores)
 	$(BIN)/python -m lavi.parts fetch
 	$(BIN)/python -m datamodules.photographs
 	$(call real-run,lavi)

@@ -155,7 +155,7 @@ def encoded(model: VisionLanguageModel, split: str) -> list[EncodedSample]:
 def answered(model: VisionLanguageModel, rows: Sequence[EncodedSample]) -> tuple[Batch, TokenScores]:
     """A batch, and the scores of its trained tokens."""
     batch = model.processor.collate(rows)
-    return batch, model.language.score(model.fusion(batch, batch.pixels, model.language), batch.labels)
+    return batch, model.language.token_scores(model.fusion(batch, batch.pixels, model.language), batch.labels)
 
 
 def shuffled(rows: list[EncodedSample], seed: int) -> Iterator[EncodedSample]:

@@ -13,7 +13,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from busy import busy_table
 from dataloader import table as dataloader_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
+from train_step import train_step_table
 from verify_claims import flops_table, speed_table
 from verify_visor import flops_table as visor_flops_table
 from verify_visor import speed_table as visor_speed_table
@@ -69,23 +71,28 @@ def grid_code(records: list[Record]) -> str:
     return f"{markdown(*grid_code_table(records))}\n{note}\n"
 
 
-TELLING = (
+TELLING_OF_QUICKSTART = (
     "easy (%)",
     "hard (%)",
-    "control, no image: held-out accuracy (%)",
     "GFLOPs, without vision encoder",
     "saved, without vision encoder (%)",
     "first token, times concatenation (interval)",
     "decode, times concatenation (interval)",
 )
+TELLING_OF_REAL = (
+    "name (%)",
+    "control, shuffled images: easy (%)",
+    "hard (%)",
+    "saved, without vision encoder (%)",
+)
 """The lines of a comparison that a README shows."""
 
 
-def short_comparison(records: list[Record]) -> str:
-    """The most telling lines of :func:`comparison`."""
+def short_comparison(records: list[Record], telling: Container[str]) -> str:
+    """The most ``telling`` lines of :func:`comparison`."""
     baseline = next((record for record in records if record.method == "concat"), None)
     columns, rows = side_by_side(records, baseline)
-    return markdown(columns, [row for row in rows if row[0] in TELLING])
+    return markdown(columns, [row for row in rows if row[0] in telling])
 
 
 def short_claims(records: list[Record]) -> str:
@@ -136,7 +143,7 @@ def visor_scenes(records: list[Record]) -> str:
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
 
 
-IN_README = 4
+IN_README = 2
 """Questions about the picture that a README shows."""
 
 
@@ -188,6 +195,7 @@ def noticed_mutants(modules: list[dict[str, Any]]) -> str:
 OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
+    "train_step": lambda records: markdown(*train_step_table(records)),
 }
 """Tables of records in which nothing of a model was measured."""
 
@@ -195,7 +203,8 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "grid_code": grid_code,
-    "quickstart.short": short_comparison,
+    "quickstart.short": partial(short_comparison, telling=TELLING_OF_QUICKSTART),
+    "real.short": partial(short_comparison, telling=TELLING_OF_REAL),
     "real.shown": shown,
     "real.shown_short": shown_short,
     "verify_claims": claims,

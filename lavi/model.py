@@ -136,7 +136,7 @@ class VisionLanguageModel(nn.Module):
             losses |= inputs.vision.losses()
         return logits
 
-    def score(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> TokenScores:
+    def token_scores(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> TokenScores:
         """How likely the trained tokens are, without the logits of the others.
 
         Args:
@@ -146,7 +146,7 @@ class VisionLanguageModel(nn.Module):
             UserError: as :meth:`forward`.
         """
         inputs = self._arranged(batch)
-        scores = self.language.score(inputs, batch.labels)
+        scores = self.language.token_scores(inputs, batch.labels)
         if losses is not None:
             losses |= inputs.vision.losses()
         return scores

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import EAGER, FAMILIES, HYBRIDS, QWEN2
+from families import EAGER, FAMILIES, HYBRIDS, LOOKING_UP, QWEN2
 
 from datamodules.scenes import sentences, write_dataset
 from datamodules.tokenizer import train_tokenizer
@@ -78,7 +78,7 @@ def build(tokenizer: str):  # type: ignore[no-untyped-def]
         torch.manual_seed(seed)
         vision = HFVision(config=TOWER)
         language = LanguageModel(
-            config=(FAMILIES | HYBRIDS)[family] | config,
+            config=(FAMILIES | HYBRIDS | LOOKING_UP)[family] | config,
             tokenizer=tokenizer,
             dtype=dtype,  # type: ignore[arg-type]
             attention="eager" if family in EAGER else "sdpa",

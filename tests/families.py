@@ -175,3 +175,12 @@ HYBRIDS = {
     for family, own in _HYBRIDS.items()
 }
 """Families some of whose layers keep a recurrent state."""
+
+LOOKING_UP: dict[str, dict[str, Any]] = {
+    "gemma4_text": _SIZES
+    | _SMALL_IDS
+    | {"model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2}
+    | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "sliding_window": 24}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+}
+"""Families whose layers get inputs that are looked up by the tokens' ids."""

@@ -132,7 +132,7 @@ def test_a_model_from_a_gguf_file_is_trained_and_saved_as_any_other(qwen2: Any, 
         chat_template="chatml" if language.tokenizer.chat_template is None else None,
     )
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
-    module.model.score(collate(model, [ask(1, "what?", answer="red")])).loss.backward()
+    module.model.token_scores(collate(model, [ask(1, "what?", answer="red")])).loss.backward()
     language.save_pretrained(tmp_path / "out")
     again = LanguageModel(str(tmp_path / "out")).eval()
     ids = torch.arange(12)[None]
@@ -181,7 +181,7 @@ def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: A
                 module, DataLoader([], batch_size=None)
             )
     else:
-        module.model.score(collate(model, [ask(1, "what?", answer="red")])).loss.backward()
+        module.model.token_scores(collate(model, [ask(1, "what?", answer="red")])).loss.backward()
         assert any(p.grad is not None for p in model.fusion.parameters())
     assert not any(p.requires_grad for p in fewer.parameters())
     with pytest.raises(UserError, match="stay frozen: leave 'language' out"):

@@ -1,11 +1,11 @@
-"""Language models some of whose layers keep a recurrent state: what padding and images must not enter."""
+"""Language models that need the text's own sequence: layers with a recurrent state, or inputs looked up by ids."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import collate
-from families import HYBRIDS
+from families import HYBRIDS, LOOKING_UP
 from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_answer_alone, bare_logits
 
 from lavi.efficiency.flops import language_flops
@@ -15,7 +15,9 @@ from lavi.language.sequence import PADDING_STAYS_OUT
 from lavi.model import VisionLanguageModel
 
 
-@pytest.fixture(params=[(f, n) for f in HYBRIDS for n in ("lavi-attention", "cross-attention")], ids="-".join)
+@pytest.fixture(
+    params=[(f, n) for f in HYBRIDS | LOOKING_UP for n in ("lavi-attention", "cross-attention")], ids="-".join
+)
 def model(build, request: pytest.FixtureRequest) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
     family, name = request.param
     return build(FUSIONS[name](), family=family)
@@ -45,6 +47,25 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
 def test_what_changes_the_sequence_is_refused(build, family: str, name: str) -> None:
     with pytest.raises(UserError, match=r"recurrent state, and .* works on another sequence"):
         build(FUSIONS[name](), family=family)
+
+
+@pytest.mark.parametrize("name", ["concat", "fastv", "visor"])
+def test_tokens_without_ids_are_refused(build, name: str) -> None:
+    with pytest.raises(UserError, match=r"looked up by a token's id, and .* that have none"):
+        build(FUSIONS[name](), family="gemma4_text")
+
+
+def test_what_is_looked_up_is_not_counted(build) -> None:
+    with pytest.raises(UserError, match="looks up for each layer have no formula"):
+        language_flops(build(FUSIONS["lavi-attention"](), family="gemma4_text").language, tokens=[10] * 4)
+
+
+@pytest.mark.parametrize("name", ["lavi-attention", "cross-attention"])
+def test_several_versions_of_a_hidden_state_are_refused(build, name: str) -> None:
+    config = {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 500}
+    config |= {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": None, "num_kv_shared_layers": 0}
+    with pytest.raises(UserError, match="several versions of each hidden state"):
+        build(FUSIONS[name](), family="qwen2", **config)
 
 
 def test_a_family_that_was_not_shown_to_hold_is_refused(tokenizer: str) -> None:

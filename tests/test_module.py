@@ -168,13 +168,13 @@ def test_on_two_ranks_each_token_of_both_weighs_the_same(build, monkeypatch: pyt
     module.trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy=strategy)  # type: ignore[assignment]
     logged: dict[str, tuple[float, dict[str, Any]]] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **how: logged.update({name: (float(value), how)}))
-    score = module.model.score
+    token_scores = module.model.token_scores
 
     def adding(batch: Batch, added: dict[str, Tensor]) -> TokenScores:
         added["size"] = torch.tensor(0.25)
-        return score(batch, added)
+        return token_scores(batch, added)
 
-    monkeypatch.setattr(module.model, "score", adding)
+    monkeypatch.setattr(module.model, "token_scores", adding)
     loss = module.training_step(batch, 0)
     summed, tokens = summed_loss(module.model(batch), batch.labels)
     mean = float(2 * summed / (tokens + 5))

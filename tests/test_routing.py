@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ask, collate
-from torch import Tensor
 
 from lavi.batch import Batch
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
+from lavi.language.token_scores import TokenScores, scores_of
 from lavi.visor import offline
 from lavi.visor.files import read_viable
 from lavi.visor.fusion import VisorFusion
@@ -31,7 +31,7 @@ class Scripted:
         self.fusion, self.real, self.sure = real.fusion, real, sure
         self.read: list[tuple[int, ...]] = []
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def token_scores(self, batch: Batch) -> TokenScores:
         way = self.fusion.forced_route
         self.read.append(way)
         logits = torch.full((*batch.labels.shape, 50), -50.0)
@@ -44,7 +44,7 @@ class Scripted:
                 each = share ** (1 / (answer.stop - answer.start))
                 logits[answer.row, column - 1, label] = torch.tensor(each).log()
                 logits[answer.row, column - 1, (label + 1) % 50] = torch.tensor(1 - each).log()
-        return logits
+        return scores_of(logits, batch.labels)
 
 
 @pytest.fixture

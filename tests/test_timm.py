@@ -79,6 +79,10 @@ def rows(grid: Tensor) -> Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
+ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
+"""Convolutions round otherwise in the memory format that they are given here."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_features_are_those_of_timm(name: str) -> None:
@@ -88,7 +92,7 @@ def test_features_are_those_of_timm(name: str) -> None:
         features = features.permute(0, 3, 1, 2)
     features = rows(features) if features.ndim == 4 else features
     assert vision.tokens == vision.grid[0] * vision.grid[1]
-    torch.testing.assert_close(run(vision, pixels_of(vision)), features[:, -vision.tokens :])
+    torch.testing.assert_close(run(vision, pixels_of(vision)), features[:, -vision.tokens :], **ROUNDING)
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -97,7 +101,7 @@ def test_features_are_those_of_timm(name: str) -> None:
 def test_layers_are_those_of_timm(name: str, layer: int) -> None:
     vision, network = tower(name, layer=layer), whole(name)
     grid = network.forward_intermediates(pixels_of(vision), indices=[layer], intermediates_only=True)[0]
-    torch.testing.assert_close(run(vision, pixels_of(vision)), rows(grid))
+    torch.testing.assert_close(run(vision, pixels_of(vision)), rows(grid), **ROUNDING)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import train_step
 from conftest import FAMILIES, HYBRIDS, ask, awaken, collate, small, summed_loss
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ def test_losses_and_gradients_are_those_of_all_logits(
 
     def in_chunks(model: VisionLanguageModel) -> Tensor:
         batch = collate(model, SAMPLES)
-        return model.language.score(model._arranged(batch), batch.labels, most_logits=most_logits).loss
+        return model.language.token_scores(model._arranged(batch), batch.labels, most_logits=most_logits).loss
 
     def by_all_logits(model: VisionLanguageModel) -> Tensor:
         batch = collate(model, SAMPLES)
@@ -121,7 +122,7 @@ def test_only_trained_tokens_get_logits(build: Any) -> None:
     computed: list[int] = []
     head = model.language.hf.lm_head
     head.register_forward_hook(lambda module, args, output: computed.append(output.shape[:-1].numel()))
-    scores = model.score(batch)
+    scores = model.token_scores(batch)
     trained = int((batch.labels[:, 1:] != -100).sum())
     assert computed == [trained] == [int(scores.tokens)]
 
@@ -130,7 +131,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_that_goes_back(build: Any) ->
     model = build(ConcatFusion())
     batch = collate(model, SAMPLES)
     batch.labels = torch.full_like(batch.labels, -100)
-    scores = model.score(batch)
+    scores = model.token_scores(batch)
     scores.loss.backward()
     assert (float(scores.loss), int(scores.tokens)) == (0.0, 0)
 
@@ -139,9 +140,16 @@ def test_the_probability_of_an_answer_is_that_of_all_its_tokens(build: Any) -> N
     model = build(ConcatFusion())
     batch = collate(model, SAMPLES)
     with torch.no_grad():
-        said, logits = answer_probabilities(model.score(batch), batch), model(batch)
+        said, logits = answer_probabilities(model.token_scores(batch), batch), model(batch)
     expected = []
     for row, start, stop, *_ in batch.answers:
         tokens = logits[row, start - 1 : stop - 1].softmax(-1)
         expected.append(float(tokens.gather(1, batch.labels[row, start:stop, None]).prod()))
     assert said == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_benchmark_measures_both_ways() -> None:
+    records = train_step.measure(torch.device("cpu"), vocabulary=1000, width=16, turns=1)
+    assert [record["peak_ratio"] for record in records] == [1.0, pytest.approx(0.25, abs=0.1)]
+    columns, rows = train_step.train_step_table(records)
+    assert [len(row) for row in rows] == [len(columns)] * 2

@@ -77,6 +77,7 @@ def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], NoReturn]:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for talkative in ("httpx", "timm"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # it finds torchao's enums old-fashioned
         try:
             status = main() or 0
             sys.stdout.flush()

@@ -21,7 +21,7 @@ from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
-from lavi.language.sequence import recurrent_layers
+from lavi.language.sequence import looks_up_by_id, recurrent_layers
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops
@@ -100,8 +100,13 @@ def language_flops(
         ``attention`` (``scores`` are its part), ``ffn``, and the ``head`` for the last token.
 
     Raises:
-        UserError: some layers keep a recurrent state, whose scan has no formula here.
+        UserError: layers keep a recurrent state or get inputs by the tokens' ids, which have no formula here.
     """
+    if looks_up_by_id(language.hf):
+        raise UserError(
+            f"FLOPs of inputs that {type(language.hf).__name__} looks up for each layer have no formula here: such a "
+            "model can be trained and timed, and not counted."
+        )
     if recurrent := recurrent_layers(language.hf):
         raise UserError(
             f"FLOPs of recurrent layers ({recurrent} of {type(language.hf).__name__}) have no formula here: such a "

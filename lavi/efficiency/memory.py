@@ -71,6 +71,11 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
+def peak_of(run: Callable[[], object], device: torch.device) -> float:
+    """Bytes that stand at once while ``run`` runs, above what stood before."""
+    return _peak_cuda(run, device, 0.0)["peak"] if device.type == "cuda" else _peak_cpu(run)
+
+
 def _peak_cuda(run: Callable[[], object], device: torch.device, others: float) -> dict[str, float]:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

@@ -38,7 +38,10 @@ from lavi.loading.without_weights import weights_wanted
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
 
 NOT_PACKED = ("biogpt", "gpt_oss")
-"""Families that answer otherwise in a row of several conversations than alone, as the tests of packing have found."""
+"""Families that let the conversations of a row see each other, as the tests of packing have found.
+
+BioGPT makes a mask of ones where it is given none, and gpt-oss makes its masks without looking at positions.
+"""
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -138,7 +141,11 @@ class LanguageModel(nn.Module):
         return _load_tokenizer(self._tokenizer, self._tokenizer_file)
 
     def _check_vocabulary(self, settings: PretrainedConfig) -> None:
-        """Of a tokenizer that is not the checkpoint's own."""
+        """Of a tokenizer that is not the checkpoint's own: that each token has an embedding.
+
+        Raises:
+            UserError: some have none.
+        """
         tokens, embeddings = len(self.tokenizer), getattr(settings.get_text_config(), "vocab_size", None)
         if embeddings is not None and tokens > embeddings:
             raise UserError(
@@ -179,7 +186,7 @@ class LanguageModel(nn.Module):
         out = self.hf(**inputs.sequence(), position_ids=inputs.position_ids, vision=inputs.vision, use_cache=False)
         return out.logits
 
-    def score(self, inputs: DecoderInput, labels: Tensor, *, most_logits: int = MOST_LOGITS) -> TokenScores:
+    def token_scores(self, inputs: DecoderInput, labels: Tensor, *, most_logits: int = MOST_LOGITS) -> TokenScores:
         """The scores of the trained tokens; ``labels`` (B, T) are those of the text.
 
         Raises:

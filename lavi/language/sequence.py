@@ -26,13 +26,18 @@ def recurrent_layers(model: PreTrainedModel) -> list[int]:
     ]
 
 
+def looks_up_by_id(model: PreTrainedModel) -> bool:
+    """Whether its layers get inputs that are looked up by the tokens' ids, beside their embeddings."""
+    return bool(getattr(model.config, "hidden_size_per_layer_input", None))
+
+
 def refuse_other_sequence(model: PreTrainedModel, method: str) -> None:
     """Refuse a ``method`` that works on another sequence than the text's where the decoder needs that.
 
     Raises:
         UserError: some layers keep a recurrent state, or get inputs by the tokens' ids (Gemma 3n, Gemma 4).
     """
-    if getattr(model.config, "hidden_size_per_layer_input", None):
+    if looks_up_by_id(model):
         raise UserError(
             f"the layers of {type(model).__name__} get inputs that are looked up by a token's id, and {method} puts "
             "tokens into the sequence that have none: take LaVi or cross-attention, or a family such as qwen2 or llama."

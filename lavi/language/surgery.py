@@ -165,6 +165,12 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         layer.fused_index = index
     reached = _Canary()
     _dummy_forward(model, vision=reached)
+    if reached.several:
+        close(model)
+        raise UserError(
+            f"the layers of {type(model).__name__} hand on several versions of each hidden state (Gemma 3n's AltUp), "
+            "which vision cannot enter: take a family such as qwen2 or llama."
+        )
     missing = sorted(set(layers) - reached.layers)
     if missing or not reached.stack:
         where = f"layers {missing}" if missing else "decoder"
@@ -182,6 +188,7 @@ class _Canary(VisualContext):
         super().__init__()
         self.stack = False
         self.layers: set[int] = set()
+        self.several = False
 
     def for_step(self, past: int, length: int) -> Self:
         self.stack = True
@@ -189,6 +196,7 @@ class _Canary(VisualContext):
 
     def run_layer(self, layer: int, call: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
         self.layers.add(layer)
+        self.several = self.several or hidden.ndim > 3
         return call(hidden, **kwargs)
 
 

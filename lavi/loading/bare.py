@@ -116,18 +116,22 @@ def _check_rope(rope: Mapping[str, Any], default: Mapping[str, Any], whole: str)
 
 def _check_numbers(config: PretrainedConfig, whole: str) -> None:
     for name in COUNTS:
-        value = getattr(config, name, None)
+        value = _of_all_layers(config, name)
         if isinstance(value, int) and value < 1:
             raise UserError(f"{whole} cannot have {name}={value}: it is a whole number from 1.")
     width, heads, groups = (
-        getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        _of_all_layers(config, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
-    if (
-        isinstance(heads, int)
-        and isinstance(width, int)
-        and getattr(config, "head_dim", None) is None
-        and width % heads
-    ):
+    own_width = "head_dim" in config.to_dict() and config.to_dict()["head_dim"] is not None
+    if isinstance(heads, int) and isinstance(width, int) and not own_width and width % heads:
         raise UserError(f"{whole}: hidden_size={width} is no multiple of num_attention_heads={heads}.")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise UserError(f"{whole}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}.")
+
+
+def _of_all_layers(config: PretrainedConfig, name: str) -> Any:
+    """What a configuration says of all layers alike; None where layers differ (Gemma 4's heads)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' answer where each layer has its own
+        return None

@@ -141,7 +141,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
-        scores = self.model.score(batch, added)
+        scores = self.model.token_scores(batch, added)
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
         if broken:  # all ranks stop together
@@ -204,7 +204,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             self._log_accuracy("train")
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        scores = self.model.score(batch)
+        scores = self.model.token_scores(batch)
         tokens = len(scores.positions)
         self.log("val/loss", scores.loss / max(1, tokens), batch_size=tokens, sync_dist=True)
         self.accuracy["val"].update(correct_under_teacher_forcing(scores, batch), groups_of(batch.answers))

@@ -60,5 +60,5 @@ def shard(model: VisionLanguageModel, mesh: Any) -> None:
     for layer in model.language.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("score", "generate", "prefill"):
+    for method in ("token_scores", "generate", "prefill"):
         register_fsdp_forward_method(model, method)

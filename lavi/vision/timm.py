@@ -132,6 +132,7 @@ class TimmVision(Tower):
             raise UserError(f"the timm network does not run on images of {size} pixels: {one_line(error)}") from error
 
     def encode(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it
         if not self.layers:
             return [_split(self.tower, self.tower.forward_features(pixels), pixels)]
         indices = sorted({layer - 1 for layer in self.layers})

@@ -64,7 +64,7 @@ def answer_correct(
 ) -> Iterator[tuple[str, list[bool]]]:
     """For each sample its key, and which of its answers are right."""
     for batch in batches:
-        said = correct_under_teacher_forcing(model.score(batch.to(device)), batch)
+        said = correct_under_teacher_forcing(model.token_scores(batch.to(device)), batch)
         rows: list[list[bool]] = [[] for _ in batch.keys]
         for is_right, answer in zip(said, batch.answers, strict=True):
             rows[answer.row].append(is_right)
@@ -77,7 +77,7 @@ def answer_probability(
 ) -> Iterator[tuple[str, list[float]]]:
     """For each sample its key, and the probability of each of its true answers, under teacher forcing."""
     for batch in batches:
-        said = answer_probabilities(model.score(batch.to(device)), batch)
+        said = answer_probabilities(model.token_scores(batch.to(device)), batch)
         rows: list[list[float]] = [[] for _ in batch.keys]
         for probability, answer in zip(said, batch.answers, strict=True):
             rows[answer.row].append(probability)
