@@ -161,7 +161,7 @@ def checkpoint(qwen2: Any, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
-def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: Any) -> None:
+def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: Any, tmp_path: Path) -> None:
     plain, fewer = (LanguageModel(checkpoint, quantization=kind).eval() for kind in (None, quantization))
     model = VisionLanguageModel(
         vision=HFVision(config=TOWER),
@@ -184,6 +184,8 @@ def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: A
         module.model.token_scores(collate(model, [ask(1, "what?", answer="red")])).loss.backward()
         assert any(p.grad is not None for p in model.fusion.parameters())
     assert not any(p.requires_grad for p in fewer.parameters())
+    with pytest.raises(UserError, match="no ordinary checkpoint: load the language model without"):
+        fewer.save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match="stay frozen: leave 'language' out"):
         VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language.hf.model.norm": 1e-3})
 

@@ -240,7 +240,16 @@ class LanguageModel(nn.Module):
         return merged_state(self.hf, frozenset(name.removeprefix("hf.") for name in self.adapters))
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write an ordinary transformers checkpoint, tokenizer and all: original names and class, adapters merged."""
+        """Write an ordinary transformers checkpoint, tokenizer and all: original names and class, adapters merged.
+
+        Raises:
+            UserError: its weights are quantized.
+        """
+        if self.quantization is not None:
+            raise UserError(
+                f"weights in {self.quantization} are no ordinary checkpoint: load the language model without "
+                "quantization to write it."
+            )
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(self.hf.config, attn_implementation=self.attention)
         plain.load_state_dict(self.merged_state(), assign=True)
