@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 import lavi.loading.compressed as compressed
+from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
 
@@ -106,6 +108,7 @@ WIDER = {"hidden_size": 64, "intermediate_size": 128}
 @pytest.fixture
 def qwen2(tokenizer: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     own = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    own.add_tokens(["<|endoftext|>"], special_tokens=True)  # transformers gives it to each tokenizer of a Qwen2
     torch.manual_seed(0)
     keys = {key: value for key, value in QWEN2.items() if key != "model_type"} | WIDER
     return AutoModelForCausalLM.from_config(Qwen2Config(**keys | {"vocab_size": len(own)})).eval(), own
@@ -138,6 +141,27 @@ def test_a_model_from_a_gguf_file_is_trained_and_saved_as_any_other(qwen2: Any, 
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(again.hf(input_ids=ids).logits, language.eval().hf(input_ids=ids).logits)
+
+
+def test_an_export_of_a_gguf_model_needs_the_file_no_more(qwen2: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, *qwen2)
+    parts = {
+        "vision": {"_target_": "lavi.vision.hf.HFVision", "config": TOWER},
+        "language": {
+            "_target_": "lavi.language.load.LanguageModel",
+            "source": str(tmp_path),
+            "gguf_file": file.name,
+        },
+        "fusion": {"_target_": "lavi.fusion.concat.ConcatFusion"},
+        "chat_template": "chatml",
+    }
+    model = build(Recipe({"model": {"_target_": "lavi.model.VisionLanguageModel", **parts}}, {}, "recipe.yaml")).eval()
+    save_pretrained(model, tmp_path / "out")
+    file.unlink()
+    again, ids = from_pretrained(tmp_path / "out").eval(), torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again.language.hf(input_ids=ids).logits, model.language.hf(input_ids=ids).logits)
 
 
 def test_what_is_no_gguf_file_of_a_known_family_is_refused(qwen2: Any, tmp_path: Path) -> None:

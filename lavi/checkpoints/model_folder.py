@@ -126,8 +126,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+DROPPED = ("config", "lora", "gguf_file")
+"""What built a language model whose weights are in the folder now."""
+
+
 def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> None:
-    language = {key: value for key, value in node["language"].items() if key not in ("config", "lora")}
+    language = {key: value for key, value in node["language"].items() if key not in DROPPED}
     node["language"] = language | {"source": f"{INSIDE}language", "tokenizer": f"{INSIDE}tokenizer"}
     model.language.save_pretrained(folder / "language")
     model.language.tokenizer.save_pretrained(folder / "tokenizer")

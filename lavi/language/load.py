@@ -236,7 +236,16 @@ class LanguageModel(nn.Module):
         return any(hasattr(room, "create_causal_mask") for room in rooms)
 
     def merged_state(self) -> dict[str, Tensor]:
-        """Its weights under the names of its class, adapters merged."""
+        """Its weights under the names of its class, adapters merged.
+
+        Raises:
+            UserError: they are quantized.
+        """
+        if self.quantization is not None:
+            raise UserError(
+                f"weights in {self.quantization} are no ordinary checkpoint: load the language model without "
+                "quantization to write it."
+            )
         return merged_state(self.hf, frozenset(name.removeprefix("hf.") for name in self.adapters))
 
     def save_pretrained(self, folder: Path) -> None:
@@ -245,11 +254,6 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: its weights are quantized.
         """
-        if self.quantization is not None:
-            raise UserError(
-                f"weights in {self.quantization} are no ordinary checkpoint: load the language model without "
-                "quantization to write it."
-            )
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(self.hf.config, attn_implementation=self.attention)
         plain.load_state_dict(self.merged_state(), assign=True)
@@ -300,8 +304,10 @@ def _language_model(
         UserError: transformers cannot build it, or weights are missing.
     """
     if is_vlm(settings):
-        if quantization is not None:
-            raise UserError(f"'{source}' is a vision-language model: quantization takes a language model's checkpoint.")
+        if quantization is not None or gguf_file is not None:
+            raise UserError(
+                f"'{source}' is a vision-language model: quantization and gguf_file take a language model's checkpoint."
+            )
         return language_model_of(open_vlm(str(source)), dtype=dtype, attention=attention)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     origin = "a bare configuration" if source is None else f"'{source}'"

@@ -91,7 +91,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
-            UserError: a precision in which all weights are cast; 4-bit weights on a CPU.
+            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; quantized weights, and
+                others to start from.
         """
         if self.model.language.quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("4-bit weights of bitsandbytes pass no gradient on where the device is a CPU: take 8 bits.")
@@ -102,6 +103,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
         if stage == "fit" and self.start_from is not None and not self.inherited:
+            if self.model.language.quantization is not None:
+                raise UserError("module.start_from would write into quantized weights: leave quantization out.")
             if names_vlm(self.start_from):
                 self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
             else:

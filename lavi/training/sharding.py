@@ -44,12 +44,14 @@ def shard(model: VisionLanguageModel, mesh: Any) -> None:
     without images does not call, and the fusion, which the layers call on their way, are no groups of their own.
 
     Raises:
-        UserError: trained weights of several dtypes would be sharded together.
+        UserError: trained weights of several dtypes would be sharded together, or weights are quantized.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):
         return
+    if model.language.quantization is not None:
+        raise UserError(f"weights in {model.language.quantization} cannot be sharded: train without FSDP2.")
     inside_layers = {id(parameter) for layer in model.language.layers for parameter in layer.parameters()}
     dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad and id(p) not in inside_layers}
     if len(dtypes) > 1:
