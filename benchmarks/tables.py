@@ -71,7 +71,7 @@ def grid_code(records: list[Record]) -> str:
     return f"{markdown(*grid_code_table(records))}\n{note}\n"
 
 
-TELLING_OF_QUICKSTART = (
+ROWS_OF_QUICKSTART = (
     "easy (%)",
     "hard (%)",
     "GFLOPs, without vision encoder",
@@ -79,20 +79,21 @@ TELLING_OF_QUICKSTART = (
     "first token, times concatenation (interval)",
     "decode, times concatenation (interval)",
 )
-TELLING_OF_REAL = (
+"""The rows of the quickstart's comparison that the README shows."""
+ROWS_OF_REAL = (
     "name (%)",
     "control, shuffled images: easy (%)",
     "hard (%)",
     "saved, without vision encoder (%)",
 )
-"""The lines of a comparison that a README shows."""
+"""Those of the comparison on real parts."""
 
 
-def short_comparison(records: list[Record], telling: Container[str]) -> str:
-    """The most ``telling`` lines of :func:`comparison`."""
+def short_comparison(records: list[Record], names: Container[str]) -> str:
+    """The rows of :func:`comparison` with these names."""
     baseline = next((record for record in records if record.method == "concat"), None)
     columns, rows = side_by_side(records, baseline)
-    return markdown(columns, [row for row in rows if row[0] in telling])
+    return markdown(columns, [row for row in rows if row[0] in names])
 
 
 def short_claims(records: list[Record]) -> str:
@@ -195,7 +196,7 @@ def noticed_mutants(modules: list[dict[str, Any]]) -> str:
 OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
-    "train_step": lambda records: markdown(*train_step_table(records)),
+    "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",
 }
 """Tables of records in which nothing of a model was measured."""
 
@@ -203,8 +204,8 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "grid_code": grid_code,
-    "quickstart.short": partial(short_comparison, telling=TELLING_OF_QUICKSTART),
-    "real.short": partial(short_comparison, telling=TELLING_OF_REAL),
+    "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
+    "real.short": partial(short_comparison, names=ROWS_OF_REAL),
     "real.shown": shown,
     "real.shown_short": shown_short,
     "verify_claims": claims,

@@ -81,7 +81,7 @@ def measure(device: torch.device, *, vocabulary: int, width: int, turns: int) ->
 
 def train_step_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows."""
-    columns = ["head and loss with", "ms", "times (interval)", "peak MiB", "times"]
+    columns = ["head and loss with", "ms", "of that of all tokens (interval)", "peak MiB", "of that of all tokens"]
     rows = []
     for record in records:
         median, low, high = record["time_ratio"]

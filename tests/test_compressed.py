@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import lavi.loading.compressed as compressed
 from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
+from lavi.efficiency.flops import language_flops
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -95,8 +97,6 @@ def write_gguf(
 
 
 def merges_of(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
-    import json
-
     merges: list[Any] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return merges
 
@@ -198,6 +198,7 @@ def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: A
         said, expected = fewer.hf(input_ids=ids).logits.float(), plain.hf(input_ids=ids).logits
     assert not torch.equal(said, expected)
     assert (said - expected).norm() < (0.2 if "4bit" in quantization else 0.05) * expected.norm()
+    assert language_flops(fewer, tokens=[12] * 4) == language_flops(plain, tokens=[12] * 4)
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
     if quantization == "bitsandbytes-4bit":
         with pytest.raises(UserError, match="pass no gradient on where the device is a CPU: take 8 bits"):
@@ -220,5 +221,5 @@ def test_what_cannot_be_quantized_is_refused(checkpoint: str, tokenizer: str, mo
     with pytest.raises(UserError, match="neither with gguf_file nor with lora"):
         LanguageModel(checkpoint, quantization="torchao-int8", lora={"rank": 2})
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"pip install 'lavi\[quantization\]'"):
         LanguageModel(checkpoint, quantization="bitsandbytes-4bit")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ask, awaken, small, summed_loss
-from families import VARIED
+from families import LOOKING_UP, VARIED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +37,7 @@ FUSIONS: dict[str, Any] = {
 }
 CASES = [(family, name) for family in VARIED if family not in NOT_PACKED for name in ("concat", "lavi")]
 CASES += [(family, "concat") for family in FAMILIES if family not in (*VARIED, *NOT_PACKED)]
+CASES += [(family, name) for family in LOOKING_UP for name in ("lavi", "cross-attention")]
 CASES += [("qwen2", name) for name in FUSIONS if name not in ("concat", "lavi")]
 
 SAMPLES = [

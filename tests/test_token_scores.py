@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import train_step
-from conftest import FAMILIES, HYBRIDS, ask, awaken, collate, small, summed_loss
+from conftest import FAMILIES, HYBRIDS, LOOKING_UP, ask, awaken, collate, small, summed_loss
 from torch import Tensor, nn
 
 from lavi.fusion.base import Fusion
@@ -34,7 +34,7 @@ FUSIONS: dict[str, Callable[[], Fusion]] = {
 }
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *LOOKING_UP])
 def test_the_head_alone_gives_the_familys_own_logits(build: Any, family: str) -> None:
     """Scaled and capped as the family does it."""
     model = build(FUSIONS["lavi"](), family=family)
@@ -113,7 +113,7 @@ def test_no_more_logits_than_a_chunk_are_kept() -> None:
     assert 50 not in kept
     scores.loss.backward()
     assert sorted(sizes) == [1, 1, 5, 5, 5, 5, 5, 5]
-    assert torch.equal(scores.likeliest, scores_of(head(hidden), labels).likeliest)
+    assert torch.equal(scores.is_likeliest, scores_of(head(hidden), labels).is_likeliest)
 
 
 def test_only_trained_tokens_get_logits(build: Any) -> None:

@@ -133,12 +133,15 @@ def _matrix_flops(module: nn.Module, config: PretrainedConfig, *, tokens: int, k
         keys: that the tokens meet; a matrix that reads keys out of cached latents (DeepSeek) meets each of them anew.
     """
     flops = 0.0
-    for name, parameter in module.named_parameters():
-        if "bias" in name or parameter.ndim not in (2, 3):
-            continue
-        met = keys if "kv_b_proj" in name else tokens
-        of_experts = min(1.0, _experts_of_a_token(config) / len(parameter)) if parameter.ndim == 3 else 1.0
-        flops += 2.0 * met * parameter.numel() * of_experts
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if "bias" in name or parameter.ndim not in (2, 3):
+                continue
+            met = keys if "kv_b_proj" in path else tokens
+            of_experts = min(1.0, _experts_of_a_token(config) / len(parameter)) if parameter.ndim == 3 else 1.0
+            # A quantized weight may be packed: its linear layer still knows its size.
+            size = part.in_features * part.out_features if isinstance(part, nn.Linear) else parameter.numel()
+            flops += 2.0 * met * size * of_experts
     return flops
 
 

@@ -59,7 +59,7 @@ class VisualContext:
 
 
 class HeadAlone(VisualContext):
-    """Of a call whose ``inputs_embeds`` are what the stack of layers gave before: it does not run again."""
+    """Tells the decoder to skip its layers: ``inputs_embeds`` already are its last hidden states."""
 
 
 @dataclass

@@ -80,6 +80,7 @@ class StackOutput(MoeModelOutputWithPast):
     """Of any family's stack of layers: its last hidden states alone."""
 
     cross_attentions: None = None
+    shared_kv_states: None = None
 
 
 class FusedDecoder(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lavi.batch import IGNORE
 
 MOST_LOGITS = 2**26
-"""How many logits stand in memory at once: 256 MiB of float32, 441 tokens of a vocabulary of 152,000."""
+"""Logits of a chunk: 256 MiB of float32, 441 tokens of a vocabulary of 152,000. Softmax and gradient are as large."""
 
 
 class TokenScores(NamedTuple):
@@ -20,7 +20,7 @@ class TokenScores(NamedTuple):
 
     log_probability: Tensor
     """(n,) float32, natural logarithm."""
-    likeliest: Tensor
+    is_likeliest: Tensor
     """(n,) bool: no other token is likelier."""
     positions: Tensor
     """(n, 2): row and column of each among the labels."""
@@ -54,8 +54,8 @@ def score_tokens(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tenso
         checkpoint(_score, head, *part, use_reentrant=False) if recompute else _score(head, *part)
         for part in zip(before.split(chunk), truth.split(chunk), strict=True)
     ]
-    log_probability, likeliest = (torch.cat(part) for part in zip(*parts, strict=True))
-    return TokenScores(log_probability, likeliest, positions)
+    log_probability, is_likeliest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenScores(log_probability, is_likeliest, positions)
 
 
 def _score(head: Callable[[Tensor], Tensor], before: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ def _check_numbers(config: PretrainedConfig, whole: str) -> None:
     width, heads, groups = (
         _of_all_layers(config, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
-    own_width = "head_dim" in config.to_dict() and config.to_dict()["head_dim"] is not None
+    own_width = config.to_dict().get("head_dim") is not None
     if isinstance(heads, int) and isinstance(width, int) and not own_width and width % heads:
         raise UserError(f"{whole}: hidden_size={width} is no multiple of num_attention_heads={heads}.")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:

@@ -42,7 +42,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
     """
     library, _, kind = name.partition("-")
     if importlib.util.find_spec(library) is None:
-        raise UserError(f"language.quantization={name} needs the package {library}: pip install {library}.")
+        raise UserError(f"language.quantization={name} needs the package {library}: pip install 'lavi[quantization]'.")
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from lavi.batch import Batch
 from lavi.language.token_scores import TokenScores
@@ -10,15 +10,16 @@ from lavi.language.token_scores import TokenScores
 
 def correct_under_teacher_forcing(scores: TokenScores, batch: Batch) -> list[bool]:
     """Whether each answer's tokens, its end token among them, are all the likeliest ones."""
-    correct = torch.ones(batch.labels.shape, dtype=torch.bool, device=scores.likeliest.device)  # (B, T)
-    correct[*scores.positions.unbind(1)] = scores.likeliest
-    correct = correct.cpu()
-    return [bool(correct[a.row, a.start : a.stop].all()) for a in batch.answers]
+    return [bool(tokens.all()) for tokens in _by_answer(scores.is_likeliest, scores, batch)]
 
 
 def answer_probabilities(scores: TokenScores, batch: Batch) -> list[float]:
     """The probability of each answer, its end token with it, as the model would say it after the true ones."""
-    log_probability = torch.zeros(batch.labels.shape, device=scores.log_probability.device)  # (B, T)
-    log_probability[*scores.positions.unbind(1)] = scores.log_probability
-    log_probability = log_probability.cpu()
-    return [float(log_probability[a.row, a.start : a.stop].sum().exp()) for a in batch.answers]
+    return [float(tokens.sum().exp()) for tokens in _by_answer(scores.log_probability, scores, batch)]
+
+
+def _by_answer(values: Tensor, scores: TokenScores, batch: Batch) -> list[Tensor]:
+    """Of values (n,) of the trained tokens those of each answer, on the host."""
+    row, column = scores.positions.cpu().unbind(1)
+    values = values.cpu()
+    return [values[(row == a.row) & (a.start <= column) & (column < a.stop)] for a in batch.answers]

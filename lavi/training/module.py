@@ -94,7 +94,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             UserError: a precision in which all weights are cast; 4-bit weights on a CPU; quantized weights, and
                 others to start from.
         """
-        if self.model.language.quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
+        quantization = self.model.language.quantization
+        if stage == "fit" and quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("4-bit weights of bitsandbytes pass no gradient on where the device is a CPU: take 8 bits.")
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
@@ -103,7 +104,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
         if stage == "fit" and self.start_from is not None and not self.inherited:
-            if self.model.language.quantization is not None:
+            if quantization is not None:
                 raise UserError("module.start_from would write into quantized weights: leave quantization out.")
             if names_vlm(self.start_from):
                 self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))

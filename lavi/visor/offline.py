@@ -10,9 +10,9 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from lavi.batch import Batch
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.config.files import sha256_of
 from lavi.errors import UserError
+from lavi.language.token_scores import TokenScores
 from lavi.metrics.teacher_forcing import answer_probabilities, correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.report import track
@@ -58,29 +59,35 @@ def every_configuration(optional: Sequence[int], most: int) -> list[Configuratio
     return sorted(configurations, key=lambda one: (len(one), one))
 
 
-@torch.no_grad()
 def answer_correct(
     model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[str, list[bool]]]:
     """For each sample its key, and which of its answers are right."""
-    for batch in batches:
-        said = correct_under_teacher_forcing(model.token_scores(batch.to(device)), batch)
-        rows: list[list[bool]] = [[] for _ in batch.keys]
-        for is_right, answer in zip(said, batch.answers, strict=True):
-            rows[answer.row].append(is_right)
-        yield from zip(batch.keys, rows, strict=True)
+    return _of_each_answer(correct_under_teacher_forcing, model, batches, device)
 
 
-@torch.no_grad()
 def answer_probability(
     model: VisionLanguageModel, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[str, list[float]]]:
     """For each sample its key, and the probability of each of its true answers, under teacher forcing."""
+    return _of_each_answer(answer_probabilities, model, batches, device)
+
+
+Value = TypeVar("Value")
+
+
+@torch.no_grad()
+def _of_each_answer(
+    judge: Callable[[TokenScores, Batch], list[Value]],
+    model: VisionLanguageModel,
+    batches: Iterable[Batch],
+    device: torch.device,
+) -> Iterator[tuple[str, list[Value]]]:
+    """For each sample its key, and what ``judge`` says of each of its answers."""
     for batch in batches:
-        said = answer_probabilities(model.token_scores(batch.to(device)), batch)
-        rows: list[list[float]] = [[] for _ in batch.keys]
-        for probability, answer in zip(said, batch.answers, strict=True):
-            rows[answer.row].append(probability)
+        rows: list[list[Value]] = [[] for _ in batch.keys]
+        for value, answer in zip(judge(model.token_scores(batch.to(device)), batch), batch.answers, strict=True):
+            rows[answer.row].append(value)
         yield from zip(batch.keys, rows, strict=True)
 
 
