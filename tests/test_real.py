@@ -62,3 +62,7 @@ def test_answers_and_figures_are_shown_as_they_were_recorded() -> None:
     short = tables.shown_short([concat, lavi])
     assert "| is there a bag? | san dal \\| x |" in short
     assert short.count("\n") == 2 + tables.IN_README
+    figures = tables.KINDS["real.short"]([lavi, concat])
+    assert "| name (%) | 85.5 (83.0-88.0) | nan |" in figures
+    assert "| saved, without vision encoder (%) | 75.0 | 0.0 |" in figures
+    assert "held-out" not in figures
