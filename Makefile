@@ -49,16 +49,19 @@ digits: install ## your own data, shown on real scans: write, pack, train, score
 	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
 
-# A run of recipe $(1) in folder $(2). One that was stopped goes on, a finished one is kept (with the recipe it had):
-# remove its folder to train anew. A folder without a checkpoint holds nothing yet.
-begin-run = rm -rf $(2) && $(BIN)/python -m lavi.fit --recipe $(1) --run $(2)
-run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-run,$(1),$(2)))
+# A run of recipe $(1) in folder $(2), with changes $(3) to it. One that was stopped goes on, a finished one is kept (with
+# the recipe it had): remove its folder to train anew. A folder without a checkpoint holds nothing yet.
+begin-run = rm -rf $(2) && $(BIN)/python -m lavi.fit --recipe $(1) --run $(2) $(3)
+run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-run,$(1),$(2),$(3)))
 
-real-run = $(call run-or-resume,recipes/real/$(1).yaml,runs/real-$(1))
+# The tower is frozen and the same for all: each photograph passes it once.
+REAL_FEATURES := data/photographs-features
+real-run = $(call run-or-resume,recipes/real/$(1).yaml,runs/real-$(1),$(foreach split,train validation test,data.$(split)=$(REAL_FEATURES)/$(split)))
 
-real: install ## a released language model learns to see photographs: fetch, train three fusions, score (about an hour on two quiet cores)
+real: install ## a released language model learns to see photographs: fetch, train three fusions, score (MINUTES on two quiet cores)
 	$(BIN)/python -m lavi.parts fetch
 	$(BIN)/python -m datamodules.photographs
+	$(BIN)/python -m lavi.cache_features --recipe recipes/real/lavi.yaml --out $(REAL_FEATURES) --splits train validation test
 	$(call real-run,lavi)
 	$(call real-run,cross_attention)
 	$(call real-run,concat)

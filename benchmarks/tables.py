@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from busy import busy_table
+from cached_features import cached_features_table
 from dataloader import table as dataloader_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
@@ -196,6 +197,7 @@ def noticed_mutants(modules: list[dict[str, Any]]) -> str:
 OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
+    "cached_features": lambda records: f"{markdown(*cached_features_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",
 }
 """Tables of records in which nothing of a model was measured."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageOps
 
-from lavi.batch import Sample, Video, text_of
+from lavi.batch import CachedVisual, Sample, Video, text_of
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
 from lavi.data.data_module import DataModule
@@ -92,7 +92,8 @@ def first_question(model: VisionLanguageModel, sample: Sample) -> Question:
 
 def picture_of(sample: Sample) -> Image.Image:
     """The images of a sample side by side, small; of a video its first frame."""
-    images = [visual.frames[0] if isinstance(visual, Video) else visual for visual in sample.images]
+    visuals = [visual.open() if isinstance(visual, CachedVisual) else visual for visual in sample.images]
+    images = [visual.frames[0] if isinstance(visual, Video) else visual for visual in visuals]
     blank = [Image.new("RGB", (64, 64), (255, 255, 255))]
     small = [ImageOps.contain(image, THUMBNAIL) if max(image.size) > max(THUMBNAIL) else image for image in images]
     return side_by_side(small or blank)

@@ -114,15 +114,15 @@ class Encoder:
 
     def __call__(self, raw: Raw, skipped: Skipped, source: str = "") -> EncodedSample | None:
         """Encode a raw sample; one that cannot be used is counted in ``skipped``, and None."""
-        used = self._used(raw, skipped, self.processor.encode)
+        used = self.used(raw, skipped, self.processor.encode)
         return None if used is None else replace(used[1], source=source)
 
     def sample(self, raw: Raw, skipped: Skipped) -> Sample | None:
         """The same without encoding its images: the part of the sample that is used."""
-        used = self._used(raw, skipped, self.processor.measure)
+        used = self.used(raw, skipped, self.processor.measure)
         return None if used is None else used[0]
 
-    def _used(self, raw: Raw, skipped: Skipped, encode: Callable[[Sample], Result]) -> tuple[Sample, Result] | None:
+    def used(self, raw: Raw, skipped: Skipped, encode: Callable[[Sample], Result]) -> tuple[Sample, Result] | None:
         """The part of a sample that is used, with ``encode`` of it; one that cannot be used is counted, and None."""
         key = raw["__key__"]
         try:

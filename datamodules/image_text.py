@@ -7,17 +7,20 @@ import json
 import logging
 import math
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
 from datamodules.batches import InOrder, Position, ReadBatch
+from datamodules.features import caches_of, check_frames, write_features
 from datamodules.formats.base import SampleFormat
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards.read import ShardStream, StreamPosition, expected_samples
 from datamodules.shards.sources import find_shards
 from datamodules.streamed import StreamedData
 from lavi.config.types import Count, CountOrZero, ShareOrZero
+from lavi.data.data_module import FeatureRequest
 from lavi.data.processor import Processor
 from lavi.errors import UserError
 from lavi.metrics.base import AnswerMetric
@@ -117,6 +120,16 @@ class ImageTextData(StreamedData):
     def held_out_records(self, split: str) -> InOrder:
         return InOrder(list(self.streams(split).values()))
 
+    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> list[str]:
+        return write_features(self.streams(split), folder, self._encoder(), request)
+
+    def feature_caches(self) -> dict[str, dict[str, Any]]:
+        streams = [stream for split in self.splits for stream in self.streams(split).values()]
+        caches = {folder: notes for stream in streams for folder, notes in caches_of(stream).items()}
+        for folder, notes in caches.items():
+            check_frames(self.format, folder, notes)
+        return caches
+
     def train_dataloader(self) -> DataLoader[ReadBatch]:
         rank, ranks = self.rank_and_ranks()
         for stream in self.mixed.streams.values():
@@ -149,11 +162,13 @@ class ImageTextData(StreamedData):
         return {"shards": self._shards(), **{name: getattr(self, name) for name in settings}}
 
     def _shards(self) -> str:
-        """A digest of what is read: names of the shards, samples in each, shares of the sources; not where they lie."""
-        read = [
+        """A digest of what is read: names of the shards, samples in each, shares of the sources, and the features in
+        them, if there are any; not where they lie."""
+        read: list[Any] = [
             (name, share, [(shard.rpartition("/")[2], expected_samples(shard)) for shard in stream.shards])
             for (name, stream), share in zip(self.mixed.streams.items(), self.mixed.shares, strict=True)
         ]
+        read += [notes for stream in self.mixed.streams.values() for notes in caches_of(stream).values()]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

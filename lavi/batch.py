@@ -7,7 +7,7 @@ width, L decoder layers, F frames.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,25 @@ class Video:
 Visual = Image.Image | Video
 
 
+@dataclass(frozen=True)
+class CachedVisual:
+    """An image or a video whose features were computed before (``python -m lavi.cache_features``)."""
+
+    features: Tensor
+    """(views, N, Dv): of the vision backbone, not reduced."""
+    layout: Layout
+    open: Callable[[], Visual]
+    """Decodes it, to be shown."""
+    seconds: list[float] = field(default_factory=list)
+    """Of a video, as :class:`Video` has them."""
+    duration: float | None = None
+
+
+def is_video(visual: Visual | CachedVisual) -> bool:
+    """Whether it is a video, and no image."""
+    return visual.layout.video if isinstance(visual, CachedVisual) else isinstance(visual, Video)
+
+
 @dataclass
 class Sample:
     """One conversation, decoded.
@@ -46,7 +65,7 @@ class Sample:
 
     key: str
     messages: list[dict[str, Any]]
-    images: Sequence[Visual] = ()
+    images: Sequence[Visual | CachedVisual] = ()
 
     def until(self, stop: int) -> Sample:
         """The conversation before message ``stop``, with the images and videos that it speaks of.
@@ -71,7 +90,7 @@ def visual_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def visual_part(visual: Visual) -> dict[str, Any]:
     """What stands for an image or a video in a message's content."""
-    return {"type": "video" if isinstance(visual, Video) else "image"}
+    return {"type": "video" if is_video(visual) else "image"}
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:
@@ -155,6 +174,8 @@ class Batch:
     features: Tensor | None = None
     """(views, N, Dv): what a model has computed of the images before, in the order of pixels, which are left out then.
     None: it has not."""
+    cached: Tensor | None = None
+    """(views, N, Dv): features of the vision backbone that were read in the place of pixels, not reduced."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -176,13 +197,13 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""
-        names = ("input_ids", "labels", "attention_mask", "pixels", "features")
+        names = ("input_ids", "labels", "attention_mask", "pixels", "features", "cached")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{n: tensor.to(device, non_blocking=non_blocking) for n, tensor in tensors.items()})
 
     def without_images(self) -> Batch:
         """The no-image control: the same questions, nothing to see."""
-        return replace(self, pixels=self.pixels[:0], image_slots=[], features=None)
+        return replace(self, pixels=self.pixels[:0], image_slots=[], features=None, cached=None)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER"
     )
     args = parser.read()
-    folders, behind = without_overrides(args.checkpoint)
+    names, behind = without_overrides(args.checkpoint)
+    folders = list(map(path, names))
     if not folders:
         parser.error("--checkpoint needs a run folder")
     device = device_of(args.device)

@@ -115,11 +115,18 @@ class VisionLanguageModel(nn.Module):
                 features = self.encode(pixels, grids)
         else:
             features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
-        return features if self.reducer is None else self.reducer(features)
+        return self._reduced(features)
+
+    def _reduced(self, features: Tensor) -> Tensor:
+        return features if self.reducer is None else cast(Tensor, self.reducer(features))
 
     def features_of(self, batch: Batch) -> Tensor:
-        """(views, N, Dv): what a batch brings with it, or else :meth:`features` of its pixels."""
-        return self.features(batch.pixels, batch.grids) if batch.features is None else batch.features
+        """(views, N, Dv), reduced: what a batch brings with it, or else :meth:`features` of its pixels."""
+        if batch.features is not None:
+            return batch.features
+        if batch.cached is not None:
+            return self._reduced(batch.cached.float())
+        return self.features(batch.pixels, batch.grids)
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.

@@ -13,6 +13,7 @@ from PIL import Image
 
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.data.images import BROKEN
+from lavi.data.videos import is_video
 
 UNREADABLE = (*BROKEN, Image.DecompressionBombError)
 
@@ -41,7 +42,7 @@ class Counts:
     heights: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: dict[str, Any], media: Mapping[str, bytes]) -> None:
-        """Count one sample: its JSON, and its members of images and videos."""
+        """Count one sample: its JSON, and its other members."""
         self.samples += 1
         turns = turns_of(record)
         captions = captions_of(record)
@@ -54,7 +55,7 @@ class Counts:
             self.text[str(1 << len(text).bit_length())] += 1
         self.frames += sum(frames)
         self.images += len(stills) - sum(frames)
-        self.videos += len(media) - len(stills) + len(frames)
+        self.videos += sum(map(is_video, media)) + len(frames)
         for name, data in media.items():
             self.sizes[type_of(name)] += len(data)
         for data in stills:

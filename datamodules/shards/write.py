@@ -21,8 +21,8 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -138,6 +138,7 @@ def write_shards(
     workers: int = 2,
     label: str = "writing shards",
     skipped: Sequence[dict[str, Any]] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Written:
     """Write one shard a job, in parallel, then the index; ``folder`` appears only when it is complete.
 
@@ -146,7 +147,9 @@ def write_shards(
 
     Args:
         made_by: what made the data, kept in the index. With the jobs it is the plan: the same plan, the same bytes.
+        workers: processes; 0: this one, for a ``make`` that cannot be handed to another.
         skipped: what was left out and why, kept in the index.
+        notes: more keys of the index, no part of the plan.
 
     Raises:
         UserError: ``folder`` or its unfinished part holds something else; another process writes it; ``make`` raised
@@ -160,7 +163,8 @@ def write_shards(
             return _check_complete(folder, plan)
         part = folder.with_name(f"{folder.name}.part")
         try:
-            return _write(folder, part, jobs, make, plan, made_by, workers=workers, label=label, skipped=skipped)
+            index = {"made_by": made_by, "plan": plan, "skipped": list(skipped), **(notes or {})}
+            return _write(folder, part, jobs, make, index, workers=workers, label=label)
         except OSError as error:
             raise UserError(
                 f"{part} cannot be written ({reason(error)}): the finished shards are kept, and the same command goes "
@@ -188,27 +192,28 @@ def _write(
     part: Path,
     jobs: list[ShardJob],
     make: Make,
-    plan: str,
-    made_by: dict[str, Any],
+    index: dict[str, Any],
     *,
     workers: int,
     label: str,
-    skipped: Sequence[dict[str, Any]],
 ) -> Written:
     _outlive(part)
-    if _read(part / INDEX).get("plan") == plan:  # killed when only the folder's name was to be given
+    if _read(part / INDEX).get("plan") == index["plan"]:  # killed when only the folder's name was to be given
         return _finish(part, folder, resumed=len(jobs))
-    _begin(part, plan)
+    _begin(part, index["plan"])
     finished = [job for job in jobs if _is_finished(part, job)]
     missing = [job for job in jobs if job not in set(finished)]
     if missing:
         done = sum(_read(_record(part, job))["samples"] for job in finished)
         total = done + sum(job.stop - job.start for job in missing)
-        _in_parallel(part, missing, make, workers=workers, label=label, done=done, total=total)
+        with progress(label, total=total, done=done, unit="sample") as update:
+            if workers:
+                _in_parallel(part, missing, make, workers=workers, update=lambda new: update(done + new))
+            else:
+                _one_by_one(part, missing, make, update=lambda new: update(done + new))
     records = {shard_name(job.index): _read(_record(part, job)) for job in jobs}
-    index = _index(records) | {"made_by": made_by, "plan": plan, "skipped": list(skipped)}
     _sync(part)
-    _put(part / INDEX, json.dumps(index, indent=1).encode())
+    _put(part / INDEX, json.dumps(_index(records) | index, indent=1).encode())
     return _finish(part, folder, resumed=len(finished))
 
 
@@ -321,21 +326,26 @@ class _Stopped(Exception):
     pass
 
 
+def _one_by_one(part: Path, jobs: list[ShardJob], make: Make, *, update: Callable[[int], object]) -> None:
+    """Write the shards of ``jobs`` in this process."""
+    before = 0
+    for job in jobs:
+        before += _write_shard(part, job, make, lambda samples, before=before: update(before + samples))  # type: ignore[misc]
+
+
 def _in_parallel(
-    part: Path, jobs: list[ShardJob], make: Make, *, workers: int, label: str, done: int, total: int
+    part: Path, jobs: list[ShardJob], make: Make, *, workers: int, update: Callable[[int], object]
 ) -> None:
     """Write the shards of ``jobs``; the first error stops all."""
     counted = RawArray(ctypes.c_longlong, len(jobs) + 1)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), initializer=_start, initargs=(_Worker(part, make, counted),))
-    futures = [pool.submit(_write_shard, slot, job) for slot, job in enumerate(jobs)]
+    left = {pool.submit(_work, slot, job) for slot, job in enumerate(jobs)}
     try:
-        with progress(label, total=total, done=done, unit="sample") as update:
-            left: set[Future[None]] = set(futures)
-            while left:
-                finished, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-                update(done + sum(counted[: len(jobs)]))
-                for future in finished:
-                    future.result()
+        while left:
+            finished, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+            update(sum(counted[: len(jobs)]))
+            for future in finished:
+                future.result()
     except BrokenProcessPool:
         raise UserError(
             f"a process that wrote {part} was killed (is the memory enough for {workers} workers?): the finished "
@@ -357,25 +367,40 @@ def _start(worker: _Worker) -> None:
     end_with_parent()
 
 
-def _write_shard(slot: int, job: ShardJob) -> None:
-    """Write one shard and its record; each has its name only when it is complete."""
+def _work(slot: int, job: ShardJob) -> None:
+    """Write one shard in a process of the pool, and say how far it is."""
     assert _worker is not None
-    shard = _worker.part / shard_name(job.index)
+    worker = _worker
+
+    def count(samples: int) -> None:
+        worker.done[slot] = samples
+        if worker.done[-1]:
+            raise _Stopped
+
+    _write_shard(worker.part, job, worker.make, count)
+
+
+def _write_shard(folder: Path, job: ShardJob, make: Make, written: Callable[[int], object]) -> int:
+    """Write one shard and its record, each under its name only when it is complete; how many samples it has.
+
+    Args:
+        written: called behind each sample with their number.
+    """
+    shard = folder / shard_name(job.index)
     counts = Counts()
     with replacing(shard) as part, open(part, "wb") as stream:
         summed = _Summed(stream)
-        for key, members in _samples(job, _worker.make, counts):
-            if _worker.done[-1]:
-                raise _Stopped
+        for key, members in _samples(job, make, counts):
             for name, data in sorted(members.items()):
                 summed.write(header(f"{key}.{name}", len(data)))
                 summed.write(data)
                 summed.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-            _worker.done[slot] = counts.samples
+            written(counts.samples)
         end = 2 * tarfile.BLOCKSIZE
         summed.write(bytes(end + -(summed.bytes + end) % tarfile.RECORDSIZE))
     record = {"samples": counts.samples, "bytes": summed.bytes, "sha256": summed.sha.hexdigest()}
-    _put(_record(_worker.part, job), json.dumps(record | {"counts": counts.to_json()}).encode())
+    _put(_record(folder, job), json.dumps(record | {"counts": counts.to_json()}).encode())
+    return counts.samples
 
 
 def _samples(job: ShardJob, make: Make, counts: Counts) -> Iterator[tuple[str, dict[str, bytes]]]:

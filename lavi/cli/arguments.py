@@ -84,7 +84,7 @@ def share(text: str) -> float:
     return value
 
 
-def without_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The paths among the values of an option that takes several, and the changes to a recipe that came behind them."""
+def without_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of an option that takes several, and the changes to a recipe that came behind them."""
     overrides = [word for word in words if OVERRIDE.match(word) and not path(word).exists()]
-    return [path(word) for word in words if word not in overrides], overrides
+    return [word for word in words if word not in overrides], overrides

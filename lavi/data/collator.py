@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
 from lavi.batch import IGNORE, Answer, Batch, ImageSlot, Layout
 from lavi.data.chat import Encoded
+from lavi.errors import UserError
 
 
 @dataclass
@@ -27,6 +29,8 @@ class EncodedSample:
     """Where it was read, for counts."""
     is_filler: bool = False
     """It keeps a rank in step with the others: it has no labels, and no answer is scored."""
+    cached: Tensor | None = None
+    """(views, N, Dv): features that were read, in the place of pixels."""
 
 
 def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: int, pad_left: bool = False) -> Batch:
@@ -65,7 +69,24 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
         answers=answers,
         keys=[ready.key for ready in each],
         packed=conversations if len(each) > len(packs) else None,
+        cached=_cached(each),
     )
+
+
+def _cached(samples: list[EncodedSample]) -> Tensor | None:
+    """(views, N, Dv) of all samples; None where they bring pixels.
+
+    Raises:
+        UserError: some bring features, and others pixels.
+    """
+    features = [sample.cached for sample in samples if sample.cached is not None]
+    if features and any(len(sample.pixels) for sample in samples):
+        raise UserError(
+            "a batch has images with cached features and images without: cache those of all sources of a split."
+        )
+    longest = max((of_one.shape[1] for of_one in features), default=0)  # at native resolution they differ
+    padded = [pad(of_one, (0, 0, 0, longest - of_one.shape[1])) for of_one in features]
+    return torch.cat(padded) if padded else None
 
 
 def _in_one(pixels: list[Tensor]) -> Tensor:

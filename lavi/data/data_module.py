@@ -6,13 +6,16 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import length_hint
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavi.batch import Batch, Sample
@@ -162,6 +165,23 @@ class TrainingBatches(SampleBatches):
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class FeatureRequest:
+    """The features that a data module is to write beside its images and videos (``python -m lavi.cache_features``)."""
+
+    encode: Callable[[Tensor, Sequence[tuple[int, int]] | None], Tensor]
+    """Pixels (views, C, H, W), at native resolution with their grids, to features (views, N, Dv)."""
+    made_by: dict[str, Any]
+    """What they are made with, as JSON: with other values they are other features."""
+    notes: dict[str, Any]
+    """What :meth:`DataModule.feature_caches` gives back of them."""
+    dtype: torch.dtype = torch.bfloat16
+    batch_size: int = 16
+    """Views of a call."""
+    threads: int = 2
+    """That decode and preprocess."""
+
+
 class DataModule(pl.LightningDataModule, ABC):
     """Conversations about images: training and validation batches, and samples to be scored and shown.
 
@@ -222,6 +242,25 @@ class DataModule(pl.LightningDataModule, ABC):
         """
         samples = self.sample_stream(split, limit=limit)
         return EvaluationBatches(samples, SampleEncoder(self.processor), self.batch_size, *self.rank_and_ranks())
+
+    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> list[str]:
+        """Write a split anew, with the features of its images and videos; a line on what was written.
+
+        Raises:
+            UserError: this data module keeps no features, or there is no such split.
+        """
+        raise UserError(
+            f"{type(self).__name__} keeps no features: datamodules.image_text.ImageTextData does, of shards "
+            "(python -m datamodules.pack)."
+        )
+
+    def feature_caches(self) -> dict[str, dict[str, Any]]:
+        """The notes of the features that samples bring in the place of pixels, by where they lie.
+
+        Raises:
+            UserError: they were made of other frames than these data would read.
+        """
+        return {}
 
     def rank_and_ranks(self) -> tuple[int, int]:
         """The number of this rank, and how many ranks train."""

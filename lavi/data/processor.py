@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lavi.batch import Batch, Layout, Sample, Video, Visual
+from lavi.batch import Batch, CachedVisual, Layout, Sample, Visual, is_video
 from lavi.data.chat import Chat, Encoded
 from lavi.data.collator import EncodedSample, collate
 from lavi.data.preprocessing import Preprocessing
@@ -75,10 +76,19 @@ class Processor:
             UserError: as :meth:`lavi.data.chat.Chat.encode`.
         """
         encoded, length = self.measure(sample, prompt=prompt)
-        views = self.views(sample.images)
+        cached = [visual for visual in sample.images if isinstance(visual, CachedVisual)]
+        if cached:
+            layouts = [visual.layout for visual in cached]
+            features = torch.cat([visual.features for visual in cached])  # (views, N, Dv)
+            return EncodedSample(sample.key, encoded, self._no_pixels, layouts, length, cached=features)
+        views = self.views(cast(Sequence[Visual], sample.images))
         parts = [pixels for pixels, _ in views]
-        pixels = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, *self.preprocessing.pixel_shape), *parts])
+        pixels = parts[0] if len(parts) == 1 else torch.cat([self._no_pixels, *parts])
         return EncodedSample(sample.key, encoded, pixels, [layout for _, layout in views], length)
+
+    @property
+    def _no_pixels(self) -> Tensor:
+        return torch.zeros(0, *self.preprocessing.pixel_shape)
 
     def views(self, visuals: Sequence[Visual]) -> list[tuple[Tensor, Layout]]:
         """Pixels (views, C, H, W) of each image or video of one conversation, and how its views belong together.
@@ -96,8 +106,7 @@ class Processor:
             UserError: as :meth:`encode`.
         """
         encoded, length = self.measure(sample, prompt=True, layouts=layouts)
-        no_pixels = torch.zeros(0, *self.preprocessing.pixel_shape)
-        return EncodedSample(sample.key, encoded, no_pixels, list(layouts), length)
+        return EncodedSample(sample.key, encoded, self._no_pixels, list(layouts), length)
 
     def measure(
         self, sample: Sample, *, prompt: bool = False, layouts: Sequence[Layout] | None = None
@@ -112,12 +121,17 @@ class Processor:
         """
         messages = sample.messages
         if self.timestamps:
-            messages = add_timestamps(messages, [visual for visual in sample.images if isinstance(visual, Video)])
+            messages = add_timestamps(messages, list(filter(is_video, sample.images)))
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         if layouts is None:
             alone = len(sample.images) == 1
-            layouts = [self.tiling.layout(image, self.preprocessing, alone=alone) for image in sample.images]
+            layouts = [
+                visual.layout
+                if isinstance(visual, CachedVisual)
+                else self.tiling.layout(visual, self.preprocessing, alone=alone)
+                for visual in sample.images
+            ]
         visual = sum(map(self.count_visual_tokens, layouts))
         length = len(encoded.ids) + visual
         if length > self.context_length:

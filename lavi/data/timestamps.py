@@ -9,7 +9,7 @@ from lavi.batch import Video, visual_parts
 from lavi.errors import UserError
 
 
-def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
+def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages with a text part behind each video that says how long it is and when its frames are shown.
 
     LLaVA-Video's time instruction (arXiv 2410.02713), in its shortest form; it leaves out what is not known.

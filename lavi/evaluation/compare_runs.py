@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.published_vlm import is_released
 from lavi.checkpoints.run_folder import load_run
@@ -103,6 +104,7 @@ def score_run(
     recipe, model = _open(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
+    check_feature_caches(model, data)
     samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{_name(folder)}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from lavi.batch import Batch, Layout, Sample, Video, Visual, text_of
+from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video, text_of
 from lavi.data.collator import EncodedSample
 from lavi.data.processor import one_bad_sample
 from lavi.efficiency.comparison import CONTROLS
@@ -59,11 +59,11 @@ def with_images_of_others(samples: Iterable[Sample], *, window: int = WINDOW) ->
 
     A sample without images stays as it is; one whose number or kinds of images no other has is left out.
     """
-    waiting: dict[tuple[type, ...], list[Sample]] = {}
-    spare: dict[tuple[type, ...], Sequence[Visual]] = {}
+    waiting: dict[tuple[bool, ...], list[Sample]] = {}
+    spare: dict[tuple[bool, ...], Sequence[Visual | CachedVisual]] = {}
     """Images of a sample that was exchanged before, for one that is left alone at the end."""
     for sample in samples:
-        kinds = tuple(type(visual) for visual in sample.images)
+        kinds = tuple(map(is_video, sample.images))
         if not kinds:
             yield sample
             continue
@@ -88,10 +88,13 @@ def _exchange_images(samples: Sequence[Sample]) -> Iterator[Sample]:
 
 
 def _image_bytes(sample: Sample) -> int:
-    """Bytes of the decoded images and frames of a sample."""
-    visuals = sample.images
-    images = [image for visual in visuals for image in (visual.frames if isinstance(visual, Video) else [visual])]
-    return sum(3 * image.width * image.height for image in images)
+    """Bytes of the decoded images and frames of a sample, or of their features."""
+    return sum(
+        visual.features.nbytes
+        if isinstance(visual, CachedVisual)
+        else sum(3 * image.width * image.height for image in (visual.frames if isinstance(visual, Video) else [visual]))
+        for visual in sample.images
+    )
 
 
 # --- answering --------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class Scorer:
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
             self._waiting.append((prompt, expected, self.samples))
-            size = sum(waiting.pixels.nbytes for waiting, *_ in self._waiting)
+            size = sum(_tensor_bytes(waiting) for waiting, *_ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         self.samples += 1
@@ -174,6 +177,10 @@ class Scorer:
         truths, groups = [e.truth for e in expected], [(e.family, e.level) for e in expected]
         scores = metric.update_answers(answers, truths, groups)
         return (ScoredAnswer(n, *group, score) for n, group, score in zip(samples, groups, scores, strict=True))
+
+
+def _tensor_bytes(prompt: EncodedSample) -> int:
+    return prompt.pixels.nbytes + (0 if prompt.cached is None else prompt.cached.nbytes)
 
 
 @dataclass

@@ -16,7 +16,13 @@ from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class Reducer(nn.Module, ABC):
-    """Built unbound from a recipe, then bound once to a vision backbone."""
+    """Built unbound from a recipe, then bound once to a vision backbone.
+
+    Attributes:
+        reads_backbone: it reads more of the backbone than its features, while that runs.
+    """
+
+    reads_backbone: bool = False
 
     def bind(self, vision: VisionBackbone) -> FeatureSpec:
         """Make what is needed for the features of ``vision``; what they look like afterwards.

@@ -28,6 +28,8 @@ class VisionZip(Reducer):
         UserError: more tokens than there are, or a tower whose queries and keys cannot be read.
     """
 
+    reads_backbone = True
+
     def __init__(self, *, dominant: CountOrZero, contextual: CountOrZero = 0) -> None:
         super().__init__()
         self.dominant, self.contextual = dominant, contextual

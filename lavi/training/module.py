@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from lavi.batch import Batch
+from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.published_vlm import start_from_vlm
 from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
@@ -91,8 +92,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
-            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; quantized weights, and
-                others to start from.
+            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; as :meth:`load_start`; data
+                whose features are not those of the model.
         """
         quantization = self.model.language.quantization
         if stage == "fit" and quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
@@ -103,13 +104,26 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 f"trainer.precision={precision} casts every weight, and what joins the halves of the model is trained "
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
-        if stage == "fit" and self.start_from is not None and not self.inherited:
-            if quantization is not None:
-                raise UserError("module.start_from would write into quantized weights: leave quantization out.")
-            if names_vlm(self.start_from):
-                self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
-            else:
-                self.inherit(load_start(self, home_path(self.start_from)))
+        goes_on = bool(self.inherited)  # its weights are not there yet; the data know what it read
+        if stage == "fit":
+            self.load_start()
+        if not goes_on:
+            check_feature_caches(self.model, getattr(self.trainer, "datamodule", None))
+
+    def load_start(self) -> None:
+        """Load the weights to start from, if there are any and they are not there already.
+
+        Raises:
+            UserError: there are none at that place, they do not fit, or they would be written into quantized ones.
+        """
+        if self.start_from is None or self.inherited:
+            return
+        if self.model.language.quantization is not None:
+            raise UserError("module.start_from would write into quantized weights: leave quantization out.")
+        if names_vlm(self.start_from):
+            self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
+        else:
+            self.inherit(load_start(self, home_path(self.start_from)))
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy has a mesh of ranks for it."""

@@ -21,6 +21,7 @@ from lavi.config.devices import device_of
 def main() -> None:
     args = arguments()
     device = device_of(args.device)
+    from lavi.checkpoints.feature_cache import check_feature_caches
     from lavi.checkpoints.run_folder import load_run
     from lavi.report import console, table
     from lavi.visor import offline
@@ -32,6 +33,7 @@ def main() -> None:
     offline.visor_of(model)
     model.to(device).eval()
     data = recipe.build("data", processor=model.processor)
+    check_feature_caches(model, data)
     batches = data.stream(args.split, limit=args.samples)
     about = {"run": offline.fingerprint(args.checkpoint), "split": args.split}
     args.out.parent.mkdir(parents=True, exist_ok=True)

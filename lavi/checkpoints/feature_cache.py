@@ -1,0 +1,180 @@
+"""Whether features that were computed before are those that a model would compute now.
+
+    a vision backbone's fingerprint:
+        weights    a digest of its parameters and buffers
+        layouts    how its tiling lays images of some sizes out
+        pixels     of one drawn picture, as they reach it: preprocessing, image size
+        features   of that picture: which layer, which tokens
+
+Weights and layouts must be the same; pixels and features nearly, since devices round differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavi.batch import grids_of_views
+from lavi.data.data_module import DataModule, FeatureRequest
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+
+SIZES = (
+    (224, 224),
+    (96, 64),
+    (480, 640),
+    (640, 480),
+    (300, 1200),
+    (1200, 300),
+    (900, 1600),
+    (2000, 2000),
+)
+"""(height, width) of the images that are laid out."""
+SHOWN = (96, 64)
+"""Height and width of the picture."""
+KEPT = 64
+"""Numbers that are kept of its pixels, and of its features."""
+NEARLY = 0.02
+"""Most that two vectors of these may differ, relative to their length: bf16 differs by some thousandths."""
+MIXED = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+"""What a trainer's precision casts to."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a vision backbone with its preprocessing and tiling; as JSON."""
+
+    weights: str
+    layouts: str
+    shape: list[int]
+    """(views, N, Dv) of the picture's features."""
+    pixels: list[float]
+    features: list[float]
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first thing in which another one differs; None: nothing."""
+        if self.weights != other.weights:
+            return "of a vision backbone with other weights, or in another dtype"
+        if self.layouts != other.layouts:
+            return "of images that were cut into other views: another tiling or image size"
+        if _unlike(self.pixels, other.pixels):
+            return "of images that were prepared in another way: another image size, preprocessing or tiling"
+        if self.shape != other.shape or _unlike(self.features, other.features):
+            return "of another layer, or of other tokens of the vision backbone"
+        return None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Its parts by which unfinished features are told from others: equal also where the last bits are not."""
+        rough = [f"{np.std(values):.1e}" for values in (self.pixels, self.features)]
+        return {"weights": self.weights, "layouts": self.layouts, "shape": self.shape, "rough": rough}
+
+
+def _unlike(first: Sequence[float], second: Sequence[float]) -> bool:
+    if len(first) != len(second):
+        return True
+    one, other = np.array(first), np.array(second)
+    return bool(np.linalg.norm(one - other) > NEARLY * np.linalg.norm(other))
+
+
+@torch.no_grad()
+def fingerprint(model: VisionLanguageModel) -> Fingerprint:
+    """The fingerprint of a model's vision backbone, tiling and preprocessing."""
+    height, width = SHOWN
+    rows, columns = np.mgrid[:height, :width]
+    waves = [127 + 100 * np.sin(rows / (3 + c)) * np.cos(columns / (5 - c)) for c in range(3)]
+    picture = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    pixels, layout = model.processor.views([picture])[0]
+    pixels = pixels[:: max(1, len(pixels) - 1)]  # the first and the last view
+    grids = grids_of_views([layout])
+    was_training = model.vision.training
+    model.vision.eval()
+    features = model.encode(pixels.to(next(model.vision.parameters()).device), grids).float().cpu()  # (views, N, Dv)
+    model.vision.train(was_training)
+    return Fingerprint(_digest(model.vision), _layouts(model), list(features.shape), _some(pixels), _some(features))
+
+
+def _digest(vision: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vision.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _layouts(model: VisionLanguageModel) -> str:
+    """A digest of the layouts of images of some sizes, alone and beside others."""
+    processor = model.processor
+    layouts = [
+        processor.tiling.layout(Image.new("RGB", (width, height)), processor.preprocessing, alone=alone)
+        for height, width in SIZES
+        for alone in (True, False)
+    ]
+    return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()
+
+
+def _some(tensor: Tensor) -> list[float]:
+    """Some of a tensor's values, evenly spread."""
+    values = tensor.flatten()
+    return [float(value) for value in values[torch.linspace(0, len(values) - 1, KEPT).long()]]
+
+
+def feature_request(
+    model: VisionLanguageModel, *, device: torch.device, precision: str, dtype: str, batch_size: int, threads: int
+) -> FeatureRequest:
+    """What a data module needs to write a model's features.
+
+    Args:
+        device: where the vision backbone is.
+        precision: of the trainer that will read them: the backbone runs in it.
+        dtype: of the features.
+    """
+    own = fingerprint(model)
+    mixed = MIXED.get(precision)
+
+    @torch.no_grad()
+    def encode(pixels: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
+        with torch.autocast(device.type, mixed, enabled=mixed is not None):
+            return model.encode(pixels.to(device), grids)
+
+    made_by = own.plan | {"precision": precision, "dtype": dtype}
+    return FeatureRequest(encode, made_by, asdict(own), getattr(torch, dtype), batch_size, threads)
+
+
+def check_feature_caches(model: VisionLanguageModel, data: Any) -> None:
+    """Refuse features that are not those of a model.
+
+    Raises:
+        UserError: they are of another backbone, layer, image size, preprocessing or tiling; the backbone is trained, or
+            the reducer looks into it.
+    """
+    caches = data.feature_caches() if isinstance(data, DataModule) else {}
+    if not caches:
+        return
+    place = next(iter(caches))
+    if any(parameter.requires_grad for parameter in model.vision.parameters()):
+        raise UserError(
+            f"{place} holds features of a frozen vision backbone, and module.learning_rate trains it: leave 'vision' "
+            "out, or name data with pixels."
+        )
+    if model.reducer is not None and model.reducer.reads_backbone:
+        raise UserError(
+            f"{type(model.reducer).__name__} reads the vision backbone at work, and {place} holds its features alone: "
+            "name data with pixels."
+        )
+    own = fingerprint(model)
+    for folder, notes in caches.items():
+        theirs = Fingerprint(**{name: notes[name] for name in Fingerprint.__dataclass_fields__})
+        if difference := own.difference(theirs):
+            raise UserError(
+                f"the features in {folder} are {difference}: make them anew (python -m lavi.cache_features), or set "
+                "model.vision and model.tiling as they were."
+            )
