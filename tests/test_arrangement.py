@@ -304,9 +304,11 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
                     torch.testing.assert_close(of_rows[0], whole[0, :, :48])
                     torch.testing.assert_close(of_rows[1, :, :16], whole[0, :, 48:])
             else:
-                slots = fusion.generators[layer].visual(seen, (4, 4), code).flatten(0, 1)
-                torch.testing.assert_close(context.visual[layer][0], slots[:48])
-                torch.testing.assert_close(context.visual[layer][1, :16], slots[48:])
+                generator = fusion.generators[layer]
+                slots = generator.visual(seen, (4, 4), code).flatten(0, 1)
+                of_rows = context.visual[layer]  # (B, 2, heads, M, r / heads)
+                torch.testing.assert_close(of_rows[:1], generator.prepare(slots[None, :48]))
+                torch.testing.assert_close(of_rows[1:, :, :, :16], generator.prepare(slots[None, 48:]))
 
 
 def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 
 from lavi.errors import UserError
 from lavi.nn.cross_attention import GatedCrossAttention
+from lavi.nn.visibility import Visibility
 
 NAMES = {  # ours: theirs
     "norm.weight": "input_layernorm.weight",
@@ -62,7 +63,7 @@ def test_it_is_the_layer_of_mllama(kernel: str) -> None:
             full_text_row_masked_out_mask=torch.ones(2, 1, 5, 1),
         )
         expected = expected[0] if isinstance(expected, tuple) else expected
-        seen = ours(hidden, ours.keys_values(visual), mask)
+        seen = ours(hidden, ours.keys_values(visual), Visibility.by(mask))
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -10,13 +10,15 @@ from conftest import GENERATORS
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lavi.errors import UserError
 from lavi.nn.cross_attention import GatedCrossAttention
 from lavi.nn.delta_generators import DeltaGenerator, on_grid
 from lavi.nn.grid_code import GridCode
-from lavi.nn.modulated_norm import ModulatedNorm, normalise
+from lavi.nn.modulated_norm import ModulatedNorm, NormKind, normalise
 from lavi.nn.view_embedding import ViewEmbedding
+from lavi.nn.visibility import Visibility
 
 WIDTH, VISION, R, HEADS = 12, 10, 8, 2
 GRID = (6, 8)
@@ -98,7 +100,7 @@ def test_a_generator_computes_what_its_picture_says(kind: str) -> None:
     mask[0, 1, :per_view] = True
     mask[0, 2, : 2 * per_view] = True
     mask[0, 3] = mask[1, 2:] = True
-    result = module(hidden, row, mask)
+    result = torch.stack(module(hidden, module.prepare(row), Visibility.by(mask)), dim=2)
     assert result.shape == (2, 4, 3, WIDTH)
     assert result.dtype == torch.float32
     eps = torch.finfo(torch.float32).eps
@@ -117,18 +119,32 @@ def test_a_generator_computes_what_its_picture_says(kind: str) -> None:
         torch.testing.assert_close(result[at], module.deltas(silu(read)).reshape(3, WIDTH), rtol=1e-4, atol=1e-5)
 
 
+def all_seen(slots: Tensor, text: int) -> Visibility:
+    """A mask by which each of ``text`` tokens sees every slot (1, M, E)."""
+    return Visibility.by(torch.ones(1, text, slots.shape[1], dtype=torch.bool))
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_starts_at_zero_and_works_in_fp32(kind: str) -> None:
     module = GENERATORS[kind](bottleneck=R).bound(width=WIDTH, vision_width=VISION, outputs=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         slots = module.visual(draw(1, 48, VISION).bfloat16(), GRID)
-        result = module(draw(1, 3, WIDTH).bfloat16(), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
-    assert slots.dtype == result.dtype == torch.float32
-    assert (result == 0).all()
+        result = module(draw(1, 3, WIDTH).bfloat16(), module.prepare(slots), all_seen(slots, 3))
+    assert {slots.dtype, *(one.dtype for one in result)} == {torch.float32}
+    assert all((one == 0).all() for one in result)
     assert module.deltas.weight.requires_grad
     module.deltas.weight.data.normal_()
-    result = module(draw(1, 3, WIDTH), slots, torch.ones(1, 3, slots.shape[1], dtype=torch.bool))
-    assert result.std() > 0
+    assert all(one.std() > 0 for one in module(draw(1, 3, WIDTH), module.prepare(slots), all_seen(slots, 3)))
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_without_a_mask_everything_is_seen(kind: str) -> None:
+    module, hidden = generator(kind), draw(1, 3, WIDTH)
+    slots = module.visual(draw(1, 48, VISION), GRID)
+    masked = module(hidden, module.prepare(slots), all_seen(slots, 3))
+    bare = module(hidden, module.prepare(slots), Visibility(None, (1, 3, slots.shape[1]), hidden.device))
+    for one, other in zip(bare, masked, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
@@ -141,7 +157,7 @@ def test_a_generator_costs_what_a_counter_of_operators_sees(kind: str) -> None:
         assert once.get_total_flops() == views * module.slots_flops(48)
         row = slots.flatten(0, 1)[None]
         with FlopCounterMode(display=False) as each:
-            module(draw(1, text, WIDTH), row, torch.ones(1, text, row.shape[1], dtype=torch.bool))
+            module(draw(1, text, WIDTH), module.prepare(row), all_seen(row, text))
         assert each.get_total_flops() == module.flops(text, views=views, per_view=48)
 
 
@@ -240,21 +256,26 @@ def test_a_code_is_added_to_normed_features(kind: str) -> None:
 
 
 class Norm(ModulatedNorm, nn.LayerNorm):
-    eps_of_xhat, centred = 1e-3, True
+    kind = NormKind(1e-3, centred=True)
 
 
 class ScaleOnly(ModulatedNorm, nn.RMSNorm):
-    eps_of_xhat, centred = 1e-3, False
+    kind = NormKind(1e-3, centred=False)
+
+
+class Shared(ModulatedNorm, LlamaRMSNorm):
+    kind = NormKind(1e-3, centred=False, affine="weight behind the cast")
 
 
 def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:
     x, dgamma, dbeta = draw(2, 3, WIDTH), draw(2, 3, WIDTH, seed=2), draw(2, 3, WIDTH, seed=3)
     x = 0.05 * x + 1.0  # off its mean, and small enough for eps to show
-    for norm in (randomised(Norm(WIDTH, eps=1e-3)), randomised(ScaleOnly(WIDTH, eps=1e-3))):
+    norms = (Norm(WIDTH, eps=1e-3), ScaleOnly(WIDTH, eps=1e-3), Shared(WIDTH, eps=1e-3))
+    for norm in map(randomised, norms):
         plain = norm(x)
-        y = x - x.mean(-1, keepdim=True) if norm.centred else x
+        y = x - x.mean(-1, keepdim=True) if norm.kind.centred else x
         xhat = y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-        torch.testing.assert_close(normalise(x, 1e-3, centred=norm.centred), xhat)
+        torch.testing.assert_close(normalise(x, 1e-3, centred=norm.kind.centred), xhat)
         for scale, shift in ((dgamma, dbeta), (dgamma, None), (None, dbeta)):
             expected = plain + (0 if scale is None else scale * xhat) + (0 if shift is None else shift)
             norm.deltas = (scale, shift)
@@ -278,7 +299,7 @@ def test_gated_attention_reads_what_each_token_sees(kv_heads: int | None, ffn: i
     hidden, visual = draw(2, 4, WIDTH), draw(2, 5, VISION)
     mask = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.5
     mask[0, 0], mask[1, 3], mask[1, 1] = False, False, True
-    result = module(hidden, module.keys_values(visual), mask)
+    result = module(hidden, module.keys_values(visual), Visibility.by(mask))
     for b in range(2):
         for t in range(4):
             seen, x = visual[b][mask[b, t]], hidden[b, t]
@@ -303,7 +324,7 @@ def test_gated_attention_starts_as_if_it_were_not_there() -> None:
     module = GatedCrossAttention(width=WIDTH, vision_width=VISION, heads=4, ffn=8)
     hidden, visual = draw(1, 4, WIDTH).bfloat16(), draw(1, 5, VISION).bfloat16()
     mask = torch.ones(1, 4, 5, dtype=torch.bool)
-    result = module(hidden, module.keys_values(visual), mask)
+    result = module(hidden, module.keys_values(visual), Visibility.by(mask))
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, hidden)
     assert {name for name, p in module.named_parameters() if (p == 0).all()} == {"gate", "gate_of_ffn"}
@@ -316,5 +337,5 @@ def test_gated_attention_costs_what_a_counter_of_operators_sees(kv_heads: int, f
         seen = module.keys_values(draw(1, 5, VISION))
     assert once.get_total_flops() == module.keys_values_flops(5)
     with FlopCounterMode(display=False) as each:
-        module(draw(1, 7, WIDTH), seen, torch.ones(1, 7, 5, dtype=torch.bool))
+        module(draw(1, 7, WIDTH), seen, Visibility.by(torch.ones(1, 7, 5, dtype=torch.bool)))
     assert each.get_total_flops() == module.flops(7, 5)

@@ -328,7 +328,7 @@ def test_the_final_norm_s_deltas_depend_on_what_it_gets(build) -> None:
     hidden = torch.randn(*batch.input_ids.shape, model.language.width, requires_grad=True)
     with context.during_stack():
         result = norm(hidden)
-    (deltas,) = model.fusion.plan.deltas(4, hidden, context.visual, context.mask)
+    (deltas,) = model.fusion.plan.deltas(4, hidden, context.visual, context.seen)
     with modulated([norm], [deltas]):
         expected = norm(hidden)
     assert not torch.equal(expected, norm(hidden))

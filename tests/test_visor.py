@@ -168,7 +168,7 @@ def test_a_token_reads_the_images_before_it(build, refining: int, pad_left: bool
         (0, length + 2, range(text + 2)),
         (length + 3, 2, range(text + 3, text + 5)),
     ):
-        mask = context.for_step(past, now).mask
+        mask = context.for_step(past, now).seen.mask
         for mine, own in zip(mask, stands, strict=True):
             assert mine[:, : len(own)].tolist() == [[before <= column for before in own] for column in columns]
             assert not mine[:, len(own) :].any()

@@ -15,6 +15,7 @@ from lavi.batch import Layout
 from lavi.errors import UserError
 from lavi.nn.delta_generators import AttentionDeltas
 from lavi.nn.projectors import MLPProjector
+from lavi.nn.visibility import Visibility
 from lavi.visor.files import read_labels, read_viable
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.positions import KERNEL, VisualPositions
@@ -61,8 +62,8 @@ def test_a_reader_that_modulates_gives_each_norm_its_deltas_and_leaves_the_text(
     with torch.no_grad():
         reader.generator.deltas.bias.copy_(torch.arange(4.0).repeat_interleave(32))
         kept = reader.keep(visual)
-        assert torch.equal(kept[0], reader.generator.visual(visual, (1, 5)))
-        same, during_layer = reader.read(text, kept, mask)
+        assert torch.equal(kept[0], reader.generator.prepare(reader.generator.visual(visual, (1, 5))))
+        same, during_layer = reader.read(text, kept, Visibility.by(mask))
         assert same is text
         with during_layer:
             for number, target in enumerate(reader.modulated_norms):

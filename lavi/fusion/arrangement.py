@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.nn.grid_code import GridCode, grid_of_tokens
+from lavi.nn.visibility import Visibility
 
 
 @dataclass(kw_only=True)
@@ -23,17 +24,30 @@ class ColumnContext(VisualContext):
     """(B, M, E) each."""
     column: Tensor
     """(B, M): the text column each token stands before."""
+    all_from: int | None = None
+    """The text column from which on each token of each row sees everything; None: there is none."""
     start: Tensor | None = None
     """(B, T): the column at which each text token's conversation begins; None: a row is one conversation."""
-    mask: Tensor | None = None
-    """(B, T, M): what each text token of this call sees: the images before it, in its conversation."""
+    seen: Visibility = field(init=False)
+    """What each text token of this call sees: the images before it, in its conversation."""
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T, M): the same."""
+        return self.seen.mask
 
     def for_step(self, past: int, length: int) -> Self:
+        step = replace(self)
+        shape = (len(self.column), length, self.column.shape[1])
+        if self.start is None and self.all_from is not None and past >= self.all_from:
+            step.seen = Visibility(None, shape, self.column.device)
+            return step
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
         mask = self.column[:, None, :] <= columns[None, :, None]
         if self.start is not None:
             mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
-        return replace(self, mask=mask)
+        step.seen = Visibility.by(mask)
+        return step
 
     def cached_tensors(self) -> list[Tensor]:
         return list(self.visual.values())
@@ -56,11 +70,17 @@ class Rows:
     """(B, M): the text column each token stands before."""
     image: Tensor
     """(B, M): the number of its image in the row."""
+    all_from: int | None
+    """The text column before which all tokens of all rows stand; None: a row has padding."""
 
     NEVER = 2**30
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(self.index.to(device), self.column.to(device), self.image.to(device))
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("index", "column", "image")})
+
+    def stand(self) -> dict[str, Any]:
+        """Where they stand, as a :class:`ColumnContext` is told."""
+        return {"column": self.column, "all_from": self.all_from}
 
     def gather(self, tokens: Tensor) -> Tensor:
         """(..., E) to (B, M, E)."""
@@ -86,7 +106,8 @@ def group_tokens_by_row(batch: Batch, counts: Sequence[int]) -> Rows:
             column[row, at:stop] = before
             image[row, at:] = number
             at = stop
-    return Rows(index, column, image)
+    last = int(column.max())
+    return Rows(index, column, image, None if last == Rows.NEVER else last)
 
 
 def group_views_by_row(batch: Batch, per_view: int) -> Rows:
@@ -98,7 +119,7 @@ def group_views_by_row(batch: Batch, per_view: int) -> Rows:
     counts = torch.tensor([height * width for height, width in grids], device="cpu")  # (views,)
     kept = (torch.arange(per_view, device="cpu") < counts[:, None]).flatten().nonzero()[:, 0]
     positions = torch.cat([kept, kept.new_tensor([len(grids) * per_view])])
-    return Rows(positions[rows.index], rows.column, rows.image)
+    return replace(rows, index=positions[rows.index])
 
 
 def text_only_input(batch: Batch, vision: ColumnContext) -> DecoderInput:

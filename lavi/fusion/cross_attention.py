@@ -111,7 +111,7 @@ class CrossAttentionFusion(Fusion):
             keys_values[f"{layer} key"], keys_values[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(
                 visual
             )
-        context = CrossAttentionContext(blocks=self.blocks, visual=keys_values, column=rows.column)
+        context = CrossAttentionContext(blocks=self.blocks, visual=keys_values, **rows.stand())
         return text_only_input(batch, context)
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
@@ -130,6 +130,5 @@ class CrossAttentionContext(ColumnContext):
     blocks: nn.ModuleDict
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        assert self.mask is not None
         keys_values = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
-        return call(self.blocks[str(layer)](hidden, keys_values, self.mask), **kwargs)
+        return call(self.blocks[str(layer)](hidden, keys_values, self.seen), **kwargs)

@@ -23,7 +23,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lavi.batch import Batch, Layout
@@ -46,6 +45,7 @@ from lavi.nn.formulas import modulation_flops
 from lavi.nn.grid_code import GridCode
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
 from lavi.nn.view_embedding import ViewEmbedding
+from lavi.nn.visibility import Visibility
 from lavi.vision.base import FeatureSpec
 
 
@@ -148,8 +148,11 @@ class LaViFusion(Fusion):
         code = grid_code_of(self.grid_code, batch, tokens, self.grid)  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid, code) for name, g in self.generators.items()}
         rows = group_views_by_row(batch, next(iter(slots.values())).shape[1]).to(features.device)
-        visual = {name: rows.gather(slot) for name, slot in slots.items()}  # (B, M, E) each
-        return text_only_input(batch, LaViContext(plan=self.plan, visual=visual, column=rows.column))
+        visual = {
+            name: cast(DeltaGenerator, self.generators[name]).prepare(rows.gather(slot))  # of (B, M, E)
+            for name, slot in slots.items()
+        }
+        return text_only_input(batch, LaViContext(plan=self.plan, visual=visual, **rows.stand()))
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         views = layout.views if layout else 0
@@ -185,10 +188,9 @@ class ModulationPlan:
         """The norms of a layer themselves."""
         return [cast(ModulatedNorm, target.norm) for target in self.norms[layer]]
 
-    def deltas(self, layer: int, hidden: Tensor, visual: Mapping[str, Tensor], mask: Tensor) -> list[Deltas]:
+    def deltas(self, layer: int, hidden: Tensor, visual: Mapping[str, Tensor], seen: Visibility) -> list[Deltas]:
         """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
-        deltas = [generator(hidden, visual[name], mask) for name, generator in self._of_layer(layer)]
-        parts = iter(torch.cat(deltas, dim=2).unbind(2))  # (B, T, D) each, of (B, T, outputs, D)
+        parts = (part for name, generator in self._of_layer(layer) for part in generator(hidden, visual[name], seen))
         return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in self.norms[layer]]
 
     def _of_layer(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
@@ -202,15 +204,14 @@ class LaViContext(ColumnContext):
     plan: ModulationPlan
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        assert self.mask is not None
-        with modulated(self.plan.modules(layer), self.plan.deltas(layer, hidden, self.visual, self.mask)):
+        with modulated(self.plan.modules(layer), self.plan.deltas(layer, hidden, self.visual, self.seen)):
             return call(hidden, **kwargs)
 
     def during_stack(self) -> AbstractContextManager[object]:
-        plan, mask = self.plan, self.mask
+        plan = self.plan
         if plan.final not in plan.norms:
             return nullcontext()
-        assert mask is not None  # the final norm's input is known only when the norm is called
+        # The final norm's input is known only when the norm is called.
         return modulated(
-            plan.modules(plan.final), [lambda hidden: plan.deltas(plan.final, hidden, self.visual, mask)[0]]
+            plan.modules(plan.final), [lambda hidden: plan.deltas(plan.final, hidden, self.visual, self.seen)[0]]
         )

@@ -13,7 +13,6 @@ With ``vision=None`` every one of them is exactly the original.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from lavi.errors import UserError
 from lavi.language.context import HeadAlone, VisualContext
 from lavi.language.subsequence import LayeredCache
-from lavi.nn.modulated_norm import Deltas, ModulatedNorm, normalise
+from lavi.nn.modulated_norm import Deltas, ModulatedNorm, NormKind
+from lavi.nn.norm_kinds import kind_of
 
 # --- swapping classes -------------------------------------------------------------------------------------------------
 
@@ -364,11 +364,11 @@ def open_norm(target: NormTarget, width: int) -> None:
     kind = kind_of_norm(target, width)
     swap(target.norm, ModulatedNorm)
     assert isinstance(target.norm, ModulatedNorm)
-    target.norm.eps_of_xhat, target.norm.centred = kind
+    target.norm.kind = kind
 
 
-def kind_of_norm(target: NormTarget, width: int) -> tuple[float, bool]:
-    """The eps of a norm that can be modulated, and whether it subtracts the mean.
+def kind_of_norm(target: NormTarget, width: int) -> NormKind:
+    """What a norm computes that can be modulated.
 
     Raises:
         UserError: rows and tokens cannot be told apart at the norm, or what it computes is neither a layer norm nor a
@@ -379,7 +379,7 @@ def kind_of_norm(target: NormTarget, width: int) -> tuple[float, bool]:
             f"layer {target.layer} flattens rows and tokens before its norm '{target.name}' (as OPT does), which then "
             f"cannot be modulated token by token: leave '{target.role}' out of the targets, or take another family."
         )
-    kind = _kind_of(target.norm, width)
+    kind = kind_of(target.norm, width)
     if kind is None:
         name = type(target.norm).__name__
         raise UserError(
@@ -387,34 +387,6 @@ def kind_of_norm(target: NormTarget, width: int) -> tuple[float, bool]:
             "be modulated."
         )
     return kind
-
-
-def _kind_of(norm: nn.Module, width: int) -> tuple[float, bool] | None:
-    """The eps of a norm and whether it subtracts the mean, by feeding it numbers; None if it is no such norm.
-
-    A copy on the host is probed, so weights may be on meta. No attribute is read: families name their eps differently,
-    or hide it in ``forward`` (OLMo).
-    """
-    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
-    for name, parameter in probe.named_parameters():
-        nn.init.zeros_(parameter) if "bias" in name else nn.init.ones_(parameter)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator, device="cpu") + 1.0
-    with torch.no_grad(), torch.device("cpu"):
-        y = probe(x)
-        for centred in (True, False):
-            xhat = normalise(x, 0.0, centred=centred)
-            factor = float((y * xhat).sum() / xhat.square().sum())  # 1, or 2 where the weight means (1 + w)
-            if torch.allclose(y, factor * xhat, atol=1e-3):
-                return _eps_of(probe, xhat / xhat.square().mean(-1, keepdim=True).sqrt(), factor), centred
-    return None
-
-
-def _eps_of(probe: nn.Module, unit: Tensor, factor: float) -> float:
-    """From an input of variance v: its output is factor * sqrt(v / (v + eps)) times as long as the unit input."""
-    v = 1e-6
-    shrunk = float((probe(unit * v**0.5) * unit).sum() / unit.square().sum()) / factor
-    return v * (1 / shrunk**2 - 1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
+from lavi.nn.visibility import Visibility
 
 KeysValues = tuple[Tensor, Tensor]
 """(B, kv heads, M, d) each."""
@@ -76,23 +77,24 @@ class GatedCrossAttention(nn.Module):
         key, value = (self._split(part(visual)) for part in (self.key, self.value))
         return self.key_norm(key), value
 
-    def forward(self, hidden: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
-        """``hidden`` (B, T, D) after reading; ``mask`` (B, T, M): which visual tokens each token sees."""
-        sees = mask.any(-1, keepdim=True)  # (B, T, 1)
+    def forward(self, hidden: Tensor, keys_values: KeysValues, seen: Visibility) -> Tensor:
+        """``hidden`` (B, T, D) after reading what each token sees of M visual ones."""
         x = hidden.to(self.query.weight.dtype)
         key, value = keys_values
         query = self.query_norm(self._split(self.query(self.norm(x))))
-        # A token that may see nothing attends to everything, and is then multiplied by 0: no softmax over an empty set.
-        allowed = (mask | ~sees)[:, None]  # (B, 1, T, M)
         read = nn.functional.scaled_dot_product_attention(
-            query, key.to(query.dtype), value.to(query.dtype), attn_mask=allowed, enable_gqa=self.heads != self.kv_heads
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            attn_mask=seen.allowed,
+            enable_gqa=self.heads != self.kv_heads,
         )
-        added = self.gate.tanh() * self.out(read.transpose(1, 2).flatten(2)) * sees
+        added = seen.only(self.gate.tanh() * self.out(read.transpose(1, 2).flatten(2)))
         hidden = hidden + added.to(hidden.dtype)
         if self.ffn_width:
             x = self.ffn_norm(hidden.to(self.query.weight.dtype))
             wide = self.ffn_down(nn.functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
-            hidden = hidden + (self.gate_of_ffn.tanh() * wide * sees).to(hidden.dtype)
+            hidden = hidden + seen.only(self.gate_of_ffn.tanh() * wide).to(hidden.dtype)
         return hidden
 
     def _split(self, x: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ from lavi.config.types import Count
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
 from lavi.nn.grid_code import grid_of_tokens
+from lavi.nn.visibility import Visibility
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """No autocast on the tensor's device; meta has none to switch off."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)  # entering and leaving it takes a while
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 class DeltaGenerator(nn.Module, ABC):
@@ -83,20 +86,23 @@ class DeltaGenerator(nn.Module, ABC):
             normed = self.vision_norm(features.float())
             return self.slots(normed if code is None else normed + code, grid)
 
-    def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        """Deltas (B, T, outputs, D) in fp32, exactly 0 where a token sees nothing.
+    def prepare(self, slots: Tensor) -> Tensor:
+        """The slots of each row (B, M, E) as :meth:`attend` reads them again and again; by default as they are."""
+        return slots
+
+    def forward(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> list[Tensor]:
+        """``outputs`` deltas (B, T, D) in fp32, exactly 0 where a token sees nothing.
 
         Args:
             hidden: (B, T, D).
-            slots: (B, M, E), what :meth:`visual` left of the images of each row.
-            mask: (B, T, M), which of them each token sees.
+            slots: what :meth:`visual` left of the images of each row, prepared.
+            seen: which of them each token sees.
         """
         with without_autocast(hidden):
-            sees = mask.any(-1, keepdim=True)  # (B, T, 1)
             # Multiplied by 0, not left out: the parameters stay in the graph, so that a rank whose batch has no image
             # does not hang the others.
-            seen = nn.functional.silu(self.attend(hidden.float(), slots, mask))  # (B, T, r)
-            return (self.deltas(seen) * sees).unflatten(-1, (self.outputs, self.width))
+            read = nn.functional.silu(self.attend(hidden.float(), slots, seen))  # (B, T, r)
+            return list(seen.only(self.deltas(read)).split(self.width, dim=-1))
 
     @abstractmethod
     def make(self) -> None:
@@ -110,8 +116,8 @@ class DeltaGenerator(nn.Module, ABC):
         """Normed features (views, N, Dv) to slots (views, S, E)."""
 
     @abstractmethod
-    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, D), (B, M, E), (B, T, M) to (B, T, r); anything finite where a token sees nothing."""
+    def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
+        """(B, T, D) and prepared slots, (B, M, E), to (B, T, r); anything finite where a token sees nothing."""
 
     @abstractmethod
     def slots_flops(self, per_view: int) -> float:
@@ -156,16 +162,16 @@ class AttentionDeltas(DeltaGenerator):
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.key_value(features)  # (views, N, 2 r)
 
-    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, r / heads)
+    def prepare(self, slots: Tensor) -> Tensor:
+        key_value = slots.unflatten(-1, (2, self.heads, -1))  # (B, M, 2, heads, r / heads)
+        return key_value.permute(0, 2, 3, 1, 4).contiguous()  # (B, 2, heads, M, r / heads)
 
-        query = split(self.query(self.text_norm(hidden)))
-        key, value = (split(x) for x in slots.chunk(2, dim=-1))
-        # A token that may see nothing attends to everything: no softmax over an empty set.
-        allowed = (mask | ~mask.any(-1, keepdim=True))[:, None]  # (B, 1, T, M)
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        return seen.transpose(1, 2).flatten(2)
+    def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
+        query = self.query(self.text_norm(hidden))  # (B, T, r)
+        query = query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, T, r / heads)
+        key, value = slots.unbind(1)
+        read = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen.allowed)
+        return read.transpose(1, 2).flatten(2)
 
     def slots_flops(self, per_view: int) -> float:
         return linear_flops(per_view, self.vision_width, 2 * self.bottleneck)
@@ -186,10 +192,10 @@ class _OneVector(DeltaGenerator):
             self.text_norm = nn.RMSNorm(self.width)
             self.query = nn.Linear(self.width, self.bottleneck, bias=False)
 
-    def attend(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        share = mask.float() / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, T, M)
-        seen = share @ slots
-        return seen + self.query(self.text_norm(hidden)) if self.asks else seen
+    def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
+        share = seen.mask.float() / seen.mask.sum(-1, keepdim=True).clamp(min=1)  # (B, T, M)
+        read = share @ slots
+        return read + self.query(self.text_norm(hidden)) if self.asks else read
 
     def attend_flops(self, text: int, *, views: int, per_view: int) -> float:
         images = 2.0 * text * views * self.bottleneck

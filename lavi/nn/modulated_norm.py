@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,52 @@ def normalise(x: Tensor, eps: float, *, centred: bool) -> Tensor:
     """xhat(x) in fp32: ``x`` (..., D) over its root mean square, after its mean is taken off if ``centred``."""
     x = x.float()
     if centred:
-        x = x - x.mean(-1, keepdim=True)
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+Affine = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""xhat (..., D) in fp32, the weight (D,) and the dtype of the norm's input, to its output."""
+
+AFFINES: dict[str, Affine] = {
+    "weight behind the cast": lambda xhat, weight, dtype: weight * xhat.to(dtype),  # Llama, Qwen, Mistral
+    "weight before the cast": lambda xhat, weight, dtype: (weight * xhat).to(dtype),  # OLMo-2
+    "1 + weight": lambda xhat, weight, dtype: (xhat * (1.0 + weight.float())).to(dtype),  # Gemma
+}
+"""What families do with xhat; they cast at different points, and so round differently."""
+
+
+class NormKind(NamedTuple):
+    """What a norm computes."""
+
+    eps: float
+    centred: bool
+    """It takes the mean off: a layer norm."""
+    affine: str | None = None
+    """Which of :data:`AFFINES` gives its output to the last bit; None: none of them does."""
 
 
 class ModulatedNorm(nn.Module):
     """Mixed in front of a norm's own class: ``base(x) + (dgamma * xhat(x) + dbeta)``, LaVi's ViLN.
 
-    The base keeps its own kernel and its own rounding: doing the affine part again would change bf16 logits even
-    with deltas of zero, since families cast at different points.
+    The output with deltas of zero is the base's to the last bit. A base whose formula is known shares its xhat; any
+    other runs its own code, and xhat is computed beside it.
     """
 
     deltas: Deltas | Callable[[Tensor], Deltas] | None = None
     """(dgamma, dbeta), or what gives them for the norm's input; None when nothing modulates."""
-    eps_of_xhat: float
-    centred: bool
+    kind: NormKind
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
         if self.deltas is None:
-            return y
+            return super().forward(x)  # type: ignore[no-any-return]
         dgamma, dbeta = self.deltas(x) if callable(self.deltas) else self.deltas
-        delta = dgamma * normalise(x, self.eps_of_xhat, centred=self.centred) if dgamma is not None else None
-        if dbeta is not None:
-            delta = dbeta if delta is None else delta + dbeta
-        return y if delta is None else y + delta.to(y.dtype)
+        if dgamma is None:
+            y = super().forward(x)
+            return y if dbeta is None else y + dbeta.to(y.dtype)
+        xhat = normalise(x, self.kind.eps, centred=self.kind.centred)
+        known = self.kind.affine
+        y = super().forward(x) if known is None else AFFINES[known](xhat, self.weight, x.dtype)
+        delta = dgamma * xhat if dbeta is None else torch.addcmul(dbeta, dgamma, xhat)
+        return y + delta.to(y.dtype)

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from lavi.language.context import VisualContext
 from lavi.language.subsequence import ArrangedCall, AttentionKind, LayeredCache, rows_only, take
+from lavi.nn.visibility import Visibility
 from lavi.visor.files import Configuration
 from lavi.visor.positions import VisualPositions
 from lavi.visor.readers import Kept, Reader
@@ -112,8 +113,8 @@ class VisorContext(VisualContext):
     new_tokens: int = 0
     groups: list[Group] = field(default_factory=list)
     """Of this call: one for all rows, and behind the router those that it made."""
-    mask: Tensor | None = None
-    """(B, text tokens of this call, M): which visual tokens each text token reads."""
+    seen: Visibility = field(init=False)
+    """Which visual tokens each text token of this call reads."""
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,9 @@ class VisorContext(VisualContext):
         columns = torch.arange(start, stop, device=self.before.device)
         mask = self.before[:, None, :] <= columns[None, :, None]
         groups = [Group(None, self.configuration, {} if self.beside is None else {-1: self.beside})]
-        return replace(self, past=past, new_tokens=length, mask=mask, groups=groups)
+        step = replace(self, past=past, new_tokens=length, groups=groups)
+        step.seen = Visibility.by(mask)
+        return step
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
@@ -191,9 +194,10 @@ class VisorContext(VisualContext):
         rows = group.rows if text.shape[0] != len(self.before) else None
         during_layer: AbstractContextManager[object] = nullcontext()
         if (reader := self.plan.reader(layer)) is not None:
-            assert self.mask is not None
             kept = self._kept(reader, layer, group, rows, kwargs.get("past_key_values"))
-            text, during_layer = reader.read(text, kept, _rows(self.mask, rows))
+            text, during_layer = reader.read(
+                text, kept, self.seen if rows is None else Visibility.by(self.seen.mask[rows])
+            )
         arranged = self.arranged
         if arranged is not None and layer in group.configuration:
             return self._refine(arranged, layer, call, text, group, rows, kwargs)

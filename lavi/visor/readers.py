@@ -21,6 +21,7 @@ from lavi.nn.cross_attention import GatedCrossAttention
 from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
+from lavi.nn.visibility import Visibility
 
 Kept = tuple[Tensor, ...]
 """What a reader keeps of V for the tokens to come."""
@@ -53,8 +54,12 @@ class Reader(nn.Module, ABC):
         """What is kept of V (B, M, D)."""
 
     @abstractmethod
-    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
-        """The text (B, T, D) as the layer gets it, and what holds while the layer runs; ``mask`` (B, T, M)."""
+    def read(self, text: Tensor, kept: Kept, seen: Visibility) -> tuple[Tensor, AbstractContextManager[object]]:
+        """The text (B, T, D) as the layer gets it, and what holds while the layer runs.
+
+        Args:
+            seen: which of the M visual tokens each text token sees.
+        """
 
     @abstractmethod
     def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
@@ -70,9 +75,9 @@ class AttentionReader(Reader):
     def keep(self, visual: Tensor) -> Kept:
         return self.attention.keys_values(visual)
 
-    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
+    def read(self, text: Tensor, kept: Kept, seen: Visibility) -> tuple[Tensor, AbstractContextManager[object]]:
         key, value = kept
-        return self.attention(text, (key, value), mask), nullcontext()
+        return self.attention(text, (key, value), seen), nullcontext()
 
     def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
         once = 0.0 if decoding else self.attention.keys_values_flops(visual)
@@ -108,10 +113,10 @@ class ModulationReader(Reader):
         self.generator = self.generator.bound(width=width, vision_width=width, outputs=2 * len(norms))
 
     def keep(self, visual: Tensor) -> Kept:
-        return (self.generator.visual(visual, (1, visual.shape[1])),)
+        return (self.generator.prepare(self.generator.visual(visual, (1, visual.shape[1]))),)
 
-    def read(self, text: Tensor, kept: Kept, mask: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
-        parts = iter(self.generator(text, kept[0], mask).unbind(2))
+    def read(self, text: Tensor, kept: Kept, seen: Visibility) -> tuple[Tensor, AbstractContextManager[object]]:
+        parts = iter(self.generator(text, kept[0], seen))
         deltas: list[Deltas] = [(next(parts), next(parts)) for _ in self.modulated_norms]
         return text, modulated([cast(ModulatedNorm, target.norm) for target in self.modulated_norms], deltas)
 
