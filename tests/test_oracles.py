@@ -25,6 +25,7 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
 from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
+from lavi.nn.visibility import Visibility
 from lavi.training.module import VisionLanguageModule
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.readers import ModulationReader
@@ -293,7 +294,7 @@ def test_the_gradient_is_the_slope_of_the_loss(build, name: str) -> None:
 
 def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
     """As one generator gives them, and as each norm's own does."""
-    hidden, mask = torch.randn(1, 2, 32), torch.ones(1, 2, 1, dtype=torch.bool)
+    hidden, seen = torch.randn(1, 2, 32), Visibility.by(torch.ones(1, 2, 1, dtype=torch.bool))
     for parameters, each in (("both", 2), ("scale", 1), ("shift", 1)):
         for per_target in (False, True):
             fusion = build(
@@ -307,7 +308,7 @@ def test_deltas_come_norm_by_norm_the_scale_first(build) -> None:
                 with torch.no_grad():
                     generator.deltas.bias.copy_(values.repeat_interleave(32))
             visual = {key: torch.zeros(1, 1, 64) for key in fusion.generators}
-            result = fusion.plan.deltas(3, hidden, visual, mask)
+            result = fusion.plan.deltas(3, hidden, visual, seen)
             assert len(result) == len(fusion.plan.norms[3]) == 2
             numbers = [None if part is None else float(part.unique()) for pair in result for part in pair]
             expected = {"both": [0, 1, 2, 3], "scale": [0, None, 1, None], "shift": [None, 0, None, 1]}[parameters]
