@@ -117,8 +117,9 @@ def test_a_prompt_that_fills_the_context_is_answered_alone(
         return ["a"] * len(batch)
 
     monkeypatch.setattr(seeing, "answer", answer)
-    context, short = seeing.language.context_length, ask("what?", answer="a")
-    long = ask("circle " * 240, answer="a")
+    far = "circle is blue what red square is yes no green"  # so long that an answer is not cut behind it
+    context, short = seeing.language.context_length, ask("what?", answer=far)
+    long = ask("circle " * 240, answer=far)
     length = seeing.processor.encode(next(prompts_of(long))[0], prompt=True).length
     assert context - 16 < length < context
     evaluate(seeing, [short, long, short])

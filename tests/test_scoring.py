@@ -81,10 +81,28 @@ def test_prompts_are_answered_so_many_at_a_time_and_padded_on_the_left(scorer: S
     assert [batch.keys for batch in batches] == [["0", "1"], ["0", "1"], ["2", "3"], ["2", "3"], ["4"], ["4"]]
     assert [len(batch.image_slots) for batch in batches] == [2, 0, 2, 0, 1, 0]
     assert all(stop == batch.input_ids.shape[1] for batch in batches for _, stop in batch.spans)
-    assert {tokens for _, tokens in scorer.model.batches} == {16}  # type: ignore[union-attr]
+    lengths = {answer: len(scorer.model.processor.chat.tokenizer(answer)["input_ids"]) for answer in ("red", "blue")}
+    room = [tokens for _, tokens in scorer.model.batches]  # type: ignore[union-attr]
+    assert room == [max(lengths.values()) + 4] * 2 + [lengths["red"] + 4] * 4
     assert scorer.prompts == 5
     assert scorer.metric.compute()["all"] == scorer.metric_without_images.compute()["all"] == 80.0  # type: ignore[union-attr]
     assert scorer.sizes.images == [1] * 5
+
+
+class StartsRight(ExactMatch):
+    """An answer may go on."""
+
+    wants_whole_answers = True
+
+    def score(self, answer: str, truth: str) -> float:
+        return float(answer.startswith(truth))
+
+
+def test_answers_that_may_still_become_right_are_not_cut(scorer: Scorer) -> None:
+    scorer.metric = StartsRight()
+    scorer.add(ask("what?", answer="red"))
+    scorer.finish()
+    assert {tokens for _, tokens in scorer.model.batches} == {16}  # type: ignore[union-attr]
 
 
 def test_what_cannot_be_asked_is_counted_by_cause(scorer: Scorer) -> None:

@@ -30,6 +30,8 @@ from lavi.model import VisionLanguageModel
 SHUFFLED, NO_IMAGE = CONTROLS
 WINDOW = 64
 """Samples that exchange their images with each other."""
+BEHIND_TRUTH = 4
+"""Tokens that an answer may have behind a true one before it is cut: blanks, or what makes it another one."""
 LARGEST_WINDOW = 256 * 2**20
 """Bytes of decoded images above which fewer samples exchange theirs; of pixels, above which fewer prompts are answered
 at a time."""
@@ -152,12 +154,19 @@ class Scorer:
         """Tokens of the longest answer to a prompt."""
         return min(self.max_new_tokens, self.model.room_behind(prompt.length))
 
+    def _longest_right_answer(self, expected: Sequence[Expected]) -> int:
+        """Tokens after which none of the answers can still become right, or the most that there may be."""
+        if self.metric.wants_whole_answers:
+            return self.max_new_tokens
+        tokenizer = self.model.processor.chat.tokenizer
+        return max(len(tokenizer(e.truth, add_special_tokens=False)["input_ids"]) for e in expected) + BEHIND_TRUTH
+
     def finish(self) -> None:
         """Answer the prompts that are waiting."""
         if not self._waiting:
             return
         prompts, expected, samples = zip(*self._waiting, strict=True)
-        tokens = min(map(self._answer_room, prompts))
+        tokens = min(*map(self._answer_room, prompts), self._longest_right_answer(expected))
         batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()

@@ -93,6 +93,9 @@ class AnswerMetric(GroupedMean, ABC):
     label = ""
     """What the percents are of, in a sentence such as ``75.0 % right of 5 answers``; empty: the name of the class."""
 
+    wants_whole_answers = True
+    """Whether an answer that goes on behind the true one may still score: else it is cut some tokens behind it."""
+
     @abstractmethod
     def score(self, answer: str, truth: str) -> float:
         """How good an answer is, from 0 to 1; an empty one or one that cannot be read has a score, too."""
