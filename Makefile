@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
+DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
 .PHONY: help install format lint typecheck test test-all quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
@@ -108,8 +109,8 @@ dataloader: install ## is the data module a bottleneck? ratios to bare loops and
 mutants: install ## do the tests notice a fault? small ones are planted in each module (about an hour on two cores; stopped, it goes on)
 	$(BIN)/python benchmarks/mutants.py
 
-gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+gpu-check: ## on a machine with a GPU and its own Python: GPU tests and benchmarks, records into OUT=folder (DEVICE=cpu: small)
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --device $(DEVICE)
 
 clean: ## remove what this Makefile made, except data and runs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

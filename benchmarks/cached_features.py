@@ -82,7 +82,7 @@ def measure(device: torch.device, *, small: bool, batch_size: int, turns: int) -
         ways: dict[str, Callable[[], None]] = {}
         for way, source in ((PIXELS, data / "train"), (FEATURES, Path(folder) / FEATURES)):
             of_way = load(train=str(source))
-            check_feature_caches(model, of_way)
+            check_feature_caches(model, of_way, ["train"])
             ways[way] = partial(step, model, iter(of_way.train_dataloader()), device)
         contestants = [Contestant({"step": run}) for run in ways.values()]
         times = [t["step"] for t in time_in_turns(contestants, clock_of(device), pairs=[(1, 0)], turns=turns)]

@@ -21,10 +21,13 @@ from typing import Any
 from busy import busy_table
 from cached_features import cached_features_table
 from dataloader import table as dataloader_table
+from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
+from norm import norm_table
+from serving import serving_table
 from train_step import train_step_table
-from verify_claims import flops_table, speed_table
+from verify_claims import estimated_tables, flops_table, speed_table
 from verify_visor import flops_table as visor_flops_table
 from verify_visor import speed_table as visor_speed_table
 
@@ -99,7 +102,7 @@ def short_comparison(records: list[Record], names: Container[str]) -> str:
 
 def short_claims(records: list[Record]) -> str:
     """Of :func:`claims` a large image and a video, with the savings alone."""
-    columns, rows = flops_table([record for record in records if not record.knobs.get("timed")])
+    columns, rows = flops_table(counted_alone(records))
     kept = [number for number, column in enumerate(columns) if number < 2 or "saved" in column]
     chosen = [row for row in rows if row[0] in ("1024x1024", "32 frames")]
     return markdown([columns[number] for number in kept], [[row[number] for number in kept] for row in chosen])
@@ -107,7 +110,19 @@ def short_claims(records: list[Record]) -> str:
 
 def claims(records: list[Record]) -> str:
     """What LaVi-7B saves against LLaVA-OneVision-7B."""
-    return markdown(*flops_table([record for record in records if not record.knobs.get("timed")]))
+    return markdown(*flops_table(counted_alone(records)))
+
+
+def counted_alone(records: list[Record]) -> list[Record]:
+    """The records of FLOPs, without those of time and memory."""
+    return [record for record in records if not record.knobs.keys() & {"timed", "estimated"}]
+
+
+def estimated(records: list[Record], *, number: int) -> str:
+    """Time (0) or memory (1) of the two, estimated."""
+    if not any("estimated" in record.knobs for record in records):
+        return "Not estimated yet.\n"
+    return markdown(*estimated_tables(records)[number])
 
 
 def speed(records: list[Record]) -> str:
@@ -198,6 +213,9 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
     "cached_features": lambda records: f"{markdown(*cached_features_table(records))}\n{records[0]['device']}.\n",
+    "estimates": lambda records: f"{markdown(*estimates_table(records))}\n{records[0]['device']}.\n",
+    "norm": lambda records: f"{markdown(*norm_table(records))}\n{records[0]['device']}.\n",
+    "serving": lambda records: f"{markdown(*serving_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",
 }
 """Tables of records in which nothing of a model was measured."""
@@ -213,6 +231,8 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "verify_claims": claims,
     "verify_claims.short": short_claims,
     "verify_claims.speed": speed,
+    "verify_claims.time": partial(estimated, number=0),
+    "verify_claims.memory": partial(estimated, number=1),
     "fusion_cost": sweep,
     "verify_visor": visor,
     "verify_visor.speed": visor_speed,

@@ -6,13 +6,15 @@ FLOPs are counted on the meta device from the recipes (no weights, no GPU, no ne
 measured too, with random weights in bf16 and the same attention kernel for all, beside the floor (the same tower and
 the bare language model on the text alone) in the same run. Each claim is answered by PASS or FAIL, with the ceiling
 that arithmetic sets: what fusion at no cost would reach. Without a GPU small models of the same kinds, with the same
-crops, frames and tokens, are timed on the CPU: ratios, no GPU figures, and no verdict on the claims.
+crops, frames and tokens, are timed on the CPU: ratios, no GPU figures. Everywhere time and memory at full size are
+*estimated* for GPUs that are not there (lavi/efficiency/estimated.py), and the claims are answered by that, too.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from lavi.checkpoints.published_vlm import written_out
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.estimated import note_estimates
+from lavi.efficiency.hardware import DEVICES, fits_in
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure, saving
 from lavi.efficiency.record import Record, check_writable, write_records
@@ -43,6 +47,12 @@ FRAMES = [8, 32, 64]
 SCENARIOS = [Scenario(TEXT, image=size) for size in SIZES] + [Scenario(TEXT, frames=frames) for frames in FRAMES]
 OUTPUTS = (1, 4, 16, 64, 256)
 TIMED: dict[str, tuple[int, ...]] = {"1024x1024": (), "32 frames": OUTPUTS}
+
+ESTIMATED_ON = ("a100", "h100")
+ANSWERS = (1, 16, 64, 256)
+"""Tokens of the answers whose time is estimated."""
+BATCHES = (1, 4, 16, 64)
+"""Rows of the batches whose memory is estimated."""
 
 FLOPS, SPEED, MEMORY = 94.0, 3.1, 0.5
 """The claims: percent of FLOPs saved, times as fast, share of the memory."""
@@ -97,14 +107,69 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def timed(device: torch.device, runs: int) -> list[Record]:
-    """Time and memory of both, in turns: at full size on a GPU, elsewhere small."""
+def estimates() -> list[Record]:
+    """Time and memory of both at full size, of no device: a record for each input, and for batches of them."""
+    devices, records = [DEVICES[name] for name in ESTIMATED_ON], []
+    for file in track([BASELINE, LAVI], description="estimating"):
+        recipe = recipe_at(file)
+        model = build_for_timing(recipe, "meta")
+        for scenario in [s for s in SCENARIOS if str(s) in TIMED]:
+            for rows in BATCHES:
+                at = replace(scenario, batch=rows)
+                record = count(recipe, model, at)
+                record.knobs = {"name": name_of(recipe), "scenario": str(scenario), "estimated": rows}
+                note_estimates(record, model, at, devices)
+                records.append(record)
+    return records
+
+
+def estimated_tables(records: Sequence[Record]) -> tuple[tuple[list[str], list[list[str]]], ...]:
+    """Columns and rows of two tables: how much faster an answer comes, and how much less memory a batch needs."""
+    found = {(r.knobs["name"], r.knobs["scenario"], r.knobs["estimated"]): r for r in records if "estimated" in r.knobs}
+    base, lavi = (name_of(recipe_at(file)) for file in (BASELINE, LAVI))
+    answers, memory = [], []
+    for scenario in TIMED:
+        other, ours = found[base, scenario, 1], found[lavi, scenario, 1]
+        for device in ours.estimated_milliseconds:
+            for tokens in ANSWERS:
+                times = [_of_answer(record.estimated_milliseconds[device], tokens) for record in (other, ours)]
+                faster = times[0] / times[1]
+                row = [scenario, device, str(tokens), *(f"{one:.0f}" for one in times), f"{faster:.1f}"]
+                answers.append([*row, _answer(faster >= SPEED, f"{SPEED}x")])
+        for rows in BATCHES:
+            mib = [found[name, scenario, rows].estimated_mib for name in (base, lavi)]
+            whole = [one["weights"] + one["peak"] for one in mib]
+            share = whole[1] / whole[0]
+            row = [scenario, str(rows), *(f"{one['peak'] / 1024:.1f}" for one in mib)]
+            row += [f"{one / 1024:.1f}" for one in whole]
+            row += [fits_in(one) for one in whole] + [f"{share:.2f}"]
+            memory.append([*row, _answer(share <= MEMORY, "half the memory")])
+    columns = ["input", "GPU", "tokens of the answer", "LLaVA-OneVision ms", "LaVi ms", "times as fast", "claim"]
+    of_memory = ["input", "batch", "LLaVA-OneVision GiB above weights", "LaVi GiB above weights"]
+    of_memory += ["LLaVA-OneVision GiB", "LaVi GiB", "fits in", "LaVi fits in", "share", "claim"]
+    return (columns, answers), (of_memory, memory)
+
+
+def _of_answer(times: Mapping[str, float], tokens: int) -> float:
+    """Milliseconds from pixels to so many tokens."""
+    return times["first_token"] + (tokens - 1) * times["decode"]
+
+
+def _answer(holds: bool, claim: str) -> str:
+    return f"{'PASS' if holds else 'FAIL'} ({claim}, estimated)"
+
+
+def timed(device: torch.device, runs: int, *, longest: int) -> Iterator[Record]:
+    """Time and memory of both, in turns, input by input: at full size on a GPU, elsewhere small.
+
+    Args:
+        longest: answers of at most so many tokens are timed.
+    """
     small = device.type != "cuda"
     recipes = [shrunk(recipe_at(file)) if small else recipe_at(file) for file in (BASELINE, LAVI)]
     models = [build_for_timing(recipe, device) for recipe in recipes]
-    records = []
     for scenario in [s for s in SCENARIOS if str(s) in TIMED]:
-        outputs = [length for length in TIMED[str(scenario)] if not small or length <= 64]
+        outputs = [length for length in TIMED[str(scenario)] if length <= longest]
         measurements = []
         for recipe, model in zip(recipes, models, strict=True):
             record = count(recipe, model, scenario)
@@ -112,13 +177,12 @@ def timed(device: torch.device, runs: int) -> list[Record]:
             measurements.append(Measurement(record, scenario, partial(itself, model)))
         bar = partial(track, description=f"timing at {scenario}")
         measure(measurements, device=device, runs=runs, outputs=outputs, track=bar)
-        records += [one.record for one in measurements]
-        for record in records[-2:]:
-            console().print(f"{record.knobs['name']}, {scenario}: {record.error or 'measured'}")
-    return records
+        for one in measurements:
+            console().print(f"{one.record.knobs['name']}, {scenario}: {one.record.error or 'measured'}")
+            yield one.record
 
 
-def build_for_timing(recipe: Recipe, device: torch.device) -> VisionLanguageModel:
+def build_for_timing(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
     """A model whose tower has the weights of its decoder's kind."""
     model = build_on(recipe, device)
     model.vision.to(model.language.hf.dtype)
@@ -202,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
+    parser.add_argument("--longest", type=int, metavar="TOKENS", help="of the answers that are timed")
     args = parser.parse_args()
     if args.out:
         check_writable(args.out)
@@ -214,10 +279,18 @@ def main() -> None:
     if args.out:  # what is counted is not lost when the timing is stopped
         args.out.unlink(missing_ok=True)
         write_records(records, args.out)
-    records += timed(torch.device("cuda" if cuda else "cpu"), args.runs)
+    longest = args.longest or (OUTPUTS[-1] if cuda else 64)
+    for record in timed(torch.device("cuda" if cuda else "cpu"), args.runs, longest=longest):
+        records.append(record)
+        if args.out:
+            write_records([record], args.out)
+    counted = len(records)
     where = torch.cuda.get_device_name() if cuda else "small models on the CPU: ratios, no GPU figure exists"
     console().print(table(f"Time and memory; {where}", *speed_table(records)))
     print(NOTE)
+    records += estimates()
+    for title, shown in zip(("Time", "Memory"), estimated_tables(records), strict=True):
+        console().print(table(f"{title} at full size, estimated: nothing was measured", *shown))
     if args.out:
         write_records(records[counted:], args.out)
 

@@ -92,7 +92,7 @@ def first_question(model: VisionLanguageModel, sample: Sample) -> Question:
 
 def picture_of(sample: Sample) -> Image.Image:
     """The images of a sample side by side, small; of a video its first frame."""
-    visuals = [visual.open() if isinstance(visual, CachedVisual) else visual for visual in sample.images]
+    visuals = [visual.decode() if isinstance(visual, CachedVisual) else visual for visual in sample.images]
     images = [visual.frames[0] if isinstance(visual, Video) else visual for visual in visuals]
     blank = [Image.new("RGB", (64, 64), (255, 255, 255))]
     small = [ImageOps.contain(image, THUMBNAIL) if max(image.size) > max(THUMBNAIL) else image for image in images]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from datamodules.batches import InOrder, Position, ReadBatch
 from datamodules.features import caches_of, check_frames, write_features
 from datamodules.formats.base import SampleFormat
+from datamodules.formats.features import MEMBER
 from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards.read import ShardStream, StreamPosition, expected_samples
 from datamodules.shards.sources import find_shards
@@ -102,9 +104,14 @@ class ImageTextData(StreamedData):
         """
         source = self.source(split)
         sources = source.sources if isinstance(source, Mixture) else {split: source}
-        return {
+        streams = {
             name: ShardStream(find_shards(shards), self.seed, self.shuffle, self.resampled, self.format.types)
             for name, shards in sources.items()
+        }
+        # Features are read where an index says what they are of, so that they can be checked; elsewhere pixels are.
+        return {
+            name: replace(stream, types=(*stream.types, MEMBER)) if caches_of(stream) else stream
+            for name, stream in streams.items()
         }
 
     @cached_property
@@ -120,11 +127,18 @@ class ImageTextData(StreamedData):
     def held_out_records(self, split: str) -> InOrder:
         return InOrder(list(self.streams(split).values()))
 
-    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> list[str]:
-        return write_features(self.streams(split), folder, self._encoder(), request)
+    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> tuple[list[str], list[str]]:
+        several = isinstance(self.source(split), Mixture)
+        written, overrides = [], []
+        for name, stream in self.streams(split).items():
+            target = folder / name if several else folder
+            encoder = self._encoder()
+            written.append(write_features(stream, target, encoder, request, max_skipped=self.max_skipped))
+            overrides.append(f"data.{split}{f'.sources.{name}' if several else ''}={target}")
+        return written, overrides
 
-    def feature_caches(self) -> dict[str, dict[str, Any]]:
-        streams = [stream for split in self.splits for stream in self.streams(split).values()]
+    def feature_caches(self, split: str) -> dict[str, dict[str, Any]]:
+        streams = self.streams(split).values()
         caches = {folder: notes for stream in streams for folder, notes in caches_of(stream).items()}
         for folder, notes in caches.items():
             check_frames(self.format, folder, notes)
@@ -168,7 +182,8 @@ class ImageTextData(StreamedData):
             (name, share, [(shard.rpartition("/")[2], expected_samples(shard)) for shard in stream.shards])
             for (name, stream), share in zip(self.mixed.streams.items(), self.mixed.shares, strict=True)
         ]
-        read += [notes for stream in self.mixed.streams.values() for notes in caches_of(stream).values()]
+        for stream in self.mixed.streams.values():
+            read += [{name: notes[name] for name in ("weights", "layouts")} for notes in caches_of(stream).values()]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

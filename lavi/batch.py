@@ -42,11 +42,13 @@ class CachedVisual:
     features: Tensor
     """(views, N, Dv): of the vision backbone, not reduced."""
     layout: Layout
-    open: Callable[[], Visual]
-    """Decodes it, to be shown."""
+    decode: Callable[[], Visual]
+    """Gives it as it is, to be shown."""
     seconds: list[float] = field(default_factory=list)
     """Of a video, as :class:`Video` has them."""
     duration: float | None = None
+    alone: bool | None = None
+    """Whether it was the only one of its conversation, where that decides how it is cut; None: it does not."""
 
 
 def is_video(visual: Visual | CachedVisual) -> bool:
@@ -172,9 +174,9 @@ class Batch:
     packed: list[list[tuple[int, int]]] | None = None
     """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
     features: Tensor | None = None
-    """(views, N, Dv): what a model has computed of the images before, in the order of pixels, which are left out then.
-    None: it has not."""
-    cached: Tensor | None = None
+    """(views, N, Dv), reduced: what a model has computed of the images before, in the order of pixels, which are then
+    left out. None: it has not."""
+    backbone_features: Tensor | None = None
     """(views, N, Dv): features of the vision backbone that were read in the place of pixels, not reduced."""
 
     def __len__(self) -> int:
@@ -197,13 +199,13 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""
-        names = ("input_ids", "labels", "attention_mask", "pixels", "features", "cached")
+        names = ("input_ids", "labels", "attention_mask", "pixels", "features", "backbone_features")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{n: tensor.to(device, non_blocking=non_blocking) for n, tensor in tensors.items()})
 
     def without_images(self) -> Batch:
         """The no-image control: the same questions, nothing to see."""
-        return replace(self, pixels=self.pixels[:0], image_slots=[], features=None, cached=None)
+        return replace(self, pixels=self.pixels[:0], image_slots=[], features=None, backbone_features=None)
 
 
 @dataclass(frozen=True)

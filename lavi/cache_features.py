@@ -39,10 +39,18 @@ def main() -> None:
     from lavi.checkpoints.model_folder import build
     from lavi.recipe import Recipe
     from lavi.report import console
+    from lavi.training.module import VisionLanguageModule
+    from lavi.training.run import check_data
 
     recipe = Recipe.load(args.recipe, args.overrides + behind)
+    check_data(recipe)
     model = build(recipe)
-    recipe.build("module", model=model).load_start()
+    module = recipe.build("module", model=model)
+    if not isinstance(module, VisionLanguageModule):
+        raise UserError(f"features are kept for a VisionLanguageModule, not for a {type(module).__name__}.")
+    if module.trains_vision:
+        raise UserError("module.learning_rate trains 'vision': features are kept of a frozen vision backbone.")
+    module.load_start()
     model.vision.to(device).eval()
     data = recipe.build("data", processor=model.processor)
     if unknown := [split for split in splits if split not in data.splits]:
@@ -56,10 +64,13 @@ def main() -> None:
         threads=args.threads,
     )
     out = args.out or Path("data/features") / recipe.settings.get("name", args.recipe.stem)
+    changes: list[str] = []
     for split in splits:
-        for line in data.write_features(split, out / split, request):
+        written, overrides = data.write_features(split, out / split, request)
+        changes += overrides
+        for line in written:
             console().print(line)
-    console().print("to read them: " + " ".join(f"data.{split}={out / split}" for split in splits))
+    console().print(f"to read them: {' '.join(changes)}")
 
 
 if __name__ == "__main__":

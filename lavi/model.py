@@ -124,8 +124,8 @@ class VisionLanguageModel(nn.Module):
         """(views, N, Dv), reduced: what a batch brings with it, or else :meth:`features` of its pixels."""
         if batch.features is not None:
             return batch.features
-        if batch.cached is not None:
-            return self._reduced(batch.cached.float())
+        if batch.backbone_features is not None:
+            return self._reduced(batch.backbone_features.float())
         return self.features(batch.pixels, batch.grids)
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:

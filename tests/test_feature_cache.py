@@ -24,13 +24,23 @@ from datamodules.formats.features import MEMBER
 from datamodules.moving import write_dataset as write_moving
 from datamodules.shards.read import read_shard
 from datamodules.shards.write import shard_jobs, write_shards
-from lavi.batch import CachedVisual
+from lavi.batch import Batch, CachedVisual, Layout
+from lavi.checkpoints.model_folder import build as build_model
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 
 CONCAT = "model.fusion={_target_: lavi.fusion.concat.ConcatFusion}"
 ANY_RES = "model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}"
+NATIVE = (
+    "model.vision={_target_: lavi.vision.naflex.NaFlexVision, config: {hidden_size: 24, intermediate_size: 48, "
+    "num_hidden_layers: 2, num_attention_heads: 2, num_patches: 16, patch_size: 8}}"
+)
+TWO_FRAMES = (
+    "data.format={_target_: datamodules.formats.conversations.Conversations, "
+    "video: {_target_: lavi.data.frame_sampling.FrameSampling, frames: 2}}"
+)
 POOLED = "model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 2}"
 
 
@@ -99,14 +109,17 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], [CONCAT], [CONCAT, ANY_RES, POOLED]], ids=["lavi", "concat", "tiled-pooled"])
+KINDS = {"lavi": [], "concat": [CONCAT], "tiled-pooled": [CONCAT, ANY_RES, POOLED], "native": [CONCAT, NATIVE]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["scenes", "videos", "several"])
 def test_a_run_on_features_is_the_run_on_pixels(
-    run: Any, frozen: Path, source: str, options: list[str], request: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, frozen: Path, source: str, kind: str, request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = request.getfixturevalue(source)
     data = f"data.train={folder if source == 'several' else folder / 'train'}"
-    options = [*options, "model.timestamps=true"]
+    options = [*KINDS[kind], "model.timestamps=true"]
     said = cached(run, frozen, "features", "--dtype", "float32", *options, data)
     assert "data.train=features/train" in said
     on_pixels = trained(run, frozen, "pixels", *options, data)
@@ -117,11 +130,23 @@ def test_a_run_on_features_is_the_run_on_pixels(
         torch.testing.assert_close(on_features[name], weight, atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_features_are_nearly_the_same(run: Any, frozen: Path) -> None:
+def first_batch(recipe: Path, *overrides: str) -> tuple[VisionLanguageModel, Batch]:
+    loaded = Recipe.load(recipe, overrides)
+    model = build_model(loaded)
+    return model, next(iter(loaded.build("data", processor=model.processor).train_dataloader())).batch
+
+
+def test_bf16_features_are_nearly_those_of_the_pixels(run: Any, frozen: Path) -> None:
     cached(run, frozen, "features")
-    on_pixels, on_features = trained(run, frozen, "pixels"), trained(run, frozen, "read", "data.train=features/train")
-    unlike = [(on_features[name] - weight).abs().max() for name, weight in on_pixels.items()]
-    assert 0 < max(unlike) < 0.01
+    model, pixels = first_batch(frozen)
+    _, read = first_batch(frozen, "data.train=features/train")
+    assert pixels.keys == read.keys
+    assert len(read.pixels) == 0
+    features = model.features_of(pixels)
+    assert read.backbone_features is not None
+    assert read.backbone_features.dtype == torch.bfloat16
+    error = (model.features_of(read) - features).norm() / features.norm()
+    assert 0 < error < 0.01
 
 
 def test_a_shard_of_features_keeps_what_it_was_made_of(run: Any, frozen: Path, scenes: Path) -> None:
@@ -169,11 +194,11 @@ def test_tokens_of_another_kind_are_refused(run: Any, frozen: Path) -> None:
 
 def test_frames_of_another_sampling_are_refused(run: Any, frozen: Path, videos: Path) -> None:
     cached(run, frozen, "features", f"data.train={videos / 'train'}")
-    other = (
-        "data.format={_target_: datamodules.formats.conversations.Conversations, "
-        "video: {_target_: lavi.data.frame_sampling.FrameSampling, frames: 2}}"
+    refused(run("lavi.fit", "--recipe", frozen, "data.train=features/train", TWO_FRAMES), "other frames", "frames=8")
+    again = run(
+        "lavi.cache_features", "--recipe", frozen, "--out", "features", f"data.train={videos / 'train'}", TWO_FRAMES
     )
-    refused(run("lavi.fit", "--recipe", frozen, "data.train=features/train", other), "other frames", "frames=8")
+    refused(again, "holds other data")
 
 
 def test_features_of_features_are_refused(run: Any, frozen: Path) -> None:
@@ -195,11 +220,11 @@ def test_the_same_command_goes_on_and_another_is_refused(run: Any, frozen: Path)
 def test_killed_it_goes_on(run: Any, frozen: Path, moment: int) -> None:
     command = [sys.executable, "-m", "lavi.cache_features", "--recipe", str(frozen), "--out", "features"]
     process = subprocess.Popen(command)
-    while process.poll() is None and len(list(Path("features").glob("train.part/*.tar"))) < moment:
+    while process.poll() is None and len(list(Path("features").glob("train.part/shard-*.json"))) < moment:
         pass
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    cached(run, frozen, "features")
+    assert process.wait() == -signal.SIGKILL
+    assert "finished by an earlier run" in cached(run, frozen, "features")
     cached(run, frozen, "whole")
     for shard in sorted(Path("whole/train").iterdir()):
         assert shard.read_bytes() == (Path("features/train") / shard.name).read_bytes(), shard.name
@@ -210,7 +235,8 @@ def test_each_source_of_a_mixture_has_a_folder(run: Any, frozen: Path, scenes: P
         sources = f"{{scenes: {first}, moving: {second}}}"
         return f"data.train={{_target_: datamodules.mixture.Mixture, sources: {sources}}}"
 
-    cached(run, frozen, "features", "--dtype", "float32", mixture(str(scenes / "train"), str(videos / "train")))
+    said = cached(run, frozen, "features", "--dtype", "float32", mixture(str(scenes / "train"), str(videos / "train")))
+    assert "data.train.sources.scenes=features/train/scenes data.train.sources.moving=features/train/moving" in said
     on_pixels = trained(run, frozen, "pixels", mixture(str(scenes / "train"), str(videos / "train")))
     on_features = trained(run, frozen, "read", mixture("features/train/scenes", "features/train/moving"))
     for name, weight in on_pixels.items():
@@ -219,25 +245,92 @@ def test_each_source_of_a_mixture_has_a_folder(run: Any, frozen: Path, scenes: P
     refused(mixed, "cached features", "all sources")
 
 
-def test_a_broken_sample_is_left_out(run: Any, frozen: Path, scenes: Path) -> None:
-    shutil.copytree(scenes / "train", "broken")
-    shard = sorted(Path("broken").glob("*.tar"))[0]
+def break_images(shard: Path, count: int) -> None:
     data = bytearray(shard.read_bytes())
-    start = data.index(b"\xff\xd8\xff")
-    data[start + 200 : start + 204] = b"????"
+    start = 0
+    for _ in range(count):
+        start = data.index(b"\xff\xd8\xff", start + 1)
+        data[start + 200 : start + 204] = b"????"
     shard.write_bytes(data)
+
+
+def test_broken_samples_are_left_out_as_in_training(run: Any, frozen: Path, scenes: Path) -> None:
+    shutil.copytree(scenes / "train", "broken")
+    first, second, *_ = sorted(Path("broken").glob("*.tar"))
+    break_images(first, 1)
     assert "1 left out" in cached(run, frozen, "features", "data.train=broken")
+    break_images(second, 20)
+    refused(run("lavi.cache_features", "--recipe", frozen, "--out", "more", "data.train=broken"), "data.max_skipped")
 
 
-def test_a_run_is_scored_on_features(run: Any, frozen: Path) -> None:
-    trained(run, frozen, "trained")
+def test_a_shard_that_cannot_be_read_stops_the_work(run: Any, frozen: Path, scenes: Path) -> None:
+    """It is not written as an empty one, which no later command would notice."""
+    shutil.copytree(scenes / "train", "lost")
+    shard = sorted(Path("lost").glob("*.tar"))[3]
+    shard.unlink()
+    shard.mkdir()
+    refused(run("lavi.cache_features", "--recipe", frozen, "--out", "features", "data.train=lost"), shard.name)
+    shard.rmdir()
+    shutil.copy(scenes / "train" / shard.name, shard)
+    assert "3 of them finished by an earlier run" in cached(run, frozen, "features", "data.train=lost")
+
+
+def test_features_that_no_index_vouches_for_are_not_read(
+    run: Any, frozen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(run, frozen, "features")
+    Path("features/train/index.json").unlink()
+    views = watch_tower(monkeypatch)
+    trained(run, frozen, "read", "data.train=features/train", "module.learning_rate.vision=1e-4")
+    assert len(views) >= 6
+    (shard, *_) = sorted(Path("features/train").glob("*.tar"))
+    status, said, _ = run("datamodules.inspect", str(shard))
+    assert status == 0, said
+
+
+def test_samples_in_folders_keep_their_keys(run: Any, frozen: Path) -> None:
+    messages = [{"role": "user", "content": "blue"}, {"role": "assistant", "content": "red"}]
+
+    def samples(job: Any) -> Any:
+        return ({"__key__": f"in/folder/{n}", "json": {"messages": messages}} for n in range(job.start, job.stop))
+
+    write_shards(Path("nested"), shard_jobs(12, 6), samples, made_by={"test": 2}, workers=0)
+    cached(run, frozen, "features", "data.train=nested")
+    (shard, *_) = sorted(Path("features/train").glob("*.tar"))
+    assert [raw["__key__"] for raw in read_shard(str(shard))] == [f"in/folder/{n}" for n in range(6)]
+
+
+def test_an_image_is_not_shown_in_another_cut_than_its_features_are_of(build: Any) -> None:
+    """AnyRes cuts an image that is alone into tiles, and one beside others not."""
+    processor = build(ConcatFusion()).processor
+    features = torch.zeros(1, 16, 24)
+    for alone, others, fits in (
+        (True, 0, True),
+        (None, 1, True),
+        (False, 1, True),
+        (True, 1, False),
+        (False, 0, False),
+    ):
+        sample = ask(*range(1 + others), "what?", answer="red")
+        sample.images = [CachedVisual(features, Layout(), lambda: None, alone=alone)] * (1 + others)  # type: ignore[arg-type, return-value]
+        if fits:
+            assert processor.encode(sample).backbone_features is not None
+        else:
+            with pytest.raises(UserError, match="another cut"):
+                processor.encode(sample)
+
+
+def test_a_run_is_scored_on_features(run: Any, frozen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training data need not be there."""
+    trained(run, frozen, "trained", "trainer.max_steps=150", "module.learning_rate={fusion: 1e-2, language: 1e-2}")
     cached(run, frozen, "features", "--splits", "test", "--dtype", "float32")
     scores = []
-    for test in ([], ["data.test=features/test"]):
+    for test in ([], ["data.test=features/test", "data.train=gone"]):
         status, _, err = run("lavi.evaluate", "--checkpoint", "trained", "--out", "scores.jsonl", *test)
         assert status == 0, err
         scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
     assert scores[0]["accuracy"] == scores[1]["accuracy"]
+    assert scores[0]["accuracy"]["all"] > 0
     assert scores[0]["controls"] == scores[1]["controls"]
 
 
@@ -256,8 +349,8 @@ def test_at_native_resolution_padding_is_not_stored(build: Any) -> None:
         sample.images = [CachedVisual(own, slot.layout, lambda: None)]  # type: ignore[arg-type, return-value]
     read = collate(model, samples)
     assert len(read.pixels) == 0
-    assert read.cached is not None
-    assert torch.equal(read.cached, features)
+    assert read.backbone_features is not None
+    assert torch.equal(read.backbone_features, features)
     with torch.no_grad():
         assert torch.equal(model(read), logits)
 
@@ -285,3 +378,6 @@ def test_a_tower_brought_by_another_run_counts(run: Any, frozen: Path) -> None:
     assert status == 0, err
     cached(run, frozen, "others")
     refused(run("lavi.fit", "--resume", "second", "data.train=others/train"), "not what the run was reading")
+    cached(run, frozen, "others", "--splits", "test")
+    resumed = run("lavi.fit", "--resume", "second", "data.validation=others/test", "trainer.max_steps=9")
+    refused(resumed, "other weights")

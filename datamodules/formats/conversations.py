@@ -18,9 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.formats import features
 from datamodules.formats.base import SampleFormat
-from datamodules.formats.features import read_features
+from datamodules.formats.features import MEMBER, read_features
 from datamodules.formats.frames import clip_of, extracted
 from datamodules.shards.read import IMAGE_TYPES, MEDIA, BrokenSample, Raw, check_intact, damage_of
 from lavi.batch import Sample, Visual, text_of, visual_parts
@@ -59,7 +58,6 @@ class Conversations(SampleFormat):
         caption_prompt: the request that a caption answers.
     """
 
-    types = (features.MEMBER,)
     video: FrameSampling = field(default_factory=FrameSampling)
     caption_prompt: str = "Describe this briefly."
 
@@ -74,8 +72,8 @@ class Conversations(SampleFormat):
         try:
             messages = _messages(raw, record, self.caption_prompt)
             check_marks(raw, record, messages)
-            show = partial(_visuals, raw, record, messages, self.video)
-            images = read_features(raw, record, show) if features.MEMBER in raw else show()
+            decode = partial(_visuals, raw, record, messages, self.video)
+            images = read_features(raw, record, decode) if MEMBER in raw else decode()
         except UserError as error:
             raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
         return Sample(raw["__key__"], messages, images)

@@ -106,17 +106,20 @@ DAMAGE = (DamagedTar, tarfile.TarError, EOFError, ValueError, OSError, OverflowE
 
 
 @lru_cache(maxsize=64)
-def _shards_of_index(folder: str, written: float) -> dict[str, Any]:
-    index = read_index(folder)
-    return index["shards"] if index else {}
+def _index_as_written(folder: str, written: float) -> dict[str, Any]:
+    return read_index(folder) or {}
 
 
-def _index_of(folder: str) -> dict[str, Any]:
-    """What the index of a folder says of its shards; of one on this machine, again when it has been written anew."""
+def index_of(folder: str) -> dict[str, Any]:
+    """The index of a folder, read once, and again when it has been written anew; empty where there is none.
+
+    Raises:
+        UserError: there is an index, and it is none.
+    """
     if "://" in folder:
-        return _shards_of_index(folder, 0.0)
+        return _index_as_written(folder, 0.0)
     file = Path(folder, INDEX).absolute()
-    return _shards_of_index(str(file.parent), file.stat().st_mtime if file.exists() else 0.0)
+    return _index_as_written(str(file.parent), file.stat().st_mtime if file.exists() else 0.0)
 
 
 def index_entry(shard: str) -> Any:
@@ -128,7 +131,7 @@ def index_entry(shard: str) -> Any:
     if shard.startswith("pipe:"):
         return None
     folder, _, name = shard.rpartition("/")
-    return _index_of(folder or ".").get(name)
+    return index_of(folder or ".").get("shards", {}).get(name)
 
 
 def expected_samples(shard: str) -> int | None:
@@ -294,6 +297,8 @@ def _read(stream: _Bounded, group: _Group, types: Collection[str]) -> dict[str, 
 def damage_of(raw: Raw, sums: Any) -> str | None:
     """What is wrong with the members for which a sample gives checksums; None: nothing."""
     for kind, checksum in sums.items() if isinstance(sums, dict) else ():
+        if kind in raw.get("__others__", ()):
+            continue  # it is there, and of a type that was not asked for
         if not isinstance(raw.get(kind), bytes):
             return f"its member {kind!r} is missing"
         if zlib.crc32(raw[kind]) != checksum:

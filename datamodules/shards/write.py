@@ -40,7 +40,7 @@ from lavi.errors import UserError, reason
 from lavi.report import progress
 
 PLAN = "plan.json"
-KEY = re.compile(r"[^./\0]+")
+KEY = re.compile(r"(?:[^/\0]+/)*[^./\0]+")  # folders, and a name without a dot
 VERSION = 2
 PATIENCE = 2.0
 """Seconds to wait for the lock: as long as the processes of a run that was killed need to notice."""
@@ -408,8 +408,8 @@ def _samples(job: ShardJob, make: Make, counts: Counts) -> Iterator[tuple[str, d
     keys: set[str] = set()
     for sample in make(job):
         key = sample["__key__"]
-        if not KEY.fullmatch(key) or key in keys:
-            raise UserError(f"sample '{key}': a key is given once, and has no dot and no slash.")
+        if not KEY.fullmatch(key) or ".." in key.split("/") or key in keys:
+            raise UserError(f"sample '{key}': a key is given once, has no dot in its name, and leads nowhere else.")
         keys.add(key)
         media = {name: data for name, data in sample.items() if name not in ("__key__", "json")}
         record = sample["json"] | {"crc32": {name: zlib.crc32(data) for name, data in media.items()}}

@@ -6,7 +6,7 @@
         pixels     of one drawn picture, as they reach it: preprocessing, image size
         features   of that picture: which layer, which tokens
 
-Weights and layouts must be the same; pixels and features nearly, since devices round differently.
+Weights and layouts must be the same; pixels and features nearly, since machines round differently.
 """
 
 from __future__ import annotations
@@ -20,37 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavi.batch import grids_of_views
 from lavi.data.data_module import DataModule, FeatureRequest
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
-SIZES = (
-    (224, 224),
-    (96, 64),
-    (480, 640),
-    (640, 480),
-    (300, 1200),
-    (1200, 300),
-    (900, 1600),
-    (2000, 2000),
-)
-"""(height, width) of the images that are laid out."""
-SHOWN = (96, 64)
+LAID_OUT = ((224, 224), (96, 64), (480, 640), (640, 480), (300, 1200), (1200, 300), (900, 1600), (2000, 2000))
+"""(height, width) of the images whose layouts are compared."""
+PROBE_SIZE = (96, 64)
 """Height and width of the picture."""
-KEPT = 64
+PROBE_VALUES = 64
 """Numbers that are kept of its pixels, and of its features."""
-NEARLY = 0.02
-"""Most that two vectors of these may differ, relative to their length: bf16 differs by some thousandths."""
-MIXED = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+TOLERANCE = {"pixels": 1e-3, "features": 2e-2}
+"""The most that these may differ, relative to their length. Pixels come from the CPU; features in bf16 differ by some
+thousandths."""
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
 """What a trainer's precision casts to."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of a vision backbone with its preprocessing and tiling; as JSON."""
+    """Of a vision backbone with its preprocessing and tiling; plain numbers and texts."""
 
     weights: str
     layouts: str
@@ -65,44 +57,46 @@ class Fingerprint:
             return "of a vision backbone with other weights, or in another dtype"
         if self.layouts != other.layouts:
             return "of images that were cut into other views: another tiling or image size"
-        if _unlike(self.pixels, other.pixels):
+        if not _alike(self.pixels, other.pixels, TOLERANCE["pixels"]):
             return "of images that were prepared in another way: another image size, preprocessing or tiling"
-        if self.shape != other.shape or _unlike(self.features, other.features):
+        if self.shape != other.shape or not _alike(self.features, other.features, TOLERANCE["features"]):
             return "of another layer, or of other tokens of the vision backbone"
         return None
 
     @property
     def plan(self) -> dict[str, Any]:
-        """Its parts by which unfinished features are told from others: equal also where the last bits are not."""
-        rough = [f"{np.std(values):.1e}" for values in (self.pixels, self.features)]
-        return {"weights": self.weights, "layouts": self.layouts, "shape": self.shape, "rough": rough}
+        """What unfinished features must have been made with, to be gone on with: the same to the last digit kept."""
+        pixels = hashlib.sha256(" ".join(f"{value:.2f}" for value in self.pixels).encode()).hexdigest()
+        return {"weights": self.weights, "layouts": self.layouts, "shape": self.shape, "pixels": pixels}
 
 
-def _unlike(first: Sequence[float], second: Sequence[float]) -> bool:
-    if len(first) != len(second):
-        return True
+def _alike(first: Sequence[float], second: Sequence[float], tolerance: float) -> bool:
     one, other = np.array(first), np.array(second)
-    return bool(np.linalg.norm(one - other) > NEARLY * np.linalg.norm(other))
+    return one.shape == other.shape and bool(np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other))
 
 
 @torch.no_grad()
 def fingerprint(model: VisionLanguageModel) -> Fingerprint:
     """The fingerprint of a model's vision backbone, tiling and preprocessing."""
-    height, width = SHOWN
+    height, width = PROBE_SIZE
     rows, columns = np.mgrid[:height, :width]
     waves = [127 + 100 * np.sin(rows / (3 + c)) * np.cos(columns / (5 - c)) for c in range(3)]
     picture = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
     pixels, layout = model.processor.views([picture])[0]
     pixels = pixels[:: max(1, len(pixels) - 1)]  # the first and the last view
-    grids = grids_of_views([layout])
     was_training = model.vision.training
     model.vision.eval()
-    features = model.encode(pixels.to(next(model.vision.parameters()).device), grids).float().cpu()  # (views, N, Dv)
+    pixels, grids = pixels.to(_device_of(model.vision)), grids_of_views([layout])
+    features = model.encode(pixels, grids).float().cpu()  # (views, N, Dv)
     model.vision.train(was_training)
-    return Fingerprint(_digest(model.vision), _layouts(model), list(features.shape), _some(pixels), _some(features))
+    return Fingerprint(_digest(model.vision), _layouts(model), list(features.shape), _values(pixels), _values(features))
 
 
-def _digest(vision: torch.nn.Module) -> str:
+def _device_of(vision: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in vision.parameters()), torch.device("cpu"))
+
+
+def _digest(vision: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -115,16 +109,16 @@ def _layouts(model: VisionLanguageModel) -> str:
     processor = model.processor
     layouts = [
         processor.tiling.layout(Image.new("RGB", (width, height)), processor.preprocessing, alone=alone)
-        for height, width in SIZES
+        for height, width in LAID_OUT
         for alone in (True, False)
     ]
     return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()
 
 
-def _some(tensor: Tensor) -> list[float]:
-    """Some of a tensor's values, evenly spread."""
+def _values(tensor: Tensor) -> list[float]:
+    """Values of a tensor, evenly spread."""
     values = tensor.flatten()
-    return [float(value) for value in values[torch.linspace(0, len(values) - 1, KEPT).long()]]
+    return [float(value) for value in values[torch.linspace(0, len(values) - 1, PROBE_VALUES).long()]]
 
 
 def feature_request(
@@ -136,9 +130,12 @@ def feature_request(
         device: where the vision backbone is.
         precision: of the trainer that will read them: the backbone runs in it.
         dtype: of the features.
+
+    Raises:
+        UserError: features would not do for this model.
     """
-    own = fingerprint(model)
-    mixed = MIXED.get(precision)
+    check_features_suffice(model)
+    own, mixed = fingerprint(model), AUTOCAST_DTYPES.get(precision)
 
     @torch.no_grad()
     def encode(pixels: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
@@ -149,27 +146,36 @@ def feature_request(
     return FeatureRequest(encode, made_by, asdict(own), getattr(torch, dtype), batch_size, threads)
 
 
-def check_feature_caches(model: VisionLanguageModel, data: Any) -> None:
-    """Refuse features that are not those of a model.
+def check_features_suffice(model: VisionLanguageModel) -> None:
+    """Whether a model needs no more of the vision backbone than its features.
 
     Raises:
-        UserError: they are of another backbone, layer, image size, preprocessing or tiling; the backbone is trained, or
-            the reducer looks into it.
+        UserError: its reducer reads more.
     """
-    caches = data.feature_caches() if isinstance(data, DataModule) else {}
-    if not caches:
-        return
-    place = next(iter(caches))
-    if any(parameter.requires_grad for parameter in model.vision.parameters()):
-        raise UserError(
-            f"{place} holds features of a frozen vision backbone, and module.learning_rate trains it: leave 'vision' "
-            "out, or name data with pixels."
-        )
     if model.reducer is not None and model.reducer.reads_backbone:
         raise UserError(
-            f"{type(model.reducer).__name__} reads the vision backbone at work, and {place} holds its features alone: "
+            f"{type(model.reducer).__name__} reads the vision backbone at work, and features alone are kept of that: "
             "name data with pixels."
         )
+
+
+def check_feature_caches(model: VisionLanguageModel, data: Any, splits: Sequence[str]) -> bool:
+    """Refuse features that are not those of a model; whether there are any.
+
+    Args:
+        splits: of the data, that are about to be read; those that the data do not have are passed over.
+
+    Raises:
+        UserError: they are of another backbone, layer, image size, preprocessing or tiling; or features are not enough.
+    """
+    if not isinstance(data, DataModule):
+        return False
+    caches: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        caches |= data.feature_caches(split) if split in data.splits else {}
+    if not caches:
+        return False
+    check_features_suffice(model)
     own = fingerprint(model)
     for folder, notes in caches.items():
         theirs = Fingerprint(**{name: notes[name] for name in Fingerprint.__dataclass_fields__})
@@ -178,3 +184,4 @@ def check_feature_caches(model: VisionLanguageModel, data: Any) -> None:
                 f"the features in {folder} are {difference}: make them anew (python -m lavi.cache_features), or set "
                 "model.vision and model.tiling as they were."
             )
+    return True

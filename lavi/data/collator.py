@@ -29,8 +29,8 @@ class EncodedSample:
     """Where it was read, for counts."""
     is_filler: bool = False
     """It keeps a rank in step with the others: it has no labels, and no answer is scored."""
-    cached: Tensor | None = None
-    """(views, N, Dv): features that were read, in the place of pixels."""
+    backbone_features: Tensor | None = None
+    """(views, N, Dv): read in the place of pixels."""
 
 
 def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: int, pad_left: bool = False) -> Batch:
@@ -69,17 +69,17 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
         answers=answers,
         keys=[ready.key for ready in each],
         packed=conversations if len(each) > len(packs) else None,
-        cached=_cached(each),
+        backbone_features=_features_in_one(each),
     )
 
 
-def _cached(samples: list[EncodedSample]) -> Tensor | None:
+def _features_in_one(samples: list[EncodedSample]) -> Tensor | None:
     """(views, N, Dv) of all samples; None where they bring pixels.
 
     Raises:
         UserError: some bring features, and others pixels.
     """
-    features = [sample.cached for sample in samples if sample.cached is not None]
+    features = [one for sample in samples if (one := sample.backbone_features) is not None]
     if features and any(len(sample.pixels) for sample in samples):
         raise UserError(
             "a batch has images with cached features and images without: cache those of all sources of a split."

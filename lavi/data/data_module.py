@@ -243,8 +243,11 @@ class DataModule(pl.LightningDataModule, ABC):
         samples = self.sample_stream(split, limit=limit)
         return EvaluationBatches(samples, SampleEncoder(self.processor), self.batch_size, *self.rank_and_ranks())
 
-    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> list[str]:
-        """Write a split anew, with the features of its images and videos; a line on what was written.
+    def write_features(self, split: str, folder: Path, request: FeatureRequest) -> tuple[list[str], list[str]]:
+        """Write a split anew, with the features of its images and videos.
+
+        Returns:
+            Lines on what was written, and the changes to a recipe by which it reads them.
 
         Raises:
             UserError: this data module keeps no features, or there is no such split.
@@ -254,8 +257,8 @@ class DataModule(pl.LightningDataModule, ABC):
             "(python -m datamodules.pack)."
         )
 
-    def feature_caches(self) -> dict[str, dict[str, Any]]:
-        """The notes of the features that samples bring in the place of pixels, by where they lie.
+    def feature_caches(self, split: str) -> dict[str, dict[str, Any]]:
+        """The notes of the features that the samples of a split bring in the place of pixels, by where they lie.
 
         Raises:
             UserError: they were made of other frames than these data would read.

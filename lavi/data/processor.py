@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lavi.batch import Batch, CachedVisual, Layout, Sample, Visual, is_video
+from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video
 from lavi.data.chat import Chat, Encoded
 from lavi.data.collator import EncodedSample, collate
 from lavi.data.preprocessing import Preprocessing
@@ -48,6 +48,19 @@ def one_bad_sample(report: Callable[[str], object]) -> Iterator[None]:
         report(getattr(error, "cause", one_line(error)))
 
 
+def check_company(visuals: Sequence[CachedVisual]) -> None:
+    """Whether the images of a conversation, or of its beginning, are cut as they were when their features were made.
+
+    Raises:
+        UserError: one was alone and is not, or the other way round, and the tiling cuts it otherwise then.
+    """
+    if any(visual.alone not in (None, len(visuals) == 1) for visual in visuals):
+        raise UserError(
+            "the features of an image are of another cut than these turns show it in (alone, or beside others): name "
+            "data with pixels."
+        )
+
+
 @dataclass
 class Processor:
     """Turns samples into batches; a model makes one for its tokenizer and its tower.
@@ -78,9 +91,10 @@ class Processor:
         encoded, length = self.measure(sample, prompt=prompt)
         cached = [visual for visual in sample.images if isinstance(visual, CachedVisual)]
         if cached:
+            check_company(cached)
             layouts = [visual.layout for visual in cached]
             features = torch.cat([visual.features for visual in cached])  # (views, N, Dv)
-            return EncodedSample(sample.key, encoded, self._no_pixels, layouts, length, cached=features)
+            return EncodedSample(sample.key, encoded, self._no_pixels, layouts, length, backbone_features=features)
         views = self.views(cast(Sequence[Visual], sample.images))
         parts = [pixels for pixels, _ in views]
         pixels = parts[0] if len(parts) == 1 else torch.cat([self._no_pixels, *parts])
@@ -121,7 +135,9 @@ class Processor:
         """
         messages = sample.messages
         if self.timestamps:
-            messages = add_timestamps(messages, list(filter(is_video, sample.images)))
+            messages = add_timestamps(
+                messages, [one for one in sample.images if isinstance(one, Video | CachedVisual) and is_video(one)]
+            )
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         if layouts is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lavi.batch import Video, visual_parts
+from lavi.batch import CachedVisual, Video, visual_parts
 from lavi.errors import UserError
 
 
-def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Any]) -> list[dict[str, Any]]:
+def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Video | CachedVisual]) -> list[dict[str, Any]]:
     """The messages with a text part behind each video that says how long it is and when its frames are shown.
 
     LLaVA-Video's time instruction (arXiv 2410.02713), in its shortest form; it leaves out what is not known.
@@ -28,7 +28,7 @@ def add_timestamps(messages: Sequence[dict[str, Any]], videos: Sequence[Any]) ->
     return [_with_timestamps(message, coming) for message in messages]
 
 
-def _with_timestamps(message: dict[str, Any], videos: Iterator[Video]) -> dict[str, Any]:
+def _with_timestamps(message: dict[str, Any], videos: Iterator[Video | CachedVisual]) -> dict[str, Any]:
     if isinstance(message["content"], str):
         return message
     parts: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ def _with_timestamps(message: dict[str, Any], videos: Iterator[Video]) -> dict[s
     return message | {"content": parts}
 
 
-def time_instruction(video: Video) -> str:
+def time_instruction(video: Video | CachedVisual) -> str:
     """``This video lasts 12.0 seconds; its 2 frames are from 3.0, 9.0 seconds.`` and a new line; empty if not known."""
     if not video.seconds:
         return ""

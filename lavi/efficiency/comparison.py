@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lavi.efficiency.measure import saving
+from lavi.efficiency.measure import saving, saving_of_samples
 from lavi.efficiency.record import Record
 
 CONTROLS = ("shuffled images", "no image")
@@ -51,6 +51,7 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
             pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
             rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
             rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
+    rows += [row(*cells) for cells in _over_samples(records, baseline)]
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
         if any(stage in r.milliseconds for r in records):
             rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", [time_cell(r, stage) for r in records]))
@@ -68,6 +69,38 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     methods = [r.method for r in records]
     names = methods if len(set(methods)) == len(methods) else [str(r.knobs.get("run", r.method)) for r in records]
     return ["", *names], rows
+
+
+def _over_samples(records: Sequence[Record], baseline: Record | None) -> list[tuple[str, list[str]]]:
+    """Rows of the mean over the prompts of a data set, each of its own size; none where records have no such mean."""
+    if not all(record.flops_of_samples for record in records):
+        return []
+    sums = [
+        {part: value / 1e9 for part, value in record.flops_of_samples.items() if part != "floor"} for record in records
+    ]
+    with_vision = [sum(parts.values()) for parts in sums]
+    without = [total - parts["vision_encoder"] for total, parts in zip(with_vision, sums, strict=True)]
+    rows = [
+        (
+            "GFLOPs, mean over samples of at most one image, without vision encoder",
+            [f"{value:.4f}" for value in without],
+        ),
+        (
+            "GFLOPs, mean over samples of at most one image, with vision encoder",
+            [f"{value:.4f}" for value in with_vision],
+        ),
+    ]
+    if baseline is None or not baseline.flops_of_samples:
+        return rows
+    for counted, name in ((False, "without"), (True, "with")):
+        saved = [saving_of_samples(record, baseline, with_vision=counted)[0] for record in records]
+        rows.append(
+            (
+                f"saved, mean over samples of at most one image, {name} vision encoder (%)",
+                [f"{value:.1f}" for value in saved],
+            )
+        )
+    return rows
 
 
 def score_cell(scores: Mapping[str, float], intervals: Mapping[str, Sequence[float]], group: str) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lavi.efficiency.comparison import ratio_cell, time_cell
 from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.hardware import fits_in
 from lavi.efficiency.measure import saving
 from lavi.efficiency.record import Record
 from lavi.report import table
@@ -119,10 +120,12 @@ def _floor_of_decoding(record: Record) -> float | None:
 
 
 def sweep_tables(records: Sequence[Record]) -> list[Table]:
-    """:func:`sweep_rows` and, of what was timed, :func:`turns_rows` for the terminal."""
+    """:func:`sweep_rows`, :func:`estimated_rows` and, of what was timed, :func:`turns_rows` for the terminal."""
     if not records:
         return []
     tables = [table(sweep_title(records), *sweep_rows(records))]
+    if any(record.estimated_mib for record in records):
+        tables.append(table(ESTIMATED, *estimated_rows(records)))
     columns, rows = turns_rows(records)
     return [*tables, table(f"{NOTE} {waiting_note(records)}".strip(), columns, rows)] if rows else tables
 
@@ -155,6 +158,30 @@ def sweep_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             for curve, stage in STAGES.items():
                 row.append("noisy" if record.time_is_noisy(stage) else _short(values[curve]))
             row += [record.error or _short(values["peak MiB above weights"])]
+        rows.append(row)
+    return columns, rows
+
+
+ESTIMATED = (
+    "Estimated from the operators' shapes: nothing was measured. Memory: storages, and no allocator's gaps; time: a "
+    "roofline, eager, one operator behind the other"
+)
+
+
+def estimated_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and one row a record: the memory it would need, the smallest GPU that has it, its times on devices."""
+    devices = list(dict.fromkeys(name for record in records for name in record.estimated_milliseconds))
+    columns = ["", "method", "decoder in", "weights GiB", "MiB above weights", "fits in"]
+    columns += [f"{stage} {name}" for name in devices for stage in ("ms first token", "ms a token")]
+    rows = []
+    for record in records:
+        mib = record.estimated_mib
+        if not mib:
+            continue
+        row = [*_label(record), record.dtype, f"{mib['weights'] / 1024:.2f}", f"{mib['peak']:.0f}"]
+        row.append(fits_in(mib["weights"] + mib["peak"]))
+        times = [record.estimated_milliseconds[name] for name in devices]
+        row += [_short(of[stage]) for of in times for stage in ("first_token", "decode")]
         rows.append(row)
     return columns, rows
 
@@ -224,6 +251,9 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
             for stage, ends in ratios.items():
                 row |= {f"{stage} / {to}{end}": value for end, value in zip(("", " low", " high"), ends, strict=True)}
         row |= {f"MiB {kind}": value for kind, value in record.mib.items()} | {"noisy": "; ".join(_noisy(record))}
+        row |= {f"estimated MiB {kind}": value for kind, value in record.estimated_mib.items()}
+        for name, times_of_device in record.estimated_milliseconds.items():
+            row |= {f"estimated ms {stage} {name}": value for stage, value in times_of_device.items()}
         rows.append(row | {key: getattr(record, key) for key in ("error", "device", "dtype", "attention", "recipe")})
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")

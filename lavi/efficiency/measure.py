@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from lavi.efficiency.latency import (
 )
 from lavi.efficiency.memory import prefill_memory, weights_of
 from lavi.efficiency.record import Record, current_commit, device_name
-from lavi.efficiency.scenario import PromptShape, Scenario
+from lavi.efficiency.scenario import Prompt, PromptShape, Scenario
 from lavi.errors import UserError
 from lavi.loading.without_weights import without_weights
 from lavi.model import VisionLanguageModel
@@ -37,6 +38,8 @@ from lavi.recipe import TARGET, Recipe
 
 log = logging.getLogger("lavi")
 
+MOST_PROMPTS = 200
+"""Different prompts that a mean over samples is taken of."""
 CONCAT = {TARGET: "lavi.fusion.concat.ConcatFusion"}
 
 
@@ -112,6 +115,27 @@ def count(
         seed=recipe.settings.get("seed"),
         recipe=recipe.source,
     )
+
+
+def note_mean_flops(
+    record: Record, model: VisionLanguageModel, prompts: Counter[Prompt], routes: Mapping[Hashable, int] | None = None
+) -> None:
+    """Add to a record the mean FLOPs over prompts as they were: their own texts and images, and their routes.
+
+    Of more than :data:`MOST_PROMPTS` different prompts, that many evenly spread ones stand for all.
+
+    Args:
+        routes: how many samples took each route, whatever their size.
+    """
+    sizes = sorted(prompts.elements(), key=str)
+    kept = Counter(sizes if len(prompts) <= MOST_PROMPTS else sizes[:: -(-len(sizes) // MOST_PROMPTS)])
+    total, mean = sum(kept.values()), dict[str, float]()
+    for prompt, number in kept.items():
+        shape = PromptShape.of_prompt(prompt, model)
+        flops = _mean(model, shape, routes) if routes else closed_form(model, shape)
+        for part, value in (flops.prefill | {"floor": flops.floor}).items():
+            mean[part] = mean.get(part, 0.0) + value * number / total
+    record.flops_of_samples = mean
 
 
 def _mean(model: VisionLanguageModel, shape: PromptShape, routes: Mapping[Hashable, int]) -> Flops:
@@ -272,7 +296,16 @@ def _note_times(record: Record, times: Mapping[str, Sequence[float]]) -> None:
 
 def saving(record: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:
     """Percent of the baseline's FLOPs that a method saves, and the ceiling: what fusion at no cost would save."""
-    vision = record.flops["vision_encoder"] / 1e9 if with_vision else 0.0
-    base = baseline.gflops_total if with_vision else baseline.gflops_language
-    gflops = record.gflops_total if with_vision else record.gflops_language
-    return 100 * (1 - gflops / base), 100 * (1 - (vision + record.flops_floor / 1e9) / base)
+    return _saving(record.flops | {"floor": record.flops_floor}, baseline.flops, with_vision=with_vision)
+
+
+def saving_of_samples(record: Record, baseline: Record, *, with_vision: bool) -> tuple[float, float]:
+    """The same of the means over samples."""
+    return _saving(record.flops_of_samples, baseline.flops_of_samples, with_vision=with_vision)
+
+
+def _saving(ours: Mapping[str, float], theirs: Mapping[str, float], *, with_vision: bool) -> tuple[float, float]:
+    left_out = {"floor"} if with_vision else {"floor", "vision_encoder"}
+    own, base = (sum(value for part, value in flops.items() if part not in left_out) for flops in (ours, theirs))
+    ceiling = ours["floor"] + (ours["vision_encoder"] if with_vision else 0.0)
+    return 100 * (1 - own / base), 100 * (1 - ceiling / base)

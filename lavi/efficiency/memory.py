@@ -42,14 +42,14 @@ def prefill_memory(
 
     with torch.no_grad():
         _, out, vision = run()
-        keys_values, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
+        keys_values, beside = cached_tensors(out.past_key_values)  # type: ignore[attr-defined]
         tensors_of = {
             "visual_features": [features],
             "visual_cache": [*vision.cached_tensors(), *beside],  # type: ignore[attr-defined]
             "kv_cache": keys_values,
             "logits": [out.logits],  # type: ignore[attr-defined]
         }
-        sizes = {"weights": weights_of(model)} | {name: _bytes(tensors) for name, tensors in tensors_of.items()}
+        sizes = {"weights": weights_of(model)} | {name: tensor_bytes(tensors) for name, tensors in tensors_of.items()}
         del out, vision, tensors_of, keys_values, beside
         sizes |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": _peak_cpu(run)}
     return {name: size / MIB for name, size in sizes.items()}
@@ -57,17 +57,17 @@ def prefill_memory(
 
 def weights_of(model: VisionLanguageModel) -> float:
     """Bytes of the weights of a model."""
-    return _bytes(model.parameters())
+    return tensor_bytes(model.parameters())
 
 
-def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
+def cached_tensors(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of the language model's own attention, and the tensors that its layers cache besides."""
     if isinstance(cache, LayeredCache):
         return cache.keys_values(), cache.cached_tensors()
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)], []
 
 
-def _bytes(tensors: Iterable[Tensor]) -> float:
+def tensor_bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 

@@ -21,11 +21,14 @@ class Record:
     """One method at one point: what was counted, and what was measured on the device in use.
 
     ``text_tokens``, ``visual_tokens``, ``views`` (through the tower) are of one row, everything else of all
-    ``batch`` rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more.
+    ``batch`` rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more;
+    ``flops_of_samples``: of the prompts of a data set as they were, their mean, and that of their ``floor``.
     ``milliseconds``: stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number;
     ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was
     timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
     timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class.
+    ``estimated_mib`` and ``estimated_milliseconds`` (device -> stage): of no device, from the operators' shapes
+    (:mod:`lavi.efficiency.estimated`).
     ``accuracy``: percent by group; ``accuracy_intervals``: [low, high] of that (95 %, bootstrap over samples);
     ``controls`` likewise. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a
     point could not be measured. What was not measured is empty; records of before timing in turns have no turns,
@@ -42,12 +45,15 @@ class Record:
     flops_floor: float = 0.0
     flops_causal_discount: float = 0.0
     decode_flops: dict[str, float] = field(default_factory=dict)
+    flops_of_samples: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
     ratios: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     mib: dict[str, float] = field(default_factory=dict)
+    estimated_mib: dict[str, float] = field(default_factory=dict)
+    estimated_milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
     accuracy_intervals: dict[str, list[float]] = field(default_factory=dict)

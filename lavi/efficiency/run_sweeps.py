@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lavi.efficiency import figures
+from lavi.efficiency.estimated import training_rows
+from lavi.efficiency.hardware import device_named
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
-from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
+from lavi.efficiency.sweep import Sweep, name_of, sweep_records, with_baseline
 from lavi.errors import UserError
 from lavi.recipe import Recipe
-from lavi.report import console, track
+from lavi.report import console, table, track
 
 
 def run_sweeps(
@@ -26,6 +29,7 @@ def run_sweeps(
     measure: bool,
     runs: int,
     out: Path | None,
+    estimate: Sequence[str] = (),
 ) -> list[Record]:
     """Run the sweeps one after the other.
 
@@ -33,6 +37,7 @@ def run_sweeps(
         at: the scenario where a sweep turns another knob (``image=640x480``).
         text: tokens of the prompt.
         measure: take time and memory on the device in use.
+        estimate: devices whose time is estimated, and the memory (:func:`lavi.efficiency.hardware.device_named`).
         out: a folder for ``records.jsonl``, ``records.csv``, ``KNOB.png`` and TensorBoard's files.
 
     Raises:
@@ -41,13 +46,14 @@ def run_sweeps(
     """
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is left as it is: choose another folder for --out.")
+    devices = [device_named(name) for name in estimate]
     parsed, base = [Sweep.parse(sweep) for sweep in sweeps], parse_scenario(at, text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
     against = with_baseline(recipes)
     planned = []
     for sweep in parsed:
         bar = partial(track, description=f"profiling over {sweep.knob}")
-        planned.append(sweep_records(against, sweep, base, device=device, runs=runs, track=bar))
+        planned.append(sweep_records(against, sweep, base, device=device, runs=runs, track=bar, estimate=devices))
     if out is not None:
         _create_folder(out)
     everything = []
@@ -68,6 +74,19 @@ def run_sweeps(
         figures.write_csv(everything, out / "records.csv")
         console().print(f"records, spreadsheet, pictures and curves: {out}   (tensorboard --logdir {out})")
     return everything
+
+
+def show_training(recipes: Sequence[Recipe], *, at: str, text: int, rows: int) -> None:
+    """Print the memory of a training step of each recipe, estimated.
+
+    Args:
+        at: what each row shows, as in :func:`run_sweeps`.
+        rows: of the batch of one rank.
+    """
+    scenario = replace(parse_scenario(at, text), batch=rows)
+    for recipe in recipes:
+        title = f"{name_of(recipe)}: GiB of a training step of {rows} x {scenario}, {text} text tokens; estimated"
+        console().print(table(title, *training_rows(recipe, scenario)))
 
 
 def _create_folder(folder: Path) -> None:

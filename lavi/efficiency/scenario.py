@@ -13,6 +13,9 @@ from lavi.batch import Batch, ImageSlot, Layout, grids_of_views
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
+Prompt = tuple[int, Layout | None]
+"""Text tokens, and the layout of the one image or video; None: there is none."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -73,6 +76,16 @@ class PromptShape:
     """N, the visual tokens of a view."""
     encoded: int = 0
     """Views of a row that go through the tower."""
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, model: VisionLanguageModel) -> PromptShape:
+        """The shapes of a prompt that was read, in a model that cuts images as they were cut."""
+        text, layout = prompt
+        if layout is None:
+            return cls(text)
+        if not model.feature_spec.tokens:  # a control that shows none
+            return cls(text, encoded=layout.views)
+        return cls(text, 1, layout, layout.tokens_of_view(model.feature_spec.tokens), layout.views)
 
     @property
     def views(self) -> int:

@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from lavi.checkpoints.published_vlm import written_out
+from lavi.efficiency.estimated import note_estimates
+from lavi.efficiency.hardware import Device
 from lavi.efficiency.latency import TURNS, Track
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, is_concat, measure
 from lavi.efficiency.record import Record
@@ -167,6 +169,7 @@ def sweep_records(
     outputs: Sequence[int] = (),
     track: Track = iter,
     leave_out: Callable[[UserError], None] | None = None,
+    estimate: Sequence[Device] = (),
 ) -> Iterator[Record]:
     """Count every recipe at every value, value by value; with a ``device``, measure all recipes of a value there, in
     turns.
@@ -175,13 +178,14 @@ def sweep_records(
 
     Args:
         track: draws a progress bar over the values.
+        estimate: devices whose time is estimated, and with them the memory.
         leave_out: is called with the error of a value that a model cannot take; the sweep goes on without it.
 
     Raises:
         UserError: a value that one of the models cannot take, without ``leave_out``.
     """
     columns = _points(recipes, sweep, base, leave_out)
-    return _records(columns, sweep, device=device, runs=runs, outputs=outputs, track=track)
+    return _records(columns, sweep, device=device, runs=runs, outputs=outputs, track=track, estimate=estimate)
 
 
 def _records(
@@ -192,6 +196,7 @@ def _records(
     runs: int,
     outputs: Sequence[int],
     track: Track,
+    estimate: Sequence[Device],
 ) -> Iterator[Record]:
     models: dict[int, VisionLanguageModel] = {}
 
@@ -208,6 +213,8 @@ def _records(
             record = count(point.recipe, point.on_meta, point.scenario)
             record.knobs = {"name": point.name, "knob": sweep.knob, "value": value, "position": position}
             record.knobs["scenario"] = sweep.label(value, point.scenario)
+            if estimate:
+                note_estimates(record, point.on_meta, point.scenario, estimate)
             measurements.append(Measurement(record, point.scenario, partial(model, number, point.recipe)))
         if device is not None:
             measure(measurements, device=device, runs=runs, outputs=outputs)

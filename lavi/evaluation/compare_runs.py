@@ -16,7 +16,7 @@ from lavi.checkpoints.run_folder import load_run
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
-from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure
+from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, note_mean_flops
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
@@ -104,11 +104,12 @@ def score_run(
     recipe, model = _open(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
-    check_feature_caches(model, data)
+    check_feature_caches(model, data, ["test"])
     samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{_name(folder)}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device)
     record = count(recipe, model, scores.typical, scores.route_counts)
+    note_mean_flops(record, model, scores.prompts, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
     record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
     if texts:
@@ -123,13 +124,21 @@ def score_run(
     console().print(f"{folder}: {scores}")
     for cause, number in left_out.items():
         console().print(f"  left out: {number} x {cause}")
-    twin = concat_twin(recipe)
     return ScoredRun(
         folder,
         scores,
         Measurement(record, scores.typical, partial(model.to, device), usual),
-        count(twin, build_on(twin, "meta"), scores.typical),
+        _twin(recipe, scores),
     )
+
+
+def _twin(recipe: Recipe, scores: Scores) -> Record:
+    """The concatenation twin on the same prompts, counted."""
+    twin = concat_twin(recipe)
+    model = build_on(twin, "meta")
+    record = count(twin, model, scores.typical)
+    note_mean_flops(record, model, scores.prompts)
+    return record
 
 
 def _name(folder: Path) -> str:

@@ -21,7 +21,7 @@ from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_vi
 from lavi.data.collator import EncodedSample
 from lavi.data.processor import one_bad_sample
 from lavi.efficiency.comparison import CONTROLS
-from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
 from lavi.evaluation.intervals import ScoredAnswer, intervals
 from lavi.metrics.base import AnswerMetric
@@ -189,7 +189,7 @@ class Scorer:
 
 
 def _tensor_bytes(prompt: EncodedSample) -> int:
-    return prompt.pixels.nbytes + (0 if prompt.cached is None else prompt.cached.nbytes)
+    return prompt.pixels.nbytes + (0 if prompt.backbone_features is None else prompt.backbone_features.nbytes)
 
 
 @dataclass
@@ -200,9 +200,13 @@ class PromptSizes:
     images: list[int] = field(default_factory=list)
     views: list[int] = field(default_factory=list)
     layouts: Counter[Layout] = field(default_factory=Counter)
+    prompts: Counter[Prompt] = field(default_factory=Counter)
+    """Those with one image or video at most."""
 
     def add(self, prompt: EncodedSample) -> None:
         """Count one prompt."""
+        if len(prompt.layouts) < 2:
+            self.prompts[len(prompt.encoded.ids), next(iter(prompt.layouts), None)] += 1
         self.text.append(len(prompt.encoded.ids))
         self.images.append(len(prompt.layouts))
         self.views.append(sum(layout.views for layout in prompt.layouts))
@@ -246,6 +250,8 @@ class Scores:
     left_out: Counter[str]
     """Samples that could not be encoded, by cause."""
     typical: Scenario
+    prompts: Counter[Prompt] = field(default_factory=Counter)
+    """The sizes of the prompts with one image or video at most."""
     accuracy_intervals: dict[str, list[float]] = field(default_factory=dict)
     """95 % intervals [low, high] of ``accuracy``, by bootstrap over samples (:mod:`lavi.evaluation.intervals`)."""
     control_intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -302,4 +308,5 @@ def evaluate(
         shuffled_answers=shuffled.prompts,
         left_out=plain.left_out,
         typical=plain.sizes.typical(model.vision.tokens),
+        prompts=plain.sizes.prompts,
     )

@@ -18,9 +18,10 @@ code of a visual token's row and column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from lavi.nn.delta_generators import AttentionDeltas, DeltaGenerator
 from lavi.nn.formulas import modulation_flops
 from lavi.nn.grid_code import GridCode
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm
+from lavi.nn.norm_kernel import fused
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
 from lavi.vision.base import FeatureSpec
@@ -66,6 +68,9 @@ class LaViFusion(Fusion):
         grid_code: tell the generators where in its image each visual token lies (chosen here). Where a reducer took
             the tokens off their grid, nothing can be told.
 
+        fused_norm: on a GPU, a norm and its deltas in one kernel where the norm's formula is known
+            (:mod:`lavi.nn.norm_kernel`): the same to rounding, and no longer to the last bit.
+
     Raises:
         UserError: no such layer, or a layer without a norm of that kind.
     """
@@ -86,6 +91,7 @@ class LaViFusion(Fusion):
         per_target: bool = False,
         max_images: Count = 8,
         grid_code: bool = True,
+        fused_norm: bool = False,
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:
@@ -97,6 +103,7 @@ class LaViFusion(Fusion):
         self.new_generator = template.bound  # the template itself is no part of the model
         self.native_resolution = template.per_token
         self.per_target, self.max_images, self.has_grid_code = per_target, max_images, grid_code
+        self.fused_norm = fused_norm
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         self.width, self.grid = language.width, features.grid or (1, max(1, features.tokens))
@@ -105,6 +112,7 @@ class LaViFusion(Fusion):
         open_decoder(language.hf, [layer for layer in norms if layer != final])
         for target in (target for targets in norms.values() for target in targets):
             open_norm(target, language.width)
+            cast(ModulatedNorm, target.norm).fused = fused if self.fused_norm else None
         self.views = ViewEmbedding(features.width, images=self.max_images)
         self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
         self.generators = nn.ModuleDict()
@@ -190,11 +198,16 @@ class ModulationPlan:
 
     def deltas(self, layer: int, hidden: Tensor, visual: Mapping[str, Tensor], seen: Visibility) -> list[Deltas]:
         """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
-        parts = (part for name, generator in self._of_layer(layer) for part in generator(hidden, visual[name], seen))
+        parts = (part for name, one in self._generators_of[layer] for part in one(hidden, visual[name], seen))
         return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in self.norms[layer]]
 
-    def _of_layer(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, one) for name, one in self.generators.items() if name.partition("-")[0] == str(layer))
+    @cached_property
+    def _generators_of(self) -> dict[int, list[tuple[str, nn.Module]]]:
+        """By layer."""
+        named: dict[int, list[tuple[str, nn.Module]]] = {layer: [] for layer in self.norms}
+        for name, generator in self.generators.items():
+            named[int(name.partition("-")[0])].append((name, generator))
+        return named
 
 
 @dataclass(kw_only=True)

@@ -49,13 +49,25 @@ def score_tokens(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tenso
     positions = (labels[:, 1:] != IGNORE).nonzero() + torch.tensor([0, 1], device=labels.device)  # (n, 2)
     row, column = positions.unbind(1)
     before, truth = hidden[row, column - 1], labels[row, column]  # (n, D), (n,)
-    recompute = len(positions) > chunk and torch.is_grad_enabled()
+    return TokenScores(*score_parts(head, before, truth, chunk=chunk), positions)
+
+
+def score_parts(
+    head: Callable[[Tensor], Tensor], before: Tensor, truth: Tensor, *, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """``log_probability`` and ``is_likeliest`` of :class:`TokenScores`, chunk by chunk.
+
+    Args:
+        before: (n, D), the hidden states that the tokens are told from.
+        truth: (n,), the tokens.
+    """
+    recompute = len(before) > chunk and torch.is_grad_enabled()
     parts = [
         checkpoint(_score, head, *part, use_reentrant=False) if recompute else _score(head, *part)
         for part in zip(before.split(chunk), truth.split(chunk), strict=True)
     ]
     log_probability, is_likeliest = (torch.cat(part) for part in zip(*parts, strict=True))
-    return TokenScores(log_probability, is_likeliest, positions)
+    return log_probability, is_likeliest
 
 
 def _score(head: Callable[[Tensor], Tensor], before: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,13 +75,13 @@ class GatedCrossAttention(nn.Module):
         """(B, M, E) to keys and values, computed once an image."""
         visual = visual.to(self.key.weight.dtype)
         key, value = (self._split(part(visual)) for part in (self.key, self.value))
-        return self.key_norm(key), value
+        return self.key_norm(key.to(self.key_norm.weight.dtype)), value
 
     def forward(self, hidden: Tensor, keys_values: KeysValues, seen: Visibility) -> Tensor:
         """``hidden`` (B, T, D) after reading what each token sees of M visual ones."""
         x = hidden.to(self.query.weight.dtype)
         key, value = keys_values
-        query = self.query_norm(self._split(self.query(self.norm(x))))
+        query = self.query_norm(self._split(self.query(self.norm(x))).to(self.query_norm.weight.dtype))
         read = nn.functional.scaled_dot_product_attention(
             query,
             key.to(query.dtype),

@@ -52,6 +52,8 @@ class ModulatedNorm(nn.Module):
     """(dgamma, dbeta), or what gives them for the norm's input; None when nothing modulates."""
     kind: NormKind
     weight: Tensor
+    fused: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], NormKind], Tensor] | None = None
+    """What computes it at once, away from the CPU (:func:`lavi.nn.norm_kernel.fused`); None: what stands here."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.deltas is None:
@@ -60,6 +62,8 @@ class ModulatedNorm(nn.Module):
         if dgamma is None:
             y = super().forward(x)
             return y if dbeta is None else y + dbeta.to(y.dtype)
+        if self.fused is not None and self.kind.affine is not None and dbeta is not None and not x.is_cpu:
+            return self.fused(x, self.weight, (dgamma, dbeta), self.kind)
         xhat = normalise(x, self.kind.eps, centred=self.kind.centred)
         known = self.kind.affine
         y = super().forward(x) if known is None else AFFINES[known](xhat, self.weight, x.dtype)

@@ -104,11 +104,21 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 f"trainer.precision={precision} casts every weight, and what joins the halves of the model is trained "
                 "in fp32: set bf16-mixed, or model.language.dtype for frozen weights."
             )
-        goes_on = bool(self.inherited)  # its weights are not there yet; the data know what it read
+        self._inherits_later = bool(self.inherited)  # of a run that goes on: they come with its checkpoint
         if stage == "fit":
             self.load_start()
-        if not goes_on:
-            check_feature_caches(self.model, getattr(self.trainer, "datamodule", None))
+        if not self._inherits_later:
+            self._check_features()
+
+    def _check_features(self) -> None:
+        """Refuse data whose features are not those of the model, or of a tower that is about to change."""
+        data = getattr(self.trainer, "datamodule", None)
+        are_read = check_feature_caches(self.model, data, ["train", "validation"])
+        if are_read and self.trains_vision:
+            raise UserError(
+                "data.train or data.validation hold features of a frozen vision backbone, and module.learning_rate "
+                "trains it: leave 'vision' out, or name data with pixels."
+            )
 
     def load_start(self) -> None:
         """Load the weights to start from, if there are any and they are not there already.
@@ -124,6 +134,11 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
         else:
             self.inherit(load_start(self, home_path(self.start_from)))
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether any part of the vision backbone is trained."""
+        return any(inside(name, "vision") for name in self.part_of)
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy has a mesh of ranks for it."""
@@ -145,6 +160,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
+        if self._inherits_later and self.device_mesh is None:  # of a sharded tower each rank has a part
+            self._check_features()
         self.train()  # the trainer takes modes as it finds them
         self._seed = torch.initial_seed()
 

@@ -33,7 +33,7 @@ def main() -> None:
     offline.visor_of(model)
     model.to(device).eval()
     data = recipe.build("data", processor=model.processor)
-    check_feature_caches(model, data)
+    check_feature_caches(model, data, [args.split])
     batches = data.stream(args.split, limit=args.samples)
     about = {"run": offline.fingerprint(args.checkpoint), "split": args.split}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,12 @@
-"""The oracles that a GPU could break: other kernels, bf16, device events."""
+"""The oracles that a GPU could break: other kernels, bf16, device events, an allocator.
+
+On a CPU they run where ``LAVI_CHECK_ON=cpu`` is set (``make gpu-check DEVICE=cpu``): what fails there would fail on a
+GPU, too.
+"""
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +14,11 @@ import pytest
 import torch
 from conftest import ask, awaken, collate
 
+import lavi.nn.norm_kernel as kernel
+from lavi.efficiency.estimated import inference_mib
 from lavi.efficiency.measure import Measurement, build_on, count, measure
+from lavi.efficiency.memory import prefill_memory
+from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -18,7 +27,9 @@ from lavi.fusion.pruning import FastV
 from lavi.recipe import Recipe
 from lavi.visor.fusion import VisorFusion
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+DEVICE = torch.device(os.environ.get("LAVI_CHECK_ON", "cuda"))
+there = DEVICE.type == "cpu" or torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not there, reason="there is no GPU here")]
 
 SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a blue square?", answer="yes")]
 
@@ -27,6 +38,7 @@ SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a b
     "fusion",
     [
         LaViFusion,
+        partial(LaViFusion, fused_norm=True),
         ConcatFusion,
         CrossAttentionFusion,
         partial(VisorFusion, cross_attention=2, self_attention=1),
@@ -39,13 +51,13 @@ def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[
     batch = collate(model, SAMPLES)
     with torch.no_grad():
         expected = model(batch)
-        seen = model.cuda()(batch.to("cuda")).cpu()
+        seen = model.to(DEVICE)(batch.to(DEVICE)).cpu()
     torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_zero_deltas_are_the_language_model_bit_for_bit_in_bf16(build) -> None:  # type: ignore[no-untyped-def]
-    model = build(LaViFusion(every=2), dtype="bfloat16").cuda()
-    batch = collate(model, SAMPLES).to("cuda")
+    model = build(LaViFusion(every=2), dtype="bfloat16").to(DEVICE)
+    batch = collate(model, SAMPLES).to(DEVICE)
     bare = model.language.hf(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions(batch)
     )
@@ -57,11 +69,42 @@ def positions(batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
     return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def test_measuring_reads_the_gpu(tiny_recipe: Path) -> None:
+@pytest.mark.parametrize("affine", range(len(kernel.NAMES)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_modulated_norm_is_that_of_fp64(affine: int, dtype: torch.dtype) -> None:
+    """In both directions, of rows as wide as a 7B model's."""
+    generator = torch.Generator().manual_seed(0)
+    x, dgamma, dbeta, grad = (torch.randn(7, 3584, generator=generator) for _ in range(4))
+    given = [x.to(dtype), torch.randn(3584, generator=generator).to(dtype), dgamma, dbeta]
+    ours = [tensor.to(DEVICE).requires_grad_() for tensor in given]
+    exact = [tensor.to(DEVICE).double().requires_grad_() for tensor in given]
+    y = torch.ops.lavi.modulated_norm(*ours, 1e-6, affine)[0]
+    scale = (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    weight = exact[1] + (affine == kernel.PLUS_ONE)
+    true = exact[0] * scale * (weight + exact[2]) + exact[3]
+    close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    grad = grad.to(DEVICE)
+    got, wanted = torch.autograd.grad(y, ours, grad.to(y.dtype)), torch.autograd.grad(true, exact, grad.double())
+    for one, other in zip((y, *got), (true, *wanted), strict=True):
+        assert float((one.double() - other).norm() / other.norm()) < close
+
+
+def test_measuring_reads_the_device(tiny_recipe: Path) -> None:
     recipe = Recipe.load(tiny_recipe)
-    model, scenario = build_on(recipe, "cuda"), Scenario(12, visual_tokens=64)
+    model, scenario = build_on(recipe, DEVICE), Scenario(12, visual_tokens=64)
     made = count(recipe, model, scenario)
-    measure([Measurement(made, scenario, lambda: model)], device=torch.device("cuda"), runs=5, outputs=[1, 4])
-    assert made.device == torch.cuda.get_device_name()
+    measure([Measurement(made, scenario, lambda: model)], device=DEVICE, runs=5, outputs=[1, 4])
+    assert made.device == device_name(DEVICE)
+    assert {"vision_encoder", "prefill", "decode", "end_to_end_4", "floor_prefill"} <= set(made.milliseconds)
     assert made.mib["peak"] > 0
-    assert all(median > 0 for median, _, _ in made.milliseconds.values())
+
+
+@pytest.mark.parametrize("fusion", [LaViFusion, ConcatFusion])
+def test_the_estimated_peak_is_the_allocator_s(build, fusion) -> None:  # type: ignore[no-untyped-def]
+    """Within 10 %, of a prompt that is long enough for an allocator's rounding not to matter."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model, shapes = build(fusion(), **sizes).to(DEVICE), build(fusion(), **sizes).to("meta")
+    scenario = Scenario(200, batch=16, visual_tokens=64)
+    told = inference_mib(shapes, scenario.shape_for(shapes))["peak"]
+    seen = prefill_memory(model, scenario.shape_for(model), device=DEVICE)["peak"]
+    assert told == pytest.approx(seen, rel=0.1)

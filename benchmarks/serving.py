@@ -1,0 +1,177 @@
+"""What do requests wait for under load? Percentiles and throughput where requests arrive at random.
+
+    python benchmarks/serving.py --out benchmarks/results/serving.jsonl
+
+Requests of one kind (an image, 50 text tokens, an answer of 16) arrive at random times of a given mean rate, the same
+times for every method. A thread takes what is waiting, at most a batch of them, answers it to the end, and takes the
+next: static batches. Rates are shares of what concatenation can do at its largest batch, so that at a share of 1.2 its
+queue grows while a cheaper method's may not. On a GPU at full size, elsewhere with the small models of verify_claims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import mean, quantiles
+from typing import Any
+
+import torch
+from verify_claims import BASELINE, LAVI, build_for_timing, recipe_at, shrunk
+
+from lavi.cli.entry import cli_entry_point
+from lavi.config.devices import device_of
+from lavi.efficiency.latency import half_the_threads, model_and_floor
+from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.scenario import Scenario
+from lavi.recipe import Recipe
+from lavi.report import console, table
+
+SCENARIO, TOKENS = Scenario(50, image=(384, 384)), 16
+BATCHES = (1, 2, 4, 8)
+"""Rows that a batch may have; requests are answered in the largest that they fill."""
+SHARES = (0.3, 0.6, 0.9, 1.2)
+"""Rates, of what concatenation can do."""
+CONCAT, FUSED, FLOOR = "LLaVA-OneVision", "LaVi", "floor"
+
+Answer = Mapping[int, Callable[[], Any]]
+"""Answers a batch of so many requests."""
+
+
+def servers(recipes: Mapping[str, Recipe], device: torch.device) -> dict[str, Answer]:
+    """How each method, and the floor, answers batches."""
+    answers: dict[str, dict[int, Callable[[], Any]]] = {name: {} for name in (*recipes, FLOOR)}
+    for name, recipe in recipes.items():
+        model = build_for_timing(recipe, device)
+        for rows in BATCHES:
+            shape = Scenario(SCENARIO.text, rows, image=SCENARIO.image).shape_for(model)
+            within = partial(torch.autocast, device.type, model.language.hf.dtype, enabled=device.type == "cuda")
+            both = model_and_floor(model, shape, device=device, outputs=[TOKENS], within=within)
+            for who, stages in zip((name, FLOOR), both, strict=True):
+                answers[who][rows] = partial(_within, within, stages.stages[f"end_to_end_{TOKENS}"])
+    return {name: dict(of) for name, of in answers.items()}
+
+
+def _within(context: Callable[[], Any], run: Callable[[], Any]) -> None:
+    """As models are timed elsewhere: tower and projector compute in the decoder's dtype."""
+    with context():
+        run()
+
+
+def arrivals(rate: float, count: int) -> list[float]:
+    """Seconds at which requests arrive: random gaps of mean 1 / ``rate``, the same for everybody who asks."""
+    draw = random.Random(0)
+    at, times = 0.0, []
+    for _ in range(count):
+        at += draw.expovariate(rate)
+        times.append(at)
+    return times
+
+
+def serve(answer: Answer, times: Sequence[float], device: torch.device) -> dict[str, float]:
+    """Answer requests as they arrive: seconds that they took, and requests a second."""
+    waiting: queue.Queue[int] = queue.Queue()
+    took: dict[int, float] = {}
+    batches: list[int] = []
+    began = time.perf_counter()
+
+    def work() -> None:
+        while len(took) < len(times):
+            taken = [waiting.get()]
+            largest = max(rows for rows in answer if rows <= 1 + waiting.qsize())
+            taken += [waiting.get() for _ in range(largest - 1)]
+            with torch.no_grad():
+                answer[largest]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            done = time.perf_counter() - began
+            took.update({number: done - times[number] for number in taken})
+            batches.append(len(taken))
+
+    with ThreadPoolExecutor(1) as thread:
+        worker = thread.submit(work)
+        for number, at in enumerate(times):
+            time.sleep(max(0.0, began + at - time.perf_counter()))
+            waiting.put(number)
+        worker.result()
+    seconds = sorted(took.values())
+    percentiles = quantiles(seconds, n=100, method="inclusive")
+    return {
+        "p50": percentiles[49],
+        "p90": percentiles[89],
+        "p99": percentiles[98],
+        "rate": len(times) / (time.perf_counter() - began),
+        "rows": mean(batches),
+    }
+
+
+def measure(recipes: Mapping[str, Recipe], device: torch.device, *, requests: int) -> Iterator[dict[str, Any]]:
+    """One record for each method and rate."""
+    answers = servers(recipes, device)
+    capacity = {name: _capacity(of, device) for name, of in answers.items()}
+    about = {"device": device_name(device), "torch": torch.__version__, "small": device.type != "cuda"}
+    for share in SHARES:
+        times = arrivals(share * capacity[CONCAT], requests)
+        for name, answer in answers.items():
+            load = {"method": name, "share": share, "asked": requests / times[-1], "capacity": capacity[name]}
+            record = about | load | serve(answer, times, device)
+            console().print(f"{name} at {share:g} of concatenation's capacity: {record['p90']:.2f} s (p90)")
+            yield record
+
+
+def _capacity(answer: Answer, device: torch.device) -> float:
+    """Requests a second at the largest batch: of some runs the median."""
+    rows, times = max(answer), []
+    with torch.no_grad():
+        for _ in range(4):
+            began = time.perf_counter()
+            answer[rows]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    return rows / sorted(times[1:])[1]
+
+
+def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows."""
+    columns = ["rate, of what concatenation can do", "method", "p50 s", "p90 s", "p99 s", "answered a second", "batch"]
+    rows = []
+    for record in records:
+        figures = [f"{record[name]:.2f}" for name in ("p50", "p90", "p99", "rate")]
+        rows.append([f"{record['share']:g}", record["method"], *figures, f"{record['rows']:.1f}"])
+    return columns, rows
+
+
+@cli_entry_point
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser.add_argument("--requests", type=int, default=100, help="of each method and rate")
+    args = parser.parse_args()
+    if args.out:
+        check_writable(args.out)
+    device = device_of("auto")
+    recipes = {CONCAT: recipe_at(BASELINE), FUSED: recipe_at(LAVI)}
+    if device.type != "cuda":
+        recipes = {name: shrunk(recipe) for name, recipe in recipes.items()}
+    records = []
+    if args.out:
+        args.out.write_text("")
+    with half_the_threads(device):
+        for record in measure(recipes, device, requests=args.requests):
+            records.append(record)
+            if args.out:  # at once: nothing is lost on a kill
+                with open(args.out, "a") as stream:
+                    stream.write(json.dumps(record) + "\n")
+    shown = f"{SCENARIO}, {SCENARIO.text} text tokens, answers of {TOKENS} tokens; {records[0]['device']}"
+    console().print(table(shown, *serving_table(records)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Memory and time without a device: storages as a profiler sees them, operators as a counter counts them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import estimates as benchmark
+import pytest
+import serving
+import torch
+from conftest import refused
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lavi.batch import Layout
+from lavi.efficiency.comparison import side_by_side
+from lavi.efficiency.estimated import TrainingMemory, inference_mib, milliseconds, traces, training_step
+from lavi.efficiency.flops import closed_form
+from lavi.efficiency.hardware import DEVICES, Device, fits_in
+from lavi.efficiency.measure import note_mean_flops, saving_of_samples
+from lavi.efficiency.memory import MIB
+from lavi.efficiency.operators import Operator, trace
+from lavi.efficiency.record import Record
+from lavi.efficiency.scenario import Scenario
+from lavi.recipe import Recipe
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_the_peak_is_that_of_the_profiler(width: int) -> None:
+    """Of prompts and training steps of each fusion: within 5 %."""
+    for record in benchmark.of_memory([width], rows=2, text=60):
+        assert record["told"] == pytest.approx(record["seen"], rel=0.05), record
+
+
+def test_a_storage_counts_until_nothing_holds_it() -> None:
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        x = torch.empty(1000, device="meta")  # 4000 bytes
+        kept.append(x + 1)  # and another 4000
+        x = x * 2  # three at once, then two
+        view = x.view(10, 100).t()  # none of its own
+        view.add_(1)  # nor in place
+        kept.append(view.reshape(-1) + 1)  # a copy, and a sum of it
+
+    seen = trace(run)
+    assert seen.peak == 16000
+    assert [operator.name for operator in seen.operators] == ["empty", "add", "mul", "add_", "clone", "add"]
+    assert [operator.bytes for operator in seen.operators[1:4]] == [8000, 8000, 8000]
+
+
+def test_fused_attention_stores_no_scores() -> None:
+    query = torch.empty(1, 2, 512, 64, device="meta", requires_grad=True)
+    run = lambda: nn.functional.scaled_dot_product_attention(query, query, query)  # noqa: E731
+    seen = trace(run)
+    assert seen.peak == query.numel() * 4
+    assert seen.flops == 4 * 2 * 512 * 512 * 64
+    both = trace(lambda: run().sum().backward())
+    assert both.flops == 3.5 * seen.flops
+    assert both.peak < 2 * 512 * 512 * 4
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("fusion", benchmark.FUSIONS)
+def test_operators_have_the_flops_of_the_formula(fusion: str) -> None:
+    model = benchmark.build(fusion, 128, "meta")
+    shape = Scenario(20, image=(224, 224)).shape_for(model)
+    of, formula = traces(model, shape), closed_form(model, shape)
+    modulation = [formula.prefill.get("modulation", 0.0), formula.decode.get("modulation", 0.0)]
+    assert of["prefill"].flops == pytest.approx(formula.language - modulation[0], rel=1e-6)
+    assert of["decode"].flops == pytest.approx(sum(formula.decode.values()) - modulation[1], rel=1e-6)
+    assert of["floor_prefill"].flops == pytest.approx(formula.floor, rel=1e-6)
+    assert of["vision_encoder"].flops == formula.prefill["vision_encoder"]
+    assert inference_mib(model, shape)["weights"] == sum(p.numel() * 4 for p in model.parameters()) / MIB
+
+
+SLOW = Device("slow", half=2e9, single=1e9, bandwidth=1e6, gib=1, eager=1e-3, graph=1e-4, source="made up")
+
+
+def test_a_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:
+    product = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.float32)
+    copy = Operator("clone", flops=0, bytes=2e6, dtype=torch.float32)
+    half = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.bfloat16)
+    assert SLOW.seconds([product, copy, half], graph=True) == pytest.approx(4 + 2 + 2 + 3e-4)
+    assert SLOW.seconds([product, copy], graph=False) == pytest.approx(1e-3 + 4 + 2)  # launched while the first runs
+    small = Operator("add", flops=0, bytes=10, dtype=torch.float32)
+    assert SLOW.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 1e-5)  # the host is the slower one
+    waiting = Device(**{**vars(SLOW), "runs_ahead": False})
+    assert waiting.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 100 * 1e-5)
+
+
+def test_the_tower_is_part_of_a_first_token() -> None:
+    model = benchmark.build("lavi", 128, "meta")
+    times = milliseconds(traces(model, Scenario(20, image=(224, 224)).shape_for(model)), DEVICES["h100"])
+    assert times["first_token"] == times["vision_encoder"] + times["prefill"]
+    assert times["floor_first_token"] == times["vision_encoder"] + times["floor_prefill"]
+    assert times["prefill"] > times["floor_prefill"]
+
+
+def test_the_smallest_gpu_that_holds_it() -> None:
+    assert [fits_in(1024 * gib) for gib in (1, 22.9, 23.1, 60, 100, 200)] == [
+        "24 GiB", "24 GiB", "40 GiB", "80 GiB", "141 GiB", "> 141 GiB",
+    ]  # fmt: skip
+
+
+def test_profile_estimates_for_devices_that_are_not_there(run: Any, tiny_recipe: Any) -> None:
+    command = ["lavi.profile", "--recipe", tiny_recipe, "--sweep", "batch=1,8", "--at", "image=32x32"]
+    status, said, err = run(*command, "--estimate", "h100", "l4", "--out", "profile")
+    assert status == 0, err
+    assert "Estimated from the operators' shapes" in said
+    assert "fits in" in said
+    assert "ms a token L4" in " ".join(said.split())
+    assert "estimated ms decode H100" in Path("profile/records.csv").read_text()
+    refused(run(*command, "--estimate", "h1000"), "did you mean 'h100'")
+    status, said, err = run(*command, "--training", "4", "--text", "20")
+    assert status == 0, err
+    assert "GiB of a training step of 4 x 32x32, 20 text tokens; estimated" in " ".join(said.split())
+
+
+def test_what_ranks_share_and_what_they_double() -> None:
+    step = TrainingMemory(weights=8.0, gradients=4.0, optimizer=8.0, activations=3.0, gathered=2.0)
+    assert step.mib() * MIB == 23
+    assert step.mib(8, "ddp") * MIB == 27
+    assert step.mib(8, "fsdp2") * MIB == 20 / 8 + 2 * 1.5 + 3
+
+
+def test_recomputed_layers_keep_less(tiny_recipe: Any) -> None:
+    recipe = Recipe.load(tiny_recipe)
+    steps = [
+        training_step(recipe.replaced("module.checkpointing", on), Scenario(200, batch=8, image=(32, 32)))
+        for on in (False, True)
+    ]
+    assert steps[1].activations < 0.7 * steps[0].activations
+    assert steps[0].gradients == steps[1].gradients > 0
+    assert steps[0].optimizer == 2 * steps[0].gradients
+
+
+def test_the_mean_over_samples_weighs_each_prompt() -> None:
+    model = benchmark.build("concat", 128, "meta")
+    picture = Layout(size=(224, 224))
+    record = Record("concat", 0, 0, 0, 0)
+    note_mean_flops(record, model, Counter({(10, None): 1, (30, picture): 3}))
+    bare, seeing = (
+        closed_form(model, Scenario(t, image=i).shape_for(model)) for t, i in ((10, None), (30, (224, 224)))
+    )
+    assert record.flops_of_samples["floor"] == pytest.approx((bare.floor + 3 * seeing.floor) / 4)
+    whole = sum(value for part, value in record.flops_of_samples.items() if part != "floor")
+    assert whole == pytest.approx((bare.total + 3 * seeing.total) / 4)
+    saved, ceiling = saving_of_samples(record, record, with_vision=True)
+    assert saved == 0
+    assert ceiling == pytest.approx(
+        100 * (1 - (record.flops_of_samples["floor"] + 3 * seeing.prefill["vision_encoder"] / 4) / whole)
+    )
+    record.flops, record.flops_floor = seeing.prefill, seeing.floor
+    _, rows = side_by_side([record], record)
+    assert ["saved, mean over samples of at most one image, with vision encoder (%)", "0.0"] in rows
+    many = Counter({(n, None): 1 for n in range(1, 1001)})
+    note_mean_flops(record, model, many)
+    true = sum(closed_form(model, Scenario(n).shape_for(model)).total for n in range(1, 1001, 37)) / len(
+        range(1, 1001, 37)
+    )
+    assert sum(v for p, v in record.flops_of_samples.items() if p != "floor") == pytest.approx(true, rel=0.1)
+
+
+def test_estimates_stand_beside_measurements() -> None:
+    records = list(benchmark.of_time([20], width=128, turns=1))
+    assert [record["what"] for record in records] == ["ms, prefill", "ms, decode"] * 2
+    columns, rows = benchmark.estimates_table(records)
+    assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_a_counter_of_operators_knows_fused_attention() -> None:
+    query = torch.empty(1, 2, 8, 4, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.lavi.fused_attention(query, query, query)
+    assert counter.get_total_flops() == 4 * 2 * 8 * 8 * 4
+
+
+def test_requests_are_answered_in_batches_as_they_arrive() -> None:
+    done: list[int] = []
+    answer = {rows: lambda rows=rows: done.append(rows) for rows in (1, 2, 4)}
+    times = serving.arrivals(1e6, 9)  # all at once
+    assert times == serving.arrivals(1e6, 9)
+    assert sorted(times) == times
+    served = serving.serve(answer, times, torch.device("cpu"))
+    assert sum(done) == 9
+    assert set(done) <= {1, 2, 4}
+    assert served["p50"] <= served["p90"] <= served["p99"]
+    record = {"method": "lavi", "share": 0.5, **served}
+    columns, rows = serving.serving_table([record])
+    assert [len(row) for row in rows] == [len(columns)]

@@ -1,0 +1,136 @@
+"""The modulated norm as one operator: the plain formula, its gradients, and the Triton kernel in its interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import norm as benchmark
+import pytest
+import torch
+from conftest import awaken, small
+from torch import Tensor
+
+import lavi.nn.norm_kernel as kernel
+from lavi.fusion.lavi import LaViFusion
+from lavi.nn.modulated_norm import AFFINES, ModulatedNorm
+
+AFFINE = range(len(AFFINES))
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+"""Of the input and of the weight."""
+
+
+def inputs(of_x: torch.dtype, of_weight: torch.dtype, *, width: int = 24) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, dgamma, dbeta = (torch.randn(2, 5, width, generator=generator) for _ in range(3))
+    both = torch.cat([dgamma, dbeta], dim=-1)  # rows that lie apart, as a generator gives them
+    dgamma, dbeta = both.split(width, dim=-1)
+    return [(3 * x).to(of_x), torch.randn(width, generator=generator).to(of_weight), dgamma, dbeta]
+
+
+def plain(x: Tensor, weight: Tensor, dgamma: Tensor, dbeta: Tensor, eps: float, affine: int) -> Tensor:
+    """Written out: what Llama, OLMo-2 and Gemma do with their weight, then the deltas, rounded on their own."""
+    wide = x.float()
+    xhat = wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    y = [weight * xhat.to(x.dtype), (weight * xhat).to(x.dtype), (xhat * (1 + weight.float())).to(x.dtype)][affine]
+    return y + (dgamma * xhat + dbeta).to(y.dtype)
+
+
+@pytest.mark.parametrize("affine", AFFINE)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_operator_is_the_plain_formula(affine: int, dtypes: Any) -> None:
+    given = inputs(*dtypes)
+    y, scale = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)
+    expected = plain(*given, 1e-3, affine)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+    x = given[0].float()
+    torch.testing.assert_close(scale, 1 / (x.square().mean(-1) + 1e-3).sqrt())
+
+
+@pytest.mark.parametrize("affine", AFFINE)
+def test_its_gradients_are_those_of_the_plain_formula(affine: int) -> None:
+    given = [tensor.clone().requires_grad_() for tensor in inputs(torch.float32, torch.float32)]
+    ours = torch.autograd.grad(torch.ops.lavi.modulated_norm(*given, 1e-3, affine)[0].square().sum(), given)
+    theirs = torch.autograd.grad(plain(*given, 1e-3, affine).square().sum(), given)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("affine", AFFINE)
+def test_it_is_a_whole_operator(affine: int) -> None:
+    """Its shapes on meta, its aliases and its gradient are what torch wants of an operator."""
+    given = [tensor.contiguous().requires_grad_() for tensor in inputs(torch.float32, torch.float32)]
+    torch.library.opcheck(kernel.modulated_norm, (*given, 1e-3, affine))
+
+
+CHECK = """
+import torch
+import lavi.nn.norm_kernel as kernel
+from test_norm_kernel import AFFINE, DTYPES, inputs, plain
+assert kernel.INTERPRETED
+for width in (24, 64, 130):
+    for affine in AFFINE:
+        for dtypes in DTYPES:
+            given = inputs(*dtypes, width=width)
+            assert kernel.runs_kernel(given[0])
+            y, scale = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)
+            expected = plain(*given, 1e-3, affine)
+            assert y.dtype == expected.dtype
+            # The interpreter cuts the places of bf16 off, where a GPU rounds them.
+            one_place = {"rtol": 1.6e-2, "atol": 3.2e-2} if dtypes[0] == torch.bfloat16 else {}
+            torch.testing.assert_close(y, expected, **one_place)
+            double = [tensor.double().requires_grad_() for tensor in given]
+            ours = [tensor.clone().requires_grad_() for tensor in given]
+            y = torch.ops.lavi.modulated_norm(*ours, 1e-3, affine)[0]
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+            got = torch.autograd.grad(y, ours, grad)
+            x, weight, dgamma, dbeta = double
+            xhat = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+            exact = xhat * (weight + (affine == kernel.PLUS_ONE)) + dgamma * xhat + dbeta
+            for one, true in zip(got, torch.autograd.grad(exact, double, grad.double()), strict=True):
+                bf16 = torch.bfloat16 in (one.dtype, *dtypes)
+                torch.testing.assert_close(one.double(), true, rtol=2e-2 if bf16 else 1e-4, atol=3e-2 if bf16 else 1e-4)
+print("all the same")
+"""
+
+
+@pytest.mark.skipif(not kernel.HAS_TRITON, reason="Triton is not on this machine")
+def test_the_kernel_in_triton_s_interpreter() -> None:
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join(str(root / folder) for folder in ("", "tests", "benchmarks"))
+    settings = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", CHECK]
+    done = subprocess.run(command, env=settings, cwd=root, capture_output=True, text=True, check=False)
+    assert "all the same" in done.stdout, done.stderr
+
+
+def test_lavi_asks_for_it_away_from_the_cpu(build: Any) -> None:
+    model = build(LaViFusion(every=2, generator=small(), fused_norm=True))
+    awaken(model.fusion)
+    norms = [target.norm for target in model.fusion.modulated_norms]
+    assert all(isinstance(norm, ModulatedNorm) and norm.fused is kernel.fused for norm in norms)
+    x, _, dgamma, dbeta = inputs(torch.float32, torch.float32, width=32)
+    norms[0].deltas = (dgamma, dbeta)
+    on_cpu = norms[0](x)
+    with torch.no_grad():
+        torch.testing.assert_close(kernel.fused(x, norms[0].weight, (dgamma, dbeta), norms[0].kind), on_cpu)
+    norms[0].to("meta")
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[torch.Size] = []
+        patch.setattr(norms[0], "fused", lambda x, *_: asked.append(x.shape) or x, raising=False)
+        norms[0].deltas = (dgamma.to("meta"), dbeta.to("meta"))
+        norms[0](x.to("meta"))
+        assert asked == [x.shape]
+
+
+def test_the_benchmark_measures_all_ways() -> None:
+    records = benchmark.measure(torch.device("cpu"), width=32, tokens=4, turns=1)
+    assert len(records) == 6
+    columns, rows = benchmark.norm_table(records)
+    assert {len(row) for row in rows} == {len(columns)}
+    forward = [benchmark.least_bytes(way, "forward", 10, 3, 2) for way in (benchmark.BARE, benchmark.AT_ONCE)]
+    assert forward == [2 * 10 * 3 * 2, 2 * 10 * 3 * 2 + 2 * 10 * 3 * 4]
