@@ -59,7 +59,7 @@ run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resu
 REAL_FEATURES := data/photographs-features
 real-run = $(call run-or-resume,recipes/real/$(1).yaml,runs/real-$(1),$(foreach split,train validation test,data.$(split)=$(REAL_FEATURES)/$(split)))
 
-real: install ## a released language model learns to see photographs: fetch, train three fusions, score (three quarters of an hour on two quiet cores)
+real: install ## a released language model learns to see photographs: fetch, train three fusions, score (37 minutes on two quiet cores)
 	$(BIN)/python -m lavi.parts fetch
 	$(BIN)/python -m datamodules.photographs
 	$(BIN)/python -m lavi.cache_features --recipe recipes/real/lavi.yaml --out $(REAL_FEATURES) --splits train validation test
