@@ -25,6 +25,7 @@ from lavi.model import VisionLanguageModel
 from lavi.nn.delta_generators import MLPDeltas
 from lavi.nn.formulas import linear_flops
 from lavi.nn.projectors import MLPProjector, Projector
+from lavi.nn.visibility import Visibility
 from lavi.recipe import Recipe
 from lavi.vision.base import FeatureSpec
 from lavi.visor.fusion import VisorFusion
@@ -53,8 +54,8 @@ class MeanReader(Reader):
     def keep(self, visual: Tensor) -> tuple[Tensor, ...]:
         return (visual,)
 
-    def read(self, text: Tensor, kept: tuple[Tensor, ...], mask: Tensor) -> Any:
-        share = mask.float() / mask.sum(-1, keepdim=True).clamp(min=1)
+    def read(self, text: Tensor, kept: tuple[Tensor, ...], seen: Visibility) -> Any:
+        share = seen.mask.float() / seen.mask.sum(-1, keepdim=True).clamp(min=1)
         return text + self.gate * (share @ kept[0]), nullcontext()
 
     def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:

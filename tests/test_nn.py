@@ -142,7 +142,7 @@ def test_without_a_mask_everything_is_seen(kind: str) -> None:
     module, hidden = generator(kind), draw(1, 3, WIDTH)
     slots = module.visual(draw(1, 48, VISION), GRID)
     masked = module(hidden, module.prepare(slots), all_seen(slots, 3))
-    bare = module(hidden, module.prepare(slots), Visibility(None, (1, 3, slots.shape[1]), hidden.device))
+    bare = module(hidden, module.prepare(slots), Visibility((1, 3, slots.shape[1]), hidden.device))
     for one, other in zip(bare, masked, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -14,6 +14,7 @@ from lavi.errors import UserError
 from lavi.language.surgery import NormTarget
 from lavi.nn.delta_generators import AttentionDeltas, ConvDeltas
 from lavi.nn.modulated_norm import normalise
+from lavi.nn.visibility import Visibility
 from lavi.visor.readers import AttentionReader, ModulationReader, Reader
 
 WIDTH, HEADS = 12, 4
@@ -54,8 +55,8 @@ def test_cross_attention_is_added_to_the_text_before_the_layer() -> None:
     text, visual = draw(1, TEXT, WIDTH), draw(1, VISUAL, WIDTH, seed=2)
     kept = reader.keep(visual)
     assert [tuple(part.shape) for part in kept] == [(1, HEADS, VISUAL, WIDTH // HEADS)] * 2
-    read, during_layer = reader.read(text, kept, MASK)
-    assert torch.equal(read, reader.attention(text, reader.attention.keys_values(visual), MASK))
+    read, during_layer = reader.read(text, kept, Visibility.by(MASK))
+    assert torch.equal(read, reader.attention(text, reader.attention.keys_values(visual), Visibility.by(MASK)))
     assert not torch.equal(read, text)
     assert isinstance(during_layer, nullcontext)
     assert list(reader.modulated_norms) == []
@@ -68,16 +69,16 @@ def test_modulation_leaves_the_text_and_adds_deltas_to_the_norms_of_its_layer() 
     assert [target.role for target in reader.modulated_norms] == ["attention", "ffn"]
     text, visual = draw(1, TEXT, WIDTH), draw(1, VISUAL, WIDTH, seed=2)
     (slots,) = kept = reader.keep(visual)
-    assert torch.equal(slots, reader.generator.visual(visual, (1, VISUAL)))
-    read, during_layer = reader.read(text, kept, MASK)
+    assert torch.equal(slots, reader.generator.prepare(reader.generator.visual(visual, (1, VISUAL))))
+    read, during_layer = reader.read(text, kept, Visibility.by(MASK))
     assert read is text
-    deltas = reader.generator(text, slots, MASK)  # (1, T, 4, D)
+    deltas = reader.generator(text, slots, Visibility.by(MASK))  # 4 of (1, T, D)
     for number, target in enumerate(reader.modulated_norms):
         plain = target.norm(text)
-        with during_layer if number == 0 else reader.read(text, kept, MASK)[1]:
+        with during_layer if number == 0 else reader.read(text, kept, Visibility.by(MASK))[1]:
             changed = target.norm(text)
         xhat = normalise(text, 1e-3, centred=number == 0)
-        expected = plain + deltas[:, :, 2 * number] * xhat + deltas[:, :, 2 * number + 1]
+        expected = plain + deltas[2 * number] * xhat + deltas[2 * number + 1]
         torch.testing.assert_close(changed, expected, atol=1e-3, rtol=1e-3)
         assert not torch.allclose(changed, plain, atol=1e-2)
         assert torch.equal(target.norm(text), plain)
@@ -109,7 +110,7 @@ def test_reading_costs_what_a_counter_of_operators_sees(name: str) -> None:
         with FlopCounterMode(display=False) as once:
             kept = reader.keep(draw(1, visual, WIDTH))
         with FlopCounterMode(display=False) as each:
-            reader.read(draw(1, text, WIDTH), kept, torch.ones(1, text, visual, dtype=torch.bool))
+            reader.read(draw(1, text, WIDTH), kept, Visibility.by(torch.ones(1, text, visual, dtype=torch.bool)))
         for decoding, expected in (
             (False, once.get_total_flops() + each.get_total_flops()),
             (True, each.get_total_flops()),

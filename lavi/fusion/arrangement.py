@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -28,8 +28,14 @@ class ColumnContext(VisualContext):
     """The text column from which on each token of each row sees everything; None: there is none."""
     start: Tensor | None = None
     """(B, T): the column at which each text token's conversation begins; None: a row is one conversation."""
-    seen: Visibility = field(init=False)
+    step: Visibility | None = None
     """What each text token of this call sees: the images before it, in its conversation."""
+
+    @property
+    def seen(self) -> Visibility:
+        """The same, of a call that has begun."""
+        assert self.step is not None
+        return self.step
 
     @property
     def mask(self) -> Tensor:
@@ -37,17 +43,14 @@ class ColumnContext(VisualContext):
         return self.seen.mask
 
     def for_step(self, past: int, length: int) -> Self:
-        step = replace(self)
-        shape = (len(self.column), length, self.column.shape[1])
         if self.start is None and self.all_from is not None and past >= self.all_from:
-            step.seen = Visibility(None, shape, self.column.device)
-            return step
+            shape = (len(self.column), length, self.column.shape[1])
+            return replace(self, step=Visibility(shape, self.column.device))
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
         mask = self.column[:, None, :] <= columns[None, :, None]
         if self.start is not None:
             mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
-        step.seen = Visibility.by(mask)
-        return step
+        return replace(self, step=Visibility.by(mask))
 
     def cached_tensors(self) -> list[Tensor]:
         return list(self.visual.values())

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -191,6 +190,14 @@ class ModulationPlan:
     final: int
     scale: bool
     shift: bool
+    generators_of: dict[int, list[tuple[str, nn.Module]]] = field(init=False)
+    """By layer, with their names."""
+
+    def __post_init__(self) -> None:
+        named: dict[int, list[tuple[str, nn.Module]]] = {layer: [] for layer in self.norms}
+        for name, generator in self.generators.items():
+            named[int(name.partition("-")[0])].append((name, generator))
+        object.__setattr__(self, "generators_of", named)
 
     def modules(self, layer: int) -> list[ModulatedNorm]:
         """The norms of a layer themselves."""
@@ -198,16 +205,8 @@ class ModulationPlan:
 
     def deltas(self, layer: int, hidden: Tensor, visual: Mapping[str, Tensor], seen: Visibility) -> list[Deltas]:
         """The deltas of a layer's norms for ``hidden`` (B, T, D)."""
-        parts = (part for name, one in self._generators_of[layer] for part in one(hidden, visual[name], seen))
+        parts = (part for name, one in self.generators_of[layer] for part in one(hidden, visual[name], seen))
         return [(next(parts) if self.scale else None, next(parts) if self.shift else None) for _ in self.norms[layer]]
-
-    @cached_property
-    def _generators_of(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """By layer."""
-        named: dict[int, list[tuple[str, nn.Module]]] = {layer: [] for layer in self.norms}
-        for name, generator in self.generators.items():
-            named[int(name.partition("-")[0])].append((name, generator))
-        return named
 
 
 @dataclass(kw_only=True)

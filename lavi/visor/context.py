@@ -113,7 +113,7 @@ class VisorContext(VisualContext):
     new_tokens: int = 0
     groups: list[Group] = field(default_factory=list)
     """Of this call: one for all rows, and behind the router those that it made."""
-    seen: Visibility = field(init=False)
+    step: Visibility | None = None
     """Which visual tokens each text token of this call reads."""
 
     # --- one call -----------------------------------------------------------------------------------------------------
@@ -125,9 +125,13 @@ class VisorContext(VisualContext):
         columns = torch.arange(start, stop, device=self.before.device)
         mask = self.before[:, None, :] <= columns[None, :, None]
         groups = [Group(None, self.configuration, {} if self.beside is None else {-1: self.beside})]
-        step = replace(self, past=past, new_tokens=length, groups=groups)
-        step.seen = Visibility.by(mask)
-        return step
+        return replace(self, past=past, new_tokens=length, groups=groups, step=Visibility.by(mask))
+
+    @property
+    def seen(self) -> Visibility:
+        """What the text tokens of a call that has begun read."""
+        assert self.step is not None
+        return self.step
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
