@@ -11,9 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavi.efficiency.operators import Operator, trace
 from lavi.errors import UserError, nearest
@@ -110,18 +111,26 @@ def device_named(name: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """The CPU in use: the FLOPs of a large product, the bytes of a large copy, the time between two small operators."""
+    """The CPU in use: FLOPs of a large product, bytes of a large copy, time an operator of a decoder of no size."""
     side, count = 1024, 2**25
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, side, side).to(dtype).unbind()
         rates[dtype] = 2.0 * side**3 / _shortest(lambda a=a, b=b: a @ b)  # type: ignore[misc]
     source, target = torch.zeros(2, count).unbind()
-    small = nn.Sequential(*[part for _ in range(20) for part in (nn.Linear(8, 8), nn.SiLU(), nn.RMSNorm(8))]).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = Qwen2Config(vocab_size=16, num_hidden_layers=4, **sizes)
+    small, token = Qwen2ForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.long)
+    with torch.device("meta"):
+        shapes = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
-        one = torch.zeros(1, 8)
-        operators = len(trace(lambda: small(one)).operators)
-        launch = _shortest(lambda: small(one), repeat=5) / operators
+        operators = len(trace(lambda: shapes(token.to("meta"), use_cache=True)).operators)
+        launch = _shortest(lambda: small(token, use_cache=True), repeat=5) / operators
     return Device(
         "this CPU",
         half=rates[torch.bfloat16],
