@@ -9,8 +9,6 @@ look.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_records import keep, parser_of, read
 
 from datamodules.image_text import ImageTextData
 from datamodules.scenes import write_dataset
@@ -26,7 +25,7 @@ from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.latency import Contestant, clock_of, time_in_turns
-from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.record import device_name
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.loading.without_weights import without_weights
@@ -112,17 +111,12 @@ def cached_features_table(records: list[dict[str, Any]]) -> tuple[list[str], lis
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=7, help="timed turns")
     parser.add_argument("--batch-size", type=int, default=2, help="samples of a step")
     parser.add_argument("--small", action="store_true", help="a small tower and decoder")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
-    records = measure(device_of("auto"), small=args.small, batch_size=args.batch_size, turns=args.turns)
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    args = read(parser)
+    records = keep(measure(device_of("auto"), small=args.small, batch_size=args.batch_size, turns=args.turns), args.out)
     title = f"a training step of {args.batch_size} samples; {records[0]['device']}"
     console().print(table(title, *cached_features_table(records)))
 

@@ -8,18 +8,16 @@ a prefill at four sizes and one more token, by this CPU's own rates, against the
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from own_records import keep, parser_of, read
 
 from lavi.batch import IGNORE
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.estimate import estimate
-from lavi.efficiency.estimated import inference_mib, milliseconds, traces, training_batch, training_memory
+from lavi.efficiency.estimated import milliseconds, traces, training_batch, training_memory
 from lavi.efficiency.hardware import this_cpu
 from lavi.efficiency.latency import (
     SHORTEST,
@@ -30,7 +28,7 @@ from lavi.efficiency.latency import (
     time_in_turns,
 )
 from lavi.efficiency.memory import MIB, peak_of, prefill_memory
-from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
@@ -80,7 +78,7 @@ def of_memory(widths: Sequence[int], *, rows: int, text: int) -> Iterator[dict[s
             scenario = Scenario(text, batch=rows, image=(224, 224))
             real, shapes = build(fusion, width, "cpu"), build(fusion, width, "meta")
             shape = scenario.shape_for(real)
-            told = {"inference": inference_mib(shapes, shape)["peak"]}
+            told = {"inference": prefill_memory(shapes, shape, device=torch.device("meta"))["peak"]}
             seen = {"inference": prefill_memory(real, shape, device=CPU)["peak"]}
             batch, _ = shape.inputs(real, "cpu")
             batch.pixels = shape.pixels(real, "cpu")
@@ -123,19 +121,15 @@ def estimates_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=TURNS, help="timed turns")
     parser.add_argument("--small", action="store_true", help="one size of each")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     memory = of_memory(WIDTHS[:1] if args.small else WIDTHS, rows=2, text=100)
     timed = of_time(PROMPTS[:1] if args.small else PROMPTS, width=WIDTHS[1], turns=args.turns)
     about = {"device": device_name(CPU), "torch": torch.__version__}
-    records = [about | record for part in (memory, timed) for record in track(part, "measuring")]
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    measured = (about | record for part in (memory, timed) for record in track(part, "measuring"))
+    records = keep(measured, args.out)
     console().print(table(f"Estimates beside measurements; {about['device']}", *estimates_table(records)))
 
 

@@ -9,13 +9,11 @@ kernel of its own: there only the first two tell something.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from own_records import keep, parser_of, read
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -23,7 +21,7 @@ from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.latency import SHORTEST, Contestant, clock_of, half_the_threads, time_in_turns
-from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.record import device_name
 from lavi.language.surgery import swap
 from lavi.nn.modulated_norm import ModulatedNorm
 from lavi.nn.norm_kernel import fused
@@ -130,17 +128,12 @@ def norm_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=15, help="timed turns")
     parser.add_argument("--small", action="store_true", help="few tokens of a small width")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     width, tokens = (64, 32) if args.small else (WIDTH, TOKENS)
-    records = measure(device_of("auto"), width=width, tokens=tokens, turns=args.turns)
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = keep(measure(device_of("auto"), width=width, tokens=tokens, turns=args.turns), args.out)
     title = f"{tokens} tokens of width {width}, {records[0]['dtype']}; {records[0]['device']}"
     console().print(table(title, *norm_table(records)))
 

@@ -10,25 +10,23 @@ queue grows while a cheaper method's may not. On a GPU at full size, elsewhere w
 
 from __future__ import annotations
 
-import argparse
-import json
 import queue
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
 
 import torch
+from own_records import keep, parser_of, read
 from verify_claims import BASELINE, LAVI, build_for_timing, recipe_at, shrunk
 
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.latency import half_the_threads, model_and_floor
-from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.recipe import Recipe
 from lavi.report import console, table
@@ -150,25 +148,15 @@ def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=100, help="of each method and rate")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     device = device_of("auto")
     recipes = {CONCAT: recipe_at(BASELINE), FUSED: recipe_at(LAVI)}
     if device.type != "cuda":
         recipes = {name: shrunk(recipe) for name, recipe in recipes.items()}
-    records = []
-    if args.out:
-        args.out.write_text("")
     with half_the_threads(device):
-        for record in measure(recipes, device, requests=args.requests):
-            records.append(record)
-            if args.out:  # at once: nothing is lost on a kill
-                with open(args.out, "a") as stream:
-                    stream.write(json.dumps(record) + "\n")
+        records = keep(measure(recipes, device, requests=args.requests), args.out)
     shown = f"{SCENARIO}, {SCENARIO.text} text tokens, answers of {TOKENS} tokens; {records[0]['device']}"
     console().print(table(shown, *serving_table(records)))
 

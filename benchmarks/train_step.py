@@ -9,14 +9,12 @@ stands above the hidden states. Vocabulary and width are Qwen2-0.5B's; ``--small
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from own_records import keep, parser_of, read
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE
@@ -25,7 +23,7 @@ from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.latency import Contestant, clock_of, time_in_turns
 from lavi.efficiency.memory import MIB, peak_of
-from lavi.efficiency.record import check_writable, device_name
+from lavi.efficiency.record import device_name
 from lavi.language.token_scores import MOST_LOGITS, score_tokens
 from lavi.report import console, table
 
@@ -99,17 +97,12 @@ def train_step_table(records: list[dict[str, Any]]) -> tuple[list[str], list[lis
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=15, help="timed turns")
     parser.add_argument("--small", action="store_true", help="a small vocabulary and width")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     sizes = {"vocabulary": 1000, "width": 32} if args.small else {"vocabulary": VOCABULARY, "width": WIDTH}
-    records = measure(device_of("auto"), turns=args.turns, **sizes)
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = keep(measure(device_of("auto"), turns=args.turns, **sizes), args.out)
     title = f"{ROWS * TOKENS} tokens, {TRAINED:.0%} trained; {records[0]['device']}"
     console().print(table(title, *train_step_table(records)))
 

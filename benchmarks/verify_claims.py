@@ -12,13 +12,13 @@ crops, frames and tokens, are timed on the CPU: ratios, no GPU figures. Everywhe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from own_records import parser_of, read
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
 from lavi.checkpoints.published_vlm import written_out
@@ -29,7 +29,7 @@ from lavi.efficiency.estimated import note_estimates
 from lavi.efficiency.hardware import DEVICES, fits_in
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure, saving
-from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import name_of
 from lavi.model import VisionLanguageModel
@@ -263,13 +263,10 @@ def _verdict(value: float | None, threshold: float, claim: str, full: bool) -> s
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
     parser.add_argument("--longest", type=int, metavar="TOKENS", help="of the answers that are timed")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     records = counts()
     title = f"FLOPs of a prompt of {TEXT} text tokens (1 multiply-add = 2 FLOPs, attention in full)"
     console().print(table(title, *flops_table(records)))

@@ -11,20 +11,19 @@ one run: at full size on a GPU, elsewhere as small models, which gives ratios an
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from own_records import parser_of, read
 from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure
-from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
@@ -154,12 +153,9 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage; 0: count")
-    args = parser.parse_args()
-    if args.out:
-        check_writable(args.out)
+    args = read(parser)
     records = counts()
     counted = len(records)
     title = f"FLOPs of a prompt of {TEXT} text tokens against {BASELINE_NAME} (1 multiply-add = 2 FLOPs)"

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavi.batch import Layout
 from lavi.efficiency.comparison import side_by_side
-from lavi.efficiency.estimated import TrainingMemory, inference_mib, milliseconds, traces, training_step
+from lavi.efficiency.estimated import TrainingMemory, milliseconds, traces, training_step
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.hardware import DEVICES, Device, fits_in
 from lavi.efficiency.measure import note_mean_flops, saving_of_samples
-from lavi.efficiency.memory import MIB
+from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.operators import Operator, trace
 from lavi.efficiency.record import Record
 from lavi.efficiency.scenario import Scenario
@@ -73,10 +73,13 @@ def test_operators_have_the_flops_of_the_formula(fusion: str) -> None:
     assert of["decode"].flops == pytest.approx(sum(formula.decode.values()) - modulation[1], rel=1e-6)
     assert of["floor_prefill"].flops == pytest.approx(formula.floor, rel=1e-6)
     assert of["vision_encoder"].flops == formula.prefill["vision_encoder"]
-    assert inference_mib(model, shape)["weights"] == sum(p.numel() * 4 for p in model.parameters()) / MIB
+    assert (
+        prefill_memory(model, shape, device=torch.device("meta"))["weights"]
+        == sum(p.numel() * 4 for p in model.parameters()) / MIB
+    )
 
 
-SLOW = Device("slow", half=2e9, single=1e9, bandwidth=1e6, gib=1, eager=1e-3, graph=1e-4, source="made up")
+SLOW = Device("slow", half=2e9, single=1e9, bandwidth=1e6, eager=1e-3, graph=1e-4, source="made up")
 
 
 def test_a_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:

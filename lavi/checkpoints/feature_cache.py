@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def check_feature_caches(model: VisionLanguageModel, data: Any, splits: Sequence
     check_features_suffice(model)
     own = fingerprint(model)
     for folder, notes in caches.items():
-        theirs = Fingerprint(**{name: notes[name] for name in Fingerprint.__dataclass_fields__})
+        theirs = Fingerprint(**{field.name: notes[field.name] for field in fields(Fingerprint)})
         if difference := own.difference(theirs):
             raise UserError(
                 f"the features in {folder} are {difference}: make them anew (python -m lavi.cache_features), or set "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lavi.batch import Batch
 from lavi.efficiency.hardware import Device, fits_in
-from lavi.efficiency.memory import MIB, cached_tensors, tensor_bytes, weights_of
+from lavi.efficiency.memory import MIB, prefill_memory, tensor_bytes, weights_of
 from lavi.efficiency.operators import Trace, trace
 from lavi.efficiency.record import Record
 from lavi.efficiency.scenario import PromptShape, Scenario
@@ -68,30 +67,6 @@ def milliseconds(of: Mapping[str, Trace], device: Device, *, graph: bool = False
     return times | {f"{kind}first_token": tower + times[f"{kind}prefill"] for kind in ("", "floor_")}
 
 
-@torch.no_grad()
-def inference_mib(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
-    """MiB by class, as :func:`lavi.efficiency.memory.prefill_memory` measures them, of a model on the meta device."""
-    batch, features = shape.inputs(model, "meta")
-    pixels = shape.pixels(model, "meta")
-
-    def run() -> tuple[Any, ...]:
-        encoded = model.features(pixels, shape.grids()) if len(pixels) else None
-        return encoded, *model.prefill(batch, features)
-
-    peak = trace(run).peak
-    _, out, vision = run()
-    keys_values, beside = cached_tensors(out.past_key_values)
-    sizes = {
-        "weights": weights_of(model),
-        "visual_features": tensor_bytes([features]),
-        "visual_cache": tensor_bytes([*vision.cached_tensors(), *beside]),
-        "kv_cache": tensor_bytes(keys_values),
-        "logits": tensor_bytes([out.logits]),
-        "peak": peak,
-    }
-    return {name: size / MIB for name, size in sizes.items()}
-
-
 def note_estimates(
     record: Record, model: VisionLanguageModel, scenario: Scenario, devices: Sequence[Device], *, graph: bool = False
 ) -> None:
@@ -111,7 +86,7 @@ def note_estimates(
         if part is not None:
             part.to(model.language.hf.dtype)
     shape = scenario.shape_for(model)
-    record.estimated_mib = inference_mib(model, shape)
+    record.estimated_mib = prefill_memory(model, shape, device=torch.device("meta"))
     of = traces(model, shape)
     record.estimated_milliseconds = {device.name: milliseconds(of, device, graph=graph) for device in devices}
 

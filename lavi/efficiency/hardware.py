@@ -39,8 +39,6 @@ class Device:
     """FLOPs a second in float32."""
     bandwidth: float
     """Bytes a second from and to its memory."""
-    gib: float
-    """Its memory."""
     eager: float
     """Seconds between two operators that Python asks for one by one."""
     graph: float
@@ -66,14 +64,13 @@ class Device:
         return max(operator.flops / peak, operator.bytes / self.bandwidth)
 
 
-def _gpu(name: str, half: float, single: float, gigabytes: float, gib: float, source: str) -> Device:
-    """Of a data sheet: TFLOPs without sparsity, GB a second, GiB."""
+def _gpu(name: str, half: float, single: float, gigabytes: float, source: str) -> Device:
+    """Of a data sheet: TFLOPs without sparsity, GB a second."""
     return Device(
         name,
         half=OF_PEAK * half * 1e12,
         single=OF_PEAK * single * 1e12,
         bandwidth=OF_BANDWIDTH * gigabytes * 1e9,
-        gib=gib,
         eager=8e-6,
         graph=1.5e-6,
         source=source,
@@ -81,12 +78,12 @@ def _gpu(name: str, half: float, single: float, gigabytes: float, gib: float, so
 
 
 DEVICES = {
-    "l4": _gpu("L4", 121, 30.3, 300, 24, "NVIDIA L4 data sheet: bf16 242 with sparsity, fp32 30.3, 300 GB/s, 24 GB"),
-    "rtx4090": _gpu("RTX 4090", 165.2, 82.6, 1008, 24, "NVIDIA Ada architecture white paper, appendix A"),
-    "a100": _gpu("A100", 312, 19.5, 2039, 80, "NVIDIA A100 data sheet, SXM 80 GB"),
-    "h100": _gpu("H100", 989.4, 67, 3350, 80, "NVIDIA H100 data sheet, SXM: bf16 1,979 with sparsity"),
-    "h200": _gpu("H200", 989.4, 67, 4800, 141, "NVIDIA H200 data sheet, SXM"),
-    "b200": _gpu("B200", 2250, 75, 8000, 180, "NVIDIA HGX B200 data sheet, of eight: bf16 36 PFLOPs with sparsity"),
+    "l4": _gpu("L4", 121, 30.3, 300, "NVIDIA L4 data sheet: bf16 242 with sparsity, fp32 30.3, 300 GB/s, 24 GB"),
+    "rtx4090": _gpu("RTX 4090", 165.2, 82.6, 1008, "NVIDIA Ada architecture white paper, appendix A"),
+    "a100": _gpu("A100", 312, 19.5, 2039, "NVIDIA A100 data sheet, SXM 80 GB"),
+    "h100": _gpu("H100", 989.4, 67, 3350, "NVIDIA H100 data sheet, SXM: bf16 1,979 with sparsity"),
+    "h200": _gpu("H200", 989.4, 67, 4800, "NVIDIA H200 data sheet, SXM"),
+    "b200": _gpu("B200", 2250, 75, 8000, "NVIDIA HGX B200 data sheet, of eight: bf16 36 PFLOPs with sparsity"),
 }
 """By the name that a command takes. Launches are chosen here: 8 us an operator eager, 1.5 us in a graph."""
 
@@ -136,7 +133,6 @@ def this_cpu() -> Device:
         half=rates[torch.bfloat16],
         single=rates[torch.float32],
         bandwidth=8.0 * count / _shortest(lambda: target.copy_(source)),
-        gib=0.0,
         eager=launch,
         graph=launch,
         source="measured",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavi.efficiency.operators import trace
 from lavi.efficiency.scenario import PromptShape
 from lavi.language.subsequence import LayeredCache
 from lavi.model import VisionLanguageModel
@@ -29,6 +30,8 @@ def prefill_memory(
     model: VisionLanguageModel, shape: PromptShape, *, device: torch.device, others: float = 0.0
 ) -> dict[str, float]:
     """Memory by class; the peak is the allocator's on a GPU, and summed from torch's profiler on the CPU.
+
+    On meta it is estimated: that of the storages which operators make (:mod:`lavi.efficiency.operators`).
 
     Args:
         others: bytes of other models on the device.
@@ -42,7 +45,7 @@ def prefill_memory(
 
     with torch.no_grad():
         _, out, vision = run()
-        keys_values, beside = cached_tensors(out.past_key_values)  # type: ignore[attr-defined]
+        keys_values, beside = _cached(out.past_key_values)  # type: ignore[attr-defined]
         tensors_of = {
             "visual_features": [features],
             "visual_cache": [*vision.cached_tensors(), *beside],  # type: ignore[attr-defined]
@@ -51,7 +54,7 @@ def prefill_memory(
         }
         sizes = {"weights": weights_of(model)} | {name: tensor_bytes(tensors) for name, tensors in tensors_of.items()}
         del out, vision, tensors_of, keys_values, beside
-        sizes |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": _peak_cpu(run)}
+        sizes |= _peak_cuda(run, device, others) if device.type == "cuda" else {"peak": peak_of(run, device)}
     return {name: size / MIB for name, size in sizes.items()}
 
 
@@ -60,7 +63,7 @@ def weights_of(model: VisionLanguageModel) -> float:
     return tensor_bytes(model.parameters())
 
 
-def cached_tensors(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of the language model's own attention, and the tensors that its layers cache besides."""
     if isinstance(cache, LayeredCache):
         return cache.keys_values(), cache.cached_tensors()
@@ -73,6 +76,8 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> float:
 
 def peak_of(run: Callable[[], object], device: torch.device) -> float:
     """Bytes that stand at once while ``run`` runs, above what stood before."""
+    if device.type == "meta":
+        return trace(run).peak
     return _peak_cuda(run, device, 0.0)["peak"] if device.type == "cuda" else _peak_cpu(run)
 
 

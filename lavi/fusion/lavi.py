@@ -100,7 +100,7 @@ class LaViFusion(Fusion):
         self.scale, self.shift = parameters in ("both", "scale"), parameters in ("both", "shift")
         template = generator or AttentionDeltas()
         self.new_generator = template.bound  # the template itself is no part of the model
-        self.native_resolution = template.per_token
+        self.native_resolution = template.keeps_tokens
         self.per_target, self.max_images, self.has_grid_code = per_target, max_images, grid_code
         self.fused_norm = fused_norm
 

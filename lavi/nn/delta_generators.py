@@ -108,9 +108,6 @@ class DeltaGenerator(nn.Module, ABC):
     def make(self) -> None:
         """Make the generator's own parameters."""
 
-    per_token = False
-    """Whether each visual token leaves a slot of its own, whatever the grid."""
-
     @abstractmethod
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Normed features (views, N, Dv) to slots (views, S, E)."""
@@ -156,8 +153,6 @@ class AttentionDeltas(DeltaGenerator):
         self.text_norm = nn.RMSNorm(self.width)
         self.query = nn.Linear(self.width, self.bottleneck, bias=False)
         self.key_value = nn.Linear(self.vision_width, 2 * self.bottleneck, bias=False)
-
-    per_token = True
 
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.key_value(features)  # (views, N, 2 r)
