@@ -281,6 +281,18 @@ def test_a_newline_is_as_large_as_a_token_and_in_every_graph(build) -> None:  # 
     assert build(ConcatFusion()).fusion.newline is None
 
 
+@pytest.mark.parametrize("columns", [(1, 3), (3, 3)])
+def test_where_all_is_seen_there_is_no_mask(build, columns: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    """From the column of the last image on, and not before."""
+    model = build(CrossAttentionFusion(fraction=0.5, ffn=0))
+    batch = batch_of([(0, 6)], [ImageSlot(0, column) for column in columns])
+    context = model.fusion(batch, torch.randn(2, 16, 24), model.language).vision
+    for past in range(6):
+        seen = context.for_step(past, 1).seen
+        assert (seen.partly is None) == (past >= 3)
+        assert torch.equal(seen.mask[0, 0], context.column[0] <= past)
+
+
 def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[no-untyped-def]
     """What the images leave for each block or generator: of the features and the views' embeddings together."""
     slots = [ImageSlot(0, 1, FILM), ImageSlot(1, 2)]

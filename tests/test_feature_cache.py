@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import TOWER, ask, collate, refused
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from test_data_module import Numbers
 from test_native_resolution import tower
 
@@ -179,6 +179,22 @@ def test_features_of_another_model_are_refused(run: Any, frozen: Path, case: str
     cached(run, frozen, "features")
     override, word = OTHERS[case]
     refused(run("lavi.fit", "--recipe", frozen, "data.train=features/train", override), word)
+
+
+def test_a_tiling_that_differs_for_other_images_alone_is_refused(run: Any, frozen: Path) -> None:
+    """The drawn picture is cut alike by both."""
+    cached(run, frozen, "features", ANY_RES.replace("2", "6"))
+    other = run("lavi.fit", "--recipe", frozen, "data.train=features/train", ANY_RES.replace("2", "7"))
+    refused(other, "cut into other views")
+
+
+def test_padding_is_not_stored(run: Any, frozen: Path, several: Path) -> None:
+    cached(run, frozen, "features", NATIVE, f"data.train={several}")
+    for raw in read_shard("features/train/shard-000000.tar", types=(MEMBER,)):
+        layouts = json.loads(raw["json"]).get("features", [])
+        stored = load(raw[MEMBER]) if MEMBER in raw else {}
+        tokens = [one["grid"][0] * one["grid"][1] for one in layouts]
+        assert [stored[str(n)].shape[1] for n in range(len(stored))] == tokens
 
 
 def test_tokens_of_another_kind_are_refused(run: Any, frozen: Path) -> None:
