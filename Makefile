@@ -7,7 +7,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,22 @@ test: install ## run the tests (seven to fifteen minutes on two cores)
 
 test-all: install ## run the tests that train, too
 	$(BIN)/pytest -n 2 -m 'not gpu'
+
+OLDEST := $(VENV)/oldest
+
+test-oldest: ## run the tests with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider
+
+OLDEST := $(VENV)/oldest
+
+test-oldest: ## run the tests with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider
 
 quickstart: install ## draw data, train LaVi and concatenation, set them side by side (six to eight minutes on two cores)
 	$(BIN)/python -m datamodules.scenes --out data/scenes

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 from lavi.batch import Batch, Sample, Video, Visual, VisualState, grids_of_views, visual_part
@@ -19,6 +20,7 @@ from lavi.data.processor import Processor
 from lavi.data.tiling import OneView, Tiling
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
+from lavi.language.compiled import refusals_of_the_compiler
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
@@ -70,6 +72,11 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.built_from = built_from
         check_native_resolution(vision, tiling, reducer, fusion)
+        if language.compiled is not None and fusion.own_cache:
+            raise UserError(
+                f"{type(fusion).__name__} keeps what its layers read in a cache of its own, which cannot be compiled: "
+                "set model.language.compile=null."
+            )
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
         if not fusion.keeps_sequence:
@@ -199,13 +206,16 @@ class VisionLanguageModel(nn.Module):
             settings["use_cache"] = True
         if cache is not None and settings["use_cache"]:
             settings |= {"past_key_values": cache, "cache_implementation": None}
+        if (compiled := self.language.compiled) is not None and plan.may_compile and compiled.serves(hf):
+            columns = inputs.attention_mask.shape[1] + settings["max_new_tokens"]
+            settings |= compiled.settings(hf, rows=len(batch) * plan.copies, columns=columns)
         if "stop_strings" in settings:
             settings.setdefault("tokenizer", self.chat.tokenizer)
         # Penalties, stop strings and streamers read the prompt's ids, also where the decoder reads embeddings. Prompt
         # lookup would add drafts to the ids before the embeddings are read, which have no room for them.
         if "prompt_lookup_num_tokens" not in settings:
             sequence["input_ids"] = batch.input_ids
-        with refusals_of_transformers():
+        with refusals_of_transformers(), refusals_of_the_compiler(type(hf).__name__):
             out: Any = hf.generate(**sequence, vision=vision, **settings)  # type: ignore[misc]
         prompt = sequence["input_ids"].shape[1] if "input_ids" in sequence else 0
         if isinstance(out, ModelOutput):
@@ -224,14 +234,24 @@ class VisionLanguageModel(nn.Module):
             lengths[slot.row] += self.processor.count_visual_tokens(slot.layout)
         return lengths
 
-    def prefill(self, batch: Batch, features: Tensor) -> tuple[Any, VisualContext]:
-        """From features to the first token: the decoder's output (last-token logits, cache), and the context."""
+    def prefill(self, batch: Batch, features: Tensor, cache: Cache | None = None) -> tuple[Any, VisualContext]:
+        """From features to the first token: the decoder's output (last-token logits, cache), and the context of the
+        tokens behind it.
+
+        Args:
+            cache: an empty one; None: one of its own.
+        """
         inputs = self.fusion(batch, features, self.language)
         vision = inputs.vision.for_generation(copies=1)
         out = self.language.hf(
-            **inputs.sequence(), position_ids=inputs.position_ids, vision=vision, use_cache=True, logits_to_keep=1
+            **inputs.sequence(),
+            position_ids=inputs.position_ids,
+            past_key_values=cache,
+            vision=vision,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        return out, vision
+        return out, vision.behind_prompt()
 
     def answer(self, batch: Batch, **decoding: Any) -> list[str]:
         """:meth:`generate`, as text.

@@ -20,6 +20,7 @@ import torch
 import yaml
 from families import EAGER, FAMILIES, HYBRIDS, LOOKING_UP, QWEN2
 
+import lavi.efficiency.operators  # noqa: F401  (formulas that torch 2.11 lacks)
 from datamodules.scenes import sentences, write_dataset
 from datamodules.tokenizer import train_tokenizer
 from lavi.batch import IGNORE, Answer, Sample

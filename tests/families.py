@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 QWEN2 = {
     "model_type": "qwen2",
     "hidden_size": 32,
@@ -127,6 +129,7 @@ _OWN: dict[str, dict[str, Any]] = {
 FAMILIES = {
     family: {k: v for k, v in (_SIZES | _SMALL_IDS | own).items() if v is not None} | {"model_type": family}
     for family, own in _OWN.items()
+    if family in CONFIG_MAPPING  # InternLM 3 came with transformers 5.18
 }
 EAGER = ("gemma2", "gpt_oss", "vaultgemma")
 """Families whose attention no fused kernel computes: scores are capped, or share themselves with a sink."""

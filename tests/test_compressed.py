@@ -10,8 +10,10 @@ import gguf
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from conftest import TOWER, ask, collate, small
 from families import QWEN2
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
@@ -27,6 +29,10 @@ from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
+
+of_the_extra = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="the extra gguf asks for transformers 5.18"
+)
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -125,6 +131,7 @@ def test_a_gguf_file_answers_as_the_weights_that_it_holds(qwen2: Any, tmp_path: 
     assert language.tokenizer("what is this?").input_ids == tokenizer("what is this?").input_ids
 
 
+@of_the_extra
 def test_a_model_from_a_gguf_file_is_trained_and_saved_as_any_other(qwen2: Any, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", *qwen2)
     language = LanguageModel(str(tmp_path), gguf_file="tiny.gguf", lora={"rank": 2})
@@ -143,6 +150,7 @@ def test_a_model_from_a_gguf_file_is_trained_and_saved_as_any_other(qwen2: Any, 
         torch.testing.assert_close(again.hf(input_ids=ids).logits, language.eval().hf(input_ids=ids).logits)
 
 
+@of_the_extra
 def test_an_export_of_a_gguf_model_needs_the_file_no_more(qwen2: Any, tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, *qwen2)

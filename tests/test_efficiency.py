@@ -396,10 +396,10 @@ def test_a_point_without_memory_is_recorded_and_the_sweep_goes_on(
 ) -> None:
     prefill = VisionLanguageModel.prefill
 
-    def full(self: VisionLanguageModel, batch, features):  # type: ignore[no-untyped-def]
+    def full(self: VisionLanguageModel, batch, features, *cache):  # type: ignore[no-untyped-def]
         if len(batch) == 4 and not features.is_meta:
             raise torch.OutOfMemoryError("no more")
-        return prefill(self, batch, features)
+        return prefill(self, batch, features, *cache)
 
     monkeypatch.setattr(VisionLanguageModel, "prefill", full)
     base = Scenario(text=12, visual_tokens=16)

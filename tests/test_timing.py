@@ -203,7 +203,7 @@ def test_every_run_of_decode_finds_a_cache_of_the_same_length(build, fusion: Cal
     lengths: list[int] = []
     model.language.hf.register_forward_pre_hook(
         lambda _, args, given: lengths.append(
-            given["past_key_values"].get_seq_length() if "past_key_values" in given else 0
+            given["past_key_values"].get_seq_length() if given.get("past_key_values") is not None else 0
         ),
         with_kwargs=True,
     )
@@ -242,10 +242,10 @@ def test_models_take_turns_with_each_other_and_with_their_floors(
         clock.now += {"ConcatFusion": 96.0, "LaViFusion": 32.0}[type(self.fusion).__name__]
         return features(self, pixels, *grids)
 
-    def scripted(self: VisionLanguageModel, batch: Any, features: Any) -> Any:
+    def scripted(self: VisionLanguageModel, batch: Any, features: Any, *cache: Any) -> Any:
         ran.append(type(self.fusion).__name__)
         clock.now += {"ConcatFusion": 96.0, "LaViFusion": 16.0}[ran[-1]]
-        return prefill(self, batch, features)
+        return prefill(self, batch, features, *cache)
 
     monkeypatch.setattr(VisionLanguageModel, "features", encoding)
     monkeypatch.setattr(VisionLanguageModel, "prefill", scripted)
@@ -290,10 +290,10 @@ def test_a_model_that_raises_while_timed_loses_no_record(
 ) -> None:
     prefill = VisionLanguageModel.prefill
 
-    def raising(self: VisionLanguageModel, batch: Any, features: Any) -> Any:
+    def raising(self: VisionLanguageModel, batch: Any, features: Any, *cache: Any) -> Any:
         if isinstance(self.fusion, ConcatFusion) and not features.is_meta:
             raise error
-        return prefill(self, batch, features)
+        return prefill(self, batch, features, *cache)
 
     monkeypatch.setattr(VisionLanguageModel, "prefill", raising)
     own, twin = measured_together(tiny_recipe)

@@ -7,8 +7,7 @@ counter does); ``causal`` says how much of it a causal kernel leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.base import Cost
 from lavi.language.load import LanguageModel
-from lavi.language.sequence import looks_up_by_id, recurrent_layers
+from lavi.language.sequence import experts_by_operators, looks_up_by_id, recurrent_layers
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops
@@ -165,7 +164,7 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     """
     batch, features = shape.inputs(model, "meta")
     pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
-    with torch.no_grad(), _experts_by_operators(model.language.hf.config):
+    with torch.no_grad(), experts_by_operators(model.language.hf.config):
         encoder = _count(lambda: model.encode(pixels, shape.grids())) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
         language = _bare(model, shape)
@@ -177,17 +176,6 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
             "fusion": _count(lambda: model.prefill(batch, features)) - language,
             "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),
         }
-
-
-@contextmanager
-def _experts_by_operators(config: PretrainedConfig) -> Iterator[None]:
-    """Experts are run by an operator that the counter knows, and not by one of transformers' own."""
-    before = config._experts_implementation
-    config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
 
 
 def _bare(model: VisionLanguageModel, shape: PromptShape) -> float:

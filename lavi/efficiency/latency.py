@@ -5,7 +5,7 @@
     fusion              the projector, or the image's part of a generator; a part of:
     prefill             features to the first token's logits
     first_token         pixels to the first token's logits: encoder and prefill in one run
-    decode              one more token, on the cache
+    decode              one more token, on the cache; compiled, if the model is (``language.compile``)
     end_to_end_N        pixels to N tokens
 
 The floor of a model has the stages of its decoder with the bare language model on the text alone: what fusion at no
@@ -31,9 +31,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import Cache
 
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.scenario import PromptShape
+from lavi.efficiency.steps import Prefill, Steps
 from lavi.model import VisionLanguageModel
 
 TURNS = 15
@@ -229,34 +231,39 @@ def model_and_floor(
     def encoded() -> Any:
         return model.features(pixels, shape.grids()) if len(pixels) else None
 
-    def prefill() -> tuple[Any, Any]:
-        return model.prefill(batch, features)
+    def prefill(cache: Cache | None = None) -> tuple[Any, Any]:
+        return model.prefill(batch, features, cache)
 
-    def bare() -> tuple[Any, Any]:
+    def bare(cache: Cache | None = None) -> tuple[Any, Any]:
         text = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return hf(**text, use_cache=True, logits_to_keep=1), None
+        return hf(**text, past_key_values=cache, use_cache=True, logits_to_keep=1), None
 
-    def stages(start: Callable[[], tuple[Any, Any]]) -> dict[str, Callable[[], Any]]:
-        out, vision = start()
-        cache = out.past_key_values
+    def stages(start: Prefill, columns: int) -> dict[str, Callable[[], Any]]:
+        length = None if model.language.compiled is None else columns + max((1, *outputs))
+        steps, answers = (Steps(hf, start, rows=shape.batch, length=length) for _ in range(2))
+        steps.begin()
 
         def decode() -> None:
-            hf(input_ids=token, past_key_values=cache, use_cache=True, vision=vision)
-            cache.crop(-1)  # so that every run decodes at the same length
+            steps.step(token)
+            steps.back()  # so that every run decodes at the same length
 
         def answer(length: int) -> None:
             encoded()
-            out, vision = start()
+            logits = answers.begin()
             for _ in range(length - 1):
-                likeliest = out.logits[:, -1:].argmax(-1)
-                out = hf(input_ids=likeliest, past_key_values=out.past_key_values, use_cache=True, vision=vision)
+                logits = answers.step(logits.argmax(-1))
 
-        answers = {f"end_to_end_{length}": partial(answer, length) for length in sorted(outputs)}
-        return {"prefill": start, "first_token": lambda: (encoded(), start()), "decode": decode, **answers}
+        whole = {f"end_to_end_{length}": partial(answer, length) for length in sorted(outputs)}
+        first: dict[str, Callable[[], Any]] = {
+            "prefill": partial(start, None),
+            "first_token": lambda: (encoded(), start(None)),
+        }
+        return {**first, "decode": decode, **whole}
 
+    arranged = shape.text + shape.visual_tokens_in_language(model)
     with torch.no_grad(), within():
-        stages_of_model = {"fusion": lambda: model.fusion(batch, features, model.language), **stages(prefill)}
-        floor = stages(bare)
+        stages_of_model = {"fusion": lambda: model.fusion(batch, features, model.language), **stages(prefill, arranged)}
+        floor = stages(bare, shape.text)
     if len(pixels):
         stages_of_model["vision_encoder"] = encoded
     if shape.layout and shape.layout.size != (0, 0):

@@ -167,7 +167,14 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> f
     return 2.0 * torch.Size(rows).numel() * length * key[-2] * (width + value[-1])
 
 
-@register_flop_formula(torch.ops.lavi.fused_attention)  # type: ignore[untyped-decorator]
+WITHOUT_A_FORMULA = [
+    packet
+    for packet in (torch.ops.lavi.fused_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    if packet not in flop_registry  # torch 2.11 has none for the latter
+]
+
+
+@register_flop_formula(WITHOUT_A_FORMULA)  # type: ignore[untyped-decorator]
 def _(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> float:
     return _attention_flops(query, key, value)
 

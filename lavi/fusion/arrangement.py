@@ -52,6 +52,14 @@ class ColumnContext(VisualContext):
             mask &= self.column[:, None, :] >= self.start[:, past : past + length, None]
         return replace(self, step=Visibility.by(mask))
 
+    def behind_prompt(self) -> Self:
+        batch, visual = self.column.shape
+        if self.all_from is not None:
+            seen = Visibility((batch, 1, visual), self.column.device)
+        else:
+            seen = Visibility.by((self.column < Rows.NEVER)[:, None])  # (B, 1, M)
+        return replace(self, settled=True, step=seen)
+
     def cached_tensors(self) -> list[Tensor]:
         return list(self.visual.values())
 

@@ -60,6 +60,8 @@ class Fusion(nn.Module, ABC):
 
     native_resolution = False
     """Whether views may have grids of their own (:attr:`lavi.batch.Layout.grid`), their features padded."""
+    own_cache = False
+    """Whether its layers keep of a prompt what no cache of transformers can hold."""
     keeps_sequence = False
     """Whether every layer works on the text as it is, no more and no less: only then may it keep a recurrent state."""
 

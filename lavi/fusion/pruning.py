@@ -48,6 +48,7 @@ class PruningFusion(ConcatFusion):
     """
 
     packs = False
+    own_cache = True
 
     def __init__(
         self,
@@ -229,6 +230,9 @@ class PruningContext(VisualContext):
     def for_step(self, past: int, length: int) -> Self:
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
         return replace(self, past=past, new_tokens=length, stages={})
+
+    def behind_prompt(self) -> Self:
+        return self  # each call goes by what is cached
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)

@@ -24,6 +24,8 @@ class VisualContext:
 
     text_columns: Tensor | None = None
     """(B, T): where the text tokens stand in the arranged sequence; logits are computed there only. None: all."""
+    settled: bool = False
+    """Whether it is the same for all tokens to come: nobody need count those that are cached."""
 
     def for_step(self, past: int, length: int) -> Self:
         """The context as ``length`` tokens see it that follow ``past`` cached ones."""
@@ -36,6 +38,10 @@ class VisualContext:
             kwargs: what the stack hands to the layer, by name (``attention_mask``, ``past_key_values`` ...).
         """
         return call(hidden, vision=self, **kwargs)
+
+    def behind_prompt(self) -> Self:
+        """The context of the tokens that follow a prompt which was read: by default one for all of them."""
+        return replace(self, settled=True)
 
     def new_cache(self, config: PretrainedConfig) -> Cache | None:
         """The only cache that can serve a prompt about to be read; None: any that the language model takes."""

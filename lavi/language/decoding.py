@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import Cache, GenerationConfig, StaticCache, TextStreamer
 
@@ -83,6 +85,8 @@ REFUSED = {
     "min_length": "counts the prompt, which is as long as the fusion makes it: set min_new_tokens instead",
 }
 
+DRAFTS_BEHIND_EMBEDDINGS = Version(transformers.__version__) >= Version("5.18")
+
 OF_THE_CACHE = ("cache_implementation", "cache_config", "max_cache_len", "past_key_values")
 
 OF_THE_IDS = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "prefill_chunk_size")
@@ -131,6 +135,12 @@ class Decoding:
     def copies(self) -> int:
         """Rows of the decoder for each row of the prompt, side by side."""
         return max(self.settings["num_beams"], self.settings["num_return_sequences"])
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether one compiled step can serve: a token at a time, on a cache that nobody named and nobody keeps."""
+        named = [*OF_THE_CACHE, "prompt_lookup_num_tokens", "prefill_chunk_size", "return_dict_in_generate"]
+        return bool(self.settings["use_cache"]) and not any(self.settings.get(name) for name in named)
 
     def check_rows(self, rows: int, *, room: int) -> None:
         """Refuse what does not go with a batch.
@@ -187,6 +197,11 @@ class Decoding:
             raise UserError(
                 f"past_key_values holds {cache.get_seq_length()} tokens already, and each prompt is read from its "
                 "start: pass an empty cache, or none."
+            )
+        if "prompt_lookup_num_tokens" in self.settings and not ids_alone and not DRAFTS_BEHIND_EMBEDDINGS:
+            raise UserError(
+                f"{fusion} puts visual tokens into the sequence, behind which transformers before 5.18 loses drafts: "
+                "leave prompt_lookup_num_tokens out, or take a newer one."
             )
         for name in OF_THE_IDS:
             if name in self.settings and not ids_alone:

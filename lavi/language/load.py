@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
 from lavi.language.attention_widths import AttentionWidths
+from lavi.language.compiled import DecodeCompiler, check_compiler
 from lavi.language.context import DecoderInput, HeadAlone
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.sequence import recurrent_layers, refuse_recurrent
@@ -36,6 +37,8 @@ from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
 from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
+
+NO_KERNEL = "'{}' has no attention kernel '{}': set language.attention=eager."
 
 NOT_PACKED = ("biogpt", "gpt_oss")
 """Families that let the conversations of a row see each other, as the tests of packing have found.
@@ -68,11 +71,13 @@ class LanguageModel(nn.Module):
         attention: the attention kernel, the same for every method that is to be compared.
         lora: put adapters into the decoder layers: keys of :class:`lavi.language.lora.LoRA` (``rank``, ``alpha``,
             ``dropout``, ``targets``); what trains of this part is then the adapters alone.
+        compile: ``decode`` compiles the step that answers are made of (:mod:`lavi.language.compiled`): the first one
+            takes half a minute, and each is faster behind it.
 
     Raises:
         UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer, or one with more tokens
             than the model has; an unknown LoRA target; quantization of what is no checkpoint of a language model, or
-            whose library is not there.
+            whose library is not there; ``compile`` without a C++ compiler.
     """
 
     def __init__(
@@ -86,8 +91,12 @@ class LanguageModel(nn.Module):
         attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
         quantization: Quantization | None = None,
         lora: Annotated[dict[str, Any], Check(LoRA.of)] | None = None,
+        compile: Literal["decode"] | None = None,
     ) -> None:
         super().__init__()
+        if compile is not None:
+            check_compiler()
+        self.compiled = None if compile is None else DecodeCompiler()
         if (source is None) == (config is None):
             raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")
         if source is None and (gguf_file is not None or quantization is not None):
@@ -132,7 +141,7 @@ class LanguageModel(nn.Module):
         refuse_recurrent(hf)
         language.hf, language.tokenizer = hf, tokenizer  # type: ignore[misc]
         language.attention, language.adapters = hf.config._attn_implementation, frozenset()
-        language.quantization = None
+        language.quantization = language.compiled = None
         return language
 
     @cached_property
@@ -309,6 +318,9 @@ def _language_model(
                 f"'{source}' is a vision-language model: quantization and gguf_file take a language model's checkpoint."
             )
         return language_model_of(open_vlm(str(source)), dtype=dtype, attention=attention)
+    if attention == "sdpa" and getattr(settings, "attn_logit_softcapping", None):
+        # Its scores are capped, which sdpa does not do: newer versions of transformers say so, older ones leave it out.
+        raise UserError(NO_KERNEL.format(settings.model_type, attention))
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     origin = "a bare configuration" if source is None else f"'{source}'"
     loading_info: dict[str, Any] | None = None
@@ -327,8 +339,8 @@ def _language_model(
         raise
     except Exception as error:
         kind, reason = settings.model_type, one_line(error)
-        if "attention implementation" in reason:  # Gemma-2 caps its scores, which no fused kernel does
-            raise UserError(f"'{kind}' has no attention kernel '{attention}': set language.attention=eager.") from error
+        if "attention implementation" in reason:
+            raise UserError(NO_KERNEL.format(kind, attention)) from error
         if "Unrecognized configuration class" in reason:
             raise UserError(NO_LANGUAGE_MODEL.format(kind)) from error
         raise UserError(f"no '{kind}' language model can be built from {origin}: {reason}.") from error

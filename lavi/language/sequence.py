@@ -5,7 +5,10 @@ What enters a recurrent state, no mask takes out again; what a layer looks up by
 
 from __future__ import annotations
 
-from transformers import DynamicCache, PreTrainedModel
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from lavi.errors import UserError
@@ -24,6 +27,17 @@ def recurrent_layers(model: PreTrainedModel) -> list[int]:
         for index, layer in enumerate(layers)
         if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, CacheLayerMixin)
     ]
+
+
+@contextmanager
+def experts_by_operators(config: PretrainedConfig) -> Iterator[None]:
+    """Experts are run by an operator that meta and counters know, and not by one of transformers' own."""
+    before = config._experts_implementation
+    config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 def looks_up_by_id(model: PreTrainedModel) -> bool:

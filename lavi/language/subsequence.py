@@ -43,7 +43,7 @@ class LayeredCache(DynamicCache):
     def part(self, rows: list[Tensor]) -> None:
         """From here on each group of rows has a cache of its own."""
         self.groups = [(group, LayeredCache(self.config)) for group in rows]
-        if any(self.is_recording_past(layer) for layer in range(len(self.layers))):
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
             self.activate_past_recording()
 
     def activate_past_recording(self) -> None:

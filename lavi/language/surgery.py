@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, Self
@@ -27,6 +27,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lavi.errors import UserError
 from lavi.language.context import HeadAlone, VisualContext
+from lavi.language.sequence import experts_by_operators
 from lavi.language.subsequence import LayeredCache
 from lavi.nn.modulated_norm import Deltas, ModulatedNorm, NormKind
 from lavi.nn.norm_kinds import kind_of
@@ -99,10 +100,11 @@ class FusedDecoder(nn.Module):
         cache = kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache"):
             kwargs["past_key_values"] = cache = vision.new_cache(self.config)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        placed = vision.for_step(past, tokens.shape[1])
-        with placed.during_stack():
-            out = super().forward(input_ids, *args, vision=placed, **kwargs)
+        if not vision.settled:
+            past = int(cache.get_seq_length()) if cache is not None else 0
+            vision = vision.for_step(past, tokens.shape[1])
+        with vision.during_stack():
+            out = super().forward(input_ids, *args, vision=vision, **kwargs)
         if isinstance(cache, LayeredCache):
             cache.arranged += tokens.shape[1]
         if vision.text_columns is not None:
@@ -128,6 +130,13 @@ class FusedCausalLM(nn.Module):
 
         forward.__signature__ = signature.replace(parameters=[*named, vision])  # type: ignore[attr-defined]
         cls.forward = forward  # type: ignore[method-assign]
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """What ``generate`` calls behind each step: from the first on the prompt is in the cache, if there is one."""
+        vision = model_kwargs.get("vision")
+        if vision is not None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["vision"] = vision.behind_prompt()
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)  # type: ignore[misc]
 
 
 # --- finding the parts ------------------------------------------------------------------------------------------------
@@ -211,8 +220,9 @@ def _dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) 
     model.eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     extra = {} if vision is None else {"vision": vision}
+    experts = experts_by_operators(model.config) if ids.is_meta else nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), experts:
             model(input_ids=ids, use_cache=True, **extra)
     except RuntimeError as error:
         if "meta tensors" not in str(error):

@@ -202,6 +202,9 @@ class PooledDeltas(_OneVector):
 
     asks = False
 
+    def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
+        return super().attend(hidden, slots, seen).expand(-1, hidden.shape[1], -1)  # one mask may serve all tokens
+
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.down(features.mean(1, keepdim=True))
 

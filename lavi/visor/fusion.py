@@ -77,6 +77,7 @@ class VisorFusion(ConcatFusion):
     """
 
     packs = False
+    own_cache = True
     native_resolution = False
 
     def __init__(
