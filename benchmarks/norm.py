@@ -48,7 +48,7 @@ def ways(width: int, tokens: int, device: torch.device, dtype: torch.dtype) -> d
     runs: dict[str, Callable[[], Tensor]] = {
         BARE: lambda: bare(x),
         BESIDE: lambda: beside(x),
-        AT_ONCE: lambda: fused(x, bare.weight, (deltas[0], deltas[1]), kind),
+        AT_ONCE: lambda: fused(x, bare.weight, None, (deltas[0], deltas[1]), kind),
     }
 
     def forward(run: Callable[[], Tensor]) -> Tensor:

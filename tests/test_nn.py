@@ -264,7 +264,7 @@ class ScaleOnly(ModulatedNorm, nn.RMSNorm):
 
 
 class Shared(ModulatedNorm, LlamaRMSNorm):
-    kind = NormKind(1e-3, centred=False, affine="weight behind the cast")
+    kind = NormKind(1e-3, centred=False, affine="weight behind the cast", exact=True)
 
 
 def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:

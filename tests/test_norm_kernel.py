@@ -24,38 +24,56 @@ DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (tor
 
 
 def inputs(of_x: torch.dtype, of_weight: torch.dtype, *, width: int = 24) -> list[Tensor]:
+    """x, weight, bias, dgamma and dbeta."""
     generator = torch.Generator().manual_seed(0)
     x, dgamma, dbeta = (torch.randn(2, 5, width, generator=generator) for _ in range(3))
     both = torch.cat([dgamma, dbeta], dim=-1)  # rows that lie apart, as a generator gives them
     dgamma, dbeta = both.split(width, dim=-1)
-    return [(3 * x).to(of_x), torch.randn(width, generator=generator).to(of_weight), dgamma, dbeta]
+    weight, bias = torch.randn(2, width, generator=generator).to(of_weight)
+    return [(3 * x + 1).to(of_x), weight, bias, dgamma, dbeta]
 
 
-def plain(x: Tensor, weight: Tensor, dgamma: Tensor, dbeta: Tensor, eps: float, affine: int) -> Tensor:
-    """Written out: what Llama, OLMo-2 and Gemma do with their weight, then the deltas, rounded on their own."""
+def given_to(affine: int, tensors: list[Tensor]) -> list[Tensor | None]:
+    """A bias is a layer norm's alone."""
+    return [tensor if place != 2 or affine == kernel.LAYER else None for place, tensor in enumerate(tensors)]
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dgamma: Tensor, dbeta: Tensor, eps: float, affine: int
+) -> Tensor:
+    """Written out: what Llama, OLMo-2, Gemma and GPT-2 do with their weight, then the deltas, rounded on their own."""
     wide = x.float()
+    if affine == kernel.LAYER:
+        wide = wide - wide.mean(-1, keepdim=True)
     xhat = wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    y = [weight * xhat.to(x.dtype), (weight * xhat).to(x.dtype), (xhat * (1 + weight.float())).to(x.dtype)][affine]
+    y = [
+        weight * xhat.to(x.dtype),
+        (weight * xhat).to(x.dtype),
+        (xhat * (1 + weight.float())).to(x.dtype),
+        (xhat * weight.float() + (0.0 if bias is None else bias.float())).to(x.dtype),
+    ][affine]
     return y + (dgamma * xhat + dbeta).to(y.dtype)
 
 
 @pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_operator_is_the_plain_formula(affine: int, dtypes: Any) -> None:
-    given = inputs(*dtypes)
-    y, scale = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)
-    expected = plain(*given, 1e-3, affine)
+    given = given_to(affine, inputs(*dtypes))
+    y, mean, scale = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)
+    expected = plain(*given, 1e-3, affine)  # type: ignore[arg-type]
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected)
-    x = given[0].float()
-    torch.testing.assert_close(scale, 1 / (x.square().mean(-1) + 1e-3).sqrt())
+    x = given[0].float()  # type: ignore[union-attr]
+    torch.testing.assert_close(mean, x.mean(-1) * (affine == kernel.LAYER))
+    torch.testing.assert_close(scale, 1 / ((x - mean[..., None]).square().mean(-1) + 1e-3).sqrt())
 
 
 @pytest.mark.parametrize("affine", AFFINE)
 def test_its_gradients_are_those_of_the_plain_formula(affine: int) -> None:
-    given = [tensor.clone().requires_grad_() for tensor in inputs(torch.float32, torch.float32)]
-    ours = torch.autograd.grad(torch.ops.lavi.modulated_norm(*given, 1e-3, affine)[0].square().sum(), given)
-    theirs = torch.autograd.grad(plain(*given, 1e-3, affine).square().sum(), given)
+    given = given_to(affine, [t.clone().requires_grad_() for t in inputs(torch.float32, torch.float32)])
+    wanted = [tensor for tensor in given if tensor is not None]
+    ours = torch.autograd.grad(torch.ops.lavi.modulated_norm(*given, 1e-3, affine)[0].square().sum(), wanted)
+    theirs = torch.autograd.grad(plain(*given, 1e-3, affine).square().sum(), wanted)  # type: ignore[arg-type]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -63,35 +81,38 @@ def test_its_gradients_are_those_of_the_plain_formula(affine: int) -> None:
 @pytest.mark.parametrize("affine", AFFINE)
 def test_it_is_a_whole_operator(affine: int) -> None:
     """Its shapes on meta, its aliases and its gradient are what torch wants of an operator."""
-    given = [tensor.contiguous().requires_grad_() for tensor in inputs(torch.float32, torch.float32)]
+    given = given_to(affine, [t.contiguous().requires_grad_() for t in inputs(torch.float32, torch.float32)])
     torch.library.opcheck(kernel.modulated_norm, (*given, 1e-3, affine))
 
 
 CHECK = """
 import torch
 import lavi.nn.norm_kernel as kernel
-from test_norm_kernel import AFFINE, DTYPES, inputs, plain
+from test_norm_kernel import AFFINE, DTYPES, given_to, inputs, plain
 assert kernel.INTERPRETED
 for width in (24, 64, 130):
     for affine in AFFINE:
         for dtypes in DTYPES:
-            given = inputs(*dtypes, width=width)
+            given = given_to(affine, inputs(*dtypes, width=width))
             assert kernel.runs_kernel(given[0])
-            y, scale = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)
+            y = torch.ops.lavi.modulated_norm(*given, 1e-3, affine)[0]
             expected = plain(*given, 1e-3, affine)
             assert y.dtype == expected.dtype
             # The interpreter cuts the places of bf16 off, where a GPU rounds them.
             one_place = {"rtol": 1.6e-2, "atol": 3.2e-2} if dtypes[0] == torch.bfloat16 else {}
             torch.testing.assert_close(y, expected, **one_place)
-            double = [tensor.double().requires_grad_() for tensor in given]
-            ours = [tensor.clone().requires_grad_() for tensor in given]
+            double = [None if tensor is None else tensor.double().requires_grad_() for tensor in given]
+            ours = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given]
             y = torch.ops.lavi.modulated_norm(*ours, 1e-3, affine)[0]
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-            got = torch.autograd.grad(y, ours, grad)
-            x, weight, dgamma, dbeta = double
+            got = torch.autograd.grad(y, [tensor for tensor in ours if tensor is not None], grad)
+            x, weight, bias, dgamma, dbeta = double
+            if affine == kernel.LAYER:
+                x = x - x.mean(-1, keepdim=True)
             xhat = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-            exact = xhat * (weight + (affine == kernel.PLUS_ONE)) + dgamma * xhat + dbeta
-            for one, true in zip(got, torch.autograd.grad(exact, double, grad.double()), strict=True):
+            exact = xhat * (weight + (affine == kernel.PLUS_ONE) + dgamma) + dbeta + (0 if bias is None else bias)
+            wanted = [tensor for tensor in double if tensor is not None]
+            for one, true in zip(got, torch.autograd.grad(exact, wanted, grad.double()), strict=True):
                 bf16 = torch.bfloat16 in (one.dtype, *dtypes)
                 torch.testing.assert_close(one.double(), true, rtol=2e-2 if bf16 else 1e-4, atol=3e-2 if bf16 else 1e-4)
 print("all the same")
@@ -113,11 +134,11 @@ def test_lavi_asks_for_it_away_from_the_cpu(build: Any) -> None:
     awaken(model.fusion)
     norms = [target.norm for target in model.fusion.modulated_norms]
     assert all(isinstance(norm, ModulatedNorm) and norm.fused is kernel.fused for norm in norms)
-    x, _, dgamma, dbeta = inputs(torch.float32, torch.float32, width=32)
+    x, _, _, dgamma, dbeta = inputs(torch.float32, torch.float32, width=32)
     norms[0].deltas = (dgamma, dbeta)
     on_cpu = norms[0](x)
     with torch.no_grad():
-        torch.testing.assert_close(kernel.fused(x, norms[0].weight, (dgamma, dbeta), norms[0].kind), on_cpu)
+        torch.testing.assert_close(kernel.fused(x, norms[0].weight, None, (dgamma, dbeta), norms[0].kind), on_cpu)
     norms[0].to("meta")
     with pytest.MonkeyPatch.context() as patch:
         asked: list[torch.Size] = []
@@ -125,6 +146,19 @@ def test_lavi_asks_for_it_away_from_the_cpu(build: Any) -> None:
         norms[0].deltas = (dgamma.to("meta"), dbeta.to("meta"))
         norms[0](x.to("meta"))
         assert asked == [x.shape]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi", "stablelm", "cohere"])
+def test_layer_norms_are_the_operator_s_too(build: Any, family: str) -> None:
+    model = build(LaViFusion(every=2, generator=small(), fused_norm=True), family=family)
+    norm: Any = model.fusion.modulated_norms[0].norm
+    assert norm.kind.affine == "layer norm"
+    assert not norm.kind.exact
+    x, _, _, dgamma, dbeta = inputs(torch.float32, torch.float32, width=32)
+    norm.deltas = (dgamma, dbeta)
+    with torch.no_grad():
+        at_once = kernel.fused(x, norm.weight, getattr(norm, "bias", None), (dgamma, dbeta), norm.kind)
+        torch.testing.assert_close(at_once, norm(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_benchmark_measures_all_ways() -> None:

@@ -251,6 +251,7 @@ def write_csv(records: Sequence[Record], file: Path) -> None:
             for stage, ends in ratios.items():
                 row |= {f"{stage} / {to}{end}": value for end, value in zip(("", " low", " high"), ends, strict=True)}
         row |= {f"MiB {kind}": value for kind, value in record.mib.items()} | {"noisy": "; ".join(_noisy(record))}
+        row |= {f"joules {stage}": value for stage, value in record.joules.items()}
         row |= {f"estimated MiB {kind}": value for kind, value in record.estimated_mib.items()}
         for name, times_of_device in record.estimated_milliseconds.items():
             row |= {f"estimated ms {stage} {name}": value for stage, value in times_of_device.items()}

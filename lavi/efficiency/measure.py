@@ -15,6 +15,7 @@ import torch
 
 from lavi.checkpoints.published_vlm import as_released, is_released, written_out
 from lavi.checkpoints.weight_files import versions
+from lavi.efficiency.energy import EnergyMeter
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
 from lavi.efficiency.latency import (
@@ -258,6 +259,9 @@ def _measure(
         turns = max(2, runs)  # percentiles want two
         times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
+        if (meter := EnergyMeter.of(device)) is not None:
+            for record, own, floor in zip(records, contestants[::2], contestants[1::2], strict=True):
+                record.joules = _joules(meter, own) | {f"floor_{name}": j for name, j in _joules(meter, floor).items()}
     for record, plain, floor in zip(records, times[::2], times[1::2], strict=True):
         record.waited = waited
         _note_times(record, plain | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})
@@ -284,6 +288,13 @@ def _computing(model: VisionLanguageModel, route: Hashable | None, device: torch
     computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with computes, model.fusion.force_route(model.fusion.default_route if route is None else route):
         yield
+
+
+def _joules(meter: EnergyMeter, contestant: Contestant) -> dict[str, float]:
+    """Of what a user waits for: the first token, and whole answers."""
+    counted = [name for name in contestant.stages if name == "first_token" or name.startswith("end_to_end")]
+    with torch.no_grad(), contestant.within():
+        return {name: meter.joules(contestant.stages[name]) for name in counted}
 
 
 def _note_times(record: Record, times: Mapping[str, Sequence[float]]) -> None:

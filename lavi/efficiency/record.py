@@ -27,6 +27,7 @@ class Record:
     ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was
     timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
     timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class.
+    ``joules``: of a stage, as a GPU counted them; of its floor likewise.
     ``estimated_mib`` and ``estimated_milliseconds`` (device -> stage): of no device, from the operators' shapes
     (:mod:`lavi.efficiency.estimated`).
     ``accuracy``: percent by group; ``accuracy_intervals``: [low, high] of that (95 %, bootstrap over samples);
@@ -52,6 +53,7 @@ class Record:
     turns: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     mib: dict[str, float] = field(default_factory=dict)
+    joules: dict[str, float] = field(default_factory=dict)
     estimated_mib: dict[str, float] = field(default_factory=dict)
     estimated_milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)

@@ -30,17 +30,17 @@ BACKEND = "inductor"
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
-def check_compiler() -> None:
+def check_compiler(setting: str) -> None:
     """That there is what torch compiles with.
+
+    Args:
+        setting: what asks for it.
 
     Raises:
         UserError: no C++ compiler.
     """
     if not any(shutil.which(name) for name in COMPILERS):
-        raise UserError(
-            "language.compile=decode needs a C++ compiler, and there is none: install g++, or leave language.compile "
-            "out."
-        )
+        raise UserError(f"{setting} needs a C++ compiler, and there is none: install g++, or leave {setting} out.")
 
 
 class DecodeCompiler:
@@ -89,7 +89,7 @@ class DecodeCompiler:
         config._compile_all_devices = True  # type: ignore[assignment]
         return config
 
-    def step(self, hf: PreTrainedModel, token: Tensor, mask: Tensor, vision: VisualContext | None) -> Any:
+    def step(self, hf: Any, token: Tensor, mask: Tensor, vision: VisualContext | None) -> Any:
         """One step as ``generate`` takes it, behind a prompt in the cache; the output of the language model.
 
         Args:
@@ -97,10 +97,10 @@ class DecodeCompiler:
             mask: (B, S + 1), of the prompt and of this token.
         """
         inputs = hf.prepare_inputs_for_generation(
-            token,  # type: ignore[arg-type]
+            token,
             next_sequence_length=1,
             past_key_values=self.cache,
-            attention_mask=mask,  # type: ignore[arg-type]
+            attention_mask=mask,
             position_ids=mask.sum(-1, keepdim=True) - 1,
             use_cache=True,
             vision=vision,

@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         if compile is not None:
-            check_compiler()
+            check_compiler("language.compile")
         self.compiled = None if compile is None else DecodeCompiler()
         if (source is None) == (config is None):
             raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")

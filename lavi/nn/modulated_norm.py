@@ -20,13 +20,19 @@ def normalise(x: Tensor, eps: float, *, centred: bool) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-Affine = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-"""xhat (..., D) in fp32, the weight (D,) and the dtype of the norm's input, to its output."""
+def _with_bias(xhat: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = xhat * weight.float()
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+Affine = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+"""xhat (..., D) in fp32, weight and bias (D,) and the dtype of the norm's input, to its output."""
 
 AFFINES: dict[str, Affine] = {
-    "weight behind the cast": lambda xhat, weight, dtype: weight * xhat.to(dtype),  # Llama, Qwen, Mistral
-    "weight before the cast": lambda xhat, weight, dtype: (weight * xhat).to(dtype),  # OLMo-2
-    "1 + weight": lambda xhat, weight, dtype: (xhat * (1.0 + weight.float())).to(dtype),  # Gemma
+    "weight behind the cast": lambda xhat, weight, bias, dtype: weight * xhat.to(dtype),  # Llama, Qwen, Mistral
+    "weight before the cast": lambda xhat, weight, bias, dtype: (weight * xhat).to(dtype),  # OLMo-2
+    "1 + weight": lambda xhat, weight, bias, dtype: (xhat * (1.0 + weight.float())).to(dtype),  # Gemma
+    "layer norm": _with_bias,  # GPT-2, Phi
 }
 """What families do with xhat; they cast at different points, and so round differently."""
 
@@ -38,7 +44,9 @@ class NormKind(NamedTuple):
     centred: bool
     """It takes the mean off: a layer norm."""
     affine: str | None = None
-    """Which of :data:`AFFINES` gives its output to the last bit; None: none of them does."""
+    """Which of :data:`AFFINES` gives its output; None: none of them does."""
+    exact: bool = False
+    """Whether it does to the last bit: torch adds up a layer norm's in another order."""
 
 
 class ModulatedNorm(nn.Module):
@@ -52,7 +60,7 @@ class ModulatedNorm(nn.Module):
     """(dgamma, dbeta), or what gives them for the norm's input; None when nothing modulates."""
     kind: NormKind
     weight: Tensor
-    fused: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], NormKind], Tensor] | None = None
+    fused: Callable[[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor], NormKind], Tensor] | None = None
     """What computes it at once, away from the CPU (:func:`lavi.nn.norm_kernel.fused`); None: what stands here."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,9 +71,9 @@ class ModulatedNorm(nn.Module):
             y = super().forward(x)
             return y if dbeta is None else y + dbeta.to(y.dtype)
         if self.fused is not None and self.kind.affine is not None and dbeta is not None and not x.is_cpu:
-            return self.fused(x, self.weight, (dgamma, dbeta), self.kind)
+            return self.fused(x, self.weight, getattr(self, "bias", None), (dgamma, dbeta), self.kind)
         xhat = normalise(x, self.kind.eps, centred=self.kind.centred)
-        known = self.kind.affine
-        y = super().forward(x) if known is None else AFFINES[known](xhat, self.weight, x.dtype)
+        known = self.kind.affine if self.kind.exact else None
+        y = super().forward(x) if known is None else AFFINES[known](xhat, self.weight, None, x.dtype)
         delta = dgamma * xhat if dbeta is None else torch.addcmul(dbeta, dgamma, xhat)
         return y + delta.to(y.dtype)

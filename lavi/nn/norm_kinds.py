@@ -28,7 +28,7 @@ def kind_of(norm: nn.Module, width: int) -> NormKind | None:
             factor = float((y * xhat).sum() / xhat.square().sum())  # 1, or 2 where the weight means (1 + w)
             if torch.allclose(y, factor * xhat, atol=1e-3):
                 eps = _eps_of(probe, xhat / xhat.square().mean(-1, keepdim=True).sqrt(), factor)
-                return _to_the_last_bit(norm, probe, NormKind(eps, centred))
+                return (_as_layer_norm if centred else _to_the_last_bit)(norm, probe, NormKind(eps, centred))
     return None
 
 
@@ -40,7 +40,7 @@ def _to_the_last_bit(norm: nn.Module, probe: nn.Module, kind: NormKind) -> NormK
     """
     names = [name for name, _ in (*norm.named_parameters(), *norm.named_buffers())]
     exact = [value for value in vars(norm).values() if isinstance(value, float)]
-    if names != ["weight"] or kind.centred or not exact:
+    if names != ["weight"] or not exact:
         return kind
     eps = min(exact, key=lambda value: abs(value - kind.eps))
     generator = torch.Generator().manual_seed(1)
@@ -49,14 +49,32 @@ def _to_the_last_bit(norm: nn.Module, probe: nn.Module, kind: NormKind) -> NormK
         nn.init.normal_(probe.weight, generator=generator)  # type: ignore[arg-type]
         for name, affine in AFFINES.items():
             same = [
-                torch.equal(probe.to(of_weight)(x.to(of_x)), affine(normalise(x.to(of_x), eps, centred=False), w, of_x))
+                torch.equal(
+                    probe.to(of_weight)(x.to(of_x)), affine(normalise(x.to(of_x), eps, centred=False), w, None, of_x)
+                )
                 for of_weight in (torch.float32, torch.bfloat16)
                 for of_x in (torch.float32, torch.bfloat16)
                 if isinstance(w := probe.to(of_weight).weight, Tensor)
             ]
             if all(same):
-                return NormKind(eps, centred=False, affine=name)
+                return NormKind(eps, centred=False, affine=name, exact=True)
     return kind
+
+
+def _as_layer_norm(norm: nn.Module, probe: nn.Module, kind: NormKind) -> NormKind:
+    """The kind with the formula of torch's layer norm, if that is what a weight and a bias do in it."""
+    if {name for name, _ in norm.named_parameters()} not in ({"weight"}, {"weight", "bias"}):
+        return kind
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad(), torch.device("cpu"):
+        for parameter in probe.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        weight, bias = probe.weight, getattr(probe, "bias", None)
+        assert isinstance(weight, Tensor)
+        x = torch.randn(16, len(weight), generator=generator)
+        y = AFFINES["layer norm"](normalise(x, kind.eps, centred=True), weight, bias, x.dtype)
+        same = torch.allclose(probe(x), y, rtol=1e-4, atol=1e-4)
+    return kind._replace(affine="layer norm") if same else kind
 
 
 def _eps_of(probe: nn.Module, unit: Tensor, factor: float) -> float:

@@ -10,46 +10,56 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward(x_at, weight_at, dgamma_at, dbeta_at, y_at, scale_at, dgamma_stride, dbeta_stride, width, eps,
-             AFFINE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _forward(x_at, weight_at, bias_at, dgamma_at, dbeta_at, y_at, mean_at, scale_at, dgamma_stride, dbeta_stride, width,
+             eps, AFFINE: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     given = tl.load(x_at + row * width + column, mask=inside, other=0.0)
     x = given.to(tl.float32)
+    mean = 0.0
+    if AFFINE == 3:
+        mean = tl.sum(x, axis=0) / width
+        x = tl.where(inside, x - mean, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
     xhat = x * scale
     weight = tl.load(weight_at + column, mask=inside, other=0.0).to(tl.float32)
     if AFFINE == 0:
         base = weight * xhat.to(given.dtype).to(tl.float32)
-    elif AFFINE == 1:
-        base = weight * xhat
-    else:
+    elif AFFINE == 2:
         base = xhat * (1.0 + weight)
+    else:
+        base = weight * xhat
+    if BIAS:
+        base += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)
     dgamma = tl.load(dgamma_at + row * dgamma_stride + column, mask=inside, other=0.0)
     dbeta = tl.load(dbeta_at + row * dbeta_stride + column, mask=inside, other=0.0)
     kind = y_at.dtype.element_ty
     # Both parts are rounded before they are added, as torch rounds them.
     y = base.to(kind).to(tl.float32) + (dgamma * xhat + dbeta).to(kind).to(tl.float32)
     tl.store(y_at + row * width + column, y.to(kind), mask=inside)
+    tl.store(mean_at + row, mean)
     tl.store(scale_at + row, scale)
 
 
 @triton.jit
-def _backward(grad_at, x_at, weight_at, dgamma_at, scale_at, of_x_at, of_dgamma_at, dgamma_stride, width,
-              PLUS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward(grad_at, x_at, weight_at, dgamma_at, mean_at, scale_at, of_x_at, of_dgamma_at, dgamma_stride, width,
+              PLUS: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
     grad = tl.load(grad_at + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scale_at + row)
-    xhat = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32) * scale
+    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+    xhat = tl.where(inside, (x - tl.load(mean_at + row)) * scale, 0.0)
     weight = tl.load(weight_at + column, mask=inside, other=0.0).to(tl.float32) + PLUS
     dgamma = tl.load(dgamma_at + row * dgamma_stride + column, mask=inside, other=0.0)
     of_xhat = grad * (weight + dgamma)
-    along = tl.sum(of_xhat * xhat, axis=0) / width
-    tl.store(of_x_at + at, (scale * (of_xhat - along * xhat)).to(of_x_at.dtype.element_ty), mask=inside)
+    of_x = of_xhat - tl.sum(of_xhat * xhat, axis=0) / width * xhat
+    if CENTRED:
+        of_x -= tl.sum(of_xhat, axis=0) / width
+    tl.store(of_x_at + at, (scale * of_x).to(of_x_at.dtype.element_ty), mask=inside)
     tl.store(of_dgamma_at + at, grad * xhat, mask=inside)
 
 
@@ -65,31 +75,41 @@ def _settings(width: int) -> dict[str, int]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, dgamma: Tensor, dbeta: Tensor, eps: float, affine: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dgamma: Tensor,
+    dbeta: Tensor,
+    eps: float,
+    affine: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`lavi.nn.norm_kernel.modulated_norm`; ``dtype`` of the output."""
     width = x.shape[-1]
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    g, b = _rows(dgamma), _rows(dbeta)
+    mean, scale = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    b = weight if bias is None else bias
+    dgamma, dbeta = _rows(dgamma), _rows(dbeta)
+    settings = {"AFFINE": affine, "BIAS": bias is not None, **_settings(width)}
     if x.numel():
         _forward[(x.numel() // width,)](
-            x, weight, g, b, y, scale, g.stride(0), b.stride(0), width, eps, AFFINE=affine, **_settings(width)
+            x, weight, b, dgamma, dbeta, y, mean, scale, dgamma.stride(0), dbeta.stride(0), width, eps, **settings
         )
-    return y, scale
+    return y, mean, scale
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dgamma: Tensor, scale: Tensor, affine: int
+    grad: Tensor, x: Tensor, weight: Tensor, dgamma: Tensor, mean: Tensor, scale: Tensor, affine: int
 ) -> tuple[Tensor, Tensor]:
     """As :func:`lavi.nn.norm_kernel.modulated_norm_backward`."""
     width = x.shape[-1]
     x, grad = x.contiguous(), grad.contiguous()
     of_x, of_dgamma = torch.empty_like(x), torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    g = _rows(dgamma)
+    dgamma = _rows(dgamma)
+    settings = {"PLUS": float(affine == 2), "CENTRED": affine == 3, **_settings(width)}
     if x.numel():
         _backward[(x.numel() // width,)](
-            grad, x, weight, g, scale, of_x, of_dgamma, g.stride(0), width, PLUS=float(affine == 2), **_settings(width)
+            grad, x, weight, dgamma, mean, scale, of_x, of_dgamma, dgamma.stride(0), width, **settings
         )
     return of_x, of_dgamma

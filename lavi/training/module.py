@@ -17,10 +17,12 @@ from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
 from lavi.config.types import Positive, PositiveOrZero, ShareOrZero
 from lavi.errors import UserError
+from lavi.language.compiled import check_compiler
 from lavi.loading.vlm import names_vlm
 from lavi.metrics.base import GroupedMean, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
+from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.optim import MuonAdamW, adamw, inside, parameter_groups, part_of_each, rate_at_share, rate_at_step
 from lavi.training.sharding import shard
 
@@ -50,6 +52,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             Or a published vision-language model (:mod:`lavi.loading.vlm`): its tower, its language model and, where the
             fusion has one of its shape, its projector.
         checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
+        compile: compile the decoder layers (:mod:`lavi.training.compiled_layers`): the first steps take minutes, those
+            behind them less than before on a GPU. Answers while training are not compiled.
 
     Raises:
         UserError: an unknown part, or nothing that trains.
@@ -69,12 +73,16 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         muon: Positive | None = None,
         start_from: str | None = None,
         checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay, self.warmup, self.muon = weight_decay, warmup, muon
         self.start_from, self.checkpointing = start_from, checkpointing
+        if compile:
+            check_compiler("module.compile")
+        self.compiled = CompiledLayers(model.language.layers) if compile else None
         self.part_of = part_of_each(model, learning_rate, {f"language.{name}" for name in model.language.adapters})
         if model.language.quantization is not None and any(inside(name, "language") for name in self.part_of):
             raise UserError(
@@ -169,6 +177,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Dropout draws other numbers in each step and rank, and a resumed run those that one go would have drawn."""
         step = self.trainer.fit_loop.total_batch_idx
         torch.manual_seed(self._seed + step * self.trainer.world_size + self.trainer.global_rank)
+        if self.compiled is not None:
+            self.compiled.start()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The mean loss of this batch's trained tokens, over all ranks; a micro-batch weighs as much as its tokens.
@@ -230,6 +240,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         return 0.0 * torch.stack([parameter.sum() for parameter in trained]).sum()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        if self.compiled is not None:
+            self.compiled.stop()
         if self._window is not None:  # the step goes on: its answers are scored together
             return
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
+from lavi.language.compiled import DecodeCompiler
 from lavi.recipe import Recipe
 from lavi.visor.fusion import VisorFusion
 
@@ -55,6 +56,17 @@ def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[
     torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("fusion", [LaViFusion, ConcatFusion])
+def test_compiled_answers_are_those_of_single_steps(build, fusion) -> None:  # type: ignore[no-untyped-def]
+    model = build(fusion(), initializer_range=0.3, tie_word_embeddings=False).to(DEVICE)
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES, prompt=True, pad_left=True).to(DEVICE)
+    expected = model.generate(batch, max_new_tokens=8, eos_token_id=None)
+    model.language.compiled = DecodeCompiler()
+    for _ in range(2):
+        assert model.generate(batch, max_new_tokens=8, eos_token_id=None) == expected
+
+
 def test_zero_deltas_are_the_language_model_bit_for_bit_in_bf16(build) -> None:  # type: ignore[no-untyped-def]
     model = build(LaViFusion(every=2), dtype="bfloat16").to(DEVICE)
     batch = collate(model, SAMPLES).to(DEVICE)
@@ -75,13 +87,16 @@ def test_a_modulated_norm_is_that_of_fp64(affine: int, dtype: torch.dtype) -> No
     """In both directions, of rows as wide as a 7B model's."""
     generator = torch.Generator().manual_seed(0)
     x, dgamma, dbeta, grad = (torch.randn(7, 3584, generator=generator) for _ in range(4))
-    given = [x.to(dtype), torch.randn(3584, generator=generator).to(dtype), dgamma, dbeta]
+    weight, bias = torch.randn(2, 3584, generator=generator).to(dtype)
+    given = [x.to(dtype), weight, dgamma, dbeta, *([bias] if affine == kernel.LAYER else [])]
     ours = [tensor.to(DEVICE).requires_grad_() for tensor in given]
     exact = [tensor.to(DEVICE).double().requires_grad_() for tensor in given]
-    y = torch.ops.lavi.modulated_norm(*ours, 1e-6, affine)[0]
-    scale = (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    weight = exact[1] + (affine == kernel.PLUS_ONE)
-    true = exact[0] * scale * (weight + exact[2]) + exact[3]
+    x, weight, dgamma, dbeta, *biases = ours
+    y = torch.ops.lavi.modulated_norm(x, weight, biases[0] if biases else None, dgamma, dbeta, 1e-6, affine)[0]
+    x, weight, dgamma, dbeta, *biases = exact
+    x = x - x.mean(-1, keepdim=True) if biases else x
+    scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    true = x * scale * (weight + (affine == kernel.PLUS_ONE) + dgamma) + sum(biases, dbeta)
     close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     grad = grad.to(DEVICE)
     got, wanted = torch.autograd.grad(y, ours, grad.to(y.dtype)), torch.autograd.grad(true, exact, grad.double())

@@ -1,0 +1,87 @@
+"""Training with compiled layers learns what training without does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ask, awaken, collate
+from test_oracles import FUSIONS
+from torch._dynamo.utils import counters
+
+import lavi.training.compiled_layers as compiled_layers
+from lavi.training.compiled_layers import CompiledLayers
+from lavi.training.module import VisionLanguageModule, checkpoint_layers
+
+BATCHES = [
+    [ask(1, "what colour is the circle?", answer="red"), ask("no image at all", answer="yes")],
+    [ask("hello", 2, "which image has the red circle?", 3, answer="the second")],
+    [ask("no image at all, and longer", answer="yes and no")],
+]
+
+
+@pytest.fixture(autouse=True)
+def _traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs run as they were traced."""
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def gradients(model: Any) -> list[list[torch.Tensor]]:
+    """Of each batch, the loss and the gradients of all parameters."""
+    found = []
+    for samples in BATCHES:
+        model.zero_grad(set_to_none=False)
+        loss = model.token_scores(collate(model, samples)).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("family", "fusion"),
+    [("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")],
+)
+def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str, checkpointing: bool) -> None:
+    model = build(FUSIONS[fusion](), family=family)
+    awaken(model.fusion)
+    if checkpointing:
+        checkpoint_layers(model.language.hf)
+        for layer in model.language.layers:
+            layer.training = True
+    expected = gradients(model)
+    layers = CompiledLayers(model.language.layers)
+    assert not counters["stats"]["unique_graphs"]
+    for before, plain in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(before, plain)
+    assert not counters["stats"]["unique_graphs"], "compiled before it was started"
+    layers.start()
+    for ours, plain in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"]
+    graphs = counters["stats"]["unique_graphs"]
+    gradients(model)
+    assert counters["stats"]["unique_graphs"] == graphs, "batches of the same shapes are compiled anew"
+    layers.stop()
+
+
+def test_a_run_compiles_its_steps_and_nothing_else(
+    tiny_recipe: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    scores = VisionLanguageModule.validation_step
+
+    def looking(self: VisionLanguageModule, *args: Any) -> Any:
+        seen.append(any(layer._compiled_call_impl is not None for layer in self.model.language.layers))
+        return scores(self, *args)
+
+    monkeypatch.setattr(VisionLanguageModule, "validation_step", looking)
+    status, _, err = run("lavi.fit", "--recipe", tiny_recipe, "module.compile=true", "trainer.max_steps=2")
+    assert status == 0, err
+    assert seen
+    assert not any(seen)
+    assert counters["stats"]["unique_graphs"]
