@@ -220,8 +220,10 @@ def code_at(row: float, column: float, code: GridCode) -> list[float]:
 def test_a_grid_code_is_of_row_and_column_in_the_image(width: int) -> None:
     code: GridCode = randomised(GridCode(width))  # type: ignore[assignment]
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [-0.25, 0.5, 0.75, 0.5]])
-    result = code(windows, torch.tensor([[2, 3], [3, 2]]), 8, prefix=1)
+    result = code(windows, [(2, 3), (3, 2)], 8, prefix=1)
     assert result.shape == (2, 8, width)
+    for view, grid in enumerate([(2, 3), (3, 2)]):  # all views of one grid, or each of its own
+        assert torch.equal(code(windows[[view]], [grid], 8, prefix=1), result[[view]])
     assert (result[:, [0, 7]] == 0).all()  # a class token before the grid, padding behind it
     for token in range(6):
         row, column = divmod(token, 3)
@@ -237,7 +239,7 @@ def test_no_two_cells_of_a_fine_grid_have_one_code() -> None:
     code = GridCode(64)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     for side in (1, 2, 16, 162):
-        cells = code(whole, torch.tensor([[side, 1]]), side)[0].detach()
+        cells = code(whole, [(side, 1)], side)[0].detach()
         apart = torch.cdist(cells, cells) + torch.eye(side) * 9
         assert float(apart.min()) > 0.2
         assert float(cells.square().mean()) == pytest.approx(code.amplitude[0].item() ** 2 / 2, rel=1e-4)

@@ -260,8 +260,9 @@ def _measure(
         times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
         if (meter := EnergyMeter.of(device)) is not None:
-            for record, own, floor in zip(records, contestants[::2], contestants[1::2], strict=True):
-                record.joules = _joules(meter, own) | {f"floor_{name}": j for name, j in _joules(meter, floor).items()}
+            for record, fused, bare in zip(records, contestants[::2], contestants[1::2], strict=True):
+                of_floor = {f"floor_{stage}": joules for stage, joules in _joules(meter, bare).items()}
+                record.joules = _joules(meter, fused) | of_floor
     for record, plain, floor in zip(records, times[::2], times[1::2], strict=True):
         record.waited = waited
         _note_times(record, plain | {f"floor_{stage}": milliseconds for stage, milliseconds in floor.items()})

@@ -199,11 +199,10 @@ def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tu
     views, tokens, _ = features.shape
     if (own := batch.grids) is not None:
         windows = view_windows(batch, grid, features.device)
-        return code(windows, torch.tensor(own, device="cpu").to(features.device), tokens)
+        return code(windows, own, tokens)
     grid = grid_of_tokens(tokens, grid)
-    grids = torch.tensor(grid, device="cpu").expand(views, 2).to(features.device)
     windows = view_windows(batch, grid, features.device)
-    return code(windows, grids, tokens, prefix=tokens - grid[0] * grid[1])
+    return code(windows, [grid] * views, tokens, prefix=tokens - grid[0] * grid[1])
 
 
 def _tile_extent(layout: Layout, grid: tuple[int, int]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,28 +28,51 @@ class GridCode(nn.Module):
         super().__init__()
         self.amplitude = nn.Parameter(torch.full((width,), amplitude))
 
-    def forward(self, windows: Tensor, grids: Tensor, tokens: int, *, prefix: int = 0) -> Tensor:
+    def forward(self, windows: Tensor, grids: Sequence[tuple[int, int]], tokens: int, *, prefix: int = 0) -> Tensor:
         """The code (views, N, Dv) of ``tokens`` tokens a view, of which ``prefix`` stand before the grid.
 
         Args:
             windows: (views, 4), top, left, height and width of each view, in heights and widths of its image.
-            grids: (views, 2), rows and columns of each view.
+            grids: rows and columns of each view.
         """
+        views, width = len(windows), len(self.amplitude)
+        if not views:  # an empty product, so that the amplitudes stay in the graph
+            return self.amplitude * windows.new_zeros(0, tokens, width)
+        sizes = torch.tensor(grids, device="cpu").to(windows.device)  # (views, 2)
+        rows, columns = (max(grid[side] for grid in grids) for side in (0, 1))
+        # All tokens of a row share its half of the code: waves of each token would take as long as a layer.
+        half = 2 * self._frequencies
+        of_row = self._waves(windows[:, 0::2], sizes[:, 0], rows) * self.amplitude[:half]  # (views, rows, Dv / 2)
+        of_column = self._waves(windows[:, 1::2], sizes[:, 1], columns)[..., : width - half] * self.amplitude[half:]
+        if len(set(grids)) == 1:
+            parts = (of_row[:, :, None], of_column[:, None])
+            grid = torch.cat([part.expand(views, rows, columns, -1) for part in parts], dim=-1).flatten(1, 2)
+            return nn.functional.pad(grid, (0, 0, prefix, tokens - prefix - rows * columns))
         index = torch.arange(tokens, device=windows.device) - prefix  # (N,)
-        rows, columns = grids[:, :1], grids[:, 1:]  # (views, 1)
-        cell = torch.stack([index // columns, index % columns], dim=-1)  # (views, N, 2)
-        position = windows[:, None, :2] + windows[:, None, 2:] * (cell + 0.5) / grids[:, None]  # (views, N, 2)
-        inside = (index >= 0) & (index < rows * columns)  # (views, N)
-        return self.amplitude * self._waves(position) * inside[..., None]
+        row, column = index // sizes[:, 1:], index % sizes[:, 1:]  # (views, N)
+        view = torch.arange(views, device=windows.device)[:, None]
+        code = torch.cat([of_row[view, row.clamp(0, rows - 1)], of_column[view, column]], dim=-1)  # (views, N, Dv)
+        inside = (index >= 0) & (index < sizes.prod(-1, keepdim=True))  # (views, N)
+        return code * inside[..., None]
 
-    def _waves(self, position: Tensor) -> Tensor:
-        """(views, N, 2) to (views, N, Dv)."""
-        width = len(self.amplitude)
-        count = -(-width // 4)
+    @property
+    def _frequencies(self) -> int:
+        """Waves of each of rows and columns; each has a sine and a cosine."""
+        return -(-len(self.amplitude) // 4)
+
+    def _waves(self, window: Tensor, cells: Tensor, most: int) -> Tensor:
+        """Sines and cosines (views, most, Dv / 2) of the middles of a view's rows, or columns.
+
+        Args:
+            window: (views, 2), where the view begins and how long it is.
+            cells: (views,), how many rows it has.
+        """
+        middles = torch.arange(most, device=window.device) + 0.5
+        position = window[:, :1] + window[:, 1:] * middles / cells[:, None]  # (views, most)
         slowest, fastest = (math.log(2 * math.pi * cycles) for cycles in self.CYCLES)
-        frequencies = torch.linspace(slowest, fastest, count, device=position.device).exp()
-        phase = position.float()[..., None] * frequencies  # (views, N, 2, Dv / 4)
-        return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-3)[..., :width]
+        frequencies = torch.linspace(slowest, fastest, self._frequencies, device=window.device).exp()
+        phase = position.float()[..., None] * frequencies  # (views, most, Dv / 4)
+        return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)
 
 
 def grid_of_tokens(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
