@@ -126,6 +126,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "vaultgemma": _WINDOWED,
     "youtu": _LATENT,
 }
+OF_THE_NEWEST = tuple(_OWN)
+"""Those of the newest transformers."""
 FAMILIES = {
     family: {k: v for k, v in (_SIZES | _SMALL_IDS | own).items() if v is not None} | {"model_type": family}
     for family, own in _OWN.items()

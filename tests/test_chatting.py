@@ -474,7 +474,8 @@ def test_a_chat_through_pipes(chat_folder: Path) -> None:
     lines = b"what is it?\n/image gone.png\n\xff?\nand?\n"
     done = subprocess.run(**command(chat_folder, "--max-new-tokens", "4"), input=lines, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == b"error: there is no image gone.png.\n"
+    # Of all that stands there: what a library says of another one while it is imported is not ours.
+    assert done.stderr.endswith(b"error: there is no image gone.png.\n")
     assert done.stdout.count(b"\n") == 3
     assert b"\x1b" not in done.stdout
     assert b">" not in done.stdout

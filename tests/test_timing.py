@@ -99,7 +99,7 @@ def test_a_few_runs_that_were_hit_make_no_noise(times: list[float], hit: list[fl
     assert not estimate(times).noisy
 
 
-@given(st.lists(st.floats(0.9, 1.1), min_size=15, max_size=45), st.floats(2.0, 1000.0))
+@given(st.lists(st.floats(0.9, 1.1), min_size=15, max_size=45), st.floats(2.2, 1000.0))
 def test_runs_of_which_half_were_hit_are_noise(times: list[float], factor: float) -> None:
     assert estimate([one * factor if number % 2 else one for number, one in enumerate(times)]).noisy
 
