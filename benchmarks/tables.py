@@ -21,10 +21,12 @@ from typing import Any
 from busy import busy_table
 from cached_features import cached_features_table
 from dataloader import table as dataloader_table
+from decode import decode_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
 from norm import norm_table
+from prefill import prefill_table
 from serving import serving_table
 from train_step import train_step_table
 from verify_claims import estimated_tables, flops_table, speed_table
@@ -214,6 +216,8 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "mutants": noticed_mutants,
     "cached_features": lambda records: f"{markdown(*cached_features_table(records))}\n{records[0]['device']}.\n",
     "estimates": lambda records: f"{markdown(*estimates_table(records))}\n{records[0]['device']}.\n",
+    "decode": lambda records: f"{markdown(*decode_table(records))}\n{records[0]['device']}.\n",
+    "prefill": lambda records: f"{markdown(*prefill_table(records))}\n{records[0]['device']}.\n",
     "norm": lambda records: f"{markdown(*norm_table(records))}\n{records[0]['device']}.\n",
     "serving": lambda records: f"{markdown(*serving_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",

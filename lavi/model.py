@@ -206,7 +206,8 @@ class VisionLanguageModel(nn.Module):
             settings["use_cache"] = True
         if cache is not None and settings["use_cache"]:
             settings |= {"past_key_values": cache, "cache_implementation": None}
-        if (compiled := self.language.compiled) is not None and plan.may_compile and compiled.serves(hf):
+        compiled = self.language.compiled
+        if compiled is not None and cache is None and plan.may_compile and compiled.serves(hf):
             columns = inputs.attention_mask.shape[1] + settings["max_new_tokens"]
             settings |= compiled.settings(hf, rows=len(batch) * plan.copies, columns=columns)
         if "stop_strings" in settings:

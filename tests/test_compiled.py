@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import decode
 import pytest
 import torch
 from conftest import ask, awaken, collate
+from fusions_on_one import TINY
 from test_oracles import FUSIONS
 from torch._dynamo.utils import counters
 
@@ -131,6 +133,17 @@ def test_timed_steps_are_those_of_an_answer(make: Any, fusion: str) -> None:
                 plain.back()
                 one.back()
             torch.testing.assert_close(one.step(said), plain.step(said))
+
+
+def test_the_benchmark_times_each_way_of_each_fusion() -> None:
+    records = decode.measure(TINY, torch.device("cpu"), turns=2)
+    assert [(record["fusion"], record["way"]) for record in records] == [
+        (name, way) for name in (decode.BARE, *decode.FUSIONS) for way in decode.WAYS
+    ]
+    assert records[0]["of_bare"] == records[1]["of_bare"] == [1, 1, 1]
+    columns, rows = decode.decode_table(records)
+    assert {len(row) for row in rows} == {len(columns)}
+    assert counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("fusion", ["visor", "fastv", "pyramid-drop"])

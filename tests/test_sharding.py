@@ -11,8 +11,10 @@ from conftest import ask, awaken, collate
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+import lavi.training.compiled_layers as compiled_layers
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
+from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.sharding import shard
 
 
@@ -42,6 +44,29 @@ def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> Non
         shard(model, mesh)
         shard(model, mesh)  # a second time changes nothing
         torch.testing.assert_close(answer(), before)
+
+
+def test_compiled_layers_learn_the_same_when_they_are_sharded(
+    build: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")
+    found = []
+    for compiled in (False, True):
+        model = build(LaViFusion(every=2))
+        awaken(model.fusion)
+        layers = CompiledLayers(model.language.layers) if compiled else None
+        shard(model, mesh)
+        if layers is not None:
+            layers.start()
+        loss = model.token_scores(collate(model, [ask(1, "what colour?", answer="red")])).loss
+        loss.backward()
+        grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    (plain, expected), (ours, got) = found
+    torch.testing.assert_close(ours, plain)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_weights_of_two_dtypes_are_not_sharded_together(build, mesh: Any) -> None:  # type: ignore[no-untyped-def]

@@ -13,9 +13,11 @@ from statistics import median
 from typing import Any
 
 import busy
+import prefill
 import pytest
 import torch
 from conftest import refused
+from fusions_on_one import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -482,3 +484,10 @@ def test_the_share_of_waiting_is_of_the_thread_that_times() -> None:
 def test_the_interval_of_thousands_of_turns_is_known() -> None:
     """About a standard deviation of the binomial times two on either side of the middle."""
     assert values_outside(10_000) == pytest.approx(5000 - 1.96 * 50, abs=2)
+
+
+def test_the_benchmark_of_the_first_token_times_each_fusion() -> None:
+    records = list(prefill.measure(TINY, prefill.SMALL_SIZES, CPU, turns=2))
+    assert [record["fusion"] for record in records] == list(prefill.FUSIONS)
+    columns, rows = prefill.prefill_table(records)
+    assert {len(row) for row in rows} == {len(columns)}

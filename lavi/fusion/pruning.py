@@ -231,9 +231,6 @@ class PruningContext(VisualContext):
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
         return replace(self, past=past, new_tokens=length, stages={})
 
-    def behind_prompt(self) -> Self:
-        return self  # each call goes by what is cached
-
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 

@@ -40,8 +40,9 @@ class VisualContext:
         return call(hidden, vision=self, **kwargs)
 
     def behind_prompt(self) -> Self:
-        """The context of the tokens that follow a prompt which was read: by default one for all of them."""
-        return replace(self, settled=True)
+        """The context of the tokens that follow a prompt which was read: one for all, unless each call has its own."""
+        each_call = type(self).for_step is not VisualContext.for_step
+        return self if each_call else replace(self, settled=True)
 
     def new_cache(self, config: PretrainedConfig) -> Cache | None:
         """The only cache that can serve a prompt about to be read; None: any that the language model takes."""

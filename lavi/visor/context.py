@@ -133,9 +133,6 @@ class VisorContext(VisualContext):
         assert self.step is not None
         return self.step
 
-    def behind_prompt(self) -> Self:
-        return self  # each call goes by what is cached
-
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 
