@@ -47,6 +47,8 @@ FRAMES = [8, 32, 64]
 SCENARIOS = [Scenario(TEXT, image=size) for size in SIZES] + [Scenario(TEXT, frames=frames) for frames in FRAMES]
 OUTPUTS = (1, 4, 16, 64, 256)
 TIMED: dict[str, tuple[int, ...]] = {"1024x1024": (), "32 frames": OUTPUTS}
+"""The inputs that are timed, and the answers to them."""
+SMALL_TIMED: dict[str, tuple[int, ...]] = {"384x384": (), "8 frames": OUTPUTS[:2]}
 
 ESTIMATED_ON = ("a100", "h100")
 ANSWERS = (1, 16, 64, 256)
@@ -159,17 +161,18 @@ def _answer(holds: bool, claim: str) -> str:
     return f"{'PASS' if holds else 'FAIL'} ({claim}, estimated)"
 
 
-def timed(device: torch.device, runs: int, *, longest: int) -> Iterator[Record]:
+def timed(device: torch.device, runs: int, *, inputs: Mapping[str, tuple[int, ...]], longest: int) -> Iterator[Record]:
     """Time and memory of both, in turns, input by input: at full size on a GPU, elsewhere small.
 
     Args:
+        inputs: those that are timed, and the lengths of the answers to them.
         longest: answers of at most so many tokens are timed.
     """
     small = device.type != "cuda"
     recipes = [shrunk(recipe_at(file)) if small else recipe_at(file) for file in (BASELINE, LAVI)]
     models = [build_for_timing(recipe, device) for recipe in recipes]
-    for scenario in [s for s in SCENARIOS if str(s) in TIMED]:
-        outputs = [length for length in TIMED[str(scenario)] if length <= longest]
+    for scenario in [s for s in SCENARIOS if str(s) in inputs]:
+        outputs = [length for length in inputs[str(scenario)] if length <= longest]
         measurements = []
         for recipe, model in zip(recipes, models, strict=True):
             record = count(recipe, model, scenario)
@@ -265,6 +268,7 @@ def _verdict(value: float | None, threshold: float, claim: str, full: bool) -> s
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
+    parser.add_argument("--small", action="store_true", help="time small inputs: a quick look, and none at the claims")
     parser.add_argument("--longest", type=int, metavar="TOKENS", help="of the answers that are timed")
     args = read(parser)
     records = counts()
@@ -277,7 +281,8 @@ def main() -> None:
         args.out.unlink(missing_ok=True)
         write_records(records, args.out)
     longest = args.longest or (OUTPUTS[-1] if cuda else 64)
-    for record in timed(torch.device("cuda" if cuda else "cpu"), args.runs, longest=longest):
+    inputs = SMALL_TIMED if args.small else TIMED
+    for record in timed(torch.device("cuda" if cuda else "cpu"), args.runs, inputs=inputs, longest=longest):
         records.append(record)
         if args.out:
             write_records([record], args.out)
