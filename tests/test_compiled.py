@@ -8,7 +8,7 @@ from typing import Any
 import decode
 import pytest
 import torch
-from conftest import ask, awaken, collate
+from conftest import ask, awaken, collate, small
 from fusions_on_one import TINY
 from test_oracles import FUSIONS
 from torch._dynamo.utils import counters
@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import lavi.language.compiled as compiled
 from lavi.efficiency.steps import Steps
 from lavi.errors import UserError
+from lavi.fusion.lavi import LaViFusion
 from lavi.language.compiled import DecodeCompiler
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -85,6 +86,30 @@ def test_one_graph_serves_all_steps_and_prompts_of_one_shape(make: Any) -> None:
     for tokens in (2, 9, 30):
         answers(model, 0, max_new_tokens=tokens)
     assert counters["stats"]["unique_graphs"] == graphs == 1
+
+
+def test_models_of_one_class_do_not_get_each_other_s_graphs(build: Any) -> None:
+    """Deeper, wider, in another dtype, with norms modulated elsewhere: what differs is in no tensor that goes in."""
+    drawn = {"initializer_range": 0.3, "tie_word_embeddings": False}
+    models = [
+        build(LaViFusion(every=2, generator=small()), **drawn),
+        build(LaViFusion(every=2, generator=small()), num_hidden_layers=6, **drawn),
+        build(LaViFusion(every=1, generator=small()), **drawn),
+        build(LaViFusion(every=2, generator=small()), dtype="bfloat16", **drawn),
+        build(LaViFusion(every=2, generator=small()), hidden_act="relu", **drawn),
+    ]
+    expected = []
+    for model in models:
+        awaken(model.fusion)
+        expected.append(answers(model, 0))
+        model.language.compiled = DecodeCompiler()
+    assert [answers(model, 0) for model in models] == expected
+    # A model that changes behind its first compiled answer.
+    models[0].language.hf.to(torch.bfloat16)
+    models[0].language.compiled = None
+    narrow = answers(models[0], 0)
+    models[0].language.compiled = DecodeCompiler()
+    assert answers(models[0], 0) == narrow
 
 
 def test_what_one_step_cannot_serve_is_not_compiled(make: Any) -> None:

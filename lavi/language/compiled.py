@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from lavi.language.context import VisualContext
 BLOCK = 256
 """Columns by which the cache grows."""
 BACKEND = "inductor"
+_numbers = count()
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -41,6 +44,27 @@ def check_compiler(setting: str) -> None:
     """
     if not any(shutil.which(name) for name in COMPILERS):
         raise UserError(f"{setting} needs a C++ compiler, and there is none: install g++, or leave {setting} out.")
+
+
+def call_of(model: Any, config: CompileConfig) -> Callable[..., Any]:
+    """The compiled forward call of a model, apart from that of any other: also of one of its class.
+
+    torch keeps graphs by the code that they were made of, and what is in a model is not looked at again: so each has
+    code of its own, and new code when it is cast or moved.
+    """
+    key = (id(model), model.dtype, model.device, repr(config.to_dict()))
+    kept, call = model.__dict__.get("_compiled_apart", (None, None))
+    if kept != key:
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        apart = FunctionType(
+            step.__code__.replace(co_name=f"step_{next(_numbers)}"), globals(), closure=step.__closure__
+        )
+        call = torch.compile(apart, **config.to_dict())
+        model.__dict__["_compiled_apart"] = (key, call)
+    return call  # type: ignore[return-value]
 
 
 class DecodeCompiler:
@@ -83,7 +107,7 @@ class DecodeCompiler:
         if BACKEND == "inductor":
             options["triton.cudagraphs"] = hf.device.type == "cuda"
         # Modules are not looked at before each step whether they have changed: that takes a tenth of a small model's
-        # step. What may change about them is looked at by `serves`.
+        # step. What may change about them is looked at by `serves` and `call_of`.
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         config = CompileConfig(fullgraph=True, backend=BACKEND, mode=None, options=options)  # type: ignore[arg-type]
         config._compile_all_devices = True  # type: ignore[assignment]
@@ -105,8 +129,7 @@ class DecodeCompiler:
             use_cache=True,
             vision=vision,
         )
-        call: Any = hf.get_compiled_call(self.config(hf))
-        return call(**inputs, return_dict=True)
+        return call_of(hf, self.config(hf))(**inputs, return_dict=True)
 
     def forget_step(self) -> None:
         """Take the last step back out of the cache."""

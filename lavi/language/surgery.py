@@ -26,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lavi.errors import UserError
+from lavi.language.compiled import call_of
 from lavi.language.context import HeadAlone, VisualContext
 from lavi.language.sequence import experts_by_operators
 from lavi.language.subsequence import LayeredCache
@@ -130,6 +131,10 @@ class FusedCausalLM(nn.Module):
 
         forward.__signature__ = signature.replace(parameters=[*named, vision])  # type: ignore[attr-defined]
         cls.forward = forward  # type: ignore[method-assign]
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What ``generate`` runs behind a prompt, where it compiles."""
+        return super().get_compiled_call(None) if compile_config is None else call_of(self, compile_config)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """What ``generate`` calls behind each step: from the first on the prompt is in the cache, if there is one."""
