@@ -11,6 +11,7 @@ import pytest
 import serving
 import torch
 from conftest import refused
+from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,7 @@ from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimated import TrainingMemory, milliseconds, traces, training_step
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.hardware import DEVICES, Device, fits_in
-from lavi.efficiency.measure import note_mean_flops, saving_of_samples
+from lavi.efficiency.measure import build_on, note_mean_flops, saving_of_samples
 from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.operators import Operator, trace
 from lavi.efficiency.record import Record
@@ -195,3 +196,13 @@ def test_requests_are_answered_in_batches_as_they_arrive() -> None:
     record = {"method": "lavi", "share": 0.5, **served}
     columns, rows = serving.serving_table([record])
     assert [len(row) for row in rows] == [len(columns)]
+
+
+@pytest.mark.parametrize(("fused_norm", "most"), [(True, 1.0), (False, 1.11)])
+def test_a_step_of_lavi_7b_issues_few_operators_more_than_the_bare_model(
+    tokenizer: str, fused_norm: bool, most: float
+) -> None:
+    recipe = recipe_of(SIGLIP_SO400M, QWEN2_7B, Path(tokenizer), source="a test", fused_norm=fused_norm)
+    model = build_on(recipe, "meta")
+    of = traces(model, Scenario(50, image=(384, 384)).shape_for(model))
+    assert len(of["decode"].operators) <= most * len(of["floor_decode"].operators)
