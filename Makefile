@@ -44,7 +44,7 @@ test-oldest: ## run the tests with the oldest versions that pyproject.toml allow
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
 	$(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider
 
-quickstart: install ## draw data, train LaVi and concatenation, set them side by side (six to eight minutes on two cores)
+quickstart: install ## draw data, train LaVi and concatenation, set them side by side (four to eight minutes on two cores)
 	$(BIN)/python -m datamodules.scenes --out data/scenes
 	$(BIN)/python -m lavi.fit --recipe recipes/quickstart.yaml --run runs/quickstart/$(STAMP)/lavi
 	$(BIN)/python -m lavi.fit --recipe recipes/scenes/concat.yaml --run runs/quickstart/$(STAMP)/concat

@@ -58,7 +58,7 @@ def contestants(
 
         def step() -> None:
             steps.step(token)
-            steps.back()
+            steps.undo_step()
 
         return step
 

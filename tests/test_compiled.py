@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import lavi.language.compiled as compiled
 from lavi.efficiency.steps import Steps
 from lavi.errors import UserError
-from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.lavi import LaViContext, LaViFusion
 from lavi.language.compiled import DecodeCompiler
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -155,8 +155,8 @@ def test_timed_steps_are_those_of_an_answer(make: Any, fusion: str) -> None:
             for _ in range(2):
                 expected, logits = plain.step(said), one.step(said)
                 torch.testing.assert_close(logits, expected)
-                plain.back()
-                one.back()
+                plain.undo_step()
+                one.undo_step()
             torch.testing.assert_close(one.step(said), plain.step(said))
 
 
@@ -180,10 +180,45 @@ def test_a_cache_of_its_own_cannot_be_compiled(make: Any, build: Any, tokenizer:
         VisionLanguageModel(vision=vision, language=language, fusion=FUSIONS[fusion]())
 
 
-def test_without_a_compiler_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tokenizer: str) -> None:
+def test_without_a_compiler_one_sentence_says_so(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("qwen2", "concat")
+    model.language.compiled = DecodeCompiler()
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        LanguageModel(config={"model_type": "qwen2"}, tokenizer=tokenizer, compile="decode")
+        answers(model, 0)
+
+
+def test_a_recipe_asks_for_it_by_name(tokenizer: str) -> None:
+    config = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    assert LanguageModel(config=config, tokenizer=tokenizer).compiled is None
+    assert isinstance(LanguageModel(config=config, tokenizer=tokenizer, compile="decode").compiled, DecodeCompiler)
+
+
+def test_the_cache_is_made_anew_where_its_tensors_cannot_serve(make: Any) -> None:
+    model = make("qwen2", "concat")
+    expected = answers(model, 0)
+    model.language.compiled = DecodeCompiler()
+    with torch.inference_mode():
+        assert answers(model, 0) == expected
+    assert answers(model, 0) == expected
+    first = model.language.compiled.cache
+    assert answers(model, 0) == expected
+    assert model.language.compiled.cache is first
+
+
+def test_a_context_with_steps_of_its_own_is_asked_at_each(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counting(LaViContext):
+        def for_step(self, past: int, length: int) -> Any:
+            asked.append(past)
+            return super().for_step(past, length)
+
+    model = make("qwen2", "lavi-attention")
+    monkeypatch.setattr("lavi.fusion.lavi.LaViContext", Counting)
+    answers(model, 0)
+    assert len(asked) == TOKENS
+    assert asked == sorted(set(asked))
 
 
 def test_a_step_that_is_no_single_graph_is_refused_in_one_sentence(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

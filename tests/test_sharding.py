@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ask, awaken, collate
 from torch import Tensor, distributed
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
 import lavi.training.compiled_layers as compiled_layers
@@ -50,6 +51,7 @@ def test_compiled_layers_learn_the_same_when_they_are_sharded(
     build: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")
+    graphs = counters["stats"]["unique_graphs"]
     found = []
     for compiled in (False, True):
         model = build(LaViFusion(every=2))
@@ -62,6 +64,7 @@ def test_compiled_layers_learn_the_same_when_they_are_sharded(
         loss.backward()
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), grads))
+    assert counters["stats"]["unique_graphs"] > graphs, "nothing was compiled"
     (plain, expected), (ours, got) = found
     torch.testing.assert_close(ours, plain)
     assert got.keys() == expected.keys()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PretrainedConfig
 
+import lavi.efficiency.operators  # noqa: F401  (formulas that torch 2.11 lacks)
 from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.base import Cost

@@ -245,7 +245,7 @@ def model_and_floor(
 
         def decode() -> None:
             steps.step(token)
-            steps.back()  # so that every run decodes at the same length
+            steps.undo_step()  # so that every run decodes at the same length
 
         def answer(length: int) -> None:
             encoded()

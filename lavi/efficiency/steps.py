@@ -51,10 +51,10 @@ class Steps:
             out = self.compiler.step(self.hf, token, self.mask, self.vision)
         return out.logits  # type: ignore[no-any-return]
 
-    def back(self) -> None:
+    def undo_step(self) -> None:
         """As if the last step had not been."""
         if self.compiler is None:
             self.cache.crop(-1)
         else:
             self.mask = self.mask[:, :-1]
-            self.compiler.forget_step()
+            self.compiler.undo_step()

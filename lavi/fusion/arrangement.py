@@ -53,12 +53,14 @@ class ColumnContext(VisualContext):
         return replace(self, step=Visibility.by(mask))
 
     def behind_prompt(self) -> Self:
+        if type(self).for_step is not ColumnContext.for_step:
+            return self  # each call has its own
         batch, visual = self.column.shape
         if self.all_from is not None:
             seen = Visibility((batch, 1, visual), self.column.device)
         else:
             seen = Visibility.by((self.column < Rows.NEVER)[:, None])  # (B, 1, M)
-        return replace(self, settled=True, step=seen)
+        return replace(self, prompt_is_read=True, step=seen)
 
     def cached_tensors(self) -> list[Tensor]:
         return list(self.visual.values())

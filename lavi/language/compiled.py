@@ -28,6 +28,8 @@ from lavi.language.context import VisualContext
 
 BLOCK = 256
 """Columns by which the cache grows."""
+GRAPHS = 64
+"""Of one model, at most: for each number of rows, with and without images and padding, for each size of the cache."""
 BACKEND = "inductor"
 _numbers = count()
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
@@ -52,6 +54,8 @@ def call_of(model: Any, config: CompileConfig) -> Callable[..., Any]:
     torch keeps graphs by the code that they were made of, and what is in a model is not looked at again: so each has
     code of its own, and new code when it is cast or moved.
     """
+    check_compiler("language.compile")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     key = (id(model), model.dtype, model.device, repr(config.to_dict()))
     kept, call = model.__dict__.get("_compiled_apart", (None, None))
     if kept != key:
@@ -72,7 +76,9 @@ class DecodeCompiler:
 
     def __init__(self) -> None:
         self.cache: StaticCache | None = None
-        self.rows = self.columns = 0
+        self.columns = 0
+        self.made_for: tuple[Any, ...] = ()
+        """Rows, and what the cache's tensors are bound to."""
 
     def serves(self, hf: PreTrainedModel) -> bool:
         """Whether a step can be compiled now: not while the model trains, nor while ranks share its weights."""
@@ -94,8 +100,10 @@ class DecodeCompiler:
 
     def cache_for(self, hf: PreTrainedModel, *, rows: int, columns: int) -> StaticCache:
         """An empty cache with room for that; the last one, where it has."""
-        if self.cache is None or self.rows != rows or self.columns < columns:
-            self.rows, self.columns = rows, -(-columns // BLOCK) * BLOCK
+        autocast = torch.is_autocast_enabled(hf.device.type) if hf.device.type != "meta" else False
+        wanted = (rows, hf.device, hf.dtype, autocast, torch.is_inference_mode_enabled())
+        if self.cache is None or self.made_for != wanted or self.columns < columns:
+            self.made_for, self.columns = wanted, -(-columns // BLOCK) * BLOCK
             self.cache = StaticCache(config=hf.config, max_cache_len=self.columns)
         self.cache.reset()
         return self.cache
@@ -131,7 +139,7 @@ class DecodeCompiler:
         )
         return call_of(hf, self.config(hf))(**inputs, return_dict=True)
 
-    def forget_step(self) -> None:
+    def undo_step(self) -> None:
         """Take the last step back out of the cache."""
         assert self.cache is not None
         layers: list[Any] = self.cache.layers
@@ -150,7 +158,7 @@ def refusals_of_the_compiler(family: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         raise UserError(
             f"the decode step of {family} cannot be compiled ({one_line(error)}): leave language.compile out."
         ) from error

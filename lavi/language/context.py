@@ -24,7 +24,7 @@ class VisualContext:
 
     text_columns: Tensor | None = None
     """(B, T): where the text tokens stand in the arranged sequence; logits are computed there only. None: all."""
-    settled: bool = False
+    prompt_is_read: bool = False
     """Whether it is the same for all tokens to come: nobody need count those that are cached."""
 
     def for_step(self, past: int, length: int) -> Self:
@@ -42,7 +42,7 @@ class VisualContext:
     def behind_prompt(self) -> Self:
         """The context of the tokens that follow a prompt which was read: one for all, unless each call has its own."""
         each_call = type(self).for_step is not VisualContext.for_step
-        return self if each_call else replace(self, settled=True)
+        return self if each_call else replace(self, prompt_is_read=True)
 
     def new_cache(self, config: PretrainedConfig) -> Cache | None:
         """The only cache that can serve a prompt about to be read; None: any that the language model takes."""

@@ -140,7 +140,8 @@ class Decoding:
     def may_compile(self) -> bool:
         """Whether one compiled step can serve: a token at a time, on a cache that nobody named and nobody keeps."""
         named = [*OF_THE_CACHE, "prompt_lookup_num_tokens", "prefill_chunk_size", "return_dict_in_generate"]
-        return bool(self.settings["use_cache"]) and not any(self.settings.get(name) for name in named)
+        one_beam = self.settings["num_beams"] == 1  # transformers does not compile more, and reorders their cache
+        return one_beam and bool(self.settings["use_cache"]) and not any(self.settings.get(name) for name in named)
 
     def check_rows(self, rows: int, *, room: int) -> None:
         """Refuse what does not go with a batch.

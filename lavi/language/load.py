@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
 from lavi.language.attention_widths import AttentionWidths
-from lavi.language.compiled import DecodeCompiler, check_compiler
+from lavi.language.compiled import DecodeCompiler
 from lavi.language.context import DecoderInput, HeadAlone
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.sequence import recurrent_layers, refuse_recurrent
@@ -72,12 +72,12 @@ class LanguageModel(nn.Module):
         lora: put adapters into the decoder layers: keys of :class:`lavi.language.lora.LoRA` (``rank``, ``alpha``,
             ``dropout``, ``targets``); what trains of this part is then the adapters alone.
         compile: ``decode`` compiles the step that answers are made of (:mod:`lavi.language.compiled`): the first one
-            takes half a minute, and each is faster behind it.
+            takes half a minute; what is won behind it is most of all the time between operators.
 
     Raises:
         UserError: neither or both of ``source`` and ``config``; nothing there; no tokenizer, or one with more tokens
             than the model has; an unknown LoRA target; quantization of what is no checkpoint of a language model, or
-            whose library is not there; ``compile`` without a C++ compiler.
+            whose library is not there.
     """
 
     def __init__(
@@ -94,8 +94,6 @@ class LanguageModel(nn.Module):
         compile: Literal["decode"] | None = None,
     ) -> None:
         super().__init__()
-        if compile is not None:
-            check_compiler("language.compile")
         self.compiled = None if compile is None else DecodeCompiler()
         if (source is None) == (config is None):
             raise UserError("a language model takes either 'source' (a checkpoint) or 'config' (a bare configuration).")

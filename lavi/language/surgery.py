@@ -101,7 +101,7 @@ class FusedDecoder(nn.Module):
         cache = kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache"):
             kwargs["past_key_values"] = cache = vision.new_cache(self.config)
-        if not vision.settled:
+        if not vision.prompt_is_read:
             past = int(cache.get_seq_length()) if cache is not None else 0
             vision = vision.for_step(past, tokens.shape[1])
         with vision.during_stack():
@@ -139,7 +139,8 @@ class FusedCausalLM(nn.Module):
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """What ``generate`` calls behind each step: from the first on the prompt is in the cache, if there is one."""
         vision = model_kwargs.get("vision")
-        if vision is not None and model_kwargs.get("past_key_values") is not None:
+        in_cache = model_kwargs.get("past_key_values") is not None
+        if vision is not None and in_cache and not vision.prompt_is_read:
             model_kwargs["vision"] = vision.behind_prompt()
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)  # type: ignore[misc]
 

@@ -53,7 +53,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             fusion has one of its shape, its projector.
         checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
         compile: compile the decoder layers (:mod:`lavi.training.compiled_layers`): the first steps take minutes, those
-            behind them less than before on a GPU. Answers while training are not compiled.
+            behind them run fused operators. Validation is not compiled.
 
     Raises:
         UserError: an unknown part, or nothing that trains.
@@ -156,6 +156,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
     def train(self, mode: bool = True) -> VisionLanguageModule:
         """Frozen modules stay in evaluation mode, also inside a part that trains."""
         super().train(mode)
+        if self.compiled is not None and not mode:
+            self.compiled.stop()
         for part in self.model.children():
             _eval_frozen_modules(part)
         # Frozen or without parameters, they may still draw what each step of training looks like.
