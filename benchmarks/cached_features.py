@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from own_records import keep, parser_of, read
+from own_records import ends, keep, parser_of, read
 
 from datamodules.image_text import ImageTextData
 from datamodules.scenes import write_dataset
@@ -93,7 +93,7 @@ def measure(device: torch.device, *, small: bool, batch_size: int, turns: int) -
             "milliseconds": estimate(own).median,
             "samples_per_second": 1e3 * batch_size / estimate(own).median,
         }
-        | {"speed_ratio": [(of := ratio(times[0], own)).median, of.low, of.high]}
+        | {"speed_ratio": ends(ratio(times[0], own))}
         for way, own in zip(ways, times, strict=True)
     ]
 

@@ -14,19 +14,25 @@ from typing import Any
 
 import torch
 from fusions_on_one import build, lavi, sizes_for
-from own_records import keep, parser_of, read
-from transformers import Cache
+from own_records import ends, keep, parser_of, read, with_interval
 
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
-from lavi.efficiency.latency import SHORTEST, Contestant, clock_of, half_the_threads, time_in_turns
+from lavi.efficiency.latency import (
+    Contestant,
+    clock_of,
+    half_the_threads,
+    model_and_floor,
+    shortest_turn,
+    time_in_turns,
+)
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import PromptShape, Scenario
-from lavi.efficiency.steps import Steps
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.language.compiled import DecodeCompiler
 from lavi.model import VisionLanguageModel
 from lavi.report import console, table
 
@@ -39,32 +45,13 @@ BARE, TEXT, IMAGE = "bare language model", 50, (384, 384)
 WAYS = ("eager", "compiled")
 
 
-def contestants(
-    model: VisionLanguageModel, shape: PromptShape, device: torch.device, *, bare: bool = False
-) -> dict[str, Contestant]:
-    """A step of each way, of a model or of its language model alone."""
-    batch, features = shape.inputs(model, device)
-    hf, token = model.language.hf, torch.ones(shape.batch, 1, dtype=torch.long, device=device)
-
-    def prefill(cache: Cache | None) -> tuple[Any, Any]:
-        if not bare:
-            return model.prefill(batch, features, cache)
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return hf(**given, past_key_values=cache, use_cache=True, logits_to_keep=1), None
-
-    def stage(length: int | None) -> Callable[[], None]:
-        steps = Steps(hf, prefill, rows=shape.batch, length=length)
-        steps.begin()
-
-        def step() -> None:
-            steps.step(token)
-            steps.undo_step()
-
-        return step
-
-    inside = 0 if bare else shape.visual_tokens_in_language(model)
-    lengths = {"eager": None, "compiled": shape.text + inside + 2}
-    return {way: Contestant({"decode": stage(lengths[way])}) for way in WAYS}
+def steps_of(model: VisionLanguageModel, shape: PromptShape, device: torch.device) -> dict[str, list[Contestant]]:
+    """By way, a step of a model and one of its bare language model."""
+    steps = {}
+    for way, compiler in zip(WAYS, (None, DecodeCompiler()), strict=True):
+        model.language.compiled = compiler
+        steps[way] = [one.only(["decode"]) for one in model_and_floor(model, shape, device=device)]
+    return steps
 
 
 def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[dict[str, Any]]:
@@ -72,8 +59,9 @@ def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[
     with half_the_threads(device), torch.no_grad():
         models = build(sizes, FUSIONS, device)
         shape = Scenario(text=TEXT, image=IMAGE).shape_for(models["lavi"])
-        named = {BARE: contestants(models["lavi"], shape, device, bare=True)}
-        named |= {name: contestants(model, shape, device) for name, model in models.items()}
+        steps = {name: steps_of(model, shape, device) for name, model in models.items()}
+        named = {BARE: {way: floor for way, (_, floor) in steps["lavi"].items()}}
+        named |= {name: {way: own for way, (own, _) in ways.items()} for name, ways in steps.items()}
         order = [(name, way) for name in named for way in WAYS]
         # Each with the bare model the same way, and with itself the other way.
         pairs = {(number, number % 2) for number in range(2, len(order))}
@@ -83,7 +71,7 @@ def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[
             clock_of(device),
             pairs=pairs,
             turns=turns,
-            shortest=SHORTEST if device.type == "cpu" else 0.0,
+            shortest=shortest_turn(device),
         )
         about = {"device": device_name(device), "torch": torch.__version__, "width": models["lavi"].language.width}
     records = []
@@ -93,7 +81,7 @@ def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[
         records.append(
             about
             | {"fusion": name, "way": way, "milliseconds": estimate(own).median}
-            | {"of_bare": [bare.median, bare.low, bare.high], "of_eager": [eager.median, eager.low, eager.high]}
+            | {"of_bare": ends(bare), "of_eager": ends(eager)}
         )
     return records
 
@@ -103,7 +91,7 @@ def decode_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     columns = ["", "way", "ms", "times the bare language model, the same way (interval)", "times eager (interval)"]
     rows = []
     for record in records:
-        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*record[of]) for of in ("of_bare", "of_eager")]
+        ratios = [with_interval(record[of]) for of in ("of_bare", "of_eager")]
         rows.append([record["fusion"], record["way"], f"{record['milliseconds']:.2f}", *ratios])
     return columns, rows
 

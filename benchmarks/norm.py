@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from own_records import keep, parser_of, read
+from own_records import ends, keep, parser_of, read, with_interval
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
-from lavi.efficiency.latency import SHORTEST, Contestant, clock_of, half_the_threads, time_in_turns
+from lavi.efficiency.latency import Contestant, clock_of, half_the_threads, shortest_turn, time_in_turns
 from lavi.efficiency.record import device_name
 from lavi.language.surgery import swap
 from lavi.nn.modulated_norm import ModulatedNorm
@@ -84,14 +84,13 @@ def measure(device: torch.device, *, width: int, tokens: int, turns: int) -> lis
     runs = ways(width, tokens, device, dtype)
     names = list(runs)
     pairs = {(number, 0) for number in range(1, len(names) - 1)}
-    shortest = SHORTEST if device.type == "cpu" else 0.0
     with half_the_threads(device):
         times = time_in_turns(
             [Contestant(stages) for stages in runs.values()],
             clock_of(device),
             pairs=pairs,
             turns=turns,
-            shortest=shortest,
+            shortest=shortest_turn(device),
         )
     size = torch.empty(0, dtype=dtype).element_size()
 
@@ -104,7 +103,7 @@ def measure(device: torch.device, *, width: int, tokens: int, turns: int) -> lis
     return [
         about
         | {"way": name, "stage": stage, "milliseconds": estimate(own[stage]).median}
-        | {"of_bare": [(of := ratio(own[stage], times[0][stage])).median, of.low, of.high]}
+        | {"of_bare": ends(ratio(own[stage], times[0][stage]))}
         | {"gb_per_second": rate(name, stage, own[stage]), "of_copy": rate(name, stage, own[stage]) / copies}
         for name, own in zip(names[:-1], times[:-1], strict=True)
         for stage in STAGES
@@ -116,10 +115,9 @@ def norm_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
     columns = ["norm", "stage", "ms", "times the bare norm (interval)", "of the bandwidth of a copy (%)"]
     rows = []
     for record in records:
-        median, low, high = record["of_bare"]
         cells = [
             f"{record['milliseconds']:.2f}",
-            f"{median:.2f} ({low:.2f}-{high:.2f})",
+            with_interval(record["of_bare"]),
             f"{100 * record['of_copy']:.0f}",
         ]
         rows.append([record["way"], record["stage"], *cells])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavi.efficiency.estimate import Estimate
 from lavi.efficiency.record import check_writable
 
 
@@ -28,6 +29,16 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.out:
         check_writable(args.out)
     return args
+
+
+def ends(of: Estimate) -> list[float]:
+    """Median, low and high of an estimate, as a record has them."""
+    return [of.median, of.low, of.high]
+
+
+def with_interval(ends: Sequence[float]) -> str:
+    """The same as a cell of a table."""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*ends)
 
 
 def keep(records: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from fusions_on_one import build, lavi, sizes_for
-from own_records import keep, parser_of, read
+from own_records import ends, keep, parser_of, read, with_interval
 
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.data.tiling import AnyRes
 from lavi.efficiency.estimate import estimate, ratio
-from lavi.efficiency.latency import SHORTEST, clock_of, half_the_threads, model_and_floor, time_in_turns
+from lavi.efficiency.latency import clock_of, half_the_threads, model_and_floor, shortest_turn, time_in_turns
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.base import Fusion
@@ -62,7 +62,7 @@ def measure(
                 clock_of(device),
                 pairs=[(number, floor) for number in range(floor)],
                 turns=turns,
-                shortest=SHORTEST if device.type == "cpu" else 0.0,
+                shortest=shortest_turn(device),
             )
             for name, own in zip(models, times, strict=False):
                 ratios = {stage: ratio(own[stage], times[floor][stage]) for stage in STAGES}
@@ -70,7 +70,7 @@ def measure(
                     about
                     | {"image": image, "fusion": name, "fusion_ms": estimate(own["fusion"]).median}
                     | {f"{stage}_ms": estimate(own[stage]).median for stage in STAGES}
-                    | {stage: [of.median, of.low, of.high] for stage, of in ratios.items()}
+                    | {stage: ends(of) for stage, of in ratios.items()}
                 )
 
 
@@ -79,7 +79,7 @@ def prefill_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
     columns = ["image", "", "ms fusion", "ms prefill", "times the floor (interval)", "ms first token"]
     rows = []
     for record in records:
-        of = {stage: "{:.2f} ({:.2f}-{:.2f})".format(*record[stage]) for stage in STAGES}
+        of = {stage: with_interval(record[stage]) for stage in STAGES}
         ms = {part: f"{record[f'{part}_ms']:.1f}" for part in ("fusion", *STAGES)}
         cells = [ms["fusion"], ms["prefill"], of["prefill"], ms["first_token"], of["first_token"]]
         rows.append([record["image"], record["fusion"], *cells])

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from own_records import keep, parser_of, read
+from own_records import ends, keep, parser_of, read, with_interval
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE
@@ -72,7 +72,7 @@ def measure(device: torch.device, *, vocabulary: int, width: int, turns: int) ->
     return [
         about
         | {"way": way, "milliseconds": estimate(own).median, "peak_mib": peak, "peak_ratio": peak / peaks[0]}
-        | {"time_ratio": [(of := ratio(own, times[0])).median, of.low, of.high]}
+        | {"time_ratio": ends(ratio(own, times[0]))}
         for way, own, peak in zip(ways, times, peaks, strict=True)
     ]
 
@@ -82,12 +82,11 @@ def train_step_table(records: list[dict[str, Any]]) -> tuple[list[str], list[lis
     columns = ["head and loss with", "ms", "of that of all tokens (interval)", "peak MiB", "of that of all tokens"]
     rows = []
     for record in records:
-        median, low, high = record["time_ratio"]
         rows.append(
             [
                 record["way"],
                 f"{record['milliseconds']:.0f}",
-                f"{median:.2f} ({low:.2f}-{high:.2f})",
+                with_interval(record["time_ratio"]),
                 f"{record['peak_mib']:.0f}",
                 f"{record['peak_ratio']:.2f}",
             ]

@@ -85,3 +85,13 @@ def test_a_run_compiles_its_steps_and_nothing_else(
     assert seen
     assert not any(seen)
     assert counters["stats"]["unique_graphs"]
+
+
+def test_a_step_that_failed_leaves_no_compiled_layers_to_answers(build: Any) -> None:
+    model = build(FUSIONS["concat"]())
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3}, compile=True)
+    assert module.compiled is not None
+    module.compiled.start()
+    assert all(layer._compiled_call_impl is not None for layer in model.language.layers)
+    module.eval()
+    assert all(layer._compiled_call_impl is None for layer in model.language.layers)

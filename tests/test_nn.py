@@ -266,7 +266,7 @@ class ScaleOnly(ModulatedNorm, nn.RMSNorm):
 
 
 class Shared(ModulatedNorm, LlamaRMSNorm):
-    kind = NormKind(1e-3, centred=False, affine="weight behind the cast", exact=True)
+    kind = NormKind(1e-3, centred=False, affine="weight behind the cast")
 
 
 def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import lavi.training.compiled_layers as compiled_layers
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
+from lavi.language.compiled import DecodeCompiler
 from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.sharding import shard
 
@@ -44,6 +45,7 @@ def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> Non
         before = answer()
         shard(model, mesh)
         shard(model, mesh)  # a second time changes nothing
+        assert DecodeCompiler().serves(model.language.hf) is False
         torch.testing.assert_close(answer(), before)
 
 

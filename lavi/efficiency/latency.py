@@ -94,6 +94,11 @@ def clock_of(device: torch.device) -> Clock:
     return DeviceClock(device) if device.type == "cuda" else HostClock()
 
 
+def shortest_turn(device: torch.device) -> float:
+    """Milliseconds that the runs of one turn last together, at least: on a GPU one run is enough."""
+    return SHORTEST if device.type == "cpu" else 0.0
+
+
 @dataclass(frozen=True)
 class Contestant:
     """What is timed beside others: stages by name, each run ``within`` a context that is not timed itself."""

@@ -19,7 +19,6 @@ from lavi.efficiency.energy import EnergyMeter
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.flops import Flops, closed_form
 from lavi.efficiency.latency import (
-    SHORTEST,
     TURNS,
     Contestant,
     Track,
@@ -27,6 +26,7 @@ from lavi.efficiency.latency import (
     clock_of,
     half_the_threads,
     model_and_floor,
+    shortest_turn,
     time_in_turns,
 )
 from lavi.efficiency.memory import prefill_memory, weights_of
@@ -255,7 +255,7 @@ def _measure(
             for one in model_and_floor(model, shape, device=device, outputs=outputs, within=within):
                 contestants.append(one if stages is None else one.only(stages))
         pairs, waiting = _pairs(records), WaitMeter()
-        shortest = SHORTEST if device.type == "cpu" else 0.0
+        shortest = shortest_turn(device)
         turns = max(2, runs)  # percentiles want two
         times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does

@@ -91,16 +91,15 @@ class DecodeCompiler:
             rows: of the decoder.
             columns: of the prompt and its answer.
         """
-        config = self.config(hf)
         return {
             "past_key_values": self.cache_for(hf, rows=rows, columns=columns),
             "cache_implementation": None,
-            "compile_config": config,
+            "compile_config": self.config(hf),
         }
 
     def cache_for(self, hf: PreTrainedModel, *, rows: int, columns: int) -> StaticCache:
         """An empty cache with room for that; the last one, where it has."""
-        autocast = torch.is_autocast_enabled(hf.device.type) if hf.device.type != "meta" else False
+        autocast = torch.is_autocast_enabled(hf.device.type)
         wanted = (rows, hf.device, hf.dtype, autocast, torch.is_inference_mode_enabled())
         if self.cache is None or self.made_for != wanted or self.columns < columns:
             self.made_for, self.columns = wanted, -(-columns // BLOCK) * BLOCK

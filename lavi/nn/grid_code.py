@@ -44,10 +44,6 @@ class GridCode(nn.Module):
         half = 2 * self._frequencies
         of_row = self._waves(windows[:, 0::2], sizes[:, 0], rows) * self.amplitude[:half]  # (views, rows, Dv / 2)
         of_column = self._waves(windows[:, 1::2], sizes[:, 1], columns)[..., : width - half] * self.amplitude[half:]
-        if len(set(grids)) == 1:
-            parts = (of_row[:, :, None], of_column[:, None])
-            grid = torch.cat([part.expand(views, rows, columns, -1) for part in parts], dim=-1).flatten(1, 2)
-            return nn.functional.pad(grid, (0, 0, prefix, tokens - prefix - rows * columns))
         index = torch.arange(tokens, device=windows.device) - prefix  # (N,)
         row, column = index // sizes[:, 1:], index % sizes[:, 1:]  # (views, N)
         view = torch.arange(views, device=windows.device)[:, None]

@@ -45,8 +45,11 @@ class NormKind(NamedTuple):
     """It takes the mean off: a layer norm."""
     affine: str | None = None
     """Which of :data:`AFFINES` gives its output; None: none of them does."""
-    exact: bool = False
-    """Whether it does to the last bit: torch adds up a layer norm's in another order."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it does to the last bit: torch adds up a layer norm's in another order."""
+        return self.affine is not None and not self.centred
 
 
 class ModulatedNorm(nn.Module):

@@ -57,7 +57,7 @@ def _to_the_last_bit(norm: nn.Module, probe: nn.Module, kind: NormKind) -> NormK
                 if isinstance(w := probe.to(of_weight).weight, Tensor)
             ]
             if all(same):
-                return NormKind(eps, centred=False, affine=name, exact=True)
+                return NormKind(eps, centred=False, affine=name)
     return kind
 
 
