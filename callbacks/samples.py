@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageOps
 
-from lavi.batch import CachedVisual, Sample, Video, text_of
+from lavi.batch import CachedVisual, Sample, Video, references_of, text_of
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
 from lavi.data.data_module import DataModule
@@ -37,7 +37,7 @@ class Question:
 
     prompt: EncodedSample
     text: str
-    truth: str
+    references: tuple[str, ...]
     picture: Image.Image
 
 
@@ -86,8 +86,8 @@ def first_question(model: VisionLanguageModel, sample: Sample) -> Question:
     answer = sample.answers[0]
     prompt = sample.until(answer)
     text = text_of(prompt.messages[-1]["content"]) if prompt.messages else ""
-    truth = text_of(sample.messages[answer]["content"])
-    return Question(model.processor.encode(prompt, prompt=True), text, truth, picture_of(prompt))
+    references = references_of(sample.messages[answer])
+    return Question(model.processor.encode(prompt, prompt=True), text, references, picture_of(prompt))
 
 
 def picture_of(sample: Sample) -> Image.Image:
@@ -124,11 +124,12 @@ def draw(questions: Sequence[Question], answers: Sequence[str], metric: AnswerMe
         axes.axis("off")
     for axes, question, answer in zip(grid, questions, answers, strict=False):
         axes.imshow(question.picture)
-        words = [_shortened(question.text), f"truth: {_shortened(question.truth)}   answer: {_shortened(answer)}"]
+        truth = _shortened(question.references[0])
+        words = [_shortened(question.text), f"truth: {truth}   answer: {_shortened(answer)}"]
         lines = [line for text in words for line in textwrap.wrap(text, LINE)]
         # A question is not a formula: a $ is a $.
         axes.set_title(
-            "\n".join(lines), fontsize=8, color=colour_of(metric.score(answer, question.truth)), parse_math=False
+            "\n".join(lines), fontsize=8, color=colour_of(metric.score(answer, question.references)), parse_math=False
         )
     return figure
 

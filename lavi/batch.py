@@ -62,7 +62,8 @@ class Sample:
 
     ``messages`` are dicts with ``role`` and ``content``; ``content`` is a string, or a list of ``{"type": "image"}``
     and ``{"type": "text", "text": ...}`` parts. An assistant's message may carry ``family`` and ``level`` for the
-    per-family accuracy. ``images`` stand in the order of the image parts; a video's part is ``{"type": "video"}``.
+    per-family accuracy, and ``references``, all answers that count as right. ``images`` stand in the order of the image
+    parts; a video's part is ``{"type": "video"}``.
     """
 
     key: str
@@ -100,6 +101,11 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(str(part.get("text", "")) for part in content if part["type"] not in ("image", "video"))
+
+
+def references_of(answer: dict[str, Any]) -> tuple[str, ...]:
+    """All that counts as right for an assistant's message: its ``references``, or its own words."""
+    return tuple(answer.get("references") or [text_of(answer["content"])])
 
 
 class Layout(NamedTuple):

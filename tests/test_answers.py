@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lavi.batch import IGNORE, Answer, Batch
 from lavi.errors import UserError
 from lavi.language.token_scores import scores_of
 from lavi.metrics.answers import ExactMatch
-from lavi.metrics.base import AnswerMetric, GroupedMean, groups_of
+from lavi.metrics.base import AnswerMetric, GroupedMean, Prediction, groups_of
 from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
 from lavi.recipe import Recipe
 
@@ -23,8 +24,8 @@ from lavi.recipe import Recipe
 class WordOverlap(AnswerMetric):
     """Share of the words of either that an answer and the truth have in common."""
 
-    def score(self, answer: str, truth: str) -> float:
-        ours, theirs = set(answer.split()), set(truth.split())
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        ours, theirs = set(answer.split()), set(" ".join(references).split())
         return len(ours & theirs) / max(1, len(ours | theirs))
 
 
@@ -130,28 +131,27 @@ def test_a_rank_without_scores_exchanges_tensors_of_the_same_types() -> None:
 )
 def test_an_answer_matches_whatever_its_case_and_outer_blanks(answer: str, score: float) -> None:
     metric = ExactMatch()
-    assert metric.score(answer, "red") == metric.score(answer, " ReD ") == score
-    assert metric.score("", "") == 1
+    assert metric.score(answer, ["red"]) == metric.score(answer, ["blues", " ReD "]) == score
+    assert metric.score("", [""]) == 1
     assert (metric.name, metric.label) == ("ExactMatch", "right")
 
 
 def test_answers_are_scored_against_their_own_truths() -> None:
     metric = WordOverlap()
-    metric.update_answers(["a red circle", "two"], ["red circle", "three"], [("colour", "easy"), ("count", "hard")])
+    metric.update([Prediction("a red circle", ("red circle",), "0", "colour", "easy")])
+    metric.update([Prediction("two", ("three",), "1", "count", "hard")])
     assert metric.compute() == pytest.approx(
         {"all": 100 / 3, "family/colour": 200 / 3, "family/count": 0.0, "level/easy": 200 / 3, "level/hard": 0.0}
     )
     assert (metric.name, metric.label) == ("WordOverlap", "")
-    with pytest.raises(ValueError, match="zip"):
-        metric.update_answers(["red"], ["red", "blue"], [("all", "all")] * 2)
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
 def test_a_score_is_a_number_from_0_to_1(score: float) -> None:
     metric = WordOverlap()
-    metric.score = lambda answer, truth: score  # type: ignore[method-assign]
+    metric.score = lambda answer, references: score  # type: ignore[method-assign]
     with pytest.raises(UserError, match=rf"WordOverlap.score gives {score} for the answer 'x' and the truth 'y'"):
-        metric.update_answers(["x"], ["y"], [("all", "all")])
+        metric.update([Prediction("x", ("y",), "0")])
 
 
 def test_a_metric_of_ones_own_is_named_in_a_recipe_and_scores_a_run(run, tiny_recipe: Path) -> None:  # type: ignore[no-untyped-def]

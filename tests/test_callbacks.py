@@ -74,7 +74,7 @@ def test_the_first_question_is_asked_with_the_images_before_it(build) -> None:  
     later = ask(1, "what colour?", answer="red").messages + ask(2, "and here?", answer="blue").messages
     large = Sample("s", later, [image(1).resize((2000, 1000)), image(2)])
     question = first_question(model, large)
-    assert (question.text, question.truth) == ("what colour?", "red")
+    assert (question.text, question.references) == ("what colour?", ("red",))
     assert len(question.prompt.layouts) == 1
     assert question.picture.size == (320, 160)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ from conftest import awaken, small
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.record import Record
 from lavi.errors import UserError
-from lavi.evaluation.intervals import ScoredAnswer, intervals
+from lavi.evaluation.intervals import intervals
 from lavi.evaluation.perplexity import Perplexity, compare_perplexity, read_texts
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.base import Prediction
 
 TEXTS = ["what colour is the circle?", "red", "is there a square above the blue cross? no"]
 
 
-def answers(scores: list[float], *, each: int = 1, family: str = "f", level: str = "easy") -> list[ScoredAnswer]:
+def answers(scores: list[float], *, each: int = 1, family: str = "f", level: str = "easy") -> list[Prediction]:
     """One sample a score, with so many answers of that score."""
-    return [ScoredAnswer(n, family, level, score) for n, score in enumerate(scores) for _ in range(each)]
+    return [
+        Prediction("", (), str(n), family, level, question=str(m), score=score)
+        for n, score in enumerate(scores)
+        for m in range(each)
+    ]
 
 
 def test_the_interval_of_a_share_is_the_binomial_one() -> None:
@@ -43,7 +49,7 @@ def test_answers_about_one_image_are_drawn_together() -> None:
     rng = random.Random(0)
     scores = [float(rng.random() < 0.5) for _ in range(200)]
     assert intervals(answers(scores, each=4)) == intervals(answers(scores))
-    separate = [ScoredAnswer(n, *answer[1:]) for n, answer in enumerate(answers(scores, each=4))]
+    separate = [replace(answer, sample=str(n)) for n, answer in enumerate(answers(scores, each=4))]
     (one, many) = (np.diff(intervals(scored)["all"])[0] for scored in (answers(scores, each=4), separate))
     assert many == pytest.approx(one / 2, rel=0.15)
 

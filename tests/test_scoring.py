@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,8 +95,8 @@ class StartsRight(ExactMatch):
 
     wants_whole_answers = True
 
-    def score(self, answer: str, truth: str) -> float:
-        return float(answer.startswith(truth))
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        return float(answer.startswith(references[0]))
 
 
 def test_answers_that_may_still_become_right_are_not_cut(scorer: Scorer) -> None:
@@ -150,4 +151,4 @@ def test_samples_of_one_key_are_several(scorer: Scorer) -> None:
     for _ in range(2):
         assert scorer.add(ask(1, "what colour is the circle?", answer="red", key="000001"))
     scorer.finish()
-    assert [answer.sample for answer in scorer.scored] == [0, 1]
+    assert [one.sample for one in scorer.metric.predictions()] == ["0", "1"]

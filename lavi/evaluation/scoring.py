@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import torch
 
-from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video, text_of
+from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video, references_of, text_of
 from lavi.data.collator import EncodedSample
 from lavi.data.processor import one_bad_sample
 from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
-from lavi.evaluation.intervals import ScoredAnswer, intervals
-from lavi.metrics.base import AnswerMetric
+from lavi.evaluation.intervals import Interval, figure_intervals, intervals
+from lavi.metrics.base import AnswerMetric, Prediction
 from lavi.model import VisionLanguageModel
 
 SHUFFLED, NO_IMAGE = CONTROLS
@@ -38,11 +38,12 @@ at a time."""
 
 
 class Expected(NamedTuple):
-    """The true answer to a question, and the groups that it counts in."""
+    """The true answers to a question, the first of them the one to train on, and the groups that it counts in."""
 
-    truth: str
-    family: str
-    level: str
+    references: tuple[str, ...]
+    family: str = "all"
+    level: str = "all"
+    question: str = ""
 
 
 def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
@@ -50,7 +51,8 @@ def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
     for index in sample.answers:
         answer = sample.messages[index]
         family, level = answer.get("family", "all"), answer.get("level", "all")
-        yield sample.until(index), Expected(text_of(answer["content"]), family, level)
+        question = text_of(sample.messages[index - 1]["content"]) if index else ""
+        yield sample.until(index), Expected(references_of(answer), family, level, question)
 
 
 # --- the controls -----------------------------------------------------------------------------------------------------
@@ -123,8 +125,6 @@ class Scorer:
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that could not be encoded, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
-    scored: list[ScoredAnswer] = field(default_factory=list)
-    scored_without_images: list[ScoredAnswer] = field(default_factory=list)
     samples: int = 0
     """Added so far: their numbers tell them apart, since keys may begin anew in each shard."""
     _waiting: list[tuple[EncodedSample, Expected, int]] = field(default_factory=list)
@@ -159,7 +159,8 @@ class Scorer:
         if self.metric.wants_whole_answers:
             return self.max_new_tokens
         tokenizer = self.model.processor.chat.tokenizer
-        return max(len(tokenizer(e.truth, add_special_tokens=False)["input_ids"]) for e in expected) + BEHIND_TRUTH
+        truths = [truth for e in expected for truth in e.references]
+        return max(len(tokenizer(truth, add_special_tokens=False)["input_ids"]) for truth in truths) + BEHIND_TRUTH
 
     def finish(self) -> None:
         """Answer the prompts that are waiting."""
@@ -170,22 +171,23 @@ class Scorer:
         batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()
-        self.scored += self._score(expected, samples, batch, tokens, self.metric)
+        self._score(expected, samples, batch, tokens, self.metric)
         self.route_counts.update(self.model.fusion.route_counts)
         if (metric := self.metric_without_images) is not None:
-            self.scored_without_images += self._score(expected, samples, batch.without_images(), tokens, metric)
+            self._score(expected, samples, batch.without_images(), tokens, metric)
 
     def _score(
         self, expected: Sequence[Expected], samples: Sequence[int], batch: Batch, tokens: int, metric: AnswerMetric
-    ) -> Iterator[ScoredAnswer]:
+    ) -> None:
         try:
             answers = self.model.answer(batch.to(self.device), max_new_tokens=tokens)
         except Exception as error:
             error.add_note(f"It was in samples {', '.join(batch.keys[:8])} ...")
             raise
-        truths, groups = [e.truth for e in expected], [(e.family, e.level) for e in expected]
-        scores = metric.update_answers(answers, truths, groups)
-        return (ScoredAnswer(n, *group, score) for n, group, score in zip(samples, groups, scores, strict=True))
+        metric.update(
+            Prediction(answer, e.references, str(sample), e.family, e.level, e.question)
+            for answer, e, sample in zip(answers, expected, samples, strict=True)
+        )
 
 
 def _tensor_bytes(prompt: EncodedSample) -> int:
@@ -252,15 +254,21 @@ class Scores:
     typical: Scenario
     prompts: Counter[Prompt] = field(default_factory=Counter)
     """The sizes of the prompts with one image or video at most."""
-    accuracy_intervals: dict[str, list[float]] = field(default_factory=dict)
+    accuracy_intervals: dict[str, Interval] = field(default_factory=dict)
     """95 % intervals [low, high] of ``accuracy``, by bootstrap over samples (:mod:`lavi.evaluation.intervals`)."""
-    control_intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    control_intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     """The same of ``controls``."""
 
     def __str__(self) -> str:
         fewer = self.answers - self.shuffled_answers
         control = f" (in the control with {SHUFFLED} {self.shuffled_answers})" if fewer else ""
         return f"{self.accuracy['all']:.1f} % {self.label} of {self.answers} answers{control} in {self.samples} samples"
+
+
+def metric_intervals(metric: AnswerMetric) -> dict[str, Interval]:
+    """95 % intervals of all that a metric says of the answers it has."""
+    predictions = metric.predictions()
+    return intervals(predictions) | figure_intervals(metric, predictions)
 
 
 def evaluate(
@@ -297,10 +305,10 @@ def evaluate(
         label=metric.label or metric.name,
         accuracy=plain.metric.compute(),
         controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: plain.metric_without_images.compute()},
-        accuracy_intervals=intervals(plain.scored),
+        accuracy_intervals=metric_intervals(plain.metric),
         control_intervals={
-            SHUFFLED: intervals(shuffled.scored),
-            NO_IMAGE: intervals(plain.scored_without_images),
+            SHUFFLED: metric_intervals(shuffled.metric),
+            NO_IMAGE: metric_intervals(plain.metric_without_images),
         },
         route_counts=plain.route_counts,
         samples=count,

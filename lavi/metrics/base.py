@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -21,6 +27,11 @@ Group = tuple[str, str]
 def groups_of(answers: Iterable[Answer]) -> list[Group]:
     """(family, level) of each answer."""
     return [(answer.family, answer.level) for answer in answers]
+
+
+def group_names(family: str, level: str) -> tuple[str, ...]:
+    """The groups that an answer counts in."""
+    return ("all", f"level/{level}", f"family/{family}")
 
 
 class GroupedMean(Metric):
@@ -45,8 +56,8 @@ class GroupedMean(Metric):
         """Add scores between 0 and 1, each with its (family, level)."""
         rows = [
             (self._id(name), float(score))
-            for score, (family, level) in zip(scores, groups, strict=True)
-            for name in dict.fromkeys(("all", f"level/{level}", f"family/{family}"))
+            for score, group in zip(scores, groups, strict=True)
+            for name in dict.fromkeys(group_names(*group))
         ]
         self.group_ids.append(torch.tensor([number for number, _ in rows], dtype=torch.long, device=self.device))
         self.scores.append(torch.tensor([score for _, score in rows], device=self.device))
@@ -87,39 +98,121 @@ def _joined(state: Tensor | list[Tensor]) -> Tensor:
     return state if isinstance(state, Tensor) else torch.cat(state)
 
 
-class AnswerMetric(GroupedMean, ABC):
-    """Scores whole answers. A recipe names it as ``data.metric``; a subclass needs :meth:`score` alone."""
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered, with all that it is scored by."""
 
+    answer: str
+    references: tuple[str, ...]
+    """True answers: one, or as many as people gave."""
+    sample: str
+    """Whose answers are not independent of each other: those about one image."""
+    family: str = "all"
+    level: str = "all"
+    question: str = ""
+    score: float = math.nan
+    """How good it is, once a metric has said so."""
+    grade: float = math.nan
+    """What a judge gave it besides."""
+
+
+Figures = dict[str, float]
+"""By name, in percent unless the metric says otherwise."""
+
+
+class AnswerMetric(Metric, ABC):
+    """Scores whole answers. A recipe names it as ``data.metric``; a subclass needs :meth:`score` alone.
+
+    :meth:`compute` gives the mean score in percent, over all and by group, as :class:`GroupedMean` does, and whatever
+    else the metric says of all answers together (:meth:`figures`). The answers of all ranks count.
+    """
+
+    full_state_update = False
     label = ""
     """What the percents are of, in a sentence such as ``75.0 % right of 5 answers``; empty: the name of the class."""
 
     wants_whole_answers = True
     """Whether an answer that goes on behind the true one may still score: else it is cut some tokens behind it."""
 
+    highest = 1.0
+    """The best score there is."""
+
+    headline = "all"
+    """The figure that papers report."""
+
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # One JSON line for each answer, as bytes: ranks exchange tensors.
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
     @abstractmethod
-    def score(self, answer: str, truth: str) -> float:
+    def score(self, answer: str, references: Sequence[str]) -> float:
         """How good an answer is, from 0 to 1; an empty one or one that cannot be read has a score, too."""
 
-    def update_answers(self, answers: Iterable[str], truths: Iterable[str], groups: Iterable[Group]) -> list[float]:
-        """Score answers against the true ones; returns the scores.
+    def scored(self, prediction: Prediction) -> Prediction:
+        """A prediction with its score; to be overridden where that needs more than the answer and its references."""
+        return replace(prediction, score=float(self.score(prediction.answer, prediction.references)))
+
+    def figures(self, predictions: Sequence[Prediction], weights: NDArray[np.float64]) -> Figures:
+        """What there is to say of all answers besides the means of their scores.
+
+        Args:
+            predictions: with their scores.
+            weights: (answers,), how often each counts: 1, or as often as it was drawn for an interval.
+        """
+        return {}
+
+    def update(self, predictions: Iterable[Prediction]) -> None:
+        """Score answers.
 
         Raises:
-            UserError: a score outside of 0 to 1.
+            UserError: a score outside of 0 to :attr:`highest`.
         """
-        scores = [self._checked(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
-        self.update(scores, groups)
-        return scores
+        scored = map(self._checked, predictions)
+        lines = "".join(json.dumps(asdict(one)) + "\n" for one in scored).encode()
+        self.rows.append(torch.tensor(list(lines), dtype=torch.uint8, device=self.device))
 
-    def _checked(self, answer: str, truth: str) -> float:
-        score = self.score(answer, truth)
-        if not 0 <= score <= 1:
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`GroupedMean.sync`."""
+        if not len(self.rows):
+            self.update([])
+        super().sync(*args, **kwargs)
+
+    def predictions(self) -> list[Prediction]:
+        """All answers so far, with their scores."""
+        if not len(self.rows):
+            return []
+        rows = map(json.loads, bytes(_joined(self.rows).cpu().numpy()).splitlines())
+        return [Prediction(**row | {"references": tuple(row["references"])}) for row in rows]
+
+    def compute(self) -> Figures:
+        """All figures, those of groups in alphabetical order."""
+        predictions = self.predictions()
+        if not predictions:
+            return {}
+        return grouped_means(predictions) | self.figures(predictions, np.ones(len(predictions)))
+
+    def _checked(self, prediction: Prediction) -> Prediction:
+        scored = self.scored(prediction)
+        if not 0 <= scored.score <= self.highest:
             raise UserError(
-                f"{self.name}.score gives {score} for the answer {answer[:80]!r} and the truth {truth[:80]!r}: a score "
-                "is a number from 0 to 1."
+                f"{self.name}.score gives {scored.score} for the answer {prediction.answer[:80]!r} and the truth "
+                f"{' | '.join(prediction.references)[:80]!r}: a score is a number from 0 to {self.highest:g}."
             )
-        return score
+        return scored
 
     @property
     def name(self) -> str:
         """The name of the class: what records keep."""
         return type(self).__name__
+
+
+def grouped_means(predictions: Iterable[Prediction]) -> Figures:
+    """Mean score of each group in percent, groups in alphabetical order."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for one in predictions:
+        for name in dict.fromkeys(group_names(one.family, one.level)):
+            groups[name].append(one.score)
+    return {name: 100 * (sum(scores) / len(scores)) for name, scores in sorted(groups.items())}

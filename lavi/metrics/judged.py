@@ -1,0 +1,110 @@
+"""Open answers that a language model judges: MSVD-QA, MSRVTT-QA, ActivityNet-QA (Video-ChatGPT, arXiv 2306.05424)."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lavi.errors import UserError
+from lavi.metrics.base import AnswerMetric, Figures, Prediction
+
+
+class Verdict(NamedTuple):
+    """What a judge says of an answer."""
+
+    right: bool
+    grade: int
+    """From 0 to 5."""
+
+
+class Judge(ABC):
+    """Says whether an answer means the same as the true one. A recipe names it as the metric's ``judge``."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The model and its version: scores of different judges cannot be compared."""
+
+    @abstractmethod
+    def judge(self, question: str, truth: str, answer: str) -> Verdict:
+        """The verdict on one answer.
+
+        Raises:
+            UserError: the judge said nothing that is one.
+        """
+
+
+PROMPT = """Question: {question}
+Correct answer: {truth}
+Predicted answer: {answer}
+Does the predicted answer mean the same as the correct one? Reply with yes or no, and with a score from 0 to 5 for how
+well they match, in the form: yes, 4"""
+
+_FORM = re.compile(r"\b(yes|no)\b\D*([0-5])\b", re.IGNORECASE)
+
+
+class LanguageModelJudge(Judge):
+    """A language model on this machine.
+
+    Args:
+        source: a transformers checkpoint: a folder or a hub name.
+    """
+
+    def __init__(self, *, source: str) -> None:
+        self.source = source
+        self._pipeline: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.source
+
+    def judge(self, question: str, truth: str, answer: str) -> Verdict:
+        said = self._say(PROMPT.format(question=question, truth=truth, answer=answer))
+        verdict = _FORM.search(said)
+        if verdict is None:
+            raise UserError(f"the judge {self.name} said {said[:80]!r}, which is no verdict such as 'yes, 4'.")
+        return Verdict(verdict[1].lower() == "yes", int(verdict[2]))
+
+    def _say(self, prompt: str) -> str:
+        from transformers import pipeline
+
+        if self._pipeline is None:
+            self._pipeline = pipeline("text-generation", model=self.source)
+        (said,) = self._pipeline(
+            [{"role": "user", "content": prompt}], max_new_tokens=16, do_sample=False, return_full_text=False
+        )
+        return str(said["generated_text"])
+
+
+class Judged(AnswerMetric):
+    """Share of answers that a judge takes for right, and the mean of its grades (``grade``, from 0 to 5).
+
+    Args:
+        judge: its name is kept with the scores.
+    """
+
+    label = "judged right"
+
+    def __init__(self, *, judge: Judge) -> None:
+        super().__init__()
+        self.judge = judge
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} by {self.judge.name}"
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        return float(self.judge.judge("", references[0], answer).right)
+
+    def scored(self, prediction: Prediction) -> Prediction:
+        verdict = self.judge.judge(prediction.question, prediction.references[0], prediction.answer)
+        return replace(prediction, score=float(verdict.right), grade=float(verdict.grade))
+
+    def figures(self, predictions: Sequence[Prediction], weights: NDArray[np.float64]) -> Figures:
+        return {"grade": float(np.average([one.grade for one in predictions], weights=weights))}

@@ -1,0 +1,298 @@
+"""Metrics of benchmarks: cases computed by hand, and the scores that the official functions gave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lavi.errors import UserError
+from lavi.evaluation.intervals import figure_intervals, paired_difference
+from lavi.metrics.answers import ContainsAnswer, ExactMatch
+from lavi.metrics.base import AnswerMetric, Prediction
+from lavi.metrics.captions import CIDEr, cider
+from lavi.metrics.choices import OptionLetter, option_letter
+from lavi.metrics.documents import ANLS, RelaxedAccuracy
+from lavi.metrics.judged import Judge, Judged, LanguageModelJudge, Verdict
+from lavi.metrics.vqa import VQAAccuracy, normalised
+from lavi.metrics.yes_no import MME, YesNo
+
+OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text())
+METRICS: dict[str, AnswerMetric] = {
+    "VQAv2": VQAAccuracy(),
+    "TextVQA, VizWiz": VQAAccuracy(lower_first=True),
+    "GQA": ExactMatch(punctuation=False),
+    "POPE": YesNo(),
+    "MME": MME(),
+    "DocVQA, InfoVQA": ANLS(),
+    "ChartQA": RelaxedAccuracy(),
+    "OCRBench": ContainsAnswer(formulas=["HME100k"]),
+    "COCO captions": CIDEr(),
+}
+
+
+@pytest.mark.parametrize("benchmark", METRICS)
+def test_scores_are_those_of_the_official_functions(benchmark: str) -> None:
+    """Kept by benchmarks/official_metrics.py: of lmms-eval, and of pycocoevalcap."""
+    metric, kept = METRICS[benchmark], OFFICIAL["benchmarks"][benchmark]
+    metric.reset()
+    for answer, references, sample, family in kept["answers"]:
+        metric.update([Prediction(answer, tuple(references), sample, family)])
+    ours = [one.score for one in metric.predictions()]
+    if benchmark == "COCO captions":  # sums in another order
+        assert ours == pytest.approx(kept["scores"], abs=1e-12)
+    else:
+        assert ours == kept["scores"]
+    assert 0.0 < np.mean(ours) < metric.highest  # answers of every kind are among them
+    figures = metric.compute()
+    assert {name: figures[name] for name in kept["figures"]} == pytest.approx(kept["figures"], abs=1e-11)
+
+
+@pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_is_the_mean_over_nine_of_ten_people(agree: int, score: float) -> None:
+    references = ["red"] * agree + [f"other {n}" for n in range(10 - agree)]
+    assert VQAAccuracy().score("Red", references) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("The two dogs.", "2 dogs"),
+        ("A T-shirt", "t shirt"),
+        ("left - right", "left  right".replace("  ", " ")),
+        ("10,000", "10000"),
+        ("3.5", "3.5"),
+        ("isnt", "isn't"),
+        ("couldnt've", "couldn't've"),
+        ("none", "0"),
+        ("on/off", "on off"),
+    ],
+)
+def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain: str) -> None:
+    assert normalised(answer) == plain
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("B. a red cat", "B"),
+        ("The answer is B", "B"),
+        ("Answer: (B) a cat", "B"),
+        ("I think (B)", "B"),
+        ("A cat.", None),
+        ("option C or option D", None),
+        ("(A) or (B)", None),
+        ("", None),
+        ("a cat", None),
+        ("Both", None),
+    ],
+)
+def test_the_letter_that_an_answer_names(answer: str, letter: str | None) -> None:
+    assert option_letter(answer) == letter
+
+
+def test_an_option_may_be_named_by_its_text_and_nothing_is_guessed() -> None:
+    metric, references = OptionLetter(), ("B", "a red cat")
+    assert [metric.score(said, references) for said in ("b", "B", "A red cat.", "C", "", "cat")] == [1, 1, 1, 0, 0, 0]
+
+
+def yes_no(pairs: str, family: str = "all") -> list[Prediction]:
+    """``"yn -y"``: said yes where no is true, said nothing where yes is."""
+    names = {"y": "yes", "n": "no", "-": ""}
+    return [Prediction(names[said], (names[true],), str(n), family) for n, (said, true) in enumerate(pairs.split())]
+
+
+def test_pope_by_hand() -> None:
+    """Of three true yes one is found, one denied, one unanswered; one no is called yes."""
+    metric = YesNo()
+    metric.update(yes_no("yy ny -y yn nn", "random"))
+    figures = metric.compute()
+    assert figures["all"] == pytest.approx(40.0)
+    assert figures["precision"] == pytest.approx(50.0)
+    assert figures["recall"] == pytest.approx(100 / 3)
+    assert figures["f1"] == pytest.approx(40.0)
+    assert figures["recall, answered"] == figures["f1, answered"] == pytest.approx(50.0)
+    assert figures["says yes"] == pytest.approx(40.0)
+    metric.update(yes_no("yy", "popular"))
+    figures = metric.compute()
+    assert figures["f1/random"] == pytest.approx(40.0)
+    assert figures["f1/popular"] == pytest.approx(100.0)
+    assert figures["f1, mean"] == pytest.approx(70.0)
+    assert figures["f1"] == pytest.approx(100 * 2 * (2 / 3 * 0.5) / (2 / 3 + 0.5))
+
+
+def test_mme_by_hand() -> None:
+    """Two images of a subtask: both right, one right: 75 % and 50 %; a second answer that is missing is not right."""
+    metric = MME()
+
+    def asked(family: str, sample: str, *right: bool) -> list[Prediction]:
+        return [Prediction("Yes" if one else "No", ("yes",), sample, family) for one in right]
+
+    metric.update(asked("count", "a", True, True) + asked("count", "b", True, False))
+    metric.update(asked("OCR", "a", True, True) + asked("code_reasoning", "a", True))
+    figures = metric.compute()
+    assert figures["subtask/count"] == 125.0
+    assert figures["subtask/OCR"] == 200.0
+    assert figures["subtask/code_reasoning"] == 50.0
+    assert (figures["perception"], figures["cognition"], figures["total"]) == (325.0, 50.0, 375.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"), [("Paris", 1.0), (" paris ", 1.0), ("pari", 0.8), ("pxxxx", 0.0), ("", 0.0), ("par", 0.6)]
+)
+def test_anls_by_hand(answer: str, score: float) -> None:
+    assert ANLS().score(answer, ["Paris", "in London"]) == pytest.approx(score, abs=0.08 if " " in answer else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("105", "100", True),
+        ("105.1", "100", False),
+        ("95", "100", True),
+        ("50%", "0.5", True),
+        ("0", "0", True),
+        ("0.0", "0", False),
+        ("Red", "red", True),
+        ("", "red", False),
+    ],
+)
+def test_relaxed_accuracy_by_hand(answer: str, truth: str, right: bool) -> None:
+    assert RelaxedAccuracy().score(answer, [truth]) == right
+
+
+def test_an_answer_that_is_contained_is_right_and_formulas_keep_their_case() -> None:
+    metric = ContainsAnswer(formulas=["formula"])
+    metric.update([Prediction("It reads ＳＴＯＰ here", ("stop",), "0"), Prediction("x + Y", ("x+Y",), "1", "formula")])
+    metric.update([Prediction("x + y", ("x+Y",), "2", "formula"), Prediction("", ("go",), "3")])
+    assert [one.score for one in metric.predictions()] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_cider_by_hand() -> None:
+    """Two images: what is said of both tells nothing, what is said of one counts, in all lengths alike."""
+    same = [["red", "cat"], ["old", "dog"]]
+    scores = cider(same, [[caption] for caption in same])
+    assert scores == pytest.approx([5.0, 5.0])  # one and two words of four lengths
+    everywhere = [["red", "cat"], ["red", "dog"]]
+    assert cider([["red"], ["cat"]], [[caption] for caption in everywhere]) == pytest.approx([0.0, 0.0])
+    assert cider([[]], [[["red"]]]) == [0.0]
+
+
+class ShortIsRight(Judge):
+    @property
+    def name(self) -> str:
+        return "short-is-right-1"
+
+    def judge(self, question: str, truth: str, answer: str) -> Verdict:
+        assert question == "what?"
+        return Verdict(len(answer) <= len(truth), 5 - len(answer))
+
+
+def test_a_judge_is_named_with_its_scores() -> None:
+    metric = Judged(judge=ShortIsRight())
+    metric.update(
+        [Prediction("cat", ("cats",), "0", question="what?"), Prediction("dogs", ("cat",), "1", question="what?")]
+    )
+    assert metric.name == "Judged by short-is-right-1"
+    figures = metric.compute()
+    assert (figures["all"], figures["grade"]) == (50.0, 1.5)
+
+
+@pytest.mark.parametrize(("said", "verdict"), [("yes, 4", Verdict(True, 4)), ("No. Score: 0", Verdict(False, 0))])
+def test_a_language_model_judges_in_a_form(said: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = LanguageModelJudge(source="models/judge")
+    asked: list[str] = []
+    monkeypatch.setattr(judge, "_say", lambda prompt: asked.append(prompt) or said)
+    assert judge.judge("what colour?", "red", "crimson") == verdict
+    assert all(word in asked[0] for word in ("what colour?", "red", "crimson"))
+    monkeypatch.setattr(judge, "_say", lambda prompt: "perhaps")
+    with pytest.raises(UserError, match="models/judge said 'perhaps'"):
+        judge.judge("q", "t", "a")
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("benchmark", METRICS)
+def test_missing_answers_stay_in_the_denominator(benchmark: str) -> None:
+    metric, kept = METRICS[benchmark], OFFICIAL["benchmarks"][benchmark]
+    metric.reset()
+    right = [Prediction(r[0], tuple(r), s, f) for _, r, s, f in kept["answers"]]
+    metric.update(right)
+    full = metric.compute()["all"]
+    metric.reset()
+    metric.update(right)
+    metric.update(Prediction("", one.references, one.sample, one.family) for one in right)
+    assert metric.compute()["all"] == pytest.approx(full / 2, abs=0.05 * full)  # a formula may be empty
+    assert len(metric.predictions()) == 2 * len(right)
+
+
+@pytest.mark.parametrize("benchmark", METRICS)
+def test_ranks_exchange_answers_as_tensors(benchmark: str) -> None:
+    """What torchmetrics gathers: the states of both ranks joined give the figures of one."""
+    metric, kept = METRICS[benchmark], OFFICIAL["benchmarks"][benchmark]
+    answers = [Prediction(a, tuple(r), s, f) for a, r, s, f in kept["answers"]]
+    metric.reset()
+    metric.update(answers)
+    whole = metric.compute()
+    metric.reset()
+    metric.update(answers[:50])
+    first = torch.cat(metric.rows)
+    metric.reset()
+    metric.update(answers[50:])
+    second = torch.cat(metric.rows)
+    metric.rows = [torch.cat([first, second])]
+    assert metric.compute() == whole
+
+
+def test_nothing_answered_says_nothing() -> None:
+    metric = YesNo()
+    assert metric.compute() == {}
+    assert metric.predictions() == []
+    assert figure_intervals(metric, []) == {}
+
+
+def test_figures_have_intervals_that_draw_images_whole() -> None:
+    metric: Any = MME()
+    metric.update(Prediction("yes" if n % 3 else "no", ("yes",), str(n), "count") for n in range(60) for _ in range(2))
+    figures, ends = metric.compute(), figure_intervals(metric, metric.predictions())
+    assert figures["subtask/count"] == pytest.approx(200 * 40 / 60)  # both of an image's answers are alike
+    low, high = ends["subtask/count"]
+    assert low < figures["subtask/count"] < high
+    half = 1.96 * 200 * (2 / 3 * 1 / 3 / 60) ** 0.5
+    assert high - low == pytest.approx(2 * half, rel=0.15)
+
+
+# --- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def scored(scores: list[float]) -> list[Prediction]:
+    return [Prediction("", (), str(n), score=score) for n, score in enumerate(scores)]
+
+
+def test_two_runs_are_compared_question_by_question() -> None:
+    """The same mean difference is sure where it is always there, and is not where it goes to and fro."""
+    base = [float(n % 2) for n in range(200)]
+    worse = [max(0.0, score - (n % 20 == 1)) for n, score in enumerate(base)]
+    sure = paired_difference(scored(base), scored(worse))
+    assert sure.mean == pytest.approx(5.0)
+    assert sure.interval[0] > 0
+    assert sure.p < 0.01
+    other = [1 - score if n < 100 else score for n, score in enumerate(base)]
+    unsure = paired_difference(scored(base), scored(other))
+    assert unsure.interval[0] < 0 < unsure.interval[1]
+    assert unsure.p > 0.2
+    nothing = paired_difference(scored(base), scored(base))
+    assert (nothing.mean, nothing.interval, nothing.p) == (0.0, [0.0, 0.0], 1.0)
+
+
+def test_other_questions_cannot_be_compared() -> None:
+    with pytest.raises(UserError, match="on the same questions"):
+        paired_difference(scored([1.0, 0.0]), scored([1.0]))
