@@ -22,9 +22,11 @@ PATCH_CLASSES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 1
 def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     """For each attribute, what the patches of a ``grid`` x ``grid`` raster show: (N,) each.
 
-    A patch belongs to the thing whose square around its centre covers most of it, if that is a fifth or more.
+    ``centre`` (N, 2): x and y of what they show, in widths of the image; NaN of a patch that shows nothing. A patch
+    belongs to the thing whose square around its centre covers most of it, if that is a fifth or more.
     """
     labels = {name: torch.zeros(grid, grid, dtype=torch.long) for name in PATCH_CLASSES}
+    centres = torch.full((grid, grid, 2), torch.nan)
     covered = torch.full((grid, grid), 0.2)
     side = SIDE / grid
     starts = torch.arange(grid) * side
@@ -45,7 +47,8 @@ def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
         }
         for name, value in values.items():
             labels[name][mine] = value
-    return {name: label.flatten() for name, label in labels.items()}
+        centres[mine] = torch.tensor([thing.x, thing.y]) / SIDE
+    return {name: label.flatten() for name, label in labels.items()} | {"centre": centres.flatten(0, 1)}
 
 
 class TowerScenes(pl.LightningDataModule):
@@ -73,4 +76,4 @@ class TowerScenes(pl.LightningDataModule):
         scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
         pixels = torch.stack([self.processor(open_image(jpeg(s.image()))) for s in scenes])
         labels = [patch_labels(s, self.grid) for s in scenes]
-        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in PATCH_CLASSES}
+        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in labels[0]}

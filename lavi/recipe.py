@@ -396,3 +396,26 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
 def _check_name(name: str) -> None:
     if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{name!r} is no name of a folder: a run lies in runs/NAME (elsewhere: --run FOLDER).")
+
+
+Built = typing.TypeVar("Built")
+
+
+def load_component(file: Path, kind: type[Built]) -> Built:
+    """Build the one component that a YAML file describes: its ``_target_`` and arguments, as a recipe has them.
+
+    Args:
+        kind: the class it must be of.
+
+    Raises:
+        UserError: as :meth:`Recipe.load`; it names a class of another kind.
+    """
+    lines: dict[str, str] = {}
+    name = kind.__name__.lower()
+    node = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **read(file, lines)}
+    placed = {f"{name}.{key}": where for key, where in lines.items()}
+    recipe = Recipe({name: node}, placed | {name: str(file)}, str(file))
+    recipe.require(name, kind, f"name a {kind.__name__}")
+    recipe._check_node(node, name)
+    built: Built = recipe.build(name)
+    return built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, note_mean_flops
 from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
 from lavi.evaluation.scoring import Scores, evaluate
@@ -101,12 +103,12 @@ def score_run(
     Args:
         folder: of the run; or a recipe, whose model is scored as it is built: a released one.
     """
-    recipe, model = _open(folder, overrides=list(overrides), trust=trust)
+    recipe, model = open_run(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
     check_feature_caches(model, data, ["test"])
     samples = data.sample_stream("test", limit=limit)
-    watched = track(samples, f"{_name(folder)}: answering", total=samples.expected)
+    watched = track(samples, f"{run_name(folder)}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device)
     record = count(recipe, model, scores.typical, scores.route_counts)
     note_mean_flops(record, model, scores.prompts, scores.route_counts)
@@ -114,7 +116,7 @@ def score_run(
     record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
     if texts:
         record.knobs["perplexity"] = asdict(compare_perplexity(recipe, model, list(texts)))
-    record.knobs |= {"run": _name(folder), "test_samples": scores.samples, "answers": scores.answers}
+    record.knobs |= {"run": run_name(folder), "test_samples": scores.samples, "answers": scores.answers}
     record.knobs["metric"] = scores.metric
     if left_out := samples.left_out + scores.left_out:
         record.knobs["left_out"] = dict(left_out)
@@ -128,24 +130,31 @@ def score_run(
         folder,
         scores,
         Measurement(record, scores.typical, partial(model.to, device), usual),
-        _twin(recipe, scores),
+        twin_record(recipe, scores.typical, scores.prompts),
     )
 
 
-def _twin(recipe: Recipe, scores: Scores) -> Record:
+def twin_record(recipe: Recipe, typical: Scenario, prompts: Counter[Prompt]) -> Record:
     """The concatenation twin on the same prompts, counted."""
     twin = concat_twin(recipe)
     model = build_on(twin, "meta")
-    record = count(twin, model, scores.typical)
-    note_mean_flops(record, model, scores.prompts)
+    record = count(twin, model, typical)
+    if prompts:
+        note_mean_flops(record, model, prompts)
     return record
 
 
-def _name(folder: Path) -> str:
+def run_name(folder: Path) -> str:
+    """What a run, or a recipe, is called in tables."""
     return folder.stem if folder.suffix in RECIPES else folder.name
 
 
-def _open(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, VisionLanguageModel]:
+def open_run(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, VisionLanguageModel]:
+    """The recipe and the model of a run folder, or of the recipe of a released model.
+
+    Raises:
+        UserError: it is neither.
+    """
     if folder.suffix not in RECIPES:
         return load_run(folder, overrides=overrides, trust=trust)
     recipe = Recipe.load(folder, overrides)

@@ -207,12 +207,16 @@ class PromptSizes:
 
     def add(self, prompt: EncodedSample) -> None:
         """Count one prompt."""
-        if len(prompt.layouts) < 2:
-            self.prompts[len(prompt.encoded.ids), next(iter(prompt.layouts), None)] += 1
-        self.text.append(len(prompt.encoded.ids))
-        self.images.append(len(prompt.layouts))
-        self.views.append(sum(layout.views for layout in prompt.layouts))
-        self.layouts.update(prompt.layouts)
+        self.note(len(prompt.encoded.ids), prompt.layouts)
+
+    def note(self, text: int, layouts: Sequence[Layout]) -> None:
+        """Count a prompt of so many text tokens, with images and videos of these layouts."""
+        if len(layouts) < 2:
+            self.prompts[text, next(iter(layouts), None)] += 1
+        self.text.append(text)
+        self.images.append(len(layouts))
+        self.views.append(sum(layout.views for layout in layouts))
+        self.layouts.update(layouts)
 
     def typical(self, tokens: int) -> Scenario:
         """The median prompt: its text tokens, and an image of the median size or a video of the median length.

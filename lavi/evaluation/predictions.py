@@ -1,0 +1,173 @@
+"""What a run answered to a task: one JSON line a question, written as it is answered, so that a kill loses one batch.
+
+NAME.jsonl            the whole file: a head (task, decoding, weights, versions), then the answers in order
+NAME.part-0.jsonl     of each process, while they answer: the same head, its answers in the order they came
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lavi.batch import Layout
+from lavi.config.files import replacing
+from lavi.errors import UserError, reason
+from lavi.metrics.base import Prediction
+
+Head = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question with its answer, and what a record of its cost needs."""
+
+    index: int
+    """Of the question, in the order of the task."""
+    prediction: Prediction
+    prompt: str
+    """As the model read it, its special tokens with it."""
+    text_tokens: int
+    layouts: list[Layout] = field(default_factory=list)
+    routes: list[tuple[Hashable, int]] = field(default_factory=list)
+    """The routes that the samples of a batch took through the decoder, with the first of them."""
+    error: str = ""
+    """Why the question was not put to the model: it counts as answered wrongly."""
+
+    def line(self) -> str:
+        """As JSON."""
+        row = asdict(self.prediction) | {
+            "score": _number(self.prediction.score),
+            "grade": _number(self.prediction.grade),
+        }
+        row |= {"index": self.index, "prompt": self.prompt, "text_tokens": self.text_tokens}
+        row |= {"layouts": self.layouts, "routes": self.routes, "error": self.error}
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, line: str) -> Answered:
+        """The reverse of :meth:`line`."""
+        row = json.loads(line)
+        own = {name: row.pop(name) for name in ("index", "prompt", "text_tokens", "error")}
+        layouts = [Layout(*(_tuple(value) for value in one)) for one in row.pop("layouts")]
+        routes = [(_tuple(route), count) for route, count in row.pop("routes")]
+        scores = {name: math.nan if row[name] is None else row[name] for name in ("score", "grade")}
+        prediction = Prediction(**row | {"references": tuple(row["references"])} | scores)
+        return cls(prediction=prediction, layouts=layouts, routes=routes, **own)
+
+
+def _number(value: float) -> float | None:
+    """NaN is none of JSON's numbers."""
+    return None if math.isnan(value) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class PredictionFile:
+    """The answers to a task, and the parts of it that processes have written so far."""
+
+    def __init__(self, file: Path, head: Head) -> None:
+        self.file, self.head = file, head
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is answered."""
+        return self.file.is_file()
+
+    def answered(self) -> list[Answered]:
+        """All answers so far, in the order of the task.
+
+        Raises:
+            UserError: a file is of other weights, another task or other decoding.
+        """
+        files = [self.file] if self.is_complete else sorted(self._parts())
+        found = {one.index: one for file in files for one in self._read(file)}
+        return [found[index] for index in sorted(found)]
+
+    def part(self, rank: int) -> Part:
+        """What one process goes on to write: its part, without a line that a kill cut short."""
+        return Part(self.file.with_name(f"{self.file.stem}.part-{rank}.jsonl"), self)
+
+    def finish(self, answers: Sequence[Answered]) -> None:
+        """Write the whole file in one step, and remove the parts."""
+        with replacing(self.file) as part, open(part, "w", encoding="utf-8") as stream:
+            stream.write(_head_line(self.head))
+            stream.writelines(one.line() for one in answers)
+        for file in self._parts():
+            file.unlink()
+
+    def discard(self) -> None:
+        """Remove what was answered so far."""
+        for file in [self.file, *self._parts()]:
+            file.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return list(self.file.parent.glob(f"{self.file.stem}.part-*.jsonl"))
+
+    def _read(self, file: Path) -> Iterator[Answered]:
+        lines = whole_lines(file)
+        if not lines:
+            return
+        head = json.loads(lines[0])
+        if changed := sorted(key for key in head | self.head if head.get(key) != self.head.get(key)):
+            name = changed[0]
+            raise UserError(
+                f"{file} holds answers of another {name} ({head.get(name)}, now {self.head.get(name)}): answer anew "
+                "with --again, or name another --out."
+            )
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                yield Answered.read(line)
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file}:{number} is no answer ({error}): begin anew with --again.") from None
+
+
+class Part:
+    """The part of one process: lines are added at its end."""
+
+    def __init__(self, file: Path, whole: PredictionFile) -> None:
+        self.file = file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = whole_lines(file)
+            kept = lines or [_head_line(whole.head)]
+            file.write_text("".join(kept), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({reason(error)}).") from None
+
+    def add(self, answers: Iterable[Answered]) -> None:
+        """Write the answers of a batch."""
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write("".join(one.line() for one in answers))
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file that are whole; none if it is not there."""
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+
+
+def _head_line(head: Head) -> str:
+    return json.dumps(head, ensure_ascii=False) + "\n"
+
+
+def read_predictions(file: Path) -> tuple[Head, list[Answered]]:
+    """The head and the answers of a whole file."""
+    head, *lines = whole_lines(file)
+    return json.loads(head), [Answered.read(line) for line in lines]
+
+
+def routes_of(answers: Iterable[Answered]) -> Counter[Hashable]:
+    """How many samples took each route."""
+    routes: Counter[Hashable] = Counter()
+    for one in answers:
+        routes.update(dict(one.routes))
+    return routes

@@ -1,0 +1,287 @@
+"""Runs scored on benchmarks, side by side: what ``python -m lavi.evaluate --tasks`` does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as processes
+
+from lavi.checkpoints.trained_weights import TRAINED
+from lavi.checkpoints.weight_files import versions
+from lavi.config.files import sha256_of
+from lavi.efficiency.estimate import NOTE
+from lavi.efficiency.measure import Measurement, count, measure, note_mean_flops, saving_of_samples
+from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.errors import UserError
+from lavi.evaluation.answer_tasks import Share, answer_task
+from lavi.evaluation.compare_runs import open_run, run_name, twin_record
+from lavi.evaluation.intervals import Difference, paired_difference
+from lavi.evaluation.predictions import Answered, PredictionFile, routes_of
+from lavi.evaluation.scoring import PromptSizes, metric_intervals
+from lavi.evaluation.tasks import Task
+from lavi.metrics.base import Prediction
+from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
+from lavi.report import console, progress, table, track
+
+RECORDS = "tasks.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are answered.
+
+    Args:
+        data: the folder with a folder of each task.
+        out: of the predictions; None: ``tasks`` in each run folder.
+        limit: questions of each task; None: all.
+        processes: that answer, each with a model of its own; on GPUs one each.
+        again: answer anew what was answered.
+        timing: also time a typical prompt of each task.
+    """
+
+    data: Path
+    out: Path | None
+    overrides: tuple[str, ...] = ()
+    trust: bool = False
+    limit: int | None = None
+    batch_size: int = 32
+    processes: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    again: bool = False
+    timing: bool = True
+
+
+@dataclass(frozen=True)
+class ScoredTask:
+    """What a run scored on a task, its predictions, and what is to be timed."""
+
+    run: str
+    task: Task
+    predictions: list[Prediction]
+    measurement: Measurement
+    twin: Record
+    file: Path
+
+    @property
+    def record(self) -> Record:
+        return self.measurement.record
+
+
+def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) -> list[Record]:
+    """Answer tasks with each run, score the answers, count and time, and print a table; records are kept.
+
+    Raises:
+        UserError: no such run or task, its files are missing, or a file cannot be written.
+    """
+    tasks = [Task.load(name) for name in names]
+    for task in tasks:  # before a model is loaded
+        next(iter(task.questions.records(settings.data / task.name)))
+    scored = [[_score(run, task, settings) for task in tasks] for run in runs]
+    for of_task in zip(*scored, strict=True):
+        if settings.timing:
+            description = f"{of_task[0].task.name}: timing in turns"
+            measure(
+                [one.measurement for one in of_task],
+                device=settings.device,
+                track=partial(track, description=description),
+            )
+    records = [one.record for of_run in scored for one in of_run]
+    for of_run in scored:
+        write_records([one.record for one in of_run], of_run[0].file.parent / RECORDS)
+    for of_task in zip(*scored, strict=True):
+        _print_table(of_task)
+    return records
+
+
+# --- one run, one task ------------------------------------------------------------------------------------------------
+
+
+def _score(run: Path, task: Task, settings: Settings) -> ScoredTask:
+    recipe, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
+    file = _folder_of(run, settings.out) / f"{task.name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(file.parent / RECORDS)
+    kept = PredictionFile(file, _head(run, recipe, task, settings))
+    if settings.again:
+        kept.discard()
+    answers = _answers(kept, run, model, task, settings)
+    metric = deepcopy(task.metric)
+    metric.reset()
+    metric.update(one.prediction for one in answers)
+    predictions = metric.predictions()
+    if not kept.is_complete:
+        scored = [replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)]
+        kept.finish(scored)
+    sizes = _sizes(answers)
+    routes = routes_of(answers)
+    typical = sizes.typical(model.vision.tokens)
+    record = count(recipe, model, typical, routes)
+    if sizes.prompts:
+        note_mean_flops(record, model, sizes.prompts, routes)
+    record.accuracy, record.accuracy_intervals = metric.compute(), metric_intervals(metric)
+    unreadable = Counter(one.error for one in answers if one.error)
+    record.knobs |= {"run": run_name(run), "task": task.name, "metric": metric.name, "headline": metric.headline}
+    record.knobs |= {"answers": len(answers), "unreadable": unreadable.total()}
+    record.knobs["max_new_tokens"] = task.max_new_tokens
+    usual = max(routes, key=routes.__getitem__, default=None)
+    console().print(_sentence(record, unreadable))
+    place = Measurement(record, typical, partial(model.to, settings.device), usual)
+    return ScoredTask(run_name(run), task, predictions, place, twin_record(recipe, typical, sizes.prompts), file)
+
+
+def _folder_of(run: Path, out: Path | None) -> Path:
+    """Where the predictions of a run lie."""
+    if out is not None:
+        return out / run_name(run)
+    if not run.is_dir():
+        raise UserError(f"{run} is a recipe and has no folder of its own: say by --out where its answers belong.")
+    return run / "tasks"
+
+
+def _head(run: Path, recipe: Recipe, task: Task, settings: Settings) -> dict[str, Any]:
+    """What answers depend on; another of it, and they are not of one go."""
+    weights = run / TRAINED
+    return {
+        "task": task.name,
+        "metric": task.metric.name,
+        "run": run_name(run),
+        "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
+        "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False},
+        "limit": settings.limit,
+        "versions": versions(),
+    }
+
+
+def _answers(
+    kept: PredictionFile, run: Path, model: VisionLanguageModel, task: Task, settings: Settings
+) -> list[Answered]:
+    """All answers: those of before, and what was left to answer."""
+    before = kept.answered()
+    if kept.is_complete:
+        console().print(f"{run_name(run)}, {task.name}: answered before ({kept.file})")
+        return before
+    folder = settings.data / task.name
+    total = sum(1 for _ in islice(task.questions.records(folder), settings.limit))
+    done = {one.index for one in before}
+    if settings.processes == 1:
+        model.to(settings.device)
+        with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as seen:
+            answer_task(
+                model,
+                task,
+                folder,
+                kept.part(0),
+                done=done,
+                device=settings.device,
+                batch_size=settings.batch_size,
+                limit=settings.limit,
+                seen=seen,
+            )
+    elif len(done) < total:
+        arguments = (run, task, kept, done, settings)
+        processes.spawn(_answer_share, arguments, nprocs=settings.processes)  # type: ignore[no-untyped-call]
+    return kept.answered()
+
+
+def _answer_share(rank: int, run: Path, task: Task, kept: PredictionFile, done: set[int], settings: Settings) -> None:
+    """In a process of its own."""
+    device = settings.device
+    if device.type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
+    _, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
+    answer_task(
+        model.to(device),
+        task,
+        settings.data / task.name,
+        kept.part(rank),
+        done=done,
+        device=device,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        share=Share(rank, settings.processes),
+    )
+
+
+def _sizes(answers: Sequence[Answered]) -> PromptSizes:
+    sizes = PromptSizes()
+    for one in answers:
+        if not one.error:
+            sizes.note(one.text_tokens, one.layouts)
+    if not sizes.text:
+        raise UserError(f"not one question could be asked: {answers[0].error}")
+    return sizes
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _sentence(record: Record, unreadable: Counter[str]) -> str:
+    name, score = record.knobs["headline"], record.accuracy[record.knobs["headline"]]
+    low, high = record.accuracy_intervals[name]
+    called = record.knobs["metric"] if name == "all" else f"{record.knobs['metric']}, {name}"
+    text = f"{record.knobs['run']}, {record.knobs['task']}: {called} {score:.1f} ({low:.1f}-{high:.1f})"
+    text += f" of {record.knobs['answers']} questions"
+    lines = [f"  counted as wrong: {number} x {cause}" for cause, number in unreadable.items()]
+    return "\n".join([text, *lines])
+
+
+def _print_table(runs: Sequence[ScoredTask]) -> None:
+    columns, rows = task_table(runs)
+    task, answers = runs[0].task, runs[0].record.knobs["answers"]
+    title = (
+        f"{task.name}: {answers} questions; answers of at most {task.max_new_tokens} tokens; {runs[0].record.device}"
+    )
+    console().print(table(title, columns, rows))
+    console().print(NOTE)
+
+
+def task_table(runs: Sequence[ScoredTask]) -> tuple[list[str], list[list[str]]]:
+    """One column a run: its figures, how sure the difference to the first is, and what it costs."""
+    records = [one.record for one in runs]
+    rows = [[name, *(_with_interval(record, name) for record in records)] for name in records[0].accuracy]
+    if len(runs) > 1:
+        first = runs[0].predictions
+        highest = runs[0].task.metric.highest
+        found = [paired_difference(one.predictions, first, highest=highest) for one in runs[1:]]
+        rows.append([f"points above {runs[0].run} (95 % interval; p)", "-", *map(_difference, found)])
+    for with_vision, name in ((False, "without"), (True, "with")):
+        sums = [_gflops(record, with_vision=with_vision) for record in records]
+        rows.append([f"GFLOPs, mean over samples, {name} vision encoder", *sums])
+        if all(one.record.flops_of_samples and one.twin.flops_of_samples for one in runs):
+            pairs = [saving_of_samples(one.record, one.twin, with_vision=with_vision) for one in runs]
+            rows.append([f"saved, {name} vision encoder (%)", *(f"{saved:.1f}" for saved, _ in pairs)])
+    for stage in ("vision_encoder", "prefill", "decode"):
+        if any(stage in record.milliseconds for record in records):
+            cells = [f"{r.milliseconds[stage][0]:.2f}" if stage in r.milliseconds else "-" for r in records]
+            rows.append([f"ms {stage.replace('_', ' ')}, median", *cells])
+    return ["", *(one.run for one in runs)], rows
+
+
+def _with_interval(record: Record, name: str) -> str:
+    if name not in record.accuracy:
+        return "-"
+    low, high = record.accuracy_intervals[name]
+    return f"{record.accuracy[name]:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _difference(found: Difference) -> str:
+    low, high = found.interval
+    return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {found.p:.3f})"
+
+
+def _gflops(record: Record, *, with_vision: bool) -> str:
+    left_out = {"floor"} if with_vision else {"floor", "vision_encoder"}
+    if not record.flops_of_samples:
+        return "-"
+    return f"{sum(value for part, value in record.flops_of_samples.items() if part not in left_out) / 1e9:.4f}"

@@ -1,0 +1,329 @@
+"""Benchmarks: read as they are published, answered once, kept, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import answering, small
+from task_files import WRITERS, dump, pictures
+
+from datamodules.questions import QuestionFile
+from lavi.batch import Sample, Video, text_of
+from lavi.efficiency.record import read_records
+from lavi.errors import UserError
+from lavi.evaluation.answer_tasks import answer_task
+from lavi.evaluation.predictions import Answered, Part, PredictionFile, read_predictions
+from lavi.evaluation.tasks import FOLDER, Task, UnreadableError
+from lavi.fusion.lavi import LaViFusion
+
+REPOSITORY = Path(__file__).parents[1]
+ANSWERS: dict[str, list[tuple[str, list[str], str]]] = {
+    # The last question of each: how its prompt ends, its references, its family.
+    "vqav2": [("How many?\nAnswer the question using a single word or phrase.", ["red"] * 10, "other")],
+    "gqa": [("Is it?\nAnswer the question using a single word or phrase.", ["no"], "query")],
+    "vizwiz": [("'Unanswerable'.\nAnswer the question using a single word or phrase.", ["unanswerable"] * 10, "other")],
+    "textvqa": [("what does it say?\nAnswer the question using a single word or phrase.", ["stop"] * 10, "all")],
+    "pope": [("Is there a dog?\nAnswer the question using a single word or phrase.", ["no"], "coco_pope_random")],
+    "mme": [("answer yes or no.\nAnswer the question using a single word or phrase.", ["No"], "count")],
+    "scienceqa": [("Which?\nA. iron\nB. wood\nAnswer with the option's letter", ["B", "wood"], "natural science")],
+    "mmbench": [("Which?\nA. iron\nB. wood\nAnswer with the option's letter", ["B", "wood"], "nature")],
+    "seed": [("A. one\nB. two\nC. three\nD. four\nAnswer", ["C", "three"], "1")],
+    "docvqa": [("what date?\nAnswer the question", ["1/8/93", "8 Jan"], "all")],
+    "infovqa": [("what share?\nAnswer", ["10%"], "all")],
+    "chartqa": [("How many?\nAnswer the question with a single word.", ["14"], "test_human")],
+    "ocrbench": [("what?", ["x+1"], "HME100k")],
+    "mmmu": [("See <image 1>.\n\nAnswer", ["5.5"], "Cost")],
+    "coco_captions": [("caption for the provided image.", [f"A dog number {n}." for n in range(5)], "all")],
+    "flickr30k": [("caption for the provided image.", [f"A dog number {n}." for n in range(5)], "all")],
+    "msvd_qa": [("what is it?\nAnswer", ["a dog"], "all")],
+    "msrvtt_qa": [("what is it?\nAnswer", ["a dog"], "all")],
+    "activitynet_qa": [("what is it?\nAnswer", ["a dog"], "all")],
+    "egoschema": [("What?\nA. C does 0.\nB. C does 1.", ["A", "C does 0."], "all")],
+    "mvbench": [("What?\nA. yes\nB. no\nAnswer", ["B", "no"], "state_change")],
+    "video_mme": [("How many?\nA. one\nB. two\nC. three\nD. four\nAnswer", ["C", "three"], "short")],
+    "next_qa": [("why is it?\nA. one\nB. two\nC. three\nD. four\nE. five\nAnswer", ["E", "five"], "CW")],
+}
+COUNTS = {"vqav2": 2, "gqa": 2, "pope": 6, "mme": 2, "chartqa": 2, "ocrbench": 2, "mmmu": 2, "mvbench": 2}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def samples_of(name: str, folder: Path) -> list[Sample]:
+    WRITERS[name](folder)
+    questions = Task.load(name).questions
+    return [questions.sample(record, folder) for record in questions.records(folder)]
+
+
+def test_every_task_has_a_fixture() -> None:
+    assert sorted(WRITERS) == sorted(ANSWERS) == sorted(file.stem for file in (REPOSITORY / FOLDER).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.usefixtures("here")
+def test_a_benchmark_is_read_as_it_is_published(name: str, tmp_path: Path) -> None:
+    samples = samples_of(name, tmp_path / name)
+    assert len(samples) == COUNTS.get(name, 1)
+    question, answer = samples[-1].messages
+    ((words, references, family),) = ANSWERS[name]
+    assert words in text_of(question["content"])
+    assert not text_of(question["content"]).startswith(("\n", "nan"))
+    assert (list(answer["references"]), answer["family"]) == (references, family)
+    assert len(samples[-1].images) == (2 if name == "mmmu" else 1)
+    if isinstance(video := samples[-1].images[0], Video):
+        assert 1 <= len(video.frames) <= 32
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_asked_of_one_image_belongs_together(tmp_path: Path) -> None:
+    for name in ("vqav2", "gqa", "pope", "mme"):
+        assert len({sample.key for sample in samples_of(name, tmp_path / name)}) == 1
+    (clip, whole) = samples_of("mvbench", tmp_path / "mvbench")
+    assert isinstance(clip.images[0], Video)
+    assert isinstance(whole.images[0], Video)
+    assert clip.images[0].duration == pytest.approx(1.0)
+    assert whole.images[0].duration == pytest.approx(2.0)
+
+
+def question_file(**changes: Any) -> QuestionFile:
+    settings: dict[str, Any] = {"file": "q.json", "prompt": "{question}", "answer": "answer", "image": "{image}"}
+    return QuestionFile(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "record", "words"),
+    [
+        ({"answer": "anser"}, {}, "has no field 'anser': did you mean 'answer'"),
+        ({"prompt": "{qestion}"}, {}, "has no field 'qestion': did you mean 'question'"),
+        ({"options": ["a", "b"], "prompt": "{options}"}, {"a": "x", "b": "y"}, "'red' is none of the options 'x', 'y'"),
+        ({"prompt": "{question:d}"}, {}, "cannot be filled"),
+    ],
+)
+def test_a_task_that_does_not_fit_its_file_is_a_sentence(
+    changes: dict[str, Any], record: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    dump(tmp_path / "q.json", [{"question": "what?", "answer": "red", "image": "a.jpg"} | record])
+    pictures(tmp_path, "a.jpg")
+    source = question_file(**changes)
+    with pytest.raises(UserError, match=words):
+        source.sample(next(iter(source.records(tmp_path))), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "words"), [("gone.jpg", "gone.jpg"), ("q.json", "is not an image")])
+def test_a_picture_that_cannot_be_read_leaves_its_question(name: str, words: str, tmp_path: Path) -> None:
+    """It is asked of nobody, and still counts: with what would have been right."""
+    dump(tmp_path / "q.json", [{"question": "what?", "answer": "red", "image": name}])
+    source = question_file()
+    with pytest.raises(UnreadableError, match=words) as caught:
+        source.sample(next(iter(source.records(tmp_path))), tmp_path)
+    assert caught.value.sample.messages[-1]["references"] == ["red"]
+
+
+def test_files_that_are_missing_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        list(question_file().records(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"there is no .*q\.json"):
+        list(question_file().records(tmp_path))
+    dump(tmp_path / "q.json", {"data": []})
+    with pytest.raises(UserError, match="not one question"):
+        list(question_file(within="data").records(tmp_path))
+    with pytest.raises(UserError, match="say by 'options'"):
+        question_file(prompt="{options}")
+    with pytest.raises(UserError, match="there is no task"):
+        Task.load("gqaa")
+
+
+# --- whole evaluations ------------------------------------------------------------------------------------------------
+
+
+TASK = """
+name: colours
+questions:
+  _target_: datamodules.questions.QuestionFile
+  file: q.json
+  prompt: "what colour is the {question}?"
+  answer: answers
+  image: "{image}"
+  family: "{kind}"
+metric: {_target_: lavi.metrics.answers.ExactMatch}
+max_new_tokens: 4
+"""
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A task of 22 questions about 7 pictures, one of which is broken."""
+    folder = tmp_path / "tasks" / "colours"
+    pictures(folder, *(f"{n}.jpg" for n in range(7)))
+    (folder / "6.jpg").write_bytes(b"no image")
+    shapes = ("circle", "square", "triangle", "diamond")
+    rows = [
+        {"question": " ".join(shapes[: 1 + n % 3]), "answers": ["red"], "image": f"{n % 7}.jpg", "kind": shapes[n % 2]}
+        for n in range(22)
+    ]
+    dump(folder / "q.json", rows)
+    (tmp_path / "colours.yaml").write_text(TASK)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(run: Any, tiny_recipe: Path) -> Path:
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out")[0] == 0
+    return Path("out")
+
+
+def evaluate(run: Any, colours: Path, *more: Any, out: str = "scored") -> tuple[str, Path]:
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", out, "--no-timing"]
+    status, printed, problems = run("lavi.evaluate", "--checkpoint", "out", *where, *more)
+    assert status == 0, problems
+    return printed, Path(out) / "out" / "colours.jsonl"
+
+
+def test_a_task_is_answered_and_kept(run: Any, trained: Path, colours: Path) -> None:
+    printed, file = evaluate(run, colours)
+    head, answers = read_predictions(file)
+    assert [one.index for one in answers] == list(range(22))
+    assert head["decoding"] == {"max_new_tokens": 4, "do_sample": False}
+    assert {"torch", "transformers"} <= set(head["versions"])
+    broken = [one for one in answers if one.error]
+    assert [one.index for one in broken] == [6, 13, 20]
+    assert all(one.prediction.answer == "" and one.prediction.score == 0 for one in broken)
+    assert all(one.prediction.references == ("red",) for one in answers)
+    assert all("what colour is the circle" in one.prompt for one in answers if not one.error)
+    assert "of 22 questions" in printed
+    assert "counted as wrong: 3 x" in printed
+    (record,) = read_records(file.parent / "tasks.jsonl")
+    right = sum(one.prediction.score for one in answers)
+    assert record.accuracy["all"] == pytest.approx(100 * right / 22)
+    assert set(record.accuracy) == {"all", "level/all", "family/circle", "family/square"}
+    assert set(record.accuracy_intervals) == set(record.accuracy)
+    assert record.flops_of_samples["vision_encoder"] > 0
+    assert (record.knobs["task"], record.knobs["unreadable"]) == ("colours", 3)
+    assert not list(file.parent.glob("*.part-*"))
+
+
+def test_batches_do_not_change_an_answer(build: Any, colours: Path) -> None:
+    """Of a model whose answers depend on what it sees: prompts of several lengths, one broken picture."""
+    model, task = answering(build, LaViFusion(every=1, generator=small())), Task.load(str(colours / "colours.yaml"))
+
+    def answers(batch_size: int) -> list[Answered]:
+        kept = PredictionFile(colours / f"of-{batch_size}.jsonl", {})
+        folder, device = colours / "tasks" / "colours", torch.device("cpu")
+        answer_task(model, task, folder, kept.part(0), done=set(), device=device, batch_size=batch_size)
+        return kept.answered()
+
+    one = answers(1)
+    assert one == answers(8) == answers(3)
+    assert len({answered.prediction.answer for answered in one}) > 3
+
+
+def test_what_was_answered_is_not_answered_again(run: Any, trained: Path, colours: Path) -> None:
+    _, file = evaluate(run, colours)
+    before = file.read_text()
+    printed, _ = evaluate(run, colours)
+    assert "answered before" in printed
+    assert file.read_text() == before
+    status, _, problems = run(
+        "lavi.evaluate", "--checkpoint", "out", "--tasks", colours / "colours.yaml", "--data", colours / "tasks",
+        "--out", "scored", "--no-timing", "--limit", 4,
+    )  # fmt: skip
+    assert status == 2
+    assert "answers of another limit (None, now 4)" in problems
+    evaluate(run, colours, "--limit", 4, "--again")
+    assert len(read_predictions(file)[1]) == 4
+
+
+def test_an_evaluation_that_is_killed_gives_the_file_of_one_go(
+    run: Any, trained: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times, at random bytes of what was to be written."""
+    _, whole = evaluate(run, colours, "--batch-size", 2, out="whole")
+    rng = random.Random(0)
+    add = Part.add
+
+    def die(self: Part, answers: Any) -> None:
+        if rng.random() < 0.4:
+            lines = "".join(one.line() for one in answers)
+            with open(self.file, "a") as stream:
+                stream.write(lines[: rng.randrange(len(lines))])
+            raise KeyboardInterrupt
+        add(self, answers)
+
+    monkeypatch.setattr(Part, "add", die)
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "cut", "--no-timing"]
+    kills = 0
+    file = Path("cut/out/colours.jsonl")
+    while not file.is_file():
+        status, _, _ = run("lavi.evaluate", "--checkpoint", "out", *where, "--batch-size", 2)
+        kills += status != 0
+        assert kills < 100
+    assert kills >= 3
+    assert file.read_text() == whole.read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ten_times_gives_the_file_of_one_go(run: Any, trained: Path, colours: Path) -> None:
+    """By the system, at random times, two processes answering."""
+    _, whole = evaluate(run, colours, "--batch-size", 1, out="whole")
+    rng, file = random.Random(0), Path("cut/out/colours.jsonl")
+    command = [sys.executable, "-m", "lavi.evaluate", "--checkpoint", "out", "--tasks", str(colours / "colours.yaml")]
+    command += [
+        "--data",
+        str(colours / "tasks"),
+        "--out",
+        "cut",
+        "--no-timing",
+        "--batch-size",
+        "1",
+        "--processes",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for _ in range(10):
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(8, 25))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert file.read_text() == whole.read_text()
+
+
+def test_several_processes_give_the_file_of_one(run: Any, trained: Path, colours: Path) -> None:
+    _, alone = evaluate(run, colours, "--batch-size", 4, out="alone")
+    _, shared = evaluate(run, colours, "--batch-size", 4, "--processes", 2, out="shared")
+    assert shared.read_text() == alone.read_text()
+
+
+def test_two_runs_are_compared_and_timed(run: Any, tiny_recipe: Path, trained: Path, colours: Path) -> None:
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "other", "seed=1")[0] == 0
+    status, printed, problems = run(
+        "lavi.evaluate", "--checkpoint", "out", "other", "--tasks", colours / "colours.yaml",
+        "--data", colours / "tasks", "--limit", 5,
+    )  # fmt: skip
+    assert status == 0, problems
+    assert "points above out (95 % interval; p)" in printed
+    assert "ms prefill, median" in printed
+    assert Path("out/tasks/colours.jsonl").is_file()
+    assert Path("other/tasks/colours.jsonl").is_file()
+
+
+def test_a_damaged_file_is_a_sentence(tmp_path: Path) -> None:
+    file = PredictionFile(tmp_path / "a.jsonl", {"task": "a"})
+    (tmp_path / "a.part-0.jsonl").write_text('{"task": "a"}\n{"index": 1}\n')
+    with pytest.raises(UserError, match=r"a\.part-0\.jsonl:2 is no answer"):
+        file.answered()
+    (tmp_path / "a.part-0.jsonl").write_text(json.dumps({"task": "b"}) + "\n")
+    with pytest.raises(UserError, match="answers of another task"):
+        file.answered()
