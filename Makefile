@@ -7,7 +7,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,15 @@ test-oldest: ## run the tests with the oldest versions that pyproject.toml allow
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
 	$(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider
+
+HARNESS := $(VENV)/lmms-eval
+
+test-lmms-eval: ## run the adapter's tests with lmms-eval itself, in an environment of its own (it wants an older PyAV than lavi)
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install --quiet --disable-pip-version-check uv
+	echo 'av>=17' > $(HARNESS)/overrides.txt
+	$(HARNESS)/bin/uv pip install --quiet --python $(HARNESS)/bin/python --override $(HARNESS)/overrides.txt --editable '.[dev,lmms-eval]'
+	$(HARNESS)/bin/python -m pytest -p no:cacheprovider tests/test_lmms_eval.py
 
 quickstart: install ## draw data, train LaVi and concatenation, set them side by side (four to eight minutes on two cores)
 	$(BIN)/python -m datamodules.scenes --out data/scenes

@@ -1,0 +1,127 @@
+"""Runs of lavi as a model of lmms-eval, by that harness's own entry point (``lmms_eval.models``).
+
+    pip install 'lavi[lmms-eval]'
+    lmms-eval --model lavi --model_args checkpoint=runs/NAME --tasks gqa --batch_size 8
+
+``checkpoint`` is a run folder, or the recipe of a released model (recipes/baselines/released_*.yaml). More arguments:
+``device``, ``frames`` (of a video), ``trust``. Decoding is as the harness's task says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessage, ChatMessages
+from PIL import Image
+
+from lavi.batch import Sample, Video, Visual
+from lavi.config.devices import device_of
+from lavi.data.frame_sampling import FrameSampling
+from lavi.data.images import open_image, upright_rgb
+from lavi.data.videos import read_video
+from lavi.evaluation.compare_runs import open_run
+from lavi.report import track
+
+MANIFEST = ModelManifest(model_id="lavi", chat_class_path=f"{__name__}.LaviForLmmsEval")
+
+LONGEST = 64
+"""Tokens of an answer, where the task does not say."""
+
+
+class LaviForLmmsEval(lmms):
+    """A run that answers the harness's chat messages."""
+
+    is_simple = False
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        batch_size: int | str = 1,
+        device: str = "auto",
+        frames: int | str = 32,
+        trust: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        recipe, model = open_run(Path(checkpoint), overrides=[], trust=trust)
+        self.settings, self.device = recipe.settings, device_of(device)
+        self.model = model.to(self.device)
+        self.batch_size, self.sampling = int(batch_size), FrameSampling(frames=int(frames))
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers, in the order of the requests; those that decode alike go together."""
+        answers: dict[int, str] = {}
+        order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[2]))
+        batches = [
+            batch[start : start + self.batch_size]
+            for _, alike in groupby(order, key=lambda index: str(requests[index].args[2]))
+            for batch in [list(alike)]
+            for start in range(0, len(batch), self.batch_size)
+        ]
+        for batch in track(batches, "lavi: answering", total=len(batches)):
+            said = self._answer([self._sample(requests[index].args) for index in batch], requests[batch[0]].args[2])
+            for index, answer in zip(batch, said, strict=True):
+                answers[index] = answer
+                self.cache_hook.add_partial("generate_until", requests[index].args[:1], answer)
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("lavi answers by generating: choose a task whose output_type is generate_until.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        raise NotImplementedError("lavi answers single rounds: choose a task whose output_type is generate_until.")
+
+    def _sample(self, arguments: Sequence[Any]) -> Sample:
+        _, to_messages, _, number, task, split = arguments
+        messages = ChatMessages(messages=to_messages(self.task_dict[task][split][number])).messages
+        visuals: list[Visual] = []
+        ours = [{"role": one.role, "content": self._content(one, visuals)} for one in messages]
+        return Sample(str(number), ours, visuals)
+
+    def _content(self, message: ChatMessage, visuals: list[Visual]) -> list[dict[str, Any]]:
+        """The parts of a message; its images and videos are added to ``visuals``."""
+        parts: list[dict[str, Any]] = []
+        for part in message.content:
+            if part.type == "text":
+                parts.append({"type": "text", "text": part.text})
+                continue
+            visuals.append(self._visual(part))
+            parts.append({"type": "video" if isinstance(visuals[-1], Video) else "image"})
+        return parts
+
+    def _visual(self, part: Any) -> Visual:
+        if part.type == "video":
+            clip = None if part.start_time is None or part.end_time is None else (part.start_time, part.end_time)
+            return read_video(part.url, self.sampling, clip=clip)
+        if part.type != "image":
+            raise NotImplementedError(f"lavi sees images and videos, no {part.type}.")
+        return upright_rgb(part.url) if isinstance(part.url, Image.Image) else open_image(part.url)
+
+    @torch.no_grad()
+    def _answer(self, samples: Sequence[Sample], wanted: dict[str, Any]) -> list[str]:
+        encoded = [self.model.processor.encode(sample, prompt=True) for sample in samples]
+        batch = self.model.processor.collate(encoded, pad_left=True).to(self.device)
+        room = min(self.model.room_behind(one.length) for one in encoded)
+        decoding: dict[str, Any] = {"max_new_tokens": max(1, min(int(wanted.get("max_new_tokens", LONGEST)), room))}
+        if float(wanted.get("temperature") or 0) > 0 and wanted.get("do_sample", True):
+            decoding |= {"do_sample": True, "temperature": float(wanted["temperature"])}
+            decoding |= {"top_p": wanted["top_p"]} if wanted.get("top_p") else {}
+        else:
+            decoding["do_sample"] = False
+        if int(wanted.get("num_beams") or 1) > 1:
+            decoding["num_beams"] = int(wanted["num_beams"])
+        return [_until(answer, wanted.get("until")) for answer in self.model.answer(batch, **decoding)]
+
+
+def _until(answer: str, ends: str | Sequence[str] | None) -> str:
+    """An answer before the first of the texts that end it."""
+    for end in [ends] if isinstance(ends, str) else ends or ():
+        answer = answer.split(end)[0] if end else answer
+    return answer

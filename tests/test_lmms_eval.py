@@ -1,0 +1,102 @@
+"""The adapter for lmms-eval, run by the harness itself; without it installed, what can be told of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_files import dump, pictures
+
+from lavi.evaluation.predictions import read_predictions
+
+REPOSITORY = Path(__file__).parents[1]
+HARNESS_TASK = """
+task: colours_here
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: FOLDER/q.json}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function colours_utils.picture
+doc_to_text: !function colours_utils.question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 4, temperature: 0, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+metadata:
+  - version: 0.0
+"""
+UTILS = """
+from PIL import Image
+
+
+def picture(doc):
+    return [Image.open(doc["image"])]
+
+
+def question(doc, lmms_eval_specific_kwargs=None):
+    return f"what colour is the {doc['question']}?"
+"""
+TASK = """
+name: colours
+questions:
+  _target_: datamodules.questions.QuestionFile
+  file: q.json
+  prompt: "what colour is the {question}?"
+  answer: answer
+  image: "{image}"
+metric: {_target_: lavi.metrics.answers.ExactMatch}
+max_new_tokens: 4
+"""
+
+
+def test_the_harness_finds_the_adapter_by_its_entry_point() -> None:
+    (found,) = [one for one in entry_points(group="lmms_eval.models") if one.name == "lavi"]
+    assert found.value == "lavi.evaluation.lmms_eval:MANIFEST"
+    assert (REPOSITORY / "lavi/evaluation/lmms_eval.py").is_file()
+
+
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms-eval")
+def test_the_harness_gets_our_answers_one_by_one_and_in_batches(run: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    """Of a run with large random weights, whose answers go on and differ."""
+    more = ["model.language.config.initializer_range=0.3", "model.language.config.tie_word_embeddings=false"]
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *more)[0] == 0
+    folder = tmp_path / "tasks" / "colours"
+    pictures(folder, *(f"{n}.jpg" for n in range(4)))
+    shapes = ("circle", "square", "triangle", "diamond", "cross")
+    rows = [{"question": shapes[n % 5], "answer": "red", "image": str(folder / f"{n % 4}.jpg")} for n in range(10)]
+    dump(folder / "q.json", rows)
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colours.yaml").write_text(TASK)
+    where = ["--tasks", tmp_path / "colours.yaml", "--data", tmp_path / "tasks", "--out", "ours", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    assert status == 0, problems
+    ours = [one.prediction.answer for one in read_predictions(Path("ours/out/colours.jsonl"))[1]]
+    assert len(set(ours)) > 1
+    included = tmp_path / "harness"
+    included.mkdir()
+    (included / "colours_here.yaml").write_text(HARNESS_TASK.replace("FOLDER/q.json", str(folder / "q.jsonl")))
+    (included / "colours_utils.py").write_text(UTILS)
+    for size in (1, 4):
+        command = [sys.executable, "-m", "lmms_eval", "--model", "lavi", "--model_args", "checkpoint=out,device=cpu"]
+        command += ["--tasks", "colours_here", "--include_path", str(included), "--batch_size", str(size)]
+        command += ["--output_path", f"harness-{size}", "--log_samples"]
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert re.search(r"colours_here.*exact_match", done.stdout), done.stdout[-3000:]
+        (samples,) = Path(f"harness-{size}").rglob("*samples_colours_here.jsonl")
+        logged = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        assert [row["filtered_resps"] for row in logged] == ours
