@@ -116,6 +116,13 @@ class DeltaGenerator(nn.Module, ABC):
     def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
         """(B, T, D) and prepared slots, (B, M, E), to (B, T, r); anything finite where a token sees nothing."""
 
+    def shares(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor | None:
+        """What share of what each token reads comes from each slot: (B, T, M), 0 where nothing is seen.
+
+        None: the generator has no slot for each visual token.
+        """
+        return None
+
     @abstractmethod
     def slots_flops(self, per_view: int) -> float:
         """FLOPs of the slots of one view of ``per_view`` tokens."""
@@ -162,11 +169,20 @@ class AttentionDeltas(DeltaGenerator):
         return key_value.permute(0, 2, 3, 1, 4).contiguous()  # (B, 2, heads, M, r / heads)
 
     def attend(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
-        query = self.query(self.text_norm(hidden))  # (B, T, r)
-        query = query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, T, r / heads)
         key, value = slots.unbind(1)
-        read = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen.allowed)
+        read = nn.functional.scaled_dot_product_attention(self._queries(hidden), key, value, attn_mask=seen.allowed)
         return read.transpose(1, 2).flatten(2)
+
+    def shares(self, hidden: Tensor, slots: Tensor, seen: Visibility) -> Tensor:
+        query, key = self._queries(hidden.float()), slots[:, 0]
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, T, M)
+        if seen.allowed is not None:
+            scores = scores.masked_fill(~seen.allowed, float("-inf"))
+        return seen.only(scores.softmax(-1).mean(1))
+
+    def _queries(self, hidden: Tensor) -> Tensor:
+        query = self.query(self.text_norm(hidden))  # (B, T, r)
+        return query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, T, r / heads)
 
     def slots_flops(self, per_view: int) -> float:
         return linear_flops(per_view, self.vision_width, 2 * self.bottleneck)
