@@ -26,6 +26,7 @@ from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
 from norm import norm_table
+from official_metrics import metrics_table
 from prefill import prefill_table
 from serving import serving_table
 from train_step import train_step_table
@@ -218,6 +219,7 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "estimates": lambda records: f"{markdown(*estimates_table(records))}\n{records[0]['device']}.\n",
     "decode": lambda records: f"{markdown(*decode_table(records))}\n{records[0]['device']}.\n",
     "prefill": lambda records: f"{markdown(*prefill_table(records))}\n{records[0]['device']}.\n",
+    "official_metrics": lambda records: f"{markdown(*metrics_table(records))}\nlmms-eval {records[0]['lmms-eval']}.\n",
     "norm": lambda records: f"{markdown(*norm_table(records))}\n{records[0]['device']}.\n",
     "serving": lambda records: f"{markdown(*serving_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",
