@@ -7,7 +7,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,14 @@ real: install ## a released language model learns to see photographs: fetch, tra
 	$(call real-run,cross_attention)
 	$(call real-run,concat)
 	$(BIN)/python benchmarks/real.py --out benchmarks/results/real.jsonl
+
+LAB_DATA := --train 40000 --validation 400 --test 1600 --turns 8 --even
+
+lab: install ## accuracy against cost: every fusion on the scenes, three seeds (hours on two cores; stopped, it goes on)
+	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_DATA)
+	$(BIN)/python -m lavi.cache_features --recipe recipes/lab/lavi.yaml --out data/lab-features --splits train validation test
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --time --picture docs/lab.png
 
 tensorboard: install ## look at all runs
 	@echo "efficiency curves: http://localhost:6006/#custom_scalars"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,7 @@ def write_splits(
     version: int,
     make_samples: Callable[..., Iterator[dict[str, Any]]],
     sentences: Callable[[], Iterable[str]] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> bool:
     """Write the shards of each split, and a tokenizer; returns False if the same data are there already.
 
@@ -117,11 +118,12 @@ def write_splits(
         name, version: of the data; the same of both, of the seed, the counts and the turns are the same data.
         make_samples: ``make_samples(job, split=, seed=, turns=)`` gives the samples of a shard; picklable.
         sentences: for the tokenizer; None: data for a model that has one write none.
+        more: what else tells these data from others.
 
     Raises:
         UserError: ``out`` holds something else, or cannot be written.
     """
-    plan = {name: version, "seed": seed, "counts": counts, "turns": turns}
+    plan = {name: version, "seed": seed, "counts": counts, "turns": turns, **(more or {})}
     make = {s: partial(make_samples, split=s, seed=seed, turns=turns if s == "train" else 1) for s in counts}
     try:
         if not _is_new(out, plan, counts):
@@ -159,7 +161,8 @@ def _is_new(out: Path, plan: dict[str, Any], splits: Iterable[str]) -> bool:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 WriteDataset = Callable[..., bool]
-"""``write_dataset(out, seed=, counts=, turns=, workers=)``: False if the same data are there already."""
+"""``write_dataset(out, seed=, counts=, turns=, workers=)``, with what was chosen besides: False if the same data are
+there already."""
 
 
 def run_command(
@@ -172,6 +175,7 @@ def run_command(
     thing: str,
     turns: int | None = 4,
     source: Path | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> None:
     """The command of built-in data: ``python -m MODULE --out FOLDER``.
 
@@ -181,6 +185,7 @@ def run_command(
         thing: what is drawn, in the singular.
         turns: questions in a training conversation, if the command line does not say otherwise; None: always one.
         source: the folder that it is drawn from, if the command line does not say otherwise; None: from nothing.
+        flags: options that are there or not, and what their help says.
     """
     parser = Parser(prog=f"python -m {module}", description=about)
     parser.add_argument("--out", type=path, default=out, help="folder to write")
@@ -192,10 +197,13 @@ def run_command(
         parser.add_argument("--turns", type=int, default=turns, help="questions in a training conversation, at most")
     if source is not None:
         parser.add_argument("--source", type=path, default=source, help=f"folder that {thing}s are made from")
+    for flag, what in (flags or {}).items():
+        parser.add_argument(f"--{flag}", action="store_true", help=what)
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.read()
     counts = {split: getattr(args, split) for split in counts}
     own = {name: getattr(args, name) for name in ("turns", "source") if hasattr(args, name)}
+    own |= {flag: True for flag in flags or () if getattr(args, flag)}
     if min(*counts.values(), own.get("turns", 1), args.workers) < 1:
         numbers = [*counts, *(["turns"] if "turns" in own else [])]
         raise UserError(f"{', '.join(f'--{name}' for name in numbers)} and --workers are at least 1.")

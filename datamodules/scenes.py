@@ -9,6 +9,9 @@ the same bytes, whatever the number of processes.
 Question families. Easy: colour, shape, existence. Hard: count, relation, comparison, reading, two_images. Answers are
 balanced inside each shard (the answer least given so far to the same question is asked first), so that guessing
 without the image stays near chance.
+
+With --even, training conversations ask all families alike and also where things are and how large: for those who train
+until the hard families are learned (recipes/lab). Without it, easy families are asked oftener, for the first minutes.
 """
 
 from __future__ import annotations
@@ -63,6 +66,11 @@ SPLITS = {"train": 1, "validation": 2, "test": 3, "tower": 4}
 """Each split draws its scenes from a seed of its own; ``tower`` trains the built-in vision tower and nothing else."""
 
 
+TRAINING_LEVELS = {"place": "places", "size": "places", "at": "places"}
+"""Families that are asked in training alone, with ``--even``."""
+CORNERS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object: its look, and its centre in pixels."""
@@ -77,6 +85,11 @@ class Thing:
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
+
+    @property
+    def corner(self) -> str:
+        """The quarter of the scene that its centre lies in."""
+        return CORNERS[int(self.x >= SIDE // 2), int(self.y >= SIDE // 2)]
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,16 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
         for thing in scene.things:
             if thing.glyph:
                 yield Question(family, f"what is written on the {thing.name}?", thing.glyph, "glyph")
+    elif family == "place":
+        for thing in scene.things:
+            yield Question(family, f"where is the {thing.name}?", thing.corner, "corner")
+    elif family == "size":
+        for thing in scene.things:
+            yield Question(family, f"how large is the {thing.name}?", thing.size, "size")
+    elif family == "at":
+        for corner in CORNERS.values():
+            there = [thing.name for thing in scene.things if thing.corner == corner]
+            yield Question(family, f"what is {corner}?", there[0] if there else "nothing", "corner")
 
 
 def questions_of_two(first: Scene, second: Scene) -> Iterator[Question]:
@@ -218,15 +241,17 @@ WEIGHTS = {"colour": 4, "shape": 6, "existence": 8}
 """How many times as often as a hard family training conversations ask these: those learned later are asked oftener."""
 
 
-def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns: int) -> list[Question]:
+def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns: int, *, even: bool) -> list[Question]:
     """Questions about one scene; where it is only one, the families take turns."""
-    pools = {family: list(questions(scene, family)) for family in ONE_IMAGE}
+    families = (*ONE_IMAGE, *(TRAINING_LEVELS if even and turns > 1 else ()))
+    pools = {family: list(questions(scene, family)) for family in families}
     if turns == 1:
         return ask_one(pools, examiner, first=index % 8)
-    return converse(pools, examiner, rng, turns=turns, weights=[WEIGHTS.get(family, 1) for family in ONE_IMAGE])
+    weights = [1 if even else WEIGHTS.get(family, 1) for family in families]
+    return converse(pools, examiner, rng, turns=turns, weights=weights)
 
 
-def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterator[dict[str, Any]]:
+def make_samples(job: ShardJob, *, split: str, seed: int, turns: int, even: bool = False) -> Iterator[dict[str, Any]]:
     """The samples of one shard. Every eighth is about two images."""
     examiner = Examiner(random.Random(f"{seed}/{split}/shard/{job.index}"))
     for index in range(job.start, job.stop):
@@ -239,36 +264,57 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int) -> Iterato
                 chosen.append(question)
                 pool.remove(question)
         else:
-            chosen = _ask(scenes[0], examiner, rng, index, turns)
+            chosen = _ask(scenes[0], examiner, rng, index, turns, even=even)
         if not chosen:  # Two scenes that hold the same things; a scene alone always has a colour or a count to ask for.
             continue
         sample: dict[str, Any] = {
             "__key__": f"{split}-{index:06d}",
-            "json": conversation(chosen, ["image"] * len(scenes), LEVELS),
+            "json": conversation(chosen, ["image"] * len(scenes), LEVELS | TRAINING_LEVELS),
         }
         names = ["jpg"] if len(scenes) == 1 else ["0.jpg", "1.jpg"]
         yield sample | {name: jpeg(scene.image()) for name, scene in zip(names, scenes, strict=True)}
 
 
-def sentences() -> Iterator[str]:
+def sentences(*, even: bool = False) -> Iterator[str]:
     """Questions and answers about such scenes, for the tokenizer."""
+    families = (*LEVELS, *(TRAINING_LEVELS if even else ()))
     rng = random.Random("tokenizer")
     for _ in range(400):
         scene, other = Scene.draw_from(rng), Scene.draw_from(rng)
-        about_one = [q for family in LEVELS for q in questions(scene, family)]
+        about_one = [q for family in families for q in questions(scene, family)]
         for question in about_one + list(questions_of_two(scene, other)):
             yield question.text
             yield question.answer
 
 
-write_dataset = partial(write_splits, name="scenes", version=3, make_samples=make_samples, sentences=sentences)
+def write_dataset(out: Path, *, even: bool = False, **settings: Any) -> bool:
+    """As :func:`datamodules.built_in.write_splits`.
+
+    Args:
+        even: training conversations ask all families alike, and where things are and how large.
+    """
+    return write_splits(
+        out,
+        name="scenes",
+        version=3,
+        make_samples=partial(make_samples, even=True) if even else make_samples,
+        sentences=partial(sentences, even=even),
+        more={"even": True} if even else None,
+        **settings,
+    )
 
 
 @cli_entry_point
 def main() -> None:
     counts = {"train": 12000, "validation": 800, "test": 800}
     run_command(
-        write_dataset, module="datamodules.scenes", about=__doc__, out=Path("data/scenes"), counts=counts, thing="scene"
+        write_dataset,
+        module="datamodules.scenes",
+        about=__doc__,
+        out=Path("data/scenes"),
+        counts=counts,
+        thing="scene",
+        flags={"even": "training asks all question families alike, and where things are and how large"},
     )
 
 

@@ -240,9 +240,37 @@ def test_what_was_answered_is_not_answered_again(run: Any, trained: Path, colour
         "--out", "scored", "--no-timing", "--limit", 4,
     )  # fmt: skip
     assert status == 2
-    assert "answers of another limit (None, now 4)" in problems
+    assert "answers of another limit: answer anew with --again" in problems
     evaluate(run, colours, "--limit", 4, "--again")
     assert len(read_predictions(file)[1]) == 4
+
+
+def test_another_prompt_is_another_task(run: Any, trained: Path, colours: Path) -> None:
+    evaluate(run, colours)
+    (colours / "colours.yaml").write_text(TASK.replace("what colour is", "which colour has"))
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    assert status == 2
+    assert "answers of another task" in problems
+
+
+def test_a_prompt_that_fills_the_context_shortens_no_other_answer(build: Any, colours: Path) -> None:
+    model, task = answering(build, LaViFusion(every=1, generator=small())), Task.load(str(colours / "colours.yaml"))
+    folder, device = colours / "tasks" / "colours", torch.device("cpu")
+
+    def answers(name: str, batch_size: int) -> list[Answered]:
+        kept = PredictionFile(colours / f"{name}.jsonl", {})
+        answer_task(model, task, folder, kept.part(0), done=set(), device=device, batch_size=batch_size)
+        return kept.answered()
+
+    lengths = sorted({one.text_tokens for one in answers("as-it-is", 8) if not one.error})
+    room = model.room_behind
+    model.room_behind = lambda length: 1 if length == lengths[-1] else room(length)  # of the longest prompts
+    alone, together = answers("alone", 1), answers("together", 8)
+    assert alone == together
+    longest = [len(one.prediction.answer) for one in alone if one.text_tokens == lengths[-1]]
+    others = [len(one.prediction.answer) for one in alone if one.text_tokens < lengths[-1] and not one.error]
+    assert max(longest) < max(others)
 
 
 def test_an_evaluation_that_is_killed_gives_the_file_of_one_go(

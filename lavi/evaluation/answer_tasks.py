@@ -65,13 +65,14 @@ def answer_task(
         limit: of the task, the first so many questions.
         seen: told after each batch how many questions are answered.
     """
+    done = set(done)
     records = islice(task.questions.records(folder), limit)
     for number, batch in enumerate(_batches(enumerate(records), batch_size)):
         left = [(index, record) for index, record in batch if index not in done]
         if number % share.ranks == share.rank and left:
             questions = [_question(model, task, folder, index, record) for index, record in left]
             part.add(_answers(model, questions, task.max_new_tokens, device))
-            done = done | {index for index, _ in left}
+            done.update(index for index, _ in left)
             seen(len(done))
 
 
@@ -99,23 +100,33 @@ def _question(model: VisionLanguageModel, task: Task, folder: Path, index: int, 
 def _answers(
     model: VisionLanguageModel, questions: Sequence[Question], max_new_tokens: int, device: torch.device
 ) -> list[Answered]:
-    prompts = [question.prompt for question in questions if question.prompt is not None]
-    said: Iterator[str] = iter(())
     model.fusion.route_counts.clear()
-    if prompts:
-        tokens = max(1, min(max_new_tokens, *(model.room_behind(prompt.length) for prompt in prompts)))
+    said = dict[int, str]()
+    for group in _together(model, questions, max_new_tokens):
+        prompts = [question.prompt for question in group if question.prompt is not None]
+        tokens = min(max_new_tokens, *(model.room_behind(prompt.length) for prompt in prompts))
         batch = model.processor.collate(prompts, pad_left=True).to(device)
-        said = iter(model.answer(batch, max_new_tokens=tokens))
+        answers = model.answer(batch, max_new_tokens=tokens)
+        said |= {question.number: answer for question, answer in zip(group, answers, strict=True)}
     routes = sorted(model.fusion.route_counts.items(), key=str)
-    answered = [_answered(model, question, said) for question in questions]
+    answered = [_answered(model, question, said.get(question.number, "")) for question in questions]
     if routes:
         answered[0] = replace(answered[0], routes=routes)
     return answered
 
 
-def _answered(model: VisionLanguageModel, question: Question, said: Iterator[str]) -> Answered:
+def _together(
+    model: VisionLanguageModel, questions: Sequence[Question], max_new_tokens: int
+) -> Iterator[list[Question]]:
+    """The questions that go together; one that fills the context is alone, so that it shortens no other answer."""
+    room = {q.number: model.room_behind(q.prompt.length) for q in questions if q.prompt is not None}
+    if usual := [q for q in questions if room.get(q.number, 0) >= max_new_tokens]:
+        yield usual
+    yield from ([q] for q in questions if 0 < room.get(q.number, 0) < max_new_tokens)
+
+
+def _answered(model: VisionLanguageModel, question: Question, answer: str) -> Answered:
     expected, prompt = question.expected, question.prompt
-    answer = next(said) if prompt is not None else ""
     prediction = Prediction(
         answer, expected.references, question.about, expected.family, expected.level, expected.question
     )

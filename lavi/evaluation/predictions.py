@@ -90,6 +90,10 @@ class PredictionFile:
         found = {one.index: one for file in files for one in self._read(file)}
         return [found[index] for index in sorted(found)]
 
+    def lines(self) -> int:
+        """How many answers there are, without reading them."""
+        return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in self._parts())
+
     def part(self, rank: int) -> Part:
         """What one process goes on to write: its part, without a line that a kill cut short."""
         return Part(self.file.with_name(f"{self.file.stem}.part-{rank}.jsonl"), self)
@@ -116,10 +120,8 @@ class PredictionFile:
             return
         head = json.loads(lines[0])
         if changed := sorted(key for key in head | self.head if head.get(key) != self.head.get(key)):
-            name = changed[0]
             raise UserError(
-                f"{file} holds answers of another {name} ({head.get(name)}, now {self.head.get(name)}): answer anew "
-                "with --again, or name another --out."
+                f"{file} holds answers of another {changed[0]}: answer anew with --again, or name another --out."
             )
         for number, line in enumerate(lines[1:], start=2):
             try:

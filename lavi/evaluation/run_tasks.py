@@ -151,10 +151,11 @@ def _head(run: Path, recipe: Recipe, task: Task, settings: Settings) -> dict[str
     """What answers depend on; another of it, and they are not of one go."""
     weights = run / TRAINED
     return {
-        "task": task.name,
+        "task": task.written or task.name,
         "metric": task.metric.name,
         "run": run_name(run),
         "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
+        "overrides": list(settings.overrides),
         "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False},
         "limit": settings.limit,
         "versions": versions(),
@@ -172,9 +173,9 @@ def _answers(
     folder = settings.data / task.name
     total = sum(1 for _ in islice(task.questions.records(folder), settings.limit))
     done = {one.index for one in before}
-    if settings.processes == 1:
-        model.to(settings.device)
-        with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as seen:
+    with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as seen:
+        if settings.processes == 1:
+            model.to(settings.device)
             answer_task(
                 model,
                 task,
@@ -186,9 +187,11 @@ def _answers(
                 limit=settings.limit,
                 seen=seen,
             )
-    elif len(done) < total:
-        arguments = (run, task, kept, done, settings)
-        processes.spawn(_answer_share, arguments, nprocs=settings.processes)  # type: ignore[no-untyped-call]
+        elif len(done) < total:
+            start = processes.spawn  # type: ignore[attr-defined]
+            started = start(_answer_share, (run, task, kept, done, settings), nprocs=settings.processes, join=False)
+            while not started.join(timeout=1.0):
+                seen(kept.lines())
     return kept.answered()
 
 

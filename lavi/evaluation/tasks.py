@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lavi.batch import Sample
+from lavi.config.text import read
 from lavi.config.types import Count
 from lavi.errors import UserError, nearest
 from lavi.metrics.base import AnswerMetric
@@ -72,6 +73,9 @@ class Task:
         max_new_tokens: the longest answer.
     """
 
+    written: dict[str, Any] | None = None
+    """What its file says, by which answers are told from those to another prompt; None: it was made by hand."""
+
     def __init__(
         self, *, name: str, questions: QuestionSource, metric: AnswerMetric, max_new_tokens: Count = 16
     ) -> None:
@@ -88,4 +92,6 @@ class Task:
         if not file.is_file():
             known = sorted(one.stem for one in FOLDER.glob("*.yaml"))
             raise UserError(f"there is no task {file}: {nearest(name, known)}")
-        return load_component(file, cls)
+        task = load_component(file, cls)
+        task.written = read(file, {})
+        return task
