@@ -8,15 +8,28 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import refused
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from datamodules.formats.conversations import Conversations
 from datamodules.patches import patch_labels
-from datamodules.scenes import LEVELS, SIZES, Scene, questions, questions_of_two, write_dataset
+from datamodules.scenes import (
+    LEVELS,
+    SIDE,
+    SIZES,
+    TRAINING_LEVELS,
+    Scene,
+    questions,
+    questions_of_two,
+    write_dataset,
+)
 from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.tokenizer import train_tokenizer
 from lavi.errors import UserError
+from lavi.training.patch_classifier import PatchClassifier
 
 decode = Conversations().decode
 
@@ -123,4 +136,74 @@ def test_patch_labels_name_what_the_patch_shows() -> None:
     for thing in scene.things:
         patch = min(thing.y // 8, 7) * 8 + min(thing.x // 8, 7)
         assert labels["size"][patch] == 1 + list(SIZES).index(thing.size)
-    assert (labels["colour"] == 0).any()
+        centre = labels["centre"][patch]
+        assert centre.tolist() == pytest.approx([thing.x / SIDE, thing.y / SIDE])
+    empty = labels["colour"] == 0
+    assert empty.any()
+    assert torch.equal(empty, labels["centre"].isnan().any(-1))
+
+
+class Still(nn.Module):
+    """A tower whose features are its pixels."""
+
+    width = 4
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+
+def classified(features: Tensor, glyphs: list[int]) -> float:
+    torch.manual_seed(0)
+    classifier = PatchClassifier(Still(), classes={"glyph": 3}, centres=True)  # type: ignore[arg-type]
+    classifier.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    shown = torch.tensor(glyphs) > 0
+    centre = torch.where(shown[:, None], 0.5, torch.nan)
+    batch = {"pixels": features[None], "glyph": torch.tensor([glyphs]), "centre": centre[None]}
+    return float(classifier.training_step(batch, 0))
+
+
+def test_a_letter_on_one_patch_counts_as_much_as_all_empty_ones() -> None:
+    """Twice as many empty patches change nothing; without any letter, or any empty patch, there is a loss, too."""
+    letter, empty = torch.randn(1, 4), torch.randn(3, 4)
+    once = classified(torch.cat([letter, empty]), [2, 0, 0, 0])
+    assert classified(torch.cat([letter, empty, empty]), [2] + [0] * 6) == pytest.approx(once)
+    assert classified(letter, [2]) + classified(empty, [0] * 3) == pytest.approx(once)
+
+
+def test_training_may_ask_all_families_alike_and_where_things_are(tmp_path: Path) -> None:
+    """The held-out questions stay as they are."""
+    counts = {"train": 80, "validation": 16, "test": 48}
+    for name, even in (("even", True), ("usual", False)):
+        write_dataset(tmp_path / name, seed=0, counts=counts, turns=6, workers=1, even=even)
+    asked = Counter(m["family"] for s in samples(tmp_path / "even" / "train") for m in s.messages if "family" in m)
+    assert set(asked) == {*LEVELS, *TRAINING_LEVELS}
+    usual = Counter(m["family"] for s in samples(tmp_path / "usual" / "train") for m in s.messages if "family" in m)
+    assert asked["relation"] / asked.total() > 1.5 * usual["relation"] / usual.total()
+    assert digests(tmp_path / "even" / "test") == digests(tmp_path / "usual" / "test")
+    tokens = [
+        AutoTokenizer.from_pretrained(tmp_path / name / "tokenizer").tokenize("where is the red circle? top left")
+        for name in ("even", "usual")
+    ]
+    assert len(tokens[0]) == 8 < len(tokens[1])
+    with pytest.raises(UserError, match="holds other data"):
+        write_dataset(tmp_path / "even", seed=0, counts=counts, turns=6, workers=1)
+
+
+def test_where_things_are_is_true() -> None:
+    for seed in range(40):
+        scene = Scene.draw_from(random.Random(f"places/{seed}"))
+        things = {thing.name: thing for thing in scene.things}
+        for question in (q for family in TRAINING_LEVELS for q in questions(scene, family)):
+            words = question.text.rstrip("?").split()
+            if question.family == "at":
+                rows, columns = words[2], words[3]
+                inside = [
+                    t.name for t in scene.things if (t.y < 32) == (rows == "top") and (t.x < 32) == (columns == "left")
+                ]
+                assert question.answer == (inside[0] if inside else "nothing")
+                continue
+            thing = things[" ".join(words[-2:])]
+            if question.family == "size":
+                assert question.answer == thing.size
+            else:
+                assert question.answer == f"{'top' if thing.y < 32 else 'bottom'} {'left' if thing.x < 32 else 'right'}"
