@@ -48,13 +48,13 @@ class Method:
 
     Args:
         shares: of the recipe's steps, the budgets it is trained with.
-        ways: what one trained model is scored as, with the changes of each; by default as it is.
+        variants: what one trained model is scored as, with the changes of each; by default as it is.
     """
 
     recipe: str
     changes: tuple[str, ...] = ()
     shares: tuple[float, ...] = (1.0,)
-    ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "cross-attention": Method("cross_attention"),
     "VISOR": Method(
         "visor",
-        ways=(
+        variants=(
             ("VISOR, both refining", ()),
             ("VISOR, layer 2 refining", ("model.fusion.configuration=[2]",)),
             ("VISOR, none refining", ("model.fusion.configuration=none",)),
@@ -97,12 +97,12 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-").replace("--", "-")
 
 
-def ways_of(name: str) -> list[str]:
+def variants_of(name: str) -> list[str]:
     """What a method is scored as."""
-    return [way for way, _ in METHODS[name].ways] or [name]
+    return [variant for variant, _ in METHODS[name].variants] or [name]
 
 
-def run_once(name: str, seed: int, share: float, device: torch.device, changes: Sequence[str]) -> list[Record]:
+def run_once(name: str, seed: int, share: float, device: torch.device) -> list[Record]:
     """Train and score one run; one that was stopped goes on."""
     method = METHODS[name]
     recipe = RECIPES / f"{method.recipe}.yaml"
@@ -110,7 +110,7 @@ def run_once(name: str, seed: int, share: float, device: torch.device, changes: 
     folder = RUNS / slug(name) / f"{steps}-steps" / f"seed-{seed}"
     features = [f"data.{split}={FEATURES / split}" for split in ("train", "validation", "test")]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    settings = Recipe.load(recipe, [*features, *own, *method.changes, *changes])
+    settings = Recipe.load(recipe, [*features, *own, *method.changes])
     last = folder / LAST
     if not (folder / TRAINED).is_file() or last.is_file():
         if not last.is_file():
@@ -120,10 +120,10 @@ def run_once(name: str, seed: int, share: float, device: torch.device, changes: 
             raise KeyboardInterrupt
         last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
     records = []
-    for way, of_way in method.ways or ((name, ()),):
-        record = score_run(folder, overrides=list(of_way), trust=False, limit=None, device=device).record
-        record.knobs |= {"method": way, "seed": seed, "share": share, "steps": steps}
-        record.knobs |= {"folder": str(folder), "changes": list(of_way)}
+    for variant, own_changes in method.variants or ((name, ()),):
+        record = score_run(folder, overrides=list(own_changes), trust=False, limit=None, device=device).record
+        record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps}
+        record.knobs |= {"folder": str(folder), "changes": list(own_changes)}
         records.append(record)
     return records
 
@@ -135,16 +135,23 @@ def key_of(record: Record) -> tuple[str, int, float]:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
-"""Of Student's distribution, by degrees of freedom."""
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Of Student's distribution, by degrees of freedom from 1."""
 
 
 def over_seeds(values: Sequence[float]) -> str:
     """The mean, with its 95 % interval where there are several."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
-    half = T_95.get(len(values) - 1, 2.0) * stdev(values) / sqrt(len(values))
+    half = half_width(values)
     return f"{mean(values):.1f} ± {half:.1f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
 
 
 def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -182,8 +189,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
             of = [r for r in full if r.knobs["method"] == name]
             scores = [r.accuracy[f"level/{level}"] for r in of]
             cost = mean(map(without_encoder, of))
-            error = (max(scores) - min(scores)) / 2
-            axes.errorbar(cost, mean(scores), yerr=error, fmt="o" if "," not in name else ".", capsize=2)
+            axes.errorbar(cost, mean(scores), yerr=half_width(scores), fmt="o" if "," not in name else ".", capsize=2)
             axes.annotate(name, (cost, mean(scores)), fontsize=6, xytext=(3, 3), textcoords="offset points")
         floor = mean(r.flops_of_samples["floor"] for r in full) / 1e9
         axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
@@ -224,7 +230,6 @@ def main() -> None:
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to all recipes")
     args = parser.parse_args()
     if unknown := [name for name in args.methods if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
@@ -232,13 +237,13 @@ def main() -> None:
     there = {key_of(r): r for r in read_records(args.out)} if args.out and args.out.is_file() else {}
     plan = [(n, seed, share) for seed in args.seeds for n in args.methods for share in args.shares or METHODS[n].shares]
     for name, seed, share in plan:
-        if not args.time and any((way, seed, share) not in there for way in ways_of(name)):
-            there |= {key_of(one): one for one in run_once(name, seed, share, device, args.changes)}
+        if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
+            there |= {key_of(one): one for one in run_once(name, seed, share, device)}
             _write(there, args.out)
     if args.time:
         time_methods(list(there.values()), device)
         _write(there, args.out)
-    keys = dict.fromkeys((way, seed, share) for name, seed, share in plan for way in ways_of(name))
+    keys = dict.fromkeys((variant, seed, share) for name, seed, share in plan for variant in variants_of(name))
     records = [there[key] for key in keys if key in there]
     console().print(table("scenes", *lab_table(records)))
     if args.picture:

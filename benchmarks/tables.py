@@ -26,10 +26,10 @@ from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
 from lab import lab_table
-from looks import looks_table
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
+from relevance import relevance_table
 from serving import serving_table
 from train_step import train_step_table
 from verify_claims import estimated_tables, flops_table, speed_table
@@ -222,7 +222,7 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "decode": lambda records: f"{markdown(*decode_table(records))}\n{records[0]['device']}.\n",
     "prefill": lambda records: f"{markdown(*prefill_table(records))}\n{records[0]['device']}.\n",
     "official_metrics": lambda records: f"{markdown(*metrics_table(records))}\nlmms-eval {records[0]['lmms-eval']}.\n",
-    "looks": lambda records: markdown(*looks_table(records)),
+    "relevance": lambda records: markdown(*relevance_table(records)),
     "norm": lambda records: f"{markdown(*norm_table(records))}\n{records[0]['device']}.\n",
     "serving": lambda records: f"{markdown(*serving_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",

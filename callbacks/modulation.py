@@ -17,7 +17,7 @@ from lavi.batch import Sample, references_of, text_of
 from lavi.config.types import Count
 from lavi.data.data_module import DataModule
 from lavi.data.processor import one_bad_sample
-from lavi.inspection.answer import LookedInto, look_into_batch
+from lavi.inspection.answer import Inspection, inspect_batch
 from lavi.model import VisionLanguageModel
 
 log = logging.getLogger("lavi")
@@ -48,14 +48,14 @@ class Modulation(pl.Callback):
             self.samples = _first_questions(model, data, self.count)
         if not self.samples:
             return
-        found = _look_into(module, self.samples)
+        inspected = _inspect(module, self.samples)
         if not trainer.is_global_zero:
             return  # all ranks have run: of a sharded model each holds a part
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in loggers:
-            for name, figure in figures_of(found, self.samples).items():
+            for name, figure in figures_of(inspected, self.samples).items():
                 logger.experiment.add_figure(f"inspection/{name}", figure, step)
-            for target, value in _means(found).items():
+            for target, value in _means(inspected).items():
                 logger.experiment.add_scalar(f"inspection/strength/{target}", value, step)
 
 
@@ -70,21 +70,21 @@ def _first_questions(model: VisionLanguageModel, data: DataModule, count: int) -
     return samples
 
 
-def _look_into(module: pl.LightningModule, samples: Sequence[Sample]) -> list[LookedInto]:
+def _inspect(module: pl.LightningModule, samples: Sequence[Sample]) -> list[Inspection]:
     model = cast(VisionLanguageModel, module.model)
     batch = model.processor.collate([model.processor.encode(sample) for sample in samples]).to(module.device)
     asked = [(text_of(s.messages[-2]["content"]), references_of(s.messages[-1])[0]) for s in samples]
     training = module.training
     module.eval()
-    found = look_into_batch(model, batch, asked)
+    inspected = inspect_batch(model, batch, asked)
     module.train(training)
-    return found
+    return inspected
 
 
-def _means(found: Sequence[LookedInto]) -> dict[str, float]:
+def _means(inspected: Sequence[Inspection]) -> dict[str, float]:
     """The mean strength of each norm, over all tokens."""
     values: dict[str, list[float]] = defaultdict(list)
-    for one in found:
+    for one in inspected:
         for target, strengths in one.strength.items():
             values[str(target).replace(", ", "_").replace(" ", "_")] += strengths
     return {name: sum(of) / len(of) for name, of in values.items()}
@@ -93,24 +93,24 @@ def _means(found: Sequence[LookedInto]) -> dict[str, float]:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def figures_of(found: Sequence[LookedInto], samples: Sequence[Sample]) -> dict[str, object]:
+def figures_of(inspected: Sequence[Inspection], samples: Sequence[Sample]) -> dict[str, object]:
     """The figures that there are, by name."""
     figures: dict[str, object] = {}
-    if any(one.strength for one in found):
-        figures |= {"strength": _strength(found), "words": _words(found)}
-    if any(one.views for one in found):
-        figures["patches"] = _patches(found, samples)
-    if (cka := [one.cka for one in found if one.cka is not None]) and len(cka[0]) > 1:
+    if any(one.strength for one in inspected):
+        figures |= {"strength": _strength(inspected), "words": _words(inspected)}
+    if any(one.views for one in inspected):
+        figures["patches"] = _patches(inspected, samples)
+    if (cka := [one.cka for one in inspected if one.cka is not None]) and len(cka[0]) > 1:
         figures["cka"] = _cka(torch.stack(cka).mean(0))
     return figures
 
 
-def _strength(found: Sequence[LookedInto]) -> object:
+def _strength(inspected: Sequence[Inspection]) -> object:
     """One heat map a sample: norms by tokens."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 2.2 * len(found)), layout="constrained")
-    for axes, one in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found, strict=True):
+    figure = Figure(figsize=(10, 2.2 * len(inspected)), layout="constrained")
+    for axes, one in zip(figure.subplots(len(inspected), 1, squeeze=False)[:, 0], inspected, strict=True):
         image = axes.imshow(list(one.strength.values()), aspect="auto", cmap="Blues", vmin=0)
         axes.set_xticks(range(len(one.words)), [_plain(word) for word in one.words], rotation=60, fontsize=7)
         axes.set_yticks(range(len(one.strength)), [str(target) for target in one.strength], fontsize=7)
@@ -118,12 +118,12 @@ def _strength(found: Sequence[LookedInto]) -> object:
     return figure
 
 
-def _words(found: Sequence[LookedInto], most: int = 30) -> object:
+def _words(inspected: Sequence[Inspection], most: int = 30) -> object:
     """The mean strength of each word, the strongest first (LaVi, figure 7)."""
     from matplotlib.figure import Figure
 
     values: dict[str, list[float]] = defaultdict(list)
-    for one in found:
+    for one in inspected:
         for word, value in zip(one.words, one.mean_strength or [], strict=False):
             values[_plain(word)].append(value)
     means = sorted(((sum(of) / len(of), word) for word, of in values.items()), reverse=True)[:most]
@@ -135,20 +135,21 @@ def _words(found: Sequence[LookedInto], most: int = 30) -> object:
     return figure
 
 
-def _patches(found: Sequence[LookedInto], samples: Sequence[Sample]) -> object:
+def _patches(inspected: Sequence[Inspection], samples: Sequence[Sample]) -> object:
     """The first view of each sample, what the answer depends on over it."""
     from matplotlib.figure import Figure
 
     columns = 4
-    rows = -(-len(found) // columns)
+    rows = -(-len(inspected) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.6 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
-    for axes, one, sample in zip(grid, found, samples, strict=False):
+    for axes, one, sample in zip(grid, inspected, samples, strict=False):
         if one.views:
             view = one.views[0]
-            axes.imshow(view.pixels, extent=(0, 1, 0, 1))
+            pixels = picture_of(sample) if view.pixels is None else view.pixels
+            axes.imshow(pixels, extent=(0, 1, 0, 1))
             axes.imshow(view.cells(one.relevance), extent=(0, 1, 0, 1), cmap="inferno", alpha=0.55)
         else:
             axes.imshow(picture_of(sample))

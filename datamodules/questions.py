@@ -17,15 +17,18 @@ import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from datamodules.formats.files import load_json, read_head, reading
+from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import Sample, Video, Visual
+from lavi.config.files import sha256_of
+from lavi.config.types import Count, Positive
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image
-from lavi.data.videos import read_video
+from lavi.data.videos import VIDEO_TYPES, read_video
 from lavi.errors import UserError, nearest
 from lavi.evaluation.tasks import QuestionSource, UnreadableError
 
@@ -54,16 +57,20 @@ class QuestionFile(QuestionSource):
         key: the field that is the same in a question and its annotation; ``annotations_key``: its name in these.
         where: only records whose fields have these values; true: any, but not nothing.
         prompt: template of the question; ``{options}`` are the options, lettered, one a line.
-        answer: path to the true answer, or to all of them; of a question with options a letter, the number of one from
-            0, or its text.
+        answer: path to the true answer, or to all of them.
+        answer_is: of questions with options, what the answer is: a letter, the number of an option from 0, or its text.
         options: path to the list of options, or the fields that are one each; of these, empty ones are none.
         image: template of the image's file, or, without braces, path to one or several (or paths): file names below
             ``images``, or the images themselves (bytes, base64).
         images: folder of the images, below the task's.
-        video: template of the video's file; ``clip``: the fields with the seconds from which and to which it is seen.
+        video: template of the video's file, or of a folder of its frames; where there is none of that ending, another
+            that can be read is taken. ``clip``: the fields with the seconds from which and to which it is seen;
+            ``frames_per_second``: of folders.
         frames: which frames of videos are seen.
         about: template of what answers are about, which are not independent; by default the image or video, or the
             number of the question.
+        copies_apart: questions whose field ``index`` differs by a multiple of it are copies of one (MMBench, their
+            options turned round): they are about the same, of level ``first`` and ``copy``.
         family: template of the group that a question counts in.
         level: template of the level.
 
@@ -77,6 +84,7 @@ class QuestionFile(QuestionSource):
         file: str,
         prompt: str,
         answer: str,
+        answer_is: Literal["letter", "index", "text"] = "letter",
         within: str | None = None,
         annotations: str | None = None,
         annotations_within: str | None = None,
@@ -88,19 +96,22 @@ class QuestionFile(QuestionSource):
         images: str = ".",
         video: str | None = None,
         clip: list[str] | None = None,
+        frames_per_second: Positive = 3.0,
         frames: FrameSampling | None = None,
         about: str | None = None,
+        copies_apart: Count | None = None,
         family: str = "all",
         level: str = "all",
     ) -> None:
         if "{options}" in prompt and options is None:
             raise UserError("the prompt shows {options}: say by 'options' which fields they are.")
-        self.file, self.within, self.prompt, self.answer = file, within, prompt, answer
+        self.file, self.within, self.prompt, self.answer, self.answer_is = file, within, prompt, answer, answer_is
         self.annotations, self.annotations_within = annotations, annotations_within
         self.key, self.annotations_key = key, annotations_key or key
         self.where, self.options = where or {}, options
         self.image, self.images = image, images
         self.video, self.clip, self.frames = video, clip, frames or FrameSampling()
+        self.frames_per_second, self.copies_apart = frames_per_second, copies_apart
         self.about, self.family, self.level = about, family, level
 
     def records(self, folder: Path) -> Iterable[Record]:
@@ -113,10 +124,14 @@ class QuestionFile(QuestionSource):
                 if more is not None:
                     record = record | more.get(_field(record, self.key, str(file)), {})
                 if all(_is(record, name, value, str(file)) for name, value in self.where.items()):
-                    yield {"index": index, "file": file.stem, **record}
+                    yield {"index": index, "number": index, "file": file.stem, "folder": file.parent.name, **record}
                     index += 1
         if not index:
             raise UserError(f"{folder / self.file} has not one question{' that is asked for' if self.where else ''}.")
+
+    def fingerprint(self, folder: Path) -> str:
+        names = [self.file, *([self.annotations] if self.annotations else [])]
+        return " ".join(sha256_of(file)[:16] for name in names for file in _files(folder, name))
 
     def sample(self, record: Record, folder: Path) -> Sample:
         parts = self._options(record)
@@ -124,7 +139,7 @@ class QuestionFile(QuestionSource):
         text = _filled(self.prompt, record if self.options is None else record | {"options": shown}).strip()
         references = self._references(record) if parts is None else _of_letter(parts)
         answer = {"role": "assistant", "content": references[0], "references": references}
-        answer |= {"family": _filled(self.family, record), "level": _filled(self.level, record)}
+        answer |= {"family": _filled(self.family, record), "level": self._level(record)}
         words = {"type": "text", "text": text}
         about, named = self._about(record), self._named_images(record)
         try:
@@ -143,7 +158,7 @@ class QuestionFile(QuestionSource):
     def _references(self, record: Record) -> list[str]:
         found = [str(one) for one in _listed(_field(record, self.answer, self.file)) if one is not None]
         if not found:
-            raise UserError(f"question {record['index']} has no '{self.answer}': leave it out by 'where'.")
+            raise UserError(f"question {record['number']} has no '{self.answer}': leave it out by 'where'.")
         return found
 
     def _options(self, record: Record) -> Parts | None:
@@ -155,7 +170,8 @@ class QuestionFile(QuestionSource):
         else:
             listed = [_field(record, name, self.file) for name in self.options]
         options = [str(one) for one in listed if not _is_nothing(one)]
-        return Parts(options, _letter(_field(record, self.answer, self.file), options)) if options else None
+        answer = _field(record, self.answer, self.file)
+        return Parts(options, _letter(answer, options, self.answer_is)) if options else None
 
     def _named_images(self, record: Record) -> list[Any]:
         """The names of a question's images, or what holds them."""
@@ -173,13 +189,23 @@ class QuestionFile(QuestionSource):
             return []
         ends = [float(record[name]) for name in self.clip or () if not _is_nothing(record.get(name))]
         clip = (ends[0], ends[1]) if len(ends) == 2 else None
-        return [read_video(folder / _filled(self.video, record), self.frames, clip=clip)]
+        file = _readable(folder / _filled(self.video, record))
+        if file.is_dir():
+            return [_video_of_frames(file, self.frames, self.frames_per_second, clip)]
+        return [read_video(file, self.frames, clip=clip)]
+
+    def _level(self, record: Record) -> str:
+        if self.copies_apart is None:
+            return _filled(self.level, record)
+        return "first" if int(record["index"]) < self.copies_apart else "copy"
 
     def _about(self, record: Record) -> str:
+        if self.copies_apart is not None:
+            return str(int(record["index"]) % self.copies_apart)
         if self.about is not None:
             return _filled(self.about, record)
         template = self.video or (self.image if isinstance(self.image, str) and "{" in self.image else None)
-        return str(record["index"]) if template is None else _filled(template, record)
+        return str(record["number"]) if template is None else _filled(template, record)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -334,22 +360,20 @@ def _lettered(options: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _letter(answer: Any, options: Sequence[str]) -> str:
+def _letter(answer: Any, options: Sequence[str], answer_is: str) -> str:
     """The letter of the right option.
 
     Raises:
         UserError: the answer names none of them.
     """
-    if isinstance(answer, int) and not isinstance(answer, bool) and answer < len(options):
-        return LETTERS[answer]
     text = str(answer).strip()
-    if len(text) == 1 and text.upper() in LETTERS[: len(options)]:
-        return text.upper()
-    if text in options:
-        return LETTERS[options.index(text)]
-    if text.isdigit() and int(text) < len(options):
+    if answer_is == "index" and text.isdigit() and int(text) < len(options):
         return LETTERS[int(text)]
-    raise UserError(f"the answer {answer!r} is none of the options {', '.join(map(repr, options))}.")
+    if answer_is == "letter" and len(text) == 1 and text.upper() in LETTERS[: len(options)]:
+        return text.upper()
+    if answer_is == "text" and text in [option.strip() for option in options]:
+        return LETTERS[[option.strip() for option in options].index(text)]
+    raise UserError(f"the answer {answer!r} is no {answer_is} of the options {', '.join(map(repr, options))}.")
 
 
 def _of_letter(parts: Parts) -> list[str]:
@@ -358,7 +382,30 @@ def _of_letter(parts: Parts) -> list[str]:
     return [parts.letter, text.removeprefix(f"{parts.letter}. ")]
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images and videos ------------------------------------------------------------------------------------------------
+
+
+def _readable(file: Path) -> Path:
+    """A video's file as it is named, or one beside it with another ending that can be read."""
+    if file.exists():
+        return file
+    others = (file.with_suffix(f".{ending}") for ending in VIDEO_TYPES)
+    return next((other for other in others if other.exists()), file)
+
+
+def _video_of_frames(folder: Path, sampling: FrameSampling, rate: float, clip: tuple[float, float] | None) -> Video:
+    """The frames that are seen of a folder of images, which stand ``1 / rate`` seconds each, in order of their names.
+
+    Raises:
+        UserError: it has no images, or one cannot be read.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower().lstrip(".") in IMAGE_TYPES)
+    if not files:
+        raise UserError(f"{folder} has no frames.")
+    seconds = [number / rate for number in range(len(files))]
+    start, stop = clip or (0.0, len(files) / rate)
+    kept = sampling.pick(seconds, start, min(stop, len(files) / rate))
+    return Video([open_image(files[number]) for number in kept], [seconds[number] for number in kept], stop - start)
 
 
 def _image(value: Any, folder: Path) -> Image.Image:

@@ -32,15 +32,15 @@ def main() -> None:
     device = device_of(args.device)
     from lavi.checkpoints.load import load
     from lavi.data.images import open_image
-    from lavi.inspection.answer import look_into
+    from lavi.inspection.answer import inspect_answer
     from lavi.inspection.page import write_page
     from lavi.report import console
 
     images = [open_image(file) for file in args.image]
     model = load(args.checkpoint, trust=args.trust).to(device)
-    found = look_into(model, args.question, images, answer=args.answer, max_new_tokens=args.max_new_tokens)
-    write_page(found, args.out, run=args.checkpoint.name)
-    console().print(f"{found.question} {found.answer}")
+    inspected = inspect_answer(model, args.question, images, answer=args.answer, max_new_tokens=args.max_new_tokens)
+    write_page(inspected, args.out, run=args.checkpoint.name)
+    console().print(f"{inspected.question} {inspected.answer}")
     console().print(f"written: {args.out}")
 
 

@@ -124,8 +124,9 @@ def mmbench(folder: Path) -> None:
     names = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split"]
     image = base64.b64encode(jpeg("green") + bytes(400)).decode()
     row = ["7", "Which?", "nan", "iron", "wood", "nan", "", "B", "nature", image, "x", "dev"]
+    turned = ["1000007", "Which?", "nan", "wood", "iron", "nan", "", "A", "nature", image, "x", "dev"]
     with open(folder / "mmbench_dev_20230712.tsv", "w", newline="") as stream:
-        csv.writer(stream, delimiter="\t").writerows([names, row])
+        csv.writer(stream, delimiter="\t").writerows([names, row, turned])
 
 
 def seed(folder: Path) -> None:
@@ -199,10 +200,13 @@ def captioned(name: str, image: str) -> Callable[[Path], None]:
     return write
 
 
-def open_videos(folder: Path) -> None:
-    dump(folder / "test_q.json", [{"video_name": "v_a", "question": "what is it?", "question_id": "v_a_1"}])
-    dump(folder / "test_a.json", [{"answer": "a dog", "type": 3, "question_id": "v_a_1"}])
-    videos(folder / "videos", "v_a.mp4")
+def open_videos(name: str, file: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        dump(folder / "test_q.json", [{"video_name": name, "question": "what is it?", "question_id": f"{name}_1"}])
+        dump(folder / "test_a.json", [{"answer": "a dog", "type": 3, "question_id": f"{name}_1"}])
+        videos(folder / "videos", file)
+
+    return write
 
 
 def egoschema(folder: Path) -> None:
@@ -217,8 +221,10 @@ def egoschema(folder: Path) -> None:
 def mvbench(folder: Path) -> None:
     record = {"video": "a.mp4", "question": "What?", "candidates": ["yes", "no"], "answer": "no"}
     dump(folder / "json/action_sequence.json", [record | {"start": 0.0, "end": 1.0}])
-    dump(folder / "json/state_change.json", [record])
+    dump(folder / "json/episodic_reasoning.json", [record | {"video": "clip_1", "start": 1.0, "end": 2.0}])
+    dump(folder / "json/state_change.json", [record | {"video": "a.avi"}])  # written as mp4
     videos(folder / "video", "action_sequence/a.mp4", "state_change/a.mp4")
+    pictures(folder / "video/episodic_reasoning/clip_1", *(f"{n:05d}.jpg" for n in range(9)))
 
 
 def video_mme(folder: Path) -> None:
@@ -252,9 +258,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "mmmu": mmmu,
     "coco_captions": captioned("dataset_coco.json", "val2014/x.jpg"),
     "flickr30k": captioned("dataset_flickr30k.json", "flickr30k-images/x.jpg"),
-    "msvd_qa": open_videos,
-    "msrvtt_qa": open_videos,
-    "activitynet_qa": open_videos,
+    "msvd_qa": open_videos("-4wsuPCjDBc_5_15", "-4wsuPCjDBc_5_15.mp4"),
+    "msrvtt_qa": open_videos("video7010", "video7010.mp4"),
+    "activitynet_qa": open_videos("1QIUV7WYKXg", "v_1QIUV7WYKXg.mp4"),
     "egoschema": egoschema,
     "mvbench": mvbench,
     "video_mme": video_mme,

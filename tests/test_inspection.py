@@ -15,7 +15,7 @@ from PIL import Image
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
-from lavi.inspection.answer import look_into, look_into_batch
+from lavi.inspection.answer import inspect_answer, inspect_batch
 from lavi.inspection.page import page
 from lavi.inspection.probes import linear_cka, reading, relevance
 from lavi.visor.fusion import VisorFusion
@@ -119,10 +119,10 @@ def test_shares_are_those_of_the_attention_itself(build: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in GENERATORS if name != "attention"])
 def test_generators_of_one_vector_have_no_shares(build: Any, name: str) -> None:
     model = answering(build, LaViFusion(every=2, generator=GENERATORS[name](bottleneck=8)))
-    found = look_into(model, QUESTION, [image(1)], max_new_tokens=3)
-    assert found.shares == {}
-    assert found.mean_shares is None
-    assert found.mean_strength
+    inspected = inspect_answer(model, QUESTION, [image(1)], max_new_tokens=3)
+    assert inspected.shares == {}
+    assert inspected.mean_shares is None
+    assert inspected.mean_strength
 
 
 FUSIONS = {
@@ -138,15 +138,15 @@ def test_what_an_answer_depends_on_is_told_for_every_fusion(build: Any, fusion: 
     """Of two rows with one and two images: shares of each row add up to 1, and a token that is cut out has none."""
     model = answering(build, FUSIONS[fusion]())
     batch = batch_of(model, ask(1, QUESTION, answer="red"), ask(2, 3, QUESTION, answer="blue"))
-    found = relevance(model, batch)
-    assert found.shape == (3, model.feature_spec.tokens)
-    assert float(found[0].sum()) == pytest.approx(1, abs=1e-4)
-    assert float(found[1:].sum()) == pytest.approx(1, abs=1e-4)
-    assert bool((found >= 0).all())
-    both = look_into_batch(model, batch, [(QUESTION, "red"), (QUESTION, "blue")])
+    inspected = relevance(model, batch)
+    assert inspected.shape == (3, model.feature_spec.tokens)
+    assert float(inspected[0].sum()) == pytest.approx(1, abs=1e-4)
+    assert float(inspected[1:].sum()) == pytest.approx(1, abs=1e-4)
+    assert bool((inspected >= 0).all())
+    both = inspect_batch(model, batch, [(QUESTION, "red"), (QUESTION, "blue")])
     assert [len(one.views) for one in both] == [1, 2]
-    assert torch.allclose(both[1].relevance, found[1:].flatten(), atol=1e-5)
-    assert torch.allclose(both[1].views[1].cells(both[1].relevance).flatten(), found[2], atol=1e-5)
+    assert torch.allclose(both[1].relevance, inspected[1:].flatten(), atol=1e-5)
+    assert torch.allclose(both[1].views[1].cells(both[1].relevance).flatten(), inspected[2], atol=1e-5)
     assert both[0].cka is not None
     assert both[0].cka.shape == (1 + len(model.language.layers),) * 2
     assert torch.allclose(both[0].cka.diagonal(), torch.ones(1), atol=1e-4)
@@ -160,8 +160,8 @@ def test_relevance_finds_the_only_token_that_matters(build: Any) -> None:
     mask[3] = 1
     forward = model.fusion.projector.forward
     model.fusion.projector.forward = lambda features: forward(features) * mask
-    found = relevance(model, batch)
-    assert float(found[0, 3]) == pytest.approx(1)
+    inspected = relevance(model, batch)
+    assert float(inspected[0, 3]) == pytest.approx(1)
 
 
 def test_cka_is_1_for_a_rotation_and_small_for_noise() -> None:
@@ -179,17 +179,17 @@ def test_cka_is_1_for_a_rotation_and_small_for_noise() -> None:
 
 def test_a_page_needs_nothing_else_and_its_words_are_text(build: Any) -> None:
     model = answering(build, LaViFusion(every=2, generator=small()))
-    found = look_into(model, "what <b>colour</b> is </script> it?", [image(1), image(2)], answer="red & blue")
-    text = page(found, run="a run")
+    inspected = inspect_answer(model, "what <b>colour</b> is </script> it?", [image(1), image(2)], answer="red & blue")
+    text = page(inspected, run="a run")
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "http" not in text.replace("http-equiv", "")
     assert "<b>colour" not in text
     assert text.count("</script>") == 2
     assert text.count("<canvas>") == 2
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
-    assert len(data["words"]) == len(found.words)
+    assert len(data["words"]) == len(inspected.words)
     assert len(data["answer"]) == 2
-    rows, columns = found.views[0].grid
+    rows, columns = inspected.views[0].grid
     assert (len(data["answer"][0]), len(data["answer"][0][0])) == (rows, columns)
 
 

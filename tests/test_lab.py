@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import answering, small
 from lab import METHODS, RECIPES, draw, key_of, lab_table, over_seeds, slug
-from looks import asked, covered, shares_on
+from relevance import asked, covered, shares_on
 
 from datamodules.scenes import Thing
 from lavi.efficiency.record import Record
 from lavi.fusion.lavi import LaViFusion
-from lavi.inspection.answer import look_into
+from lavi.inspection.answer import inspect_answer
 from lavi.recipe import Recipe
 
 FAMILIES = ("count", "relation", "comparison", "reading", "two_images")
@@ -86,10 +86,10 @@ def test_a_model_that_looks_at_one_place_is_found_out(build: Any) -> None:
     model = answering(build, LaViFusion(every=2, generator=small()))
     (scene, thing, text, answer), *_ = asked(1)
     image = scene.image()
-    found = look_into(model, text, [image], answer=answer)
-    found.relevance = torch.zeros_like(found.relevance)
-    found.relevance[0] = 1
-    on = covered(thing, found.views[0].grid)
-    assert shares_on(found, thing)["relevance"] == pytest.approx(float(on[0, 0]))
-    assert shares_on(found, thing)["picture"] == pytest.approx(float(on.mean()))
-    assert set(shares_on(found, thing)) == {"picture", "relevance", "attention"}
+    inspected = inspect_answer(model, text, [image], answer=answer)
+    inspected.relevance = torch.zeros_like(inspected.relevance)
+    inspected.relevance[0] = 1
+    on = covered(thing, inspected.views[0].grid)
+    assert shares_on(inspected, thing)["relevance"] == pytest.approx(float(on[0, 0]))
+    assert shares_on(inspected, thing)["picture"] == pytest.approx(float(on.mean()))
+    assert set(shares_on(inspected, thing)) == {"picture", "relevance", "attention"}

@@ -22,9 +22,11 @@ from lavi.batch import Sample, Video, text_of
 from lavi.efficiency.record import read_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import answer_task
-from lavi.evaluation.predictions import Answered, Part, PredictionFile, read_predictions
+from lavi.evaluation.predictions import Answered, Part, PredictionFile, read_predictions, routes_of
+from lavi.evaluation.run_tasks import _folders_of
 from lavi.evaluation.tasks import FOLDER, Task, UnreadableError
 from lavi.fusion.lavi import LaViFusion
+from lavi.metrics.base import Prediction
 
 REPOSITORY = Path(__file__).parents[1]
 ANSWERS: dict[str, list[tuple[str, list[str], str]]] = {
@@ -36,13 +38,13 @@ ANSWERS: dict[str, list[tuple[str, list[str], str]]] = {
     "pope": [("Is there a dog?\nAnswer the question using a single word or phrase.", ["no"], "coco_pope_random")],
     "mme": [("answer yes or no.\nAnswer the question using a single word or phrase.", ["No"], "count")],
     "scienceqa": [("Which?\nA. iron\nB. wood\nAnswer with the option's letter", ["B", "wood"], "natural science")],
-    "mmbench": [("Which?\nA. iron\nB. wood\nAnswer with the option's letter", ["B", "wood"], "nature")],
+    "mmbench": [("Which?\nA. wood\nB. iron\nAnswer with the option's letter", ["A", "wood"], "nature")],
     "seed": [("A. one\nB. two\nC. three\nD. four\nAnswer", ["C", "three"], "1")],
     "docvqa": [("what date?\nAnswer the question", ["1/8/93", "8 Jan"], "all")],
     "infovqa": [("what share?\nAnswer", ["10%"], "all")],
     "chartqa": [("How many?\nAnswer the question with a single word.", ["14"], "test_human")],
     "ocrbench": [("what?", ["x+1"], "HME100k")],
-    "mmmu": [("See <image 1>.\n\nAnswer", ["5.5"], "Cost")],
+    "mmmu": [("See <image 1>.\nA. $6\nB. $7\nAnswer", ["B", "$7"], "Accounting")],
     "coco_captions": [("caption for the provided image.", [f"A dog number {n}." for n in range(5)], "all")],
     "flickr30k": [("caption for the provided image.", [f"A dog number {n}." for n in range(5)], "all")],
     "msvd_qa": [("what is it?\nAnswer", ["a dog"], "all")],
@@ -53,7 +55,7 @@ ANSWERS: dict[str, list[tuple[str, list[str], str]]] = {
     "video_mme": [("How many?\nA. one\nB. two\nC. three\nD. four\nAnswer", ["C", "three"], "short")],
     "next_qa": [("why is it?\nA. one\nB. two\nC. three\nD. four\nE. five\nAnswer", ["E", "five"], "CW")],
 }
-COUNTS = {"vqav2": 2, "gqa": 2, "pope": 6, "mme": 2, "chartqa": 2, "ocrbench": 2, "mmmu": 2, "mvbench": 2}
+COUNTS = {"vqav2": 2, "gqa": 2, "pope": 6, "mme": 2, "chartqa": 2, "ocrbench": 2, "mmbench": 2, "mvbench": 3}
 
 
 @pytest.fixture
@@ -90,11 +92,16 @@ def test_a_benchmark_is_read_as_it_is_published(name: str, tmp_path: Path) -> No
 def test_what_is_asked_of_one_image_belongs_together(tmp_path: Path) -> None:
     for name in ("vqav2", "gqa", "pope", "mme"):
         assert len({sample.key for sample in samples_of(name, tmp_path / name)}) == 1
-    (clip, whole) = samples_of("mvbench", tmp_path / "mvbench")
+    (clip, frames, whole) = samples_of("mvbench", tmp_path / "mvbench")
     assert isinstance(clip.images[0], Video)
     assert isinstance(whole.images[0], Video)
     assert clip.images[0].duration == pytest.approx(1.0)
     assert whole.images[0].duration == pytest.approx(2.0)
+    assert isinstance(frames.images[0], Video)
+    assert [round(second, 2) for second in frames.images[0].seconds] == [1.0, 1.33, 1.67]  # of a folder, 3 a second
+    (first, copy) = samples_of("mmbench", tmp_path / "mmbench")
+    assert first.key == copy.key == "7"
+    assert [sample.messages[-1]["level"] for sample in (first, copy)] == ["first", "copy"]
 
 
 def question_file(**changes: Any) -> QuestionFile:
@@ -107,7 +114,16 @@ def question_file(**changes: Any) -> QuestionFile:
     [
         ({"answer": "anser"}, {}, "has no field 'anser': did you mean 'answer'"),
         ({"prompt": "{qestion}"}, {}, "has no field 'qestion': did you mean 'question'"),
-        ({"options": ["a", "b"], "prompt": "{options}"}, {"a": "x", "b": "y"}, "'red' is none of the options 'x', 'y'"),
+        (
+            {"options": ["a", "b"], "prompt": "{options}"},
+            {"a": "x", "b": "y"},
+            "'red' is no letter of the options 'x', 'y'",
+        ),
+        (
+            {"options": ["a", "b"], "prompt": "{options}", "answer_is": "index"},
+            {"a": "1", "b": "2", "answer": 2},
+            "2 is no index of the options",
+        ),
         ({"prompt": "{question:d}"}, {}, "cannot be filled"),
     ],
 )
@@ -129,6 +145,19 @@ def test_a_picture_that_cannot_be_read_leaves_its_question(name: str, words: str
     with pytest.raises(UnreadableError, match=words) as caught:
         source.sample(next(iter(source.records(tmp_path))), tmp_path)
     assert caught.value.sample.messages[-1]["references"] == ["red"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "answer_is", "letter"),
+    [("a", ["b", "a", "c"], "text", "B"), ("a", ["b", "a", "c"], "letter", "A"), ("1", ["2", "1"], "index", "B")],
+)
+def test_what_an_answer_is_is_said_and_not_guessed(
+    answer: str, options: list[str], answer_is: str, letter: str, tmp_path: Path
+) -> None:
+    dump(tmp_path / "q.json", [{"question": "which?", "answer": answer, "options": options}])
+    source = question_file(image=None, options="options", prompt="{options}", answer_is=answer_is)
+    (sample,) = [source.sample(record, tmp_path) for record in source.records(tmp_path)]
+    assert sample.messages[-1]["references"][0] == letter
 
 
 def test_files_that_are_missing_are_a_sentence(tmp_path: Path) -> None:
@@ -203,7 +232,7 @@ def test_a_task_is_answered_and_kept(run: Any, trained: Path, colours: Path) -> 
     assert all(one.prediction.references == ("red",) for one in answers)
     assert all("what colour is the circle" in one.prompt for one in answers if not one.error)
     assert "of 22 questions" in printed
-    assert "counted as wrong: 3 x" in printed
+    assert "3 could not be asked and count as wrong, the first of them:" in printed
     (record,) = read_records(file.parent / "tasks.jsonl")
     right = sum(one.prediction.score for one in answers)
     assert record.accuracy["all"] == pytest.approx(100 * right / 22)
@@ -245,6 +274,72 @@ def test_what_was_answered_is_not_answered_again(run: Any, trained: Path, colour
     assert len(read_predictions(file)[1]) == 4
 
 
+def test_a_picture_that_was_missing_is_asked_about_when_it_is_there(run: Any, trained: Path, colours: Path) -> None:
+    """Of an evaluation that was stopped; a whole one says what is missing. Nothing readable is no evaluation."""
+    for file in (colours / "tasks" / "colours").glob("*.jpg"):
+        file.rename(file.with_suffix(".gone"))
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    assert status == 2
+    assert "not one question could be asked" in problems
+    for file in (colours / "tasks" / "colours").glob("*.gone"):
+        file.rename(file.with_suffix(".jpg"))
+    _, scored = evaluate(run, colours)
+    assert sum(bool(one.error) for one in read_predictions(scored)[1]) == 3
+
+
+def test_other_questions_are_another_task(run: Any, trained: Path, colours: Path) -> None:
+    evaluate(run, colours)
+    file = colours / "tasks" / "colours" / "q.json"
+    file.write_text(file.read_text().replace("triangle", "cross"))
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    assert status == 2
+    assert "answers of another questions" in problems
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above_them() -> None:
+    out = Path("scored")
+    assert _folders_of([Path("a/seed-0"), Path("b/seed-0")], out) == [out / "a-seed-0", out / "b-seed-0"]
+    assert _folders_of([Path("a/one"), Path("b/two")], out) == [out / "one", out / "two"]
+    with pytest.raises(UserError, match="named twice"):
+        _folders_of([Path("a/one"), Path("a/one")], out)
+
+
+ODD = "a\u2028b\u0085c\r\n\ud800d"
+"""Characters that some take for ends of lines, and half of one."""
+
+
+def test_answers_of_any_characters_are_read_again(tmp_path: Path) -> None:
+    kept = PredictionFile(tmp_path / "a.jsonl", {"task": ODD})
+    answers = [
+        Answered(n, Prediction(ODD, (ODD, "x"), "0", question=ODD), ODD, 3, routes=[((1, 2), 2)]) for n in (0, 1)
+    ]
+    part = kept.part(0)
+    part.add(answers[:1])
+    part.add(answers[1:])
+    kept.part(0)  # begun again: nothing is lost
+    assert [one.prediction.answer.replace("?", "\ud800") for one in kept.answered()] == [ODD, ODD]
+    assert [one.routes for one in kept.answered()] == [[((1, 2), 2)]] * 2
+    kept.finish(kept.answered())
+    assert len(read_predictions(kept.file)[1]) == 2
+
+
+def test_a_batch_that_was_cut_short_is_answered_again_whole(tmp_path: Path) -> None:
+    """With its routes: they are counted once."""
+    kept = PredictionFile(tmp_path / "a.jsonl", {})
+    batch = [Answered(n, Prediction("x", ("y",), "0"), "p", 3, routes=[("both", 2)] if not n else []) for n in (0, 1)]
+    part = kept.part(0)
+    part.add(batch)
+    whole = part.file.read_bytes()
+    for length in range(len(whole) - 1, 3, -7):
+        part.file.write_bytes(whole[:length])
+        again = kept.part(0)
+        assert kept.answered() == []
+        again.add(batch)
+        assert routes_of(kept.answered()) == {"both": 2}
+
+
 def test_another_prompt_is_another_task(run: Any, trained: Path, colours: Path) -> None:
     evaluate(run, colours)
     (colours / "colours.yaml").write_text(TASK.replace("what colour is", "which colour has"))
@@ -283,9 +378,9 @@ def test_an_evaluation_that_is_killed_gives_the_file_of_one_go(
 
     def die(self: Part, answers: Any) -> None:
         if rng.random() < 0.4:
-            lines = "".join(one.line() for one in answers)
+            line = json.dumps([one.row() for one in answers])
             with open(self.file, "a") as stream:
-                stream.write(lines[: rng.randrange(len(lines))])
+                stream.write(line[: rng.randrange(len(line))])
             raise KeyboardInterrupt
         add(self, answers)
 

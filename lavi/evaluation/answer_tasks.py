@@ -14,24 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lavi.batch import Layout
 from lavi.data.collator import EncodedSample
 from lavi.errors import UserError, one_line
 from lavi.evaluation.predictions import Answered, Part
-from lavi.evaluation.scoring import Expected, prompts_of
+from lavi.evaluation.scoring import LARGEST_WINDOW, Expected, prompts_of, tensor_bytes
 from lavi.evaluation.tasks import Task, UnreadableError
 from lavi.metrics.base import Prediction
 from lavi.model import VisionLanguageModel
 
 
-class Share(NamedTuple):
+class ProcessShare(NamedTuple):
     """Which of the batches a process answers."""
 
     rank: int
-    ranks: int
+    processes: int
 
 
-ALL = Share(0, 1)
+ALL_BATCHES = ProcessShare(0, 1)
 
 
 class Question(NamedTuple):
@@ -54,26 +53,25 @@ def answer_task(
     device: torch.device,
     batch_size: int,
     limit: int | None = None,
-    share: Share = ALL,
-    seen: Callable[[int], None] = lambda count: None,
+    share: ProcessShare = ALL_BATCHES,
+    report_done: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Answer what is not answered yet, and add it to the part batch by batch.
+    """Answer what is not answered yet, score it, and add it to the part batch by batch.
 
     Args:
         folder: of the task's files.
         done: questions that are answered.
         limit: of the task, the first so many questions.
-        seen: told after each batch how many questions are answered.
+        report_done: told after each batch how many questions are answered.
     """
     done = set(done)
     records = islice(task.questions.records(folder), limit)
     for number, batch in enumerate(_batches(enumerate(records), batch_size)):
         left = [(index, record) for index, record in batch if index not in done]
-        if number % share.ranks == share.rank and left:
-            questions = [_question(model, task, folder, index, record) for index, record in left]
-            part.add(_answers(model, questions, task.max_new_tokens, device))
+        if number % share.processes == share.rank and left:
+            part.add(_answers(model, task, (_question(model, task, folder, *one) for one in left), device))
             done.update(index for index, _ in left)
-            seen(len(done))
+            report_done(len(done))
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -98,41 +96,62 @@ def _question(model: VisionLanguageModel, task: Task, folder: Path, index: int, 
 
 
 def _answers(
-    model: VisionLanguageModel, questions: Sequence[Question], max_new_tokens: int, device: torch.device
+    model: VisionLanguageModel, task: Task, questions: Iterable[Question], device: torch.device
 ) -> list[Answered]:
+    """The answers to a batch, in its order."""
+    answered: list[Answered] = []
     model.fusion.route_counts.clear()
-    said = dict[int, str]()
-    for group in _together(model, questions, max_new_tokens):
-        prompts = [question.prompt for question in group if question.prompt is not None]
-        tokens = min(max_new_tokens, *(model.room_behind(prompt.length) for prompt in prompts))
-        batch = model.processor.collate(prompts, pad_left=True).to(device)
-        answers = model.answer(batch, max_new_tokens=tokens)
-        said |= {question.number: answer for question, answer in zip(group, answers, strict=True)}
-    routes = sorted(model.fusion.route_counts.items(), key=str)
-    answered = [_answered(model, question, said.get(question.number, "")) for question in questions]
-    if routes:
+    for group in _prompt_groups(model, questions, task.max_new_tokens):
+        said = iter(_say(model, [q.prompt for q in group if q.prompt is not None], task.max_new_tokens, device))
+        answered += [
+            _answered(model, task, question, "" if question.prompt is None else next(said)) for question in group
+        ]
+    answered.sort(key=lambda one: one.index)
+    if routes := sorted(model.fusion.route_counts.items(), key=str):
         answered[0] = replace(answered[0], routes=routes)
     return answered
 
 
-def _together(
-    model: VisionLanguageModel, questions: Sequence[Question], max_new_tokens: int
+def _prompt_groups(
+    model: VisionLanguageModel, questions: Iterable[Question], max_new_tokens: int
 ) -> Iterator[list[Question]]:
-    """The questions that go together; one that fills the context is alone, so that it shortens no other answer."""
-    room = {q.number: model.room_behind(q.prompt.length) for q in questions if q.prompt is not None}
-    if usual := [q for q in questions if room.get(q.number, 0) >= max_new_tokens]:
-        yield usual
-    yield from ([q] for q in questions if 0 < room.get(q.number, 0) < max_new_tokens)
+    """The questions that the model gets at a time, as they fit into memory.
+
+    One whose answer has less room in the context than the others' is alone: it shortens none.
+    """
+    waiting: list[Question] = []
+    size = 0
+    for question in questions:
+        if question.prompt is not None and model.room_behind(question.prompt.length) < max_new_tokens:
+            yield [question]
+            continue
+        own = 0 if question.prompt is None else tensor_bytes(question.prompt)
+        if waiting and size + own > LARGEST_WINDOW:
+            yield waiting
+            waiting, size = [], 0
+        waiting.append(question)
+        size += own
+    if waiting:
+        yield waiting
 
 
-def _answered(model: VisionLanguageModel, question: Question, answer: str) -> Answered:
+def _say(
+    model: VisionLanguageModel, prompts: Sequence[EncodedSample], max_new_tokens: int, device: torch.device
+) -> list[str]:
+    if not prompts:
+        return []
+    tokens = min(max_new_tokens, *(model.room_behind(prompt.length) for prompt in prompts))
+    batch = model.processor.collate(list(prompts), pad_left=True).to(device)
+    answers: list[str] = model.answer(batch, max_new_tokens=tokens)
+    return answers
+
+
+def _answered(model: VisionLanguageModel, task: Task, question: Question, answer: str) -> Answered:
     expected, prompt = question.expected, question.prompt
-    prediction = Prediction(
-        answer, expected.references, question.about, expected.family, expected.level, expected.question
+    prediction = task.metric.scored(
+        Prediction(answer, expected.references, question.about, expected.family, expected.level, expected.question)
     )
     if prompt is None:
         return Answered(question.number, prediction, "", 0, error=question.error)
-    ids = prompt.encoded.ids
-    words = str(model.processor.chat.tokenizer.decode(ids))
-    layouts: list[Layout] = list(prompt.layouts)
-    return Answered(question.number, prediction, words, len(ids), layouts)
+    words = str(model.processor.chat.tokenizer.decode(prompt.encoded.ids))
+    return Answered(question.number, prediction, words, len(prompt.encoded.ids), list(prompt.layouts))

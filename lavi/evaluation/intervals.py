@@ -62,9 +62,7 @@ class Difference:
     test."""
 
 
-def paired_difference(
-    ours: Sequence[Prediction], theirs: Sequence[Prediction], *, highest: float = 1.0, draws: int = DRAWS
-) -> Difference:
+def paired_difference(ours: Sequence[Prediction], theirs: Sequence[Prediction], *, draws: int = DRAWS) -> Difference:
     """The difference of two runs' mean scores, tested on the questions that both answered.
 
     Raises:
@@ -75,14 +73,15 @@ def paired_difference(
     ]:
         raise UserError("two runs are compared on the same questions, in the same order: these answered others.")
     samples, sample = np.unique([one.sample for one in ours], return_inverse=True)
-    gains = np.array([a.score - b.score for a, b in zip(ours, theirs, strict=True)]) / highest
+    gains = np.array([a.score - b.score for a, b in zip(ours, theirs, strict=True)])
     sums = np.bincount(sample, gains).astype(np.float64)
     counts: NDArray[np.int64] = np.bincount(sample)
     mean = 100 * float(gains.mean())
     rng = np.random.default_rng(SEED)
     means = 100 * np.concatenate(list(_drawn_means(sums, counts, rng, draws)))
-    signs = rng.choice([-1.0, 1.0], size=(draws, len(samples)))
-    swapped = 100 * (signs @ sums) / counts.sum()
+    most = max(1, BLOCK // len(samples))
+    blocks = [rng.integers(0, 2, size=(min(most, draws - at), len(samples))) for at in range(0, draws, most)]
+    swapped = 100 * np.concatenate([(2 * block - 1) @ sums for block in blocks]) / counts.sum()
     p = (1 + int((np.abs(swapped) >= abs(mean) - 1e-9).sum())) / (1 + draws)
     return Difference(mean, _ends(means), p)
 

@@ -30,6 +30,8 @@ from lavi.report import track
 
 MANIFEST = ModelManifest(model_id="lavi", chat_class_path=f"{__name__}.LaviForLmmsEval")
 
+AUTO_ROWS = 8
+"""Rows of a batch, where the harness is to choose (``auto``)."""
 LONGEST = 64
 """Tokens of an answer, where the task does not say."""
 
@@ -53,17 +55,23 @@ class LaviForLmmsEval(lmms):
         recipe, model = open_run(Path(checkpoint), overrides=[], trust=trust)
         self.settings, self.device = recipe.settings, device_of(device)
         self.model = model.to(self.device)
-        self.batch_size, self.sampling = int(batch_size), FrameSampling(frames=int(frames))
+        self.rows = int(batch_size) if str(batch_size).isdigit() else AUTO_ROWS
+        self.sampling = FrameSampling(frames=int(frames))
+
+    @property
+    def batch_size(self) -> int:
+        """What the harness asks for."""
+        return self.rows
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers, in the order of the requests; those that decode alike go together."""
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[2]))
         batches = [
-            batch[start : start + self.batch_size]
+            batch[start : start + self.rows]
             for _, alike in groupby(order, key=lambda index: str(requests[index].args[2]))
             for batch in [list(alike)]
-            for start in range(0, len(batch), self.batch_size)
+            for start in range(0, len(batch), self.rows)
         ]
         for batch in track(batches, "lavi: answering", total=len(batches)):
             said = self._answer([self._sample(requests[index].args) for index in batch], requests[batch[0]].args[2])
@@ -107,9 +115,12 @@ class LaviForLmmsEval(lmms):
     @torch.no_grad()
     def _answer(self, samples: Sequence[Sample], wanted: dict[str, Any]) -> list[str]:
         encoded = [self.model.processor.encode(sample, prompt=True) for sample in samples]
-        batch = self.model.processor.collate(encoded, pad_left=True).to(self.device)
+        longest = int(wanted.get("max_new_tokens", LONGEST))
         room = min(self.model.room_behind(one.length) for one in encoded)
-        decoding: dict[str, Any] = {"max_new_tokens": max(1, min(int(wanted.get("max_new_tokens", LONGEST)), room))}
+        if room < longest and len(samples) > 1:  # one that fills the context shortens no other answer
+            return [answer for sample in samples for answer in self._answer([sample], wanted)]
+        batch = self.model.processor.collate(encoded, pad_left=True).to(self.device)
+        decoding: dict[str, Any] = {"max_new_tokens": min(longest, room)}
         if float(wanted.get("temperature") or 0) > 0 and wanted.get("do_sample", True):
             decoding |= {"do_sample": True, "temperature": float(wanted["temperature"])}
             decoding |= {"top_p": wanted["top_p"]} if wanted.get("top_p") else {}

@@ -1,13 +1,15 @@
-"""What a run answered to a task: one JSON line a question, written as it is answered, so that a kill loses one batch.
+"""What a run answered to a task: written as it is answered, so that a kill loses one batch.
 
-NAME.jsonl            the whole file: a head (task, decoding, weights, versions), then the answers in order
-NAME.part-0.jsonl     of each process, while they answer: the same head, its answers in the order they came
+NAME.jsonl            the whole file: a head (task, decoding, weights, versions), then a line for each answer, in order
+NAME.part-0.jsonl     of each process, while they answer: the same head, then a line for each *batch* of answers, so
+                      that a batch is there whole or not at all
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,20 +40,16 @@ class Answered:
     error: str = ""
     """Why the question was not put to the model: it counts as answered wrongly."""
 
-    def line(self) -> str:
-        """As JSON."""
-        row = asdict(self.prediction) | {
-            "score": _number(self.prediction.score),
-            "grade": _number(self.prediction.grade),
-        }
+    def row(self) -> dict[str, Any]:
+        """As JSON has it."""
+        row = asdict(self.prediction)
+        row |= {"score": _number(self.prediction.score), "grade": _number(self.prediction.grade)}
         row |= {"index": self.index, "prompt": self.prompt, "text_tokens": self.text_tokens}
-        row |= {"layouts": self.layouts, "routes": self.routes, "error": self.error}
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return row | {"layouts": self.layouts, "routes": self.routes, "error": self.error}
 
     @classmethod
-    def read(cls, line: str) -> Answered:
-        """The reverse of :meth:`line`."""
-        row = json.loads(line)
+    def of(cls, row: dict[str, Any]) -> Answered:
+        """The reverse of :meth:`row`."""
         own = {name: row.pop(name) for name in ("index", "prompt", "text_tokens", "error")}
         layouts = [Layout(*(_tuple(value) for value in one)) for one in row.pop("layouts")]
         routes = [(_tuple(route), count) for route, count in row.pop("routes")]
@@ -73,7 +71,7 @@ class PredictionFile:
     """The answers to a task, and the parts of it that processes have written so far."""
 
     def __init__(self, file: Path, head: Head) -> None:
-        self.file, self.head = file, head
+        self.file, self.head = file, json.loads(_line(head))
 
     @property
     def is_complete(self) -> bool:
@@ -87,22 +85,22 @@ class PredictionFile:
             UserError: a file is of other weights, another task or other decoding.
         """
         files = [self.file] if self.is_complete else sorted(self._parts())
-        found = {one.index: one for file in files for one in self._read(file)}
-        return [found[index] for index in sorted(found)]
+        by_index = {one.index: one for file in files for one in self._read(file)}
+        return [by_index[index] for index in sorted(by_index)]
 
     def lines(self) -> int:
-        """How many answers there are, without reading them."""
-        return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in self._parts())
+        """How many batches there are, without reading them."""
+        return sum(max(0, len(whole_lines(file)) - 1) for file in self._parts())
 
     def part(self, rank: int) -> Part:
         """What one process goes on to write: its part, without a line that a kill cut short."""
-        return Part(self.file.with_name(f"{self.file.stem}.part-{rank}.jsonl"), self)
+        return Part(self.file.with_name(f"{self.file.stem}.part-{rank}.jsonl"), self.head)
 
     def finish(self, answers: Sequence[Answered]) -> None:
         """Write the whole file in one step, and remove the parts."""
-        with replacing(self.file) as part, open(part, "w", encoding="utf-8") as stream:
-            stream.write(_head_line(self.head))
-            stream.writelines(one.line() for one in answers)
+        with replacing(self.file) as part, open(part, "wb") as stream:
+            stream.write(_line(self.head))
+            stream.writelines(_line(one.row()) for one in answers)
         for file in self._parts():
             file.unlink()
 
@@ -123,48 +121,56 @@ class PredictionFile:
             raise UserError(
                 f"{file} holds answers of another {changed[0]}: answer anew with --again, or name another --out."
             )
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                yield Answered.read(line)
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{file}:{number} is no answer ({error}): begin anew with --again.") from None
+        yield from _answers(file, lines)
 
 
 class Part:
-    """The part of one process: lines are added at its end."""
+    """The part of one process: a line is added for each batch."""
 
-    def __init__(self, file: Path, whole: PredictionFile) -> None:
+    def __init__(self, file: Path, head: Head) -> None:
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            lines = whole_lines(file)
-            kept = lines or [_head_line(whole.head)]
-            file.write_text("".join(kept), encoding="utf-8")
+            kept = sum(map(len, whole_lines(file)))
+            if kept:
+                os.truncate(file, kept)
+            else:
+                file.write_bytes(_line(head))
         except OSError as error:
             raise UserError(f"{file} cannot be written ({reason(error)}).") from None
 
     def add(self, answers: Iterable[Answered]) -> None:
         """Write the answers of a batch."""
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write("".join(one.line() for one in answers))
+        with open(self.file, "ab") as stream:
+            stream.write(_line([one.row() for one in answers]))
 
 
-def whole_lines(file: Path) -> list[str]:
+def whole_lines(file: Path) -> list[bytes]:
     """The lines of a file that are whole; none if it is not there."""
     if not file.is_file():
         return []
-    lines = file.read_bytes().decode(errors="replace").splitlines(keepends=True)
-    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+    *lines, _ = file.read_bytes().split(b"\n")  # no other end of a line: answers may hold any of Unicode's
+    return [line + b"\n" for line in lines]
 
 
-def _head_line(head: Head) -> str:
-    return json.dumps(head, ensure_ascii=False) + "\n"
+def _line(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _answers(file: Path, lines: Sequence[bytes]) -> Iterator[Answered]:
+    """Of the lines behind the head: of a whole file one each, of a part a batch."""
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows = json.loads(line)
+            yield from [Answered.of(row) for row in (rows if isinstance(rows, list) else [rows])]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file}:{number} is no answer ({error}): begin anew with --again.") from None
 
 
 def read_predictions(file: Path) -> tuple[Head, list[Answered]]:
     """The head and the answers of a whole file."""
-    head, *lines = whole_lines(file)
-    return json.loads(head), [Answered.read(line) for line in lines]
+    lines = whole_lines(file)
+    return json.loads(lines[0]), list(_answers(file, lines))
 
 
 def routes_of(answers: Iterable[Answered]) -> Counter[Hashable]:

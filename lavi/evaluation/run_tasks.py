@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -21,7 +19,7 @@ from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.measure import Measurement, count, measure, note_mean_flops, saving_of_samples
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
-from lavi.evaluation.answer_tasks import Share, answer_task
+from lavi.evaluation.answer_tasks import ProcessShare, answer_task
 from lavi.evaluation.compare_runs import open_run, run_name, twin_record
 from lavi.evaluation.intervals import Difference, paired_difference
 from lavi.evaluation.predictions import Answered, PredictionFile, routes_of
@@ -70,6 +68,7 @@ class ScoredTask:
     measurement: Measurement
     twin: Record
     file: Path
+    """Of the predictions."""
 
     @property
     def record(self) -> Record:
@@ -85,7 +84,8 @@ def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) ->
     tasks = [Task.load(name) for name in names]
     for task in tasks:  # before a model is loaded
         next(iter(task.questions.records(settings.data / task.name)))
-    scored = [[_score(run, task, settings) for task in tasks] for run in runs]
+    folders = _folders_of(runs, settings.out)
+    scored = [_score_run(run, folder, tasks, settings) for run, folder in zip(runs, folders, strict=True)]
     for of_task in zip(*scored, strict=True):
         if settings.timing:
             description = f"{of_task[0].task.name}: timing in turns"
@@ -105,49 +105,75 @@ def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) ->
 # --- one run, one task ------------------------------------------------------------------------------------------------
 
 
-def _score(run: Path, task: Task, settings: Settings) -> ScoredTask:
+def _score_run(run: Path, folder: Path, tasks: Sequence[Task], settings: Settings) -> list[ScoredTask]:
+    """All tasks of a run; its model is gone at the end."""
     recipe, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
-    file = _folder_of(run, settings.out) / f"{task.name}.jsonl"
+    return [_score(run, recipe, model, task, folder / f"{task.name}.jsonl", settings) for task in tasks]
+
+
+def _score(
+    run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, file: Path, settings: Settings
+) -> ScoredTask:
     file.parent.mkdir(parents=True, exist_ok=True)
     check_writable(file.parent / RECORDS)
-    kept = PredictionFile(file, _head(run, recipe, task, settings))
+    kept = PredictionFile(file, _head(run, recipe, model, task, settings))
     if settings.again:
         kept.discard()
     answers = _answers(kept, run, model, task, settings)
-    metric = deepcopy(task.metric)
+    sizes = _sizes(answers)
+    metric = task.metric
     metric.reset()
     metric.update(one.prediction for one in answers)
     predictions = metric.predictions()
     if not kept.is_complete:
-        scored = [replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)]
-        kept.finish(scored)
-    sizes = _sizes(answers)
+        kept.finish([replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)])
     routes = routes_of(answers)
     typical = sizes.typical(model.vision.tokens)
     record = count(recipe, model, typical, routes)
     if sizes.prompts:
         note_mean_flops(record, model, sizes.prompts, routes)
     record.accuracy, record.accuracy_intervals = metric.compute(), metric_intervals(metric)
-    unreadable = Counter(one.error for one in answers if one.error)
-    record.knobs |= {"run": run_name(run), "task": task.name, "metric": metric.name, "headline": metric.headline}
-    record.knobs |= {"answers": len(answers), "unreadable": unreadable.total()}
+    unreadable = [one.error for one in answers if one.error]
+    name = _name_of(run, settings.out, file)
+    record.knobs |= {"run": name, "task": task.name, "metric": metric.name, "headline": metric.headline}
+    record.knobs |= {"answers": len(answers), "unreadable": len(unreadable)}
     record.knobs["max_new_tokens"] = task.max_new_tokens
     usual = max(routes, key=routes.__getitem__, default=None)
     console().print(_sentence(record, unreadable))
-    place = Measurement(record, typical, partial(model.to, settings.device), usual)
-    return ScoredTask(run_name(run), task, predictions, place, twin_record(recipe, typical, sizes.prompts), file)
+    measurement = Measurement(record, typical, partial(_opened_again, run, settings), usual)
+    return ScoredTask(name, task, predictions, measurement, twin_record(recipe, typical, sizes.prompts), file)
 
 
-def _folder_of(run: Path, out: Path | None) -> Path:
-    """Where the predictions of a run lie."""
-    if out is not None:
-        return out / run_name(run)
-    if not run.is_dir():
-        raise UserError(f"{run} is a recipe and has no folder of its own: say by --out where its answers belong.")
-    return run / "tasks"
+def _opened_again(run: Path, settings: Settings) -> VisionLanguageModel:
+    """A run's model, when it is to be timed: until then only one model is held at a time."""
+    return open_run(run, overrides=list(settings.overrides), trust=settings.trust)[1]
 
 
-def _head(run: Path, recipe: Recipe, task: Task, settings: Settings) -> dict[str, Any]:
+def _folders_of(runs: Sequence[Path], out: Path | None) -> list[Path]:
+    """Where the predictions of each run lie; below ``out`` runs of one name are told apart by the folders above them.
+
+    Raises:
+        UserError: a recipe, which has no folder, and no ``out``; one run twice.
+    """
+    if out is None:
+        for run in runs:
+            if not run.is_dir():
+                raise UserError(f"{run} is a recipe and has no folder: say by --out where its answers belong.")
+        folders = [run / "tasks" for run in runs]
+    else:
+        parts = [(*run.resolve().parts[1:-1], run_name(run)) for run in runs]
+        depth = next((n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(runs)), 1)
+        folders = [out / "-".join(own[-depth:]) for own in parts]
+    if len(set(folders)) < len(runs):
+        raise UserError("a run is named twice.")
+    return folders
+
+
+def _name_of(run: Path, out: Path | None, file: Path) -> str:
+    return run_name(run) if out is None else file.parent.name
+
+
+def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, settings: Settings) -> dict[str, Any]:
     """What answers depend on; another of it, and they are not of one go."""
     weights = run / TRAINED
     return {
@@ -157,6 +183,8 @@ def _head(run: Path, recipe: Recipe, task: Task, settings: Settings) -> dict[str
         "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
         "overrides": list(settings.overrides),
         "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False},
+        "computes": [settings.device.type, str(model.language.hf.dtype).removeprefix("torch.")],
+        "questions": task.questions.fingerprint(settings.data / task.name),
         "limit": settings.limit,
         "versions": versions(),
     }
@@ -172,8 +200,8 @@ def _answers(
         return before
     folder = settings.data / task.name
     total = sum(1 for _ in islice(task.questions.records(folder), settings.limit))
-    done = {one.index for one in before}
-    with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as seen:
+    done = {one.index for one in before if not one.error}  # a picture that was missing may be there now
+    with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as report_done:
         if settings.processes == 1:
             model.to(settings.device)
             answer_task(
@@ -185,13 +213,13 @@ def _answers(
                 device=settings.device,
                 batch_size=settings.batch_size,
                 limit=settings.limit,
-                seen=seen,
+                report_done=report_done,
             )
         elif len(done) < total:
             start = processes.spawn  # type: ignore[attr-defined]
             started = start(_answer_share, (run, task, kept, done, settings), nprocs=settings.processes, join=False)
             while not started.join(timeout=1.0):
-                seen(kept.lines())
+                report_done(min(total, len(done) + settings.batch_size * kept.lines()))
     return kept.answered()
 
 
@@ -212,7 +240,7 @@ def _answer_share(rank: int, run: Path, task: Task, kept: PredictionFile, done: 
         device=device,
         batch_size=settings.batch_size,
         limit=settings.limit,
-        share=Share(rank, settings.processes),
+        share=ProcessShare(rank, settings.processes),
     )
 
 
@@ -229,14 +257,15 @@ def _sizes(answers: Sequence[Answered]) -> PromptSizes:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _sentence(record: Record, unreadable: Counter[str]) -> str:
+def _sentence(record: Record, unreadable: Sequence[str]) -> str:
     name, score = record.knobs["headline"], record.accuracy[record.knobs["headline"]]
     low, high = record.accuracy_intervals[name]
     called = record.knobs["metric"] if name == "all" else f"{record.knobs['metric']}, {name}"
     text = f"{record.knobs['run']}, {record.knobs['task']}: {called} {score:.1f} ({low:.1f}-{high:.1f})"
     text += f" of {record.knobs['answers']} questions"
-    lines = [f"  counted as wrong: {number} x {cause}" for cause, number in unreadable.items()]
-    return "\n".join([text, *lines])
+    if unreadable:
+        text += f"\n  {len(unreadable)} could not be asked and count as wrong, the first of them: {unreadable[0]}"
+    return text
 
 
 def _print_table(runs: Sequence[ScoredTask]) -> None:
@@ -255,9 +284,9 @@ def task_table(runs: Sequence[ScoredTask]) -> tuple[list[str], list[list[str]]]:
     rows = [[name, *(_with_interval(record, name) for record in records)] for name in records[0].accuracy]
     if len(runs) > 1:
         first = runs[0].predictions
-        highest = runs[0].task.metric.highest
-        found = [paired_difference(one.predictions, first, highest=highest) for one in runs[1:]]
-        rows.append([f"points above {runs[0].run} (95 % interval; p)", "-", *map(_difference, found)])
+        differences = [paired_difference(one.predictions, first) for one in runs[1:]]
+        name = f"mean score, points above {runs[0].run} (95 % interval; p)"
+        rows.append([name, "-", *map(_difference, differences)])
     for with_vision, name in ((False, "without"), (True, "with")):
         sums = [_gflops(record, with_vision=with_vision) for record in records]
         rows.append([f"GFLOPs, mean over samples, {name} vision encoder", *sums])
@@ -278,9 +307,9 @@ def _with_interval(record: Record, name: str) -> str:
     return f"{record.accuracy[name]:.1f} ({low:.1f}-{high:.1f})"
 
 
-def _difference(found: Difference) -> str:
-    low, high = found.interval
-    return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {found.p:.3f})"
+def _difference(difference: Difference) -> str:
+    low, high = difference.interval
+    return f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f}; {difference.p:.3f})"
 
 
 def _gflops(record: Record, *, with_vision: bool) -> str:

@@ -144,7 +144,7 @@ class Scorer:
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
             self._waiting.append((prompt, expected, self.samples))
-            size = sum(_tensor_bytes(waiting) for waiting, *_ in self._waiting)
+            size = sum(tensor_bytes(waiting) for waiting, *_ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         self.samples += 1
@@ -190,7 +190,8 @@ class Scorer:
         )
 
 
-def _tensor_bytes(prompt: EncodedSample) -> int:
+def tensor_bytes(prompt: EncodedSample) -> int:
+    """Bytes of its pixels, or of the features in their place."""
     return prompt.pixels.nbytes + (0 if prompt.backbone_features is None else prompt.backbone_features.nbytes)
 
 

@@ -50,6 +50,10 @@ class QuestionSource(ABC):
             UserError: a file is missing or is something else.
         """
 
+    def fingerprint(self, folder: Path) -> str:
+        """What the files of the questions are, by which answers are told from those to other files."""
+        return ""
+
     @abstractmethod
     def sample(self, record: Any, folder: Path) -> Sample:
         """One question as a conversation that ends with its true answer.

@@ -20,8 +20,8 @@ from lavi.nn.grid_code import grid_of_tokens
 class View:
     """One view of an image as the tower saw it, and the grid that its visual tokens lie on."""
 
-    pixels: Tensor
-    """(H, W, 3), from 0 to 1."""
+    pixels: Tensor | None
+    """(H, W, 3), from 0 to 1; None where its features were read in their place."""
     grid: tuple[int, int]
     first: int
     """Index of the grid's first token among the visual tokens of the row."""
@@ -33,7 +33,7 @@ class View:
 
 
 @dataclass
-class LookedInto:
+class Inspection:
     """What was read of one conversation of T tokens about M visual tokens."""
 
     question: str
@@ -42,6 +42,7 @@ class LookedInto:
     """The text of each token, its position in a word as it is."""
     answer_tokens: range
     views: list[View]
+    """Empty where the visual tokens lie on no grid: a reducer may have taken them off it."""
     relevance: Tensor
     """(M,): the share that each visual token has in the answer, by gradient times feature."""
     strength: dict[Target, list[float]] = field(default_factory=dict)
@@ -66,9 +67,9 @@ class LookedInto:
         return [sum(of_token) / len(of_token) for of_token in zip(*self.strength.values(), strict=True)]
 
 
-def look_into(
+def inspect_answer(
     model: VisionLanguageModel, question: str, visuals: Sequence[Visual], *, answer: str | None = None, **decoding: Any
-) -> LookedInto:
+) -> Inspection:
     """Answer a question about images, and read what happens meanwhile.
 
     Args:
@@ -84,22 +85,26 @@ def look_into(
     messages = [*question_about(state.visuals, question), {"role": "assistant", "content": answer}]
     sample = Sample("inspected", messages, list(state.visuals))
     batch = model.processor.collate([model.processor.encode(sample)]).to(model.language.hf.device)
-    (found,) = look_into_batch(model, batch, [(question, answer)])
-    return found
+    (inspected,) = inspect_batch(model, batch, [(question, answer)])
+    return inspected
 
 
-def look_into_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tuple[str, str]]) -> list[LookedInto]:
+def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tuple[str, str]]) -> list[Inspection]:
     """The same of a batch of conversations of one question each; ``asked``: each question and its answer."""
-    model.fusion.route_counts.clear()
+    counts = model.fusion.route_counts
+    before = counts.copy()
+    counts.clear()
     with reading(model) as readings, torch.no_grad():
         model.token_scores(batch)
-    routes = list(model.fusion.route_counts.elements())
+    routes = list(counts)
+    counts.clear()
+    counts.update(before)  # others count with it
     relevant = relevance(model, batch) if batch.image_slots else None
     width = batch.input_ids.shape[1]
     per_view = 0 if relevant is None else relevant.shape[1]
     rows = group_views_by_row(batch, max(1, per_view))
     columns = text_columns(model, batch)
-    found = []
+    inspected = []
     for row, (question, answer) in enumerate(asked):
         start, stop = batch.spans[row]
         ids = batch.input_ids[row, start:stop].tolist()
@@ -107,8 +112,8 @@ def look_into_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tu
         labelled = (batch.labels[row, start:stop] >= 0).nonzero()[:, 0].tolist()
         states = [_of_text(state[row], columns[row], start, stop, width) for state in readings.states]
         weights = torch.zeros(0) if relevant is None else _of_row(relevant, rows.index[row])
-        found.append(
-            LookedInto(
+        inspected.append(
+            Inspection(
                 question,
                 answer,
                 words,
@@ -121,10 +126,10 @@ def look_into_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tu
                 },
                 {layer: value[row, start:stop].cpu() for layer, value in readings.shares.items()},
                 linear_cka(states).cpu() if all(len(state) == len(states[0]) for state in states) else None,
-                routes[row : row + 1] if len(routes) == len(batch) else routes[:1],
+                routes if len(routes) == 1 else [],  # of several nobody knows whose each was
             )
         )
-    return found
+    return inspected
 
 
 def text_columns(model: VisionLanguageModel, batch: Batch) -> Tensor:
@@ -153,6 +158,8 @@ def _of_row(weights: Tensor, index: Tensor) -> Tensor:
 
 def _views(model: VisionLanguageModel, batch: Batch, row: int) -> list[View]:
     spec = model.feature_spec
+    if spec.grid is None and batch.grids is None:
+        return []
     views, number, first = [], 0, 0
     for slot in batch.image_slots:
         for _ in range(slot.views):
@@ -160,7 +167,8 @@ def _views(model: VisionLanguageModel, batch: Batch, row: int) -> list[View]:
                 tokens = slot.layout.tokens_of_view(spec.tokens)
                 grid = slot.layout.grid or grid_of_tokens(tokens, spec.grid or (1, tokens))
                 prefix = tokens - grid[0] * grid[1]
-                views.append(View(_shown(batch.pixels[number]), grid, first + max(0, prefix)))
+                pixels = _shown(batch.pixels[number]) if number < len(batch.pixels) else None
+                views.append(View(pixels, grid, first + max(0, prefix)))
                 first += tokens
             number += 1
     return views

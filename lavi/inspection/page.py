@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavi.errors import UserError, reason
-from lavi.inspection.answer import LookedInto, View
+from lavi.inspection.answer import Inspection, View
 
 SIDE = 280
 """Pixels of a view on the page."""
@@ -61,81 +61,82 @@ ABOUT_ANSWER = (
 ABOUT_ANSWER_ALONE = "What the answer depends on (gradient times feature)."
 
 
-def write_page(found: LookedInto, file: Path, *, run: str) -> None:
+def write_page(inspected: Inspection, file: Path, *, run: str) -> None:
     """Write the page.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        file.write_text(page(found, run=run), encoding="utf-8")
+        file.write_text(page(inspected, run=run), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} cannot be written ({reason(error)}).") from None
 
 
-def page(found: LookedInto, *, run: str) -> str:
+def page(inspected: Inspection, *, run: str) -> str:
     """The page as HTML."""
-    title = html.escape(f"{found.question} - {found.answer}")
+    title = html.escape(f"{inspected.question} - {inspected.answer}")
     parts = [
         f"<h1>{title}</h1><p class=note>{html.escape(run)}</p>",
-        _words(found),
-        _views(found),
-        _strength(found),
-        _cka(found),
-        _routes(found),
-        f'<script type="application/json" id="data">{_data(found)}</script><script>{SCRIPT}</script>',
+        _words(inspected),
+        _views(inspected),
+        _strength(inspected),
+        _cka(inspected),
+        _routes(inspected),
+        f'<script type="application/json" id="data">{_data(inspected)}</script><script>{SCRIPT}</script>',
     ]
     head = f"<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _words(found: LookedInto) -> str:
+def _words(inspected: Inspection) -> str:
     """The tokens, the more strongly modulated the darker."""
-    strength = found.mean_strength or [0.0] * len(found.words)
+    strength = inspected.mean_strength or [0.0] * len(inspected.words)
     top = max([*strength, 1e-9])
     spans = [
-        f'<span class="{"answer" if index in found.answer_tokens else ""}" title="{value:.3f}" '
+        f'<span class="{"answer" if index in inspected.answer_tokens else ""}" title="{value:.3f}" '
         f'style="background:rgba(0,110,200,{0.55 * value / top:.3f})">{html.escape(word)}</span>'
-        for index, (word, value) in enumerate(zip(found.words, strength, strict=True))
+        for index, (word, value) in enumerate(zip(inspected.words, strength, strict=True))
     ]
     note = (
         "Blue: how strongly a token's norms are modulated, the mean over norms. Bold: the answer."
-        if found.strength
+        if inspected.strength
         else "Bold: the answer. No norm is modulated in this model."
     )
     return f"<h2>Words</h2><p class=words>{''.join(spans)}</p><p class=note>{note}</p>"
 
 
-def _views(found: LookedInto) -> str:
-    if not found.views:
-        return ""
+def _views(inspected: Inspection) -> str:
+    if not inspected.views:
+        note = "The visual tokens lie on no grid: where they look cannot be drawn." if len(inspected.relevance) else ""
+        return f"<p class=note>{note}</p>"
     shown = "".join(
-        f'<div class=view><img alt="" src="{_png(view.pixels)}"><canvas></canvas></div>' for view in found.views
+        f'<div class=view><img alt="" src="{_png(view.pixels)}"><canvas></canvas></div>' for view in inspected.views
     )
     return f"<h2>Where it looks</h2><p id=what class=note></p><div class=views>{shown}</div>"
 
 
-def _strength(found: LookedInto) -> str:
-    if not found.strength:
+def _strength(inspected: Inspection) -> str:
+    if not inspected.strength:
         return ""
-    top = max(value for values in found.strength.values() for value in values) or 1.0
+    top = max(value for values in inspected.strength.values() for value in values) or 1.0
     rows = [
         f"<tr><th>{target}</th>{''.join(_cell(value, value / top, '0,110,200') for value in values)}</tr>"
-        for target, values in found.strength.items()
+        for target, values in inspected.strength.items()
     ]
-    words = "".join(f"<th>{html.escape(word.strip() or '·')}</th>" for word in found.words)
+    words = "".join(f"<th>{html.escape(word.strip() or '·')}</th>" for word in inspected.words)
     note = "The length of what the image adds to a norm's output, over the length of the output without it."
     table = f"<div class=scroll><table><tr><th></th>{words}</tr>{''.join(rows)}</table></div>"
     return f"<h2>Strength of the modulation</h2><p class=note>{note}</p>{table}"
 
 
-def _cka(found: LookedInto) -> str:
-    if found.cka is None or len(found.words) < 3:
+def _cka(inspected: Inspection) -> str:
+    if inspected.cka is None or len(inspected.words) < 3:
         return ""
-    names = ["embeddings", *(f"layer {number}" for number in range(len(found.cka) - 1))]
+    names = ["embeddings", *(f"layer {number}" for number in range(len(inspected.cka) - 1))]
     rows = [
         f"<tr><th>{name}</th>{''.join(_cell(value, value**4, '200,80,0') for value in values)}</tr>"
-        for name, values in zip(names, found.cka.tolist(), strict=True)
+        for name, values in zip(names, inspected.cka.tolist(), strict=True)
     ]
     note = "Linear CKA of the text's states, between layers: 1 where one is a rotation of the other."
     head = "".join(f"<th>{name}</th>" for name in names)
@@ -143,21 +144,21 @@ def _cka(found: LookedInto) -> str:
     return f"<h2>How alike layers are</h2><p class=note>{note}</p>{table}"
 
 
-def _routes(found: LookedInto) -> str:
-    if not found.routes:
+def _routes(inspected: Inspection) -> str:
+    if not inspected.routes:
         return ""
-    return f"<h2>Way through the decoder</h2><p>Layers that refine: {html.escape(str(found.routes[0]))}</p>"
+    return f"<h2>Way through the decoder</h2><p>Layers that refine: {html.escape(str(inspected.routes[0]))}</p>"
 
 
 def _cell(value: float, weight: float, colour: str) -> str:
     return f'<td style="background:rgba({colour},{0.7 * max(0.0, min(1.0, weight)):.3f})">{value:.2f}</td>'
 
 
-def _data(found: LookedInto) -> str:
-    shares = found.mean_shares
+def _data(inspected: Inspection) -> str:
+    shares = inspected.mean_shares
     data = {
-        "answer": _maps(found.views, found.relevance),
-        "words": None if shares is None else [_maps(found.views, weights) for weights in shares],
+        "answer": _maps(inspected.views, inspected.relevance),
+        "words": None if shares is None else [_maps(inspected.views, weights) for weights in shares],
         "about_answer": ABOUT_ANSWER if shares is not None else ABOUT_ANSWER_ALONE,
     }
     return json.dumps(data).replace("</", "<\\/")
@@ -167,7 +168,9 @@ def _maps(views: list[View], weights: Tensor) -> list[list[list[float]]]:
     return [[[round(value, 5) for value in row] for row in view.cells(weights).tolist()] for view in views]
 
 
-def _png(pixels: Tensor) -> str:
+def _png(pixels: Tensor | None) -> str:
+    if pixels is None:
+        pixels = torch.full((8, 8, 3), 0.9)
     stream = io.BytesIO()
     Image.fromarray((255 * pixels).round().to(torch.uint8).numpy()).save(stream, "PNG")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

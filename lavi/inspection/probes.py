@@ -107,7 +107,8 @@ def _states_into(readings: Readings, *, first: bool) -> Hook:
 def relevance(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """How much each visual token has to do with the true answers: (views, N), each row's sum over its views 1.
 
-    The length of gradient times feature of the answers' log probability: it works for every fusion, attention or not.
+    The size of the inner product of a token's feature and the gradient of the answers' log probability: it works for
+    every fusion, attention or not.
     """
     with torch.enable_grad():
         features = model.features_of(batch).detach().clone().requires_grad_()
@@ -128,10 +129,10 @@ def linear_cka(states: list[Tensor]) -> Tensor:
     Args:
         states: (tokens, D) of each layer, of the same tokens.
     """
-    centred = [(state - state.mean(0)).double() for state in states]
-    own = [(x.T @ x).norm() for x in centred]
-    rows = [
-        [(x.T @ y).norm().square() / (a * b).clamp(min=1e-12) for y, b in zip(centred, own, strict=True)]
-        for x, a in zip(centred, own, strict=True)
-    ]
-    return torch.stack([torch.stack(row) for row in rows]).float()
+    grams = []
+    for state in states:
+        centred = (state - state.mean(0)).double()
+        gram = centred @ centred.T  # (tokens, tokens)
+        grams.append((gram / gram.norm().clamp(min=1e-12)).flatten())
+    stacked = torch.stack(grams)  # (L + 1, tokens^2)
+    return (stacked @ stacked.T).float()

@@ -172,7 +172,7 @@ class AnswerMetric(Metric, ABC):
         """
         scored = map(self._checked, predictions)
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in scored).encode()
-        self.rows.append(torch.tensor(list(lines), dtype=torch.uint8, device=self.device))
+        self.rows.append(torch.from_numpy(np.frombuffer(lines, dtype=np.uint8).copy()).to(self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As :meth:`GroupedMean.sync`."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import string
+from collections import defaultdict
 from collections.abc import Sequence
 
-from lavi.metrics.base import AnswerMetric
+import numpy as np
+from numpy.typing import NDArray
 
+from lavi.metrics.base import AnswerMetric, Figures, Prediction
+
+_SEVERAL = re.compile(r"^\W*[A-Za-z]\W*(?:,|/|&|\bor\b|\band\b)\W*[A-Za-z]\b\W*$")
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
-_FIRST = re.compile(r"^\W*([A-Z])[).:,\]]")
-_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*\(?\b([A-Z])\b(?!')")
+_FIRST = re.compile(r"^\W*(?:([A-Za-z])[).:\]](?=\s|$)|([A-Z])\s*\n)")
+_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*\(?\b([A-Z])\b(?!')|\banswer\s*:\s*([a-z])\W*$")
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
 
@@ -19,16 +24,17 @@ def option_letter(answer: str) -> str | None:
 
     None if it names none, or several: nothing is guessed, and the first word of *A cat.* is no letter.
     """
-    bracketed = set(_IN_BRACKETS.findall(answer))
+    if _SEVERAL.match(answer) or len(set(_IN_BRACKETS.findall(answer))) > 1:
+        return None
     for form in (_ALONE, _FIRST, _NAMED, _IN_BRACKETS):
-        letters = set(form.findall(answer)) if len(bracketed) < 2 else set()
+        letters = {next(filter(None, found.groups())).upper() for found in form.finditer(answer)}
         if len(letters) == 1:
-            return str(letters.pop()).upper()
+            return letters.pop()
     return None
 
 
 class OptionLetter(AnswerMetric):
-    """1 for the right option, by its letter or, without one, by its text; every other answer counts as wrong.
+    """1 for the right option, by its text or its letter; every other answer counts as wrong.
 
     The first reference is the letter; those behind it, if there are any, are other ways to say it: the option's text.
     """
@@ -36,10 +42,31 @@ class OptionLetter(AnswerMetric):
     label = "right"
 
     def score(self, answer: str, references: Sequence[str]) -> float:
-        letter = option_letter(answer)
-        if letter is not None:
-            return float(letter == references[0].strip().upper())
-        return float(_plain(answer) in map(_plain, references))
+        if len(_plain(answer)) > 1 and _plain(answer) in map(_plain, references):
+            return 1.0
+        return float(option_letter(answer) == references[0].strip().upper())
+
+
+class CircularChoice(OptionLetter):
+    """Questions that are asked several times, their options turned round (MMBench's CircularEval).
+
+    ``circular``: the share of questions, told apart by their sample, whose every copy is answered rightly. ``single
+    pass``: the score of the copies of level ``first`` alone.
+    """
+
+    headline = "circular"
+
+    def figures(self, predictions: Sequence[Prediction], weights: NDArray[np.float64]) -> Figures:
+        copies: dict[str, list[int]] = defaultdict(list)
+        for index, one in enumerate(predictions):
+            copies[one.sample].append(index)
+        right = np.array([all(predictions[index].score == 1 for index in of) for of in copies.values()])
+        of_question = np.array([weights[of[0]] for of in copies.values()])
+        scores, first = np.array([p.score for p in predictions]), np.array([p.level == "first" for p in predictions])
+        return {
+            "circular": 100 * float(np.average(right, weights=of_question)),
+            "single pass": 100 * float((weights * first) @ scores / max(1e-12, float(weights @ first))),
+        }
 
 
 def _plain(text: str) -> str:

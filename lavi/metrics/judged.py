@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lavi.errors import UserError
 from lavi.metrics.base import AnswerMetric, Figures, Prediction
+
+log = logging.getLogger("lavi")
 
 
 class Verdict(NamedTuple):
@@ -24,7 +27,10 @@ class Verdict(NamedTuple):
 
 
 class Judge(ABC):
-    """Says whether an answer means the same as the true one. A recipe names it as the metric's ``judge``."""
+    """Says whether an answer means the same as the true one. A recipe names it as the metric's ``judge``.
+
+    An answer that is empty is wrong, and asked of no judge.
+    """
 
     @property
     @abstractmethod
@@ -33,11 +39,7 @@ class Judge(ABC):
 
     @abstractmethod
     def judge(self, question: str, truth: str, answer: str) -> Verdict:
-        """The verdict on one answer.
-
-        Raises:
-            UserError: the judge said nothing that is one.
-        """
+        """The verdict on one answer; where the judge said nothing that is one: wrong, graded 0."""
 
 
 PROMPT = """Question: {question}
@@ -46,7 +48,8 @@ Predicted answer: {answer}
 Does the predicted answer mean the same as the correct one? Reply with yes or no, and with a score from 0 to 5 for how
 well they match, in the form: yes, 4"""
 
-_FORM = re.compile(r"\b(yes|no)\b\D*([0-5])\b", re.IGNORECASE)
+_RIGHT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_GRADE = re.compile(r"(?<![\d.])[0-5](?![\d.]*\d)")
 
 
 class LanguageModelJudge(Judge):
@@ -66,10 +69,13 @@ class LanguageModelJudge(Judge):
 
     def judge(self, question: str, truth: str, answer: str) -> Verdict:
         said = self._say(PROMPT.format(question=question, truth=truth, answer=answer))
-        verdict = _FORM.search(said)
-        if verdict is None:
-            raise UserError(f"the judge {self.name} said {said[:80]!r}, which is no verdict such as 'yes, 4'.")
-        return Verdict(verdict[1].lower() == "yes", int(verdict[2]))
+        right, grades = _RIGHT.search(said), _GRADE.findall(said)
+        if right is None or not grades:
+            log.warning(
+                "the judge %s said %r, which is no verdict such as 'yes, 4': counted as wrong.", self.name, said
+            )
+            return Verdict(False, 0)
+        return Verdict(right[1].lower() == "yes", int(grades[-1]))
 
     def _say(self, prompt: str) -> str:
         from transformers import pipeline
@@ -103,6 +109,10 @@ class Judged(AnswerMetric):
         return float(self.judge.judge("", references[0], answer).right)
 
     def scored(self, prediction: Prediction) -> Prediction:
+        if not math.isnan(prediction.score):
+            return prediction  # a verdict that was given is kept: another may cost as much as the answer
+        if not prediction.answer.strip():
+            return replace(prediction, score=0.0, grade=0.0)
         verdict = self.judge.judge(prediction.question, prediction.references[0], prediction.answer)
         return replace(prediction, score=float(verdict.right), grade=float(verdict.grade))
 

@@ -1,6 +1,6 @@
 """Is what is asked about what is looked at? Of trained runs on the scenes: where answers come from.
 
-    python benchmarks/looks.py --checkpoint runs/lab/lavi/3500-steps/seed-0 --out benchmarks/results/looks.jsonl
+    python benchmarks/relevance.py --checkpoint runs/lab/lavi/3500-steps/seed-0 --out benchmarks/results/relevance.jsonl
 
 Each question is about one thing of a scene. The record says which share of the picture the thing covers, which share of
 what the answer depends on (gradient times feature) lies there, and, of LaVi's attention generator, which share of what
@@ -24,19 +24,19 @@ from lavi.batch import Sample
 from lavi.checkpoints.load import load
 from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
-from lavi.inspection.answer import LookedInto, look_into_batch
+from lavi.inspection.answer import Inspection, inspect_batch
 from lavi.model import VisionLanguageModel, question_about
 from lavi.report import console, table, track
 
-SPLIT = "looks"
+SPLIT = "relevance"
 """Scenes of a seed of their own: no split has them."""
 BATCH = 40
 
 
 def asked(count: int) -> Iterator[tuple[Scene, Thing, str, str]]:
     """Scenes of several things, and a question about one of them: its colour or its shape."""
-    index = found = 0
-    while found < count:
+    index = given = 0
+    while given < count:
         rng = random.Random(f"{SPLIT}/{index}")
         index += 1
         scene = Scene.draw_from(rng)
@@ -46,7 +46,7 @@ def asked(count: int) -> Iterator[tuple[Scene, Thing, str, str]]:
         question = rng.choice(pool)
         by = {"shape": question.kind} if question.family == "colour" else {"colour": question.kind}
         (thing,) = scene.matching(**by)
-        found += 1
+        given += 1
         yield scene, thing, question.text, question.answer
 
 
@@ -63,18 +63,18 @@ def covered(thing: Thing, grid: tuple[int, int]) -> Tensor:
     return along(thing.y, grid[0])[:, None] * along(thing.x, grid[1])[None, :]
 
 
-def shares_on(found: LookedInto, thing: Thing) -> dict[str, float]:
+def shares_on(inspected: Inspection, thing: Thing) -> dict[str, float]:
     """Of one answer: what lies on the thing, of the picture, of the relevance, of the attention."""
-    (view,) = found.views
+    (view,) = inspected.views
     on = covered(thing, view.grid)
-    shares = {"picture": float(on.mean()), "relevance": float((view.cells(found.relevance) * on).sum())}
-    if (attention := found.mean_shares) is not None:
-        first = found.answer_tokens.start - 1  # the token that the answer is told from
+    shares = {"picture": float(on.mean()), "relevance": float((view.cells(inspected.relevance) * on).sum())}
+    if (attention := inspected.mean_shares) is not None:
+        first = inspected.answer_tokens.start - 1  # the token that the answer is told from
         shares["attention"] = float((view.cells(attention[first]) * on).sum())
     return shares
 
 
-def looks(model: VisionLanguageModel, *, count: int) -> dict[str, Any]:
+def relevance_on_things(model: VisionLanguageModel, *, count: int) -> dict[str, Any]:
     """The means over questions, with the half-width of their 95 % intervals."""
     every: list[dict[str, float]] = []
     batch: list[tuple[Scene, Thing, str, str]] = []
@@ -97,11 +97,11 @@ def _of_batch(model: VisionLanguageModel, batch: Sequence[tuple[Scene, Thing, st
         messages = [*question_about([image], text), {"role": "assistant", "content": answer}]
         encoded.append(model.processor.encode(Sample("scene", messages, [image])))
     device = model.language.hf.device
-    found = look_into_batch(model, model.processor.collate(encoded).to(device), [one[2:] for one in batch])
-    return [shares_on(one, thing) for one, (_, thing, _, _) in zip(found, batch, strict=True)]
+    inspected = inspect_batch(model, model.processor.collate(encoded).to(device), [one[2:] for one in batch])
+    return [shares_on(one, thing) for one, (_, thing, _, _) in zip(inspected, batch, strict=True)]
 
 
-def looks_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def relevance_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows."""
     columns = ["run", "share of the picture %", "of what the answer depends on %", "of what is read %", "times"]
     rows = []
@@ -121,8 +121,8 @@ def main() -> None:
     parser.add_argument("--count", type=whole_number(2), default=400, help="questions")
     args = read(parser)
     folders: list[Path] = args.checkpoint
-    records = keep(({"run": str(one), **looks(load(one), count=args.count)} for one in folders), args.out)
-    console().print(table(f"{args.count} questions about one of several things", *looks_table(records)))
+    records = keep(({"run": str(one), **relevance_on_things(load(one), count=args.count)} for one in folders), args.out)
+    console().print(table(f"{args.count} questions about one of several things", *relevance_table(records)))
 
 
 if __name__ == "__main__":
