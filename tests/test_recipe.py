@@ -18,8 +18,6 @@ from lavi.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "recipes" / "tasks"  # read as what they are by test_tasks.py
 RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent != TASKS)
-    file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "tasks"
-)  # those: test_tasks.py
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: str(f.relative_to(ROOT)))
