@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from own_records import parser_of
 
+from datamodules.scenes import LEVELS
 from lavi.checkpoints.run_folder import LAST, TRAINED, load_run
 from lavi.cli.arguments import path
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
+from lavi.config.files import replacing
 from lavi.efficiency.measure import Measurement, measure
 from lavi.efficiency.record import Record, read_records, write_records
 from lavi.efficiency.scenario import Scenario
@@ -38,7 +40,7 @@ from lavi.training.run import train
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
 PIXELS, FEATURES = Path("data/lab"), Path("data/lab-features")
-HARD = ("count", "relation", "comparison", "reading", "two_images")
+HARD = [family for family, level in LEVELS.items() if level == "hard"]
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
@@ -252,10 +254,9 @@ def main() -> None:
 
 def _write(records: dict[tuple[str, int, float], Record], out: Path | None) -> None:
     if out:
-        part = out.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        write_records(records.values(), part)
-        part.replace(out)
+        with replacing(out) as part:
+            part.unlink(missing_ok=True)  # of a run that was killed
+            write_records(records.values(), part)
 
 
 if __name__ == "__main__":

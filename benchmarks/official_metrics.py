@@ -122,44 +122,60 @@ def captions(count: int, rng: random.Random) -> list[Prediction]:
 # --- official functions -----------------------------------------------------------------------------------------------
 
 
-def vqav2(answers: Sequence[Prediction]) -> Scores:
+def by_answer(score: Callable[[Prediction], float]) -> Callable[[Sequence[Prediction]], Scores]:
+    """Of a function that scores one answer: all scores, and their mean in percent."""
+
+    def official(answers: Sequence[Prediction]) -> Scores:
+        scores = [float(score(one)) for one in answers]
+        return scores, {"all": 100 * _mean(scores)}
+
+    return official
+
+
+@by_answer
+def vqav2(one: Prediction) -> float:
     from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 
-    scores = [
-        vqav2_process_results(
-            {"question_id": 0, "answers": [{"answer": r, "answer_id": i} for i, r in enumerate(one.references)]},
-            [one.answer],
-        )["exact_match"]
-        for one in answers
-    ]
-    return scores, {"all": 100 * _mean(scores)}
+    given = [{"answer": answer, "answer_id": number} for number, answer in enumerate(one.references)]
+    return vqav2_process_results({"question_id": 0, "answers": given}, [one.answer])["exact_match"]
 
 
-def textvqa(answers: Sequence[Prediction]) -> Scores:
+@by_answer
+def textvqa(one: Prediction) -> float:
     from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 
-    scores = [
-        textvqa_process_results({"question_id": 0, "answers": list(one.references)}, [one.answer])["exact_match"]
-        for one in answers
-    ]
-    return scores, {"all": 100 * _mean(scores)}
+    return textvqa_process_results({"question_id": 0, "answers": list(one.references)}, [one.answer])["exact_match"]
 
 
-def gqa(answers: Sequence[Prediction]) -> Scores:
+@by_answer
+def gqa(one: Prediction) -> float:
     from lmms_eval.api.metrics import exact_match_hf_evaluate
 
-    scores = [
-        float(
-            exact_match_hf_evaluate(
-                predictions=[one.answer.strip()],
-                references=[one.references[0].strip()],
-                ignore_case=True,
-                ignore_punctuation=True,
-            )["exact_match"]
-        )
-        for one in answers
-    ]
-    return scores, {"all": 100 * _mean(scores)}
+    texts = {"predictions": [one.answer.strip()], "references": [one.references[0].strip()]}
+    return exact_match_hf_evaluate(**texts, ignore_case=True, ignore_punctuation=True)["exact_match"]
+
+
+@by_answer
+def docvqa(one: Prediction) -> float:
+    from lmms_eval.api.metrics import anls
+
+    return anls(list(one.references), [one.answer])["anls"]
+
+
+@by_answer
+def chartqa(one: Prediction) -> float:
+    from lmms_eval.tasks.chartqa.utils import chartqa_process_results
+
+    question = {"type": one.family, "answer": one.references[0]}
+    return chartqa_process_results(question, [one.answer])["relaxed_overall"]
+
+
+@by_answer
+def ocrbench(one: Prediction) -> float:
+    from lmms_eval.tasks.ocrbench.utils import ocrbench_process_results
+
+    question = {"answer": list(one.references), "dataset": one.family, "question_type": ""}
+    return ocrbench_process_results(question, [one.answer])["ocrbench_accuracy"]["score"]
 
 
 def pope(answers: Sequence[Prediction]) -> Scores:
@@ -192,37 +208,6 @@ def mme(answers: Sequence[Prediction]) -> Scores:
         for name, key in (("perception", "mme_perception_score"), ("cognition", "mme_cognition_score"))
     }
     return [next(iter(result.values()))["score"] for result in results], figures
-
-
-def docvqa(answers: Sequence[Prediction]) -> Scores:
-    from lmms_eval.api.metrics import anls
-
-    scores = [float(anls(list(one.references), [one.answer])["anls"]) for one in answers]
-    return scores, {"all": 100 * _mean(scores)}
-
-
-def chartqa(answers: Sequence[Prediction]) -> Scores:
-    from lmms_eval.tasks.chartqa.utils import chartqa_process_results
-
-    scores = [
-        chartqa_process_results({"type": one.family, "answer": one.references[0]}, [one.answer])["relaxed_overall"]
-        for one in answers
-    ]
-    return scores, {"all": 100 * _mean(scores)}
-
-
-def ocrbench(answers: Sequence[Prediction]) -> Scores:
-    from lmms_eval.tasks.ocrbench.utils import ocrbench_process_results
-
-    scores = [
-        float(
-            ocrbench_process_results(
-                {"answer": list(one.references), "dataset": one.family, "question_type": ""}, [one.answer]
-            )["ocrbench_accuracy"]["score"]
-        )
-        for one in answers
-    ]
-    return scores, {"all": 100 * _mean(scores)}
 
 
 def coco(answers: Sequence[Prediction]) -> Scores:

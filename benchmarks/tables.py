@@ -25,7 +25,7 @@ from decode import decode_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab import lab_table
+from lab import HARD, lab_table
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -42,7 +42,6 @@ from lavi.efficiency.figures import sweep_rows, sweep_title, turns_rows, waiting
 from lavi.efficiency.record import Record, read_records
 from lavi.report import markdown
 
-HARD = ("count", "comparison", "relation", "reading", "two_images")
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

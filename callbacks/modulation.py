@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.first_samples import FirstSamples
 from callbacks.samples import picture_of
 from lavi.batch import Sample, references_of, text_of
-from lavi.config.types import Count
 from lavi.data.data_module import DataModule
-from lavi.data.processor import one_bad_sample
 from lavi.inspection.answer import Inspection, inspect_batch
 from lavi.model import VisionLanguageModel
 
-log = logging.getLogger("lavi")
 
-
-class Modulation(pl.Callback):
+class Modulation(FirstSamples[Sample, list[Inspection]]):
     """After each validation, looks into the first validation samples and their true answers.
 
     In TensorBoard, under Images: ``inspection/strength`` (how strongly each token's norms are modulated, one row a
@@ -35,50 +29,23 @@ class Modulation(pl.Callback):
         count: how many samples.
     """
 
-    def __init__(self, *, count: Count = 8) -> None:
-        self.count = count
-        self.samples: list[Sample] = []
+    def prepare(self, model: VisionLanguageModel, sample: Sample) -> Sample:
+        """The first question, with its true answer."""
+        short = sample.until(sample.answers[0] + 1)
+        model.processor.encode(short)
+        return short
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if trainer.sanity_checking or not loggers:
-            return
-        model, data = cast(VisionLanguageModel, module.model), cast(DataModule, cast(Any, trainer).datamodule)
-        if not self.samples:
-            self.samples = _first_questions(model, data, self.count)
-        if not self.samples:
-            return
-        inspected = _inspect(module, self.samples)
-        if not trainer.is_global_zero:
-            return  # all ranks have run: of a sharded model each holds a part
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in loggers:
-            for name, figure in figures_of(inspected, self.samples).items():
-                logger.experiment.add_figure(f"inspection/{name}", figure, step)
-            for target, value in _means(inspected).items():
-                logger.experiment.add_scalar(f"inspection/strength/{target}", value, step)
+    def run(self, module: pl.LightningModule) -> list[Inspection]:
+        model = cast(VisionLanguageModel, module.model)
+        batch = model.processor.collate([model.processor.encode(sample) for sample in self.prepared]).to(module.device)
+        asked = [(text_of(s.messages[-2]["content"]), references_of(s.messages[-1])[0]) for s in self.prepared]
+        return inspect_batch(model, batch, asked)
 
-
-def _first_questions(model: VisionLanguageModel, data: DataModule, count: int) -> list[Sample]:
-    """The first question of each of the first samples, with its true answer."""
-    samples = []
-    for sample in data.sample_stream("validation", limit=count):
-        with one_bad_sample(partial(log.warning, "not looked into: sample '%s' (%s)", sample.key)):
-            short = sample.until(sample.answers[0] + 1)
-            model.processor.encode(short)
-            samples.append(short)
-    return samples
-
-
-def _inspect(module: pl.LightningModule, samples: Sequence[Sample]) -> list[Inspection]:
-    model = cast(VisionLanguageModel, module.model)
-    batch = model.processor.collate([model.processor.encode(sample) for sample in samples]).to(module.device)
-    asked = [(text_of(s.messages[-2]["content"]), references_of(s.messages[-1])[0]) for s in samples]
-    training = module.training
-    module.eval()
-    inspected = inspect_batch(model, batch, asked)
-    module.train(training)
-    return inspected
+    def show(self, result: list[Inspection], data: DataModule, writer: Any, step: int) -> None:
+        for name, figure in figures_of(result, self.prepared).items():
+            writer.add_figure(f"inspection/{name}", figure, step)
+        for target, value in _means(result).items():
+            writer.add_scalar(f"inspection/strength/{target}", value, step)
 
 
 def _means(inspected: Sequence[Inspection]) -> dict[str, float]:

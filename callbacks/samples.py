@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageOps
 
+from callbacks.first_samples import FirstSamples
 from lavi.batch import CachedVisual, Sample, Video, references_of, text_of
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
 from lavi.data.data_module import DataModule
 from lavi.data.images import side_by_side
-from lavi.data.processor import one_bad_sample
 from lavi.metrics.base import AnswerMetric
 from lavi.model import VisionLanguageModel
-
-log = logging.getLogger("lavi")
 
 THUMBNAIL = (320, 320)
 """The largest width and height of an image that is shown, in pixels."""
@@ -41,7 +35,7 @@ class Question:
     picture: Image.Image
 
 
-class Samples(pl.Callback):
+class Samples(FirstSamples[Question, list[str]]):
     """After each validation, answers the first validation samples and shows them in TensorBoard, under Images.
 
     An answer's colour is what the data module's metric makes of it: green for the full score, red for none.
@@ -52,33 +46,22 @@ class Samples(pl.Callback):
     """
 
     def __init__(self, *, count: Count = 8, max_new_tokens: Count = 16) -> None:
-        self.count, self.max_new_tokens = count, max_new_tokens
-        self.questions: list[Question] = []
+        super().__init__(count=count)
+        self.max_new_tokens = max_new_tokens
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if trainer.sanity_checking or not loggers:
-            return
-        model, data = cast(VisionLanguageModel, module.model), cast(DataModule, cast(Any, trainer).datamodule)
-        if not self.questions:
-            self.questions = first_questions(model, data.sample_stream("validation", limit=self.count))
-        if not self.questions:
-            return
-        answers = answer_all(module, self.questions, self.max_new_tokens)
-        if not trainer.is_global_zero:
-            return  # all ranks have answered: of a sharded model each holds a part
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that this validation's scores are logged at
-        for logger in loggers:
-            logger.experiment.add_figure("samples", draw(self.questions, answers, data.metric), step)
+    def prepare(self, model: VisionLanguageModel, sample: Sample) -> Question:
+        return first_question(model, sample)
 
+    def run(self, module: pl.LightningModule) -> list[str]:
+        """The model's answer to each question."""
+        model = cast(VisionLanguageModel, module.model)
+        batch = model.processor.collate([question.prompt for question in self.prepared], pad_left=True)
+        room = model.room_behind(max(question.prompt.length for question in self.prepared))
+        answers: list[str] = model.answer(batch.to(module.device), max_new_tokens=min(self.max_new_tokens, room))
+        return answers
 
-def first_questions(model: VisionLanguageModel, samples: Iterable[Sample]) -> list[Question]:
-    """The first question of each sample; one whose images cannot be encoded is left out, as it is in training."""
-    questions = []
-    for sample in samples:
-        with one_bad_sample(partial(log.warning, "not shown: sample '%s' (%s)", sample.key)):
-            questions.append(first_question(model, sample))
-    return questions
+    def show(self, result: list[str], data: DataModule, writer: Any, step: int) -> None:
+        writer.add_figure("samples", draw(self.prepared, result, data.metric), step)
 
 
 def first_question(model: VisionLanguageModel, sample: Sample) -> Question:
@@ -97,19 +80,6 @@ def picture_of(sample: Sample) -> Image.Image:
     blank = [Image.new("RGB", (64, 64), (255, 255, 255))]
     small = [ImageOps.contain(image, THUMBNAIL) if max(image.size) > max(THUMBNAIL) else image for image in images]
     return side_by_side(small or blank)
-
-
-def answer_all(module: pl.LightningModule, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-    """The model's answer to each question."""
-    model = cast(VisionLanguageModel, module.model)
-    batch = model.processor.collate([question.prompt for question in questions], pad_left=True)
-    room = model.room_behind(max(question.prompt.length for question in questions))
-    training = module.training
-    module.eval()
-    with torch.no_grad():
-        answers: list[str] = model.answer(batch.to(module.device), max_new_tokens=min(max_new_tokens, room))
-    module.train(training)
-    return answers
 
 
 def draw(questions: Sequence[Question], answers: Sequence[str], metric: AnswerMetric) -> object:

@@ -14,14 +14,14 @@ import binascii
 import csv
 import json
 import string
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from datamodules.formats.files import load_json, read_head, reading
+from datamodules.formats.entries import natural_order
+from datamodules.formats.files import allow_long_cells, load_json, read_head, reading
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import Sample, Video, Visual
 from lavi.config.files import sha256_of
@@ -34,6 +34,8 @@ from lavi.evaluation.tasks import QuestionSource, UnreadableError
 
 Record = dict[str, Any]
 LETTERS = string.ascii_uppercase
+NUMBER = "#"
+"""The field with the number of a question, from 0; ``file`` and ``folder`` are added, too, where it has none."""
 
 
 class Parts(NamedTuple):
@@ -124,7 +126,7 @@ class QuestionFile(QuestionSource):
                 if more is not None:
                     record = record | more.get(_field(record, self.key, str(file)), {})
                 if all(_is(record, name, value, str(file)) for name, value in self.where.items()):
-                    yield {"index": index, "number": index, "file": file.stem, "folder": file.parent.name, **record}
+                    yield {"file": file.stem, "folder": file.parent.name, **record, NUMBER: index}
                     index += 1
         if not index:
             raise UserError(f"{folder / self.file} has not one question{' that is asked for' if self.where else ''}.")
@@ -158,7 +160,7 @@ class QuestionFile(QuestionSource):
     def _references(self, record: Record) -> list[str]:
         found = [str(one) for one in _listed(_field(record, self.answer, self.file)) if one is not None]
         if not found:
-            raise UserError(f"question {record['number']} has no '{self.answer}': leave it out by 'where'.")
+            raise UserError(f"question {record[NUMBER]} has no '{self.answer}': leave it out by 'where'.")
         return found
 
     def _options(self, record: Record) -> Parts | None:
@@ -205,7 +207,7 @@ class QuestionFile(QuestionSource):
         if self.about is not None:
             return _filled(self.about, record)
         template = self.video or (self.image if isinstance(self.image, str) and "{" in self.image else None)
-        return str(record["number"]) if template is None else _filled(template, record)
+        return str(record[NUMBER]) if template is None else _filled(template, record)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def _lines(file: Path) -> Iterator[Record]:
 
 def _table(file: Path, delimiter: str) -> Iterator[Record]:
     read_head(file)
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an image in base64 is longer than csv's 131072
+    allow_long_cells()  # an image may be one, in base64
     try:
         with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
             yield from csv.DictReader(stream, delimiter=delimiter)
@@ -399,7 +401,8 @@ def _video_of_frames(folder: Path, sampling: FrameSampling, rate: float, clip: t
     Raises:
         UserError: it has no images, or one cannot be read.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower().lstrip(".") in IMAGE_TYPES)
+    images = (file for file in folder.iterdir() if file.suffix.lower().lstrip(".") in IMAGE_TYPES)
+    files = sorted(images, key=lambda file: natural_order(file.name))
     if not files:
         raise UserError(f"{folder} has no frames.")
     seconds = [number / rate for number in range(len(files))]

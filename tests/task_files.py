@@ -12,6 +12,19 @@ from typing import Any
 
 from PIL import Image
 
+TASK = """
+name: colours
+questions:
+  _target_: datamodules.questions.QuestionFile
+  file: q.json
+  prompt: "what colour is the {question}?"
+  answer: answers
+  image: "{image}"
+  family: "{kind}"
+metric: {_target_: lavi.metrics.answers.ExactMatch}
+max_new_tokens: 4
+"""
+"""A task of one's own, on files that a test writes: what colour is a shape?"""
 COLOURS = ("red", "green", "blue", "white")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import dump, pictures
+from task_files import TASK, dump, pictures
 
 from lavi.evaluation.predictions import read_predictions
 
@@ -27,7 +27,7 @@ test_split: test
 output_type: generate_until
 doc_to_visual: !function colours_utils.picture
 doc_to_text: !function colours_utils.question
-doc_to_target: answer
+doc_to_target: kind
 generation_kwargs: {max_new_tokens: 4, temperature: 0, do_sample: false}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
@@ -45,17 +45,6 @@ def picture(doc):
 def question(doc, lmms_eval_specific_kwargs=None):
     return f"what colour is the {doc['question']}?"
 """
-TASK = """
-name: colours
-questions:
-  _target_: datamodules.questions.QuestionFile
-  file: q.json
-  prompt: "what colour is the {question}?"
-  answer: answer
-  image: "{image}"
-metric: {_target_: lavi.metrics.answers.ExactMatch}
-max_new_tokens: 4
-"""
 
 
 def test_the_harness_finds_the_adapter_by_its_entry_point() -> None:
@@ -72,7 +61,10 @@ def test_the_harness_gets_our_answers_one_by_one_and_in_batches(run: Any, tiny_r
     folder = tmp_path / "tasks" / "colours"
     pictures(folder, *(f"{n}.jpg" for n in range(4)))
     shapes = ("circle", "square", "triangle", "diamond", "cross")
-    rows = [{"question": shapes[n % 5], "answer": "red", "image": str(folder / f"{n % 4}.jpg")} for n in range(10)]
+    rows = [
+        {"question": shapes[n % 5], "answers": ["red"], "kind": "x", "image": str(folder / f"{n % 4}.jpg")}
+        for n in range(10)
+    ]
     dump(folder / "q.json", rows)
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "colours.yaml").write_text(TASK)

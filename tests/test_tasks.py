@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import answering, small
-from task_files import WRITERS, dump, pictures
+from task_files import TASK, WRITERS, dump, pictures
 
 from datamodules.questions import QuestionFile
 from lavi.batch import Sample, Video, text_of
@@ -23,7 +23,7 @@ from lavi.efficiency.record import read_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import answer_task
 from lavi.evaluation.predictions import Answered, Part, PredictionFile, read_predictions, routes_of
-from lavi.evaluation.run_tasks import _folders_of
+from lavi.evaluation.run_tasks import run_names
 from lavi.evaluation.tasks import FOLDER, Task, UnreadableError
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.base import Prediction
@@ -177,20 +177,6 @@ def test_files_that_are_missing_are_a_sentence(tmp_path: Path) -> None:
 # --- whole evaluations ------------------------------------------------------------------------------------------------
 
 
-TASK = """
-name: colours
-questions:
-  _target_: datamodules.questions.QuestionFile
-  file: q.json
-  prompt: "what colour is the {question}?"
-  answer: answers
-  image: "{image}"
-  family: "{kind}"
-metric: {_target_: lavi.metrics.answers.ExactMatch}
-max_new_tokens: 4
-"""
-
-
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
     """A task of 22 questions about 7 pictures, one of which is broken."""
@@ -299,11 +285,10 @@ def test_other_questions_are_another_task(run: Any, trained: Path, colours: Path
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_above_them() -> None:
-    out = Path("scored")
-    assert _folders_of([Path("a/seed-0"), Path("b/seed-0")], out) == [out / "a-seed-0", out / "b-seed-0"]
-    assert _folders_of([Path("a/one"), Path("b/two")], out) == [out / "one", out / "two"]
+    assert run_names([Path("a/seed-0"), Path("b/seed-0")]) == ["a-seed-0", "b-seed-0"]
+    assert run_names([Path("a/one"), Path("b/two")]) == ["one", "two"]
     with pytest.raises(UserError, match="named twice"):
-        _folders_of([Path("a/one"), Path("a/one")], out)
+        run_names([Path("a/one"), Path("a/one")])
 
 
 ODD = "a\u2028b\u0085c\r\n\ud800d"

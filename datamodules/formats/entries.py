@@ -313,11 +313,12 @@ def _frames(folders: Folders, name: str, called: str) -> list[Located]:
         raise BadEntry(called, "names a folder that cannot be read", what) from None
     if not images:
         raise BadEntry(called, "names a folder without frames", f": {folder / name} has no image in it")
-    files = [f"{name.rstrip('/')}/{file}" for file in sorted(images, key=_natural)]
+    files = [f"{name.rstrip('/')}/{file}" for file in sorted(images, key=natural_order)]
     return [(_ending(file), file, _size(folder, file, "video", called)) for file in files]
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """The key that sorts ``frame2.jpg`` before ``frame10.jpg``."""
     return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 

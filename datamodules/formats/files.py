@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +43,11 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"there is no {file}.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from None
+
+
+def allow_long_cells() -> None:
+    """Let cells of CSV files be longer than csv's 131072 characters: a conversation may be."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
 def read_head(file: Path, *allowed: str) -> bytes:

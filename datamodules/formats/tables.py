@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.formats.entries import BadEntry, Item, listed
-from datamodules.formats.files import Source, read_head, reading
+from datamodules.formats.files import Source, allow_long_cells, read_head, reading
 from lavi.data.videos import is_video
 from lavi.errors import UserError, nearest
 
@@ -135,7 +134,7 @@ def _delimiter(file: Path) -> str:
 
 
 def _rows(file: Path, header: list[str], columns: dict[str, str]) -> Iterator[Item | BadEntry]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a conversation may be longer than csv's 131072
+    allow_long_cells()
     with open(file, encoding="utf-8-sig", newline="") as stream:
         rows = csv.reader(stream, delimiter=_delimiter(file))
         try:

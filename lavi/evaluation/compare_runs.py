@@ -33,18 +33,24 @@ RECORDS = "evaluation.jsonl"
 RECIPES = (".yaml", ".yml")
 
 
-@dataclass(frozen=True)
-class ScoredRun:
-    """A run's scores, what is to be timed of it, and the count of its concatenation twin on the same prompt."""
+@dataclass(frozen=True, kw_only=True)
+class CountedRun:
+    """What is to be timed of a run, and the count of its concatenation twin on the same prompt."""
 
-    folder: Path
-    scores: Scores
     measurement: Measurement
     twin: Record
 
     @property
     def record(self) -> Record:
         return self.measurement.record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRun(CountedRun):
+    """A run's scores on its own test split, and what they cost."""
+
+    folder: Path
+    scores: Scores
 
 
 def compare_runs(
@@ -127,10 +133,10 @@ def score_run(
     for cause, number in left_out.items():
         console().print(f"  left out: {number} x {cause}")
     return ScoredRun(
-        folder,
-        scores,
-        Measurement(record, scores.typical, partial(model.to, device), usual),
-        twin_record(recipe, scores.typical, scores.prompts),
+        folder=folder,
+        scores=scores,
+        measurement=Measurement(record, scores.typical, partial(model.to, device), usual),
+        twin=twin_record(recipe, scores.typical, scores.prompts),
     )
 
 

@@ -20,7 +20,7 @@ from lavi.efficiency.measure import Measurement, count, measure, note_mean_flops
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import ProcessShare, answer_task
-from lavi.evaluation.compare_runs import open_run, run_name, twin_record
+from lavi.evaluation.compare_runs import CountedRun, open_run, run_name, twin_record
 from lavi.evaluation.intervals import Difference, paired_difference
 from lavi.evaluation.predictions import Answered, PredictionFile, routes_of
 from lavi.evaluation.scoring import PromptSizes, metric_intervals
@@ -48,31 +48,23 @@ class Settings:
 
     data: Path
     out: Path | None
+    device: torch.device
     overrides: tuple[str, ...] = ()
     trust: bool = False
     limit: int | None = None
     batch_size: int = 32
     processes: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
     again: bool = False
     timing: bool = True
 
 
-@dataclass(frozen=True)
-class ScoredTask:
-    """What a run scored on a task, its predictions, and what is to be timed."""
+@dataclass(frozen=True, kw_only=True)
+class ScoredTask(CountedRun):
+    """What a run answered to a task, scored, and what that costs."""
 
     run: str
     task: Task
     predictions: list[Prediction]
-    measurement: Measurement
-    twin: Record
-    file: Path
-    """Of the predictions."""
-
-    @property
-    def record(self) -> Record:
-        return self.measurement.record
 
 
 def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) -> list[Record]:
@@ -84,93 +76,95 @@ def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) ->
     tasks = [Task.load(name) for name in names]
     for task in tasks:  # before a model is loaded
         next(iter(task.questions.records(settings.data / task.name)))
-    folders = _folders_of(runs, settings.out)
-    scored = [_score_run(run, folder, tasks, settings) for run, folder in zip(runs, folders, strict=True)]
-    for of_task in zip(*scored, strict=True):
-        if settings.timing:
-            description = f"{of_task[0].task.name}: timing in turns"
-            measure(
-                [one.measurement for one in of_task],
-                device=settings.device,
-                track=partial(track, description=description),
-            )
+    names = run_names(runs)
+    folders = [_folder_of(run, name, settings.out) for run, name in zip(runs, names, strict=True)]
+    scored = [_score_run(*one, tasks, settings) for one in zip(runs, names, folders, strict=True)]
     records = [one.record for of_run in scored for one in of_run]
-    for of_run in scored:
-        write_records([one.record for one in of_run], of_run[0].file.parent / RECORDS)
+    try:
+        if settings.timing:
+            for of_task in zip(*scored, strict=True):
+                timing = partial(track, description=f"{of_task[0].task.name}: timing in turns")
+                measure([one.measurement for one in of_task], device=settings.device, track=timing)
+    finally:  # what was scored is kept, whatever the timing comes to
+        for folder, of_run in zip(folders, scored, strict=True):
+            write_records([one.record for one in of_run], folder / RECORDS)
     for of_task in zip(*scored, strict=True):
         _print_table(of_task)
     return records
 
 
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """What runs are called; those of one name are told apart by the folders above them.
+
+    Raises:
+        UserError: a run is named twice.
+    """
+    parts = [(*run.resolve().parts[1:-1], run_name(run)) for run in runs]
+    if len(set(parts)) < len(parts):
+        raise UserError("a run is named twice.")
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({own[-n:] for own in parts}) == len(parts))
+    return ["-".join(own[-depth:]) for own in parts]
+
+
+def _folder_of(run: Path, name: str, out: Path | None) -> Path:
+    """Where the predictions of a run lie.
+
+    Raises:
+        UserError: a recipe, which has no folder, and no ``out``.
+    """
+    if out is not None:
+        return out / name
+    if not run.is_dir():
+        raise UserError(f"{run} is a recipe and has no folder: say by --out where its answers belong.")
+    return run / "tasks"
+
+
 # --- one run, one task ------------------------------------------------------------------------------------------------
 
 
-def _score_run(run: Path, folder: Path, tasks: Sequence[Task], settings: Settings) -> list[ScoredTask]:
+def _score_run(run: Path, name: str, folder: Path, tasks: Sequence[Task], settings: Settings) -> list[ScoredTask]:
     """All tasks of a run; its model is gone at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / RECORDS)
     recipe, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
-    return [_score(run, recipe, model, task, folder / f"{task.name}.jsonl", settings) for task in tasks]
+    return [_score(run, name, recipe, model, task, folder, settings) for task in tasks]
 
 
 def _score(
-    run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, file: Path, settings: Settings
+    run: Path, name: str, recipe: Recipe, model: VisionLanguageModel, task: Task, folder: Path, settings: Settings
 ) -> ScoredTask:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(file.parent / RECORDS)
-    kept = PredictionFile(file, _head(run, recipe, model, task, settings))
+    kept = PredictionFile(folder / f"{task.name}.jsonl", _head(run, recipe, model, task, settings))
     if settings.again:
         kept.discard()
     answers = _answers(kept, run, model, task, settings)
-    sizes = _sizes(answers)
-    metric = task.metric
+    sizes, metric, routes = _sizes(answers), task.metric, routes_of(answers)
     metric.reset()
     metric.update(one.prediction for one in answers)
     predictions = metric.predictions()
     if not kept.is_complete:
         kept.finish([replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)])
-    routes = routes_of(answers)
     typical = sizes.typical(model.vision.tokens)
     record = count(recipe, model, typical, routes)
     if sizes.prompts:
         note_mean_flops(record, model, sizes.prompts, routes)
     record.accuracy, record.accuracy_intervals = metric.compute(), metric_intervals(metric)
     unreadable = [one.error for one in answers if one.error]
-    name = _name_of(run, settings.out, file)
     record.knobs |= {"run": name, "task": task.name, "metric": metric.name, "headline": metric.headline}
-    record.knobs |= {"answers": len(answers), "unreadable": len(unreadable)}
-    record.knobs["max_new_tokens"] = task.max_new_tokens
-    usual = max(routes, key=routes.__getitem__, default=None)
+    record.knobs |= {"answers": len(answers), "unreadable": len(unreadable), "max_new_tokens": task.max_new_tokens}
     console().print(_sentence(record, unreadable))
-    measurement = Measurement(record, typical, partial(_opened_again, run, settings), usual)
-    return ScoredTask(name, task, predictions, measurement, twin_record(recipe, typical, sizes.prompts), file)
+    usual = max(routes, key=routes.__getitem__, default=None)
+    return ScoredTask(
+        run=name,
+        task=task,
+        predictions=predictions,
+        measurement=Measurement(record, typical, partial(_opened_again, run, settings), usual),
+        twin=twin_record(recipe, typical, sizes.prompts),
+    )
 
 
 def _opened_again(run: Path, settings: Settings) -> VisionLanguageModel:
     """A run's model, when it is to be timed: until then only one model is held at a time."""
     return open_run(run, overrides=list(settings.overrides), trust=settings.trust)[1]
-
-
-def _folders_of(runs: Sequence[Path], out: Path | None) -> list[Path]:
-    """Where the predictions of each run lie; below ``out`` runs of one name are told apart by the folders above them.
-
-    Raises:
-        UserError: a recipe, which has no folder, and no ``out``; one run twice.
-    """
-    if out is None:
-        for run in runs:
-            if not run.is_dir():
-                raise UserError(f"{run} is a recipe and has no folder: say by --out where its answers belong.")
-        folders = [run / "tasks" for run in runs]
-    else:
-        parts = [(*run.resolve().parts[1:-1], run_name(run)) for run in runs]
-        depth = next((n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(runs)), 1)
-        folders = [out / "-".join(own[-depth:]) for own in parts]
-    if len(set(folders)) < len(runs):
-        raise UserError("a run is named twice.")
-    return folders
-
-
-def _name_of(run: Path, out: Path | None, file: Path) -> str:
-    return run_name(run) if out is None else file.parent.name
 
 
 def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ def inspect_answer(
 
 def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tuple[str, str]]) -> list[Inspection]:
     """The same of a batch of conversations of one question each; ``asked``: each question and its answer."""
+    batch = replace(batch, features=model.features_of(batch).detach())  # the tower runs once
     counts = model.fusion.route_counts
     before = counts.copy()
     counts.clear()
@@ -114,19 +115,19 @@ def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tupl
         weights = torch.zeros(0) if relevant is None else _of_row(relevant, rows.index[row])
         inspected.append(
             Inspection(
-                question,
-                answer,
-                words,
-                range(labelled[0], labelled[-1] + 1) if labelled else range(0),
-                _views(model, batch, row),
-                weights.cpu(),
-                {
+                question=question,
+                answer=answer,
+                words=words,
+                answer_tokens=range(labelled[0], labelled[-1] + 1) if labelled else range(0),
+                views=_views(model, batch, row),
+                relevance=weights.cpu(),
+                strength={
                     target: value.reshape(len(batch), -1)[row, start:stop].tolist()
                     for target, value in readings.strength.items()
                 },
-                {layer: value[row, start:stop].cpu() for layer, value in readings.shares.items()},
-                linear_cka(states).cpu() if all(len(state) == len(states[0]) for state in states) else None,
-                routes if len(routes) == 1 else [],  # of several nobody knows whose each was
+                shares={layer: value[row, start:stop].cpu() for layer, value in readings.shares.items()},
+                cka=linear_cka(states).cpu() if len(set(map(len, states))) == 1 else None,
+                routes=routes if len(routes) == 1 else [],  # of several nobody knows whose each was
             )
         )
     return inspected

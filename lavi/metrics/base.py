@@ -34,14 +34,31 @@ def group_names(family: str, level: str) -> tuple[str, ...]:
     return ("all", f"level/{level}", f"family/{family}")
 
 
-class GroupedMean(Metric):
+class _ListStates(Metric):
+    """A metric whose states are lists, of one tensor for each update; none of them has the same length on all ranks."""
+
+    full_state_update = False
+    no_update: tuple[Any, ...]
+    """Arguments of an update that adds nothing."""
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all ranks; called before each ``compute``, on one rank, too.
+
+        A state is never an empty list: torchmetrics would exchange a tensor of floats instead, whatever others have.
+        """
+        if not all(len(getattr(self, name)) for name in self._defaults):
+            self.update(*self.no_update)
+        super().sync(*args, **kwargs)
+
+
+class GroupedMean(_ListStates):
     """Mean score in percent: over all, per level (easy, hard ...) and per question family.
 
     :meth:`compute` gives ``{"all": x, "level/easy": x, "family/colour": x, ...}``. The scores of all ranks
     count; they need not have the same families.
     """
 
-    full_state_update = False
+    no_update = ([], [])
     group_ids: list[Tensor]
     scores: list[Tensor]
 
@@ -61,15 +78,6 @@ class GroupedMean(Metric):
         ]
         self.group_ids.append(torch.tensor([number for number, _ in rows], dtype=torch.long, device=self.device))
         self.scores.append(torch.tensor([score for _, score in rows], device=self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the scores of all ranks; called before each :meth:`compute`, on one rank, too.
-
-        A state is never an empty list: torchmetrics would exchange a tensor of floats instead, whatever others have.
-        """
-        if not len(self.scores):
-            self.update([], [])
-        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, float]:
         """Mean score of each group in percent, groups in alphabetical order."""
@@ -120,14 +128,14 @@ Figures = dict[str, float]
 """By name, in percent unless the metric says otherwise."""
 
 
-class AnswerMetric(Metric, ABC):
+class AnswerMetric(_ListStates, ABC):
     """Scores whole answers. A recipe names it as ``data.metric``; a subclass needs :meth:`score` alone.
 
     :meth:`compute` gives the mean score in percent, over all and by group, as :class:`GroupedMean` does, and whatever
     else the metric says of all answers together (:meth:`figures`). The answers of all ranks count.
     """
 
-    full_state_update = False
+    no_update = ([],)
     label = ""
     """What the percents are of, in a sentence such as ``75.0 % right of 5 answers``; empty: the name of the class."""
 
@@ -173,12 +181,6 @@ class AnswerMetric(Metric, ABC):
         scored = map(self._checked, predictions)
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in scored).encode()
         self.rows.append(torch.from_numpy(np.frombuffer(lines, dtype=np.uint8).copy()).to(self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`GroupedMean.sync`."""
-        if not len(self.rows):
-            self.update([])
-        super().sync(*args, **kwargs)
 
     def predictions(self) -> list[Prediction]:
         """All answers so far, with their scores."""
