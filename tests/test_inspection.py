@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.inspection.answer import inspect_answer, inspect_batch
 from lavi.inspection.page import page
 from lavi.inspection.probes import linear_cka, reading, relevance
+from lavi.model import VisionLanguageModel
+from lavi.reduction.controls import RandomTokens
 from lavi.visor.fusion import VisorFusion
 
 QUESTION = "what colour is the circle?"
@@ -212,3 +215,33 @@ def test_the_command_writes_a_page(run: Any, tiny_recipe: Path) -> None:
         events.Tags()["images"]
     )
     assert any(tag.startswith("inspection/strength/") for tag in events.Tags()["scalars"])
+
+
+def test_what_a_run_counts_of_its_routes_is_left_as_it_was(build: Any) -> None:
+    model = answering(build, VisorFusion(cross_attention=2, self_attention=2))
+    model.fusion.route_counts.update({(1,): 3})
+    inspect_batch(model, batch_of(model, ask(1, QUESTION, answer="red")), [(QUESTION, "red")])
+    assert dict(model.fusion.route_counts) == {(1,): 3}
+
+
+def test_tokens_that_a_reducer_took_off_their_grid_are_drawn_nowhere(build: Any) -> None:
+    parts = build(ConcatFusion())
+    model = VisionLanguageModel(
+        vision=parts.vision, language=parts.language, fusion=ConcatFusion(), reducer=RandomTokens(keep=3)
+    )
+    inspected = inspect_answer(model, QUESTION, [image(1)], answer="red")
+    assert inspected.views == []
+    assert float(inspected.relevance.sum()) == pytest.approx(1, abs=1e-4)
+    assert "lie on no grid" in page(inspected, run="a run")
+
+
+def test_features_that_were_read_in_the_place_of_pixels_are_looked_into(build: Any) -> None:
+    """The same figures, and a blank where the picture would be."""
+    model = answering(build, LaViFusion(every=2, generator=small()))
+    batch = batch_of(model, ask(1, QUESTION, answer="red"))
+    cached = replace(batch, backbone_features=model.encode(batch.pixels, None).detach(), pixels=batch.pixels[:0])
+    (seen,), (read,) = (inspect_batch(model, one, [(QUESTION, "red")]) for one in (batch, cached))
+    assert seen.views[0].pixels is not None
+    assert read.views[0].pixels is None
+    assert torch.allclose(seen.relevance, read.relevance, atol=1e-5)
+    assert page(read, run="a run").count("<canvas>") == 1

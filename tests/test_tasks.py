@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import answering, small
+from PIL import Image
 from task_files import TASK, WRITERS, dump, pictures
 
 from datamodules.questions import QuestionFile
 from lavi.batch import Sample, Video, text_of
+from lavi.data.frame_sampling import FrameSampling
 from lavi.efficiency.record import read_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import answer_task
@@ -135,6 +137,18 @@ def test_a_task_that_does_not_fit_its_file_is_a_sentence(
     source = question_file(**changes)
     with pytest.raises(UserError, match=words):
         source.sample(next(iter(source.records(tmp_path))), tmp_path)
+
+
+def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number,) * 3).save(tmp_path / "clip" / f"frame{number}.png")
+    dump(tmp_path / "q.json", [{"question": "what?", "answer": "red", "clip": "clip"}])
+    source = question_file(image=None, video="{clip}", frames=FrameSampling(frames=12))
+    (sample,) = [source.sample(record, tmp_path) for record in source.records(tmp_path)]
+    (video,) = sample.images
+    assert isinstance(video, Video)
+    assert [frame.getpixel((0, 0))[0] for frame in video.frames] == [20 * number for number in range(12)]
 
 
 @pytest.mark.parametrize(("name", "words"), [("gone.jpg", "gone.jpg"), ("q.json", "is not an image")])
