@@ -67,8 +67,8 @@ def test_a_prompt_has_what_was_said_and_shown_before_its_answer() -> None:
     (first, red), (second, blue) = prompts_of(sample)
     assert [len(prompt.messages) for prompt in (first, second)] == [1, 3]
     assert [list(prompt.images) for prompt in (first, second)] == [sample.images[:1], sample.images]
-    assert red == ("c1", "colour", "all")
-    assert blue == ("c2", "other", "hard")
+    assert red == (("c1",), "colour", "all", "what colour?")
+    assert blue == (("c2",), "other", "hard", "and this?")
     unmarked = Sample("u", [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a"}], [image(1)])
     assert [list(prompt.images) for prompt, _ in prompts_of(unmarked)] == [unmarked.images]
 
