@@ -176,12 +176,13 @@ def test_a_second_interrupt_stops_now_and_says_what_is_safe(fit, tmp_path: Path)
 def curves(folder: Path) -> dict[str, list[int]]:
     """The steps at which each scalar and image stands in TensorBoard.
 
-    Not of speeds, which a run knows after a while.
+    Not of speeds, which a run knows after a while. In order of steps: TensorBoard reads files by their names, and two
+    that one process began within the same second bear names that tell nothing of their order.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
-    scalars = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
-    images = {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+    scalars = {tag: sorted(event.step for event in events.Scalars(tag)) for tag in tags["scalars"]}
+    images = {tag: sorted(event.step for event in events.Images(tag)) for tag in tags["images"]}
     return {tag: steps for tag, steps in (scalars | images).items() if not tag.startswith("train/device")}
 
 
