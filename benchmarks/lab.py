@@ -1,29 +1,29 @@
-"""How well does each fusion answer, for what it costs? Trained to the end on scenes, with several seeds.
+"""How well does each fusion answer, for what it costs? Trained on the built-in scenes and videos, with several seeds.
 
     make lab                                                            all of it; stopped, it goes on
     python benchmarks/lab.py --out benchmarks/results/lab.jsonl --methods concatenation LaVi --seeds 0
 
-Each method trains with each seed from the same tower on the same scenes (recipes/lab), and is scored on held-out ones:
-easy and hard question families apart, with its controls, beside the FLOPs of its prompts; last, all are timed in turns.
-A record is written as each run ends, and one that is there is not trained again. The table gives means over seeds with
-95 % intervals (Student's t); the picture is the frontier of accuracy against FLOPs.
+Each method trains from the same tower on the same data (recipes/lab), and is scored on held-out ones: easy and hard
+question families apart, with its controls, beside the FLOPs of its prompts; last, all are timed in turns. A record is
+written as each run ends, and one that is there is not trained again. The table gives means over seeds with 95 %
+intervals (Student's t); the picture is the frontier of accuracy against FLOPs and, once timed, milliseconds.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from own_records import parser_of
 
-from datamodules.scenes import LEVELS
+from datamodules import moving, scenes
 from lavi.checkpoints.run_folder import LAST, TRAINED, load_run
 from lavi.cli.arguments import path
 from lavi.cli.entry import cli_entry_point
@@ -34,14 +34,43 @@ from lavi.efficiency.record import Record, read_records, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError, nearest
 from lavi.evaluation.compare_runs import score_run
+from lavi.evaluation.controls import NO_IMAGE, SHUFFLED, noise_control
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 from lavi.training.run import train
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
-PIXELS, FEATURES = Path("data/lab"), Path("data/lab-features")
-HARD = [family for family, level in LEVELS.items() if level == "hard"]
+SEEDS = 3
+"""Of the methods that the lab is about; what varies them is trained with one."""
+NOISE = (0.1, 0.3)
+"""Deviations of the noise on test images, 1 from black to white."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What methods are trained on and scored with.
+
+    Args:
+        features: the folder of their cached features.
+        levels: easy or hard, of each family.
+    """
+
+    features: Path
+    levels: dict[str, str]
+
+    @property
+    def hard(self) -> list[str]:
+        return [family for family, level in self.levels.items() if level == "hard"]
+
+
+QUESTIONS = {
+    "scenes": Questions(Path("data/lab-features"), scenes.LEVELS),
+    "videos": Questions(Path("data/lab-videos-features"), moving.LEVELS),
+}
 
 
 @dataclass(frozen=True)
@@ -50,18 +79,27 @@ class Method:
 
     Args:
         shares: of the recipe's steps, the budgets it is trained with.
+        seeds: how many it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
+        questions: what it is trained on.
     """
 
     recipe: str
     changes: tuple[str, ...] = ()
     shares: tuple[float, ...] = (1.0,)
+    seeds: int = SEEDS
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    questions: str = "scenes"
+
+
+def ablation(recipe: str, *changes: str) -> Method:
+    """One key of a method changed: of half the steps, as the method itself is, too; one seed."""
+    return Method(recipe, changes, shares=(0.5,), seeds=1)
 
 
 METHODS: dict[str, Method] = {
-    "concatenation": Method("concat", shares=(0.25, 0.5, 1.0)),
-    "LaVi": Method("lavi", shares=(0.25, 0.5, 1.0)),
+    "concatenation": Method("concat", shares=(0.5, 1.0)),
+    "LaVi": Method("lavi", shares=(0.5, 1.0)),
     "cross-attention": Method("cross_attention"),
     "VISOR": Method(
         "visor",
@@ -71,32 +109,47 @@ METHODS: dict[str, Method] = {
             ("VISOR, none refining", ("model.fusion.configuration=none",)),
         ),
     ),
-    "LaVi, MLP": Method("lavi", (GENERATOR.format("MLPDeltas", 96),)),
-    "LaVi, convolutions": Method("lavi", (GENERATOR.format("ConvDeltas", 96),)),
-    "LaVi, pooled": Method("lavi", (GENERATOR.format("PooledDeltas", 96),)),
-    "LaVi, scale alone": Method("lavi", ("model.fusion.parameters=scale",)),
-    "LaVi, shift alone": Method("lavi", ("model.fusion.parameters=shift",)),
-    "LaVi, attention's norms": Method("lavi", ("model.fusion.targets=[attention]",)),
-    "LaVi, feed-forward's norms": Method("lavi", ("model.fusion.targets=[ffn]",)),
-    "LaVi, every second layer": Method("lavi", ("model.fusion.every=2",)),
-    "LaVi, one layer": Method("lavi", ("model.fusion.every=4",)),
-    "LaVi, bottleneck 32": Method("lavi", (GENERATOR.format("AttentionDeltas", 32),)),
-    "LaVi, bottleneck 192": Method("lavi", (GENERATOR.format("AttentionDeltas", 192),)),
-    "concatenation, pooled 2 x 2": Method(
-        "concat", ("model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 2}",)
+    "LaVi, MLP": ablation("lavi", GENERATOR.format("MLPDeltas", 96)),
+    "LaVi, convolutions": ablation("lavi", GENERATOR.format("ConvDeltas", 96)),
+    "LaVi, pooled": ablation("lavi", GENERATOR.format("PooledDeltas", 96)),
+    "LaVi, scale alone": ablation("lavi", "model.fusion.parameters=scale"),
+    "LaVi, shift alone": ablation("lavi", "model.fusion.parameters=shift"),
+    "LaVi, attention's norms": ablation("lavi", "model.fusion.targets=[attention]"),
+    "LaVi, feed-forward's norms": ablation("lavi", "model.fusion.targets=[ffn]"),
+    "LaVi, every second layer": ablation("lavi", "model.fusion.every=2"),
+    "LaVi, one layer": ablation("lavi", "model.fusion.every=4"),
+    "LaVi, bottleneck 32": ablation("lavi", GENERATOR.format("AttentionDeltas", 32)),
+    "LaVi, bottleneck 192": ablation("lavi", GENERATOR.format("AttentionDeltas", 192)),
+    "LaVi, not from zero": ablation("lavi", "model.fusion.generator.initial_std=0.02"),
+    "LaVi, no code of place": ablation("lavi", "model.fusion.grid_code=false"),
+    "concatenation, pooled 2 x 2": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 2}"
     ),
-    "concatenation, pooled 4 x 4": Method(
-        "concat", ("model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 4}",)
+    "concatenation, pooled 4 x 4": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 4}"
     ),
-    "concatenation, random quarter": Method(
-        "concat", ("model.reducer={_target_: lavi.reduction.controls.RandomTokens, keep: 16}",)
+    "concatenation, random quarter": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.controls.RandomTokens, keep: 16}"
     ),
+    "concatenation, DivPrune quarter": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.diverse.DivPrune, keep: 16}"
+    ),
+    "concatenation, CDPruner quarter": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.diverse.CDPruner, keep: 16}"
+    ),
+    "concatenation of frames": Method("video_concat", seeds=1, questions="videos"),
+    "LaVi of frames": Method("video_lavi", seeds=1, questions="videos"),
 }
 
 
 def slug(name: str) -> str:
     """A name as that of a folder."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-").replace("--", "-")
+
+
+def questions_of(name: str) -> Questions:
+    """What a method is trained on."""
+    return QUESTIONS[METHODS[name].questions]
 
 
 def variants_of(name: str) -> list[str]:
@@ -110,7 +163,7 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
     recipe = RECIPES / f"{method.recipe}.yaml"
     steps = max(1, round(share * Recipe.load(recipe).settings["trainer"]["max_steps"]))
     folder = RUNS / slug(name) / f"{steps}-steps" / f"seed-{seed}"
-    features = [f"data.{split}={FEATURES / split}" for split in ("train", "validation", "test")]
+    features = [f"data.{split}={questions_of(name).features / split}" for split in ("train", "validation", "test")]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
     settings = Recipe.load(recipe, [*features, *own, *method.changes])
     last = folder / LAST
@@ -123,9 +176,11 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
         last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
     records = []
     for variant, own_changes in method.variants or ((name, ()),):
-        record = score_run(folder, overrides=list(own_changes), trust=False, limit=None, device=device).record
+        record = score_run(
+            folder, overrides=list(own_changes), trust=False, limit=None, device=device, noise=NOISE
+        ).record
         record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps}
-        record.knobs |= {"folder": str(folder), "changes": list(own_changes)}
+        record.knobs |= {"folder": str(folder), "changes": list(own_changes), "questions": method.questions}
         records.append(record)
     return records
 
@@ -156,21 +211,52 @@ def half_width(values: Sequence[float]) -> float:
     return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
 
 
+def of_questions(records: Sequence[Record], questions: str) -> list[Record]:
+    """The records of scenes, or of videos."""
+    return [record for record in records if record.knobs["questions"] == questions]
+
+
+def by_method(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each method and budget: one a seed. What had all its steps comes first."""
+    keys = dict.fromkeys((r.knobs["method"], r.knobs["share"]) for r in sorted(records, key=_by_share))
+    return [[r for r in records if (r.knobs["method"], r.knobs["share"]) == key] for key in keys]
+
+
+def _by_share(record: Record) -> float:
+    return -record.knobs["share"]
+
+
 def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: one row a method and budget."""
-    columns = ["method", "steps", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in HARD)]
+    hard = QUESTIONS[records[0].knobs["questions"]].hard
+    columns = ["method", "steps", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
     columns += ["GFLOPs, no encoder", "saved %", "first token, times concatenation"]
-    concat = next((r for r in records if r.knobs["method"] == "concatenation"), records[0])
+    concat = next((r for r in records if r.knobs["method"].startswith("concatenation")), records[0])
     rows = []
-    for name, share in dict.fromkeys((r.knobs["method"], r.knobs["share"]) for r in records):
-        of = [r for r in records if (r.knobs["method"], r.knobs["share"]) == (name, share)]
-        groups = ["level/easy", "level/hard", *(f"family/{family}" for family in HARD)]
+    for of in by_method(records):
+        groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
         scores = [over_seeds([r.accuracy[group] for r in of]) for group in groups]
         cost = mean(without_encoder(r) for r in of)
         saved = 100 * (1 - cost / without_encoder(concat))
         times = next((r.ratios["concat"]["first_token"] for r in of if "concat" in r.ratios), None)
         clock = "-" if times is None else "{:.2f} ({:.2f}-{:.2f})".format(*times)
-        rows.append([name, f"{of[0].knobs['steps']:,}", *scores, f"{cost:.4f}", f"{saved:.1f}", clock])
+        first = [of[0].knobs["method"], f"{of[0].knobs['steps']:,}", str(len(of))]
+        rows.append([*first, *scores, f"{cost:.4f}", f"{saved:.1f}", clock])
+    floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
+    nothing = ["-"] * (2 + 2 + len(hard))
+    saved = 100 * (1 - floor / without_encoder(concat))
+    rows.append(["the language model on the text alone", *nothing, f"{floor:.4f}", f"{saved:.1f}", "-"])
+    return columns, rows
+
+
+def controls_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Right answers to hard questions about the images, others, none, and noisy ones; of what had all its steps."""
+    controls = (SHUFFLED, NO_IMAGE, *map(noise_control, NOISE))
+    columns = ["hard questions, right %", "their images", *controls]
+    rows = []
+    for of in by_method([r for r in records if r.knobs["share"] == 1.0]):
+        scores = [[r.accuracy for r in of], *([r.controls[name] for r in of] for name in controls)]
+        rows.append([of[0].knobs["method"], *(over_seeds([one["level/hard"] for one in of_one]) for of_one in scores)])
     return columns, rows
 
 
@@ -180,30 +266,55 @@ def without_encoder(record: Record) -> float:
     return sum(value for part, value in parts.items() if part not in ("floor", "vision_encoder")) / 1e9
 
 
-def draw(records: Sequence[Record], file: Path) -> None:
-    """Accuracy against FLOPs, easy and hard apart; the cost of the floor and the accuracy of concatenation drawn."""
+def milliseconds(record: Record) -> float | None:
+    """To the first token, without the vision encoder; None: not timed."""
+    return record.milliseconds.get("prefill")
+
+
+def draw(records: Sequence[Record]) -> Figure:
+    """The frontier: accuracy against FLOPs and milliseconds, easy and hard apart.
+
+    The cost of the language model on the text alone and the accuracy of concatenation are drawn as lines.
+    """
     from matplotlib.figure import Figure
 
-    full = [r for r in records if r.knobs["share"] == 1.0]
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    for axes, level in zip(figure.subplots(1, 2), ("easy", "hard"), strict=True):
-        for name in dict.fromkeys(r.knobs["method"] for r in full):
-            of = [r for r in full if r.knobs["method"] == name]
-            scores = [r.accuracy[f"level/{level}"] for r in of]
-            cost = mean(map(without_encoder, of))
-            axes.errorbar(cost, mean(scores), yerr=half_width(scores), fmt="o" if "," not in name else ".", capsize=2)
-            axes.annotate(name, (cost, mean(scores)), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        floor = mean(r.flops_of_samples["floor"] for r in full) / 1e9
-        axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
-        ceiling = [r.accuracy[f"level/{level}"] for r in full if r.knobs["method"] == "concatenation"]
-        if ceiling:
-            axes.axhline(mean(ceiling), color="grey", linestyle="--", label="concatenation")
-        axes.set_xscale("log")
-        axes.set_title(f"{level} questions")
-        axes.set_xlabel("GFLOPs of a prompt, without the vision encoder")
-        axes.set_ylabel("right answers (%)")
-        axes.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    full = [of for of in by_method(records) if of[0].knobs["share"] == 1.0]
+    costs: dict[str, Callable[[Record], float | None]] = {"GFLOPs of a prompt": without_encoder}
+    if any(milliseconds(r) for r in records):
+        costs["milliseconds to the first token"] = milliseconds
+    figure = Figure(figsize=(11, 4.5 * len(costs)), layout="constrained")
+    grid = figure.subplots(len(costs), 2, squeeze=False)
+    for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
+        for axes, level in zip(row, ("easy", "hard"), strict=True):
+            for of in full:
+                name, scores = of[0].knobs["method"], [r.accuracy[f"level/{level}"] for r in of]
+                known = [cost for cost in map(cost_of, of) if cost is not None]
+                if not known:
+                    continue
+                axes.errorbar(mean(known), mean(scores), yerr=half_width(scores), fmt="o", capsize=2)
+                axes.annotate(name, (mean(known), mean(scores)), fontsize=7, xytext=(4, 4), textcoords="offset points")
+                if name == "concatenation":
+                    axes.axhline(mean(scores), color="grey", linestyle="--", label="concatenation")
+            if cost_of is without_encoder:
+                floor = mean(r.flops_of_samples["floor"] for of in full for r in of) / 1e9
+                axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
+            axes.set(xscale="log", title=f"{level} questions", ylabel="right answers (%)")
+            axes.set_xlabel(f"{label}, without the vision encoder")
+            axes.legend(fontsize=7)
+    return figure
+
+
+def write_tensorboard(records: Sequence[Record], folder: Path) -> None:
+    """The picture, and each method's accuracy and cost, beside the curves of the runs."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_figure("accuracy against cost", draw(records))
+        for of in by_method(records):
+            name, steps = of[0].knobs["method"], of[0].knobs["steps"]
+            for level in ("easy", "hard"):
+                writer.add_scalar(f"{level}/{name}", mean(r.accuracy[f"level/{level}"] for r in of), steps)
+            writer.add_scalar(f"GFLOPs without vision encoder/{name}", mean(map(without_encoder, of)), steps)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -211,10 +322,11 @@ def draw(records: Sequence[Record], file: Path) -> None:
 
 def time_methods(records: Sequence[Record], device: torch.device) -> None:
     """Add milliseconds to a record of each method, all in turns."""
-    first = {r.knobs["method"]: r for r in records if r.knobs["share"] == 1.0 and r.knobs["seed"] == 0}
+    of_scenes = of_questions(records, "scenes")
+    first = {r.knobs["method"]: r for r in of_scenes if r.knobs["share"] == 1.0 and r.knobs["seed"] == 0}
     measurements = []
     for record in first.values():
-        scenario = Scenario(record.text_tokens, image=(64, 64))
+        scenario = Scenario(record.text_tokens, image=(scenes.SIDE, scenes.SIDE))
         measurements.append(Measurement(record, scenario, partial(_model, record)))
     measure(measurements, device=device, track=partial(track, description="timing in turns"))
 
@@ -227,7 +339,7 @@ def _model(record: Record) -> Any:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(METHODS), help="some of them")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each method")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: as many as each method has")
     parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")
@@ -237,19 +349,35 @@ def main() -> None:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)
     there = {key_of(r): r for r in read_records(args.out)} if args.out and args.out.is_file() else {}
-    plan = [(n, seed, share) for seed in args.seeds for n in args.methods for share in args.shares or METHODS[n].shares]
-    for name, seed, share in plan:
+    for name, seed, share in plan(args.methods, args.seeds, args.shares):
         if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
             there |= {key_of(one): one for one in run_once(name, seed, share, device)}
             _write(there, args.out)
+    records = list(there.values())
     if args.time:
-        time_methods(list(there.values()), device)
+        time_methods(records, device)
         _write(there, args.out)
-    keys = dict.fromkeys((variant, seed, share) for name, seed, share in plan for variant in variants_of(name))
-    records = [there[key] for key in keys if key in there]
-    console().print(table("scenes", *lab_table(records)))
-    if args.picture:
-        draw(records, args.picture)
+    for questions in QUESTIONS:
+        if of := of_questions(records, questions):
+            console().print(table(questions, *lab_table(of)))
+            console().print(table(f"{questions}, controls", *controls_table(of)))
+    if of := of_questions(records, "scenes"):
+        write_tensorboard(of, RUNS / "frontier")
+        if args.picture:
+            draw(of).savefig(args.picture, dpi=110)
+
+
+def plan(
+    names: Sequence[str], seeds: Sequence[int] | None, shares: Sequence[float] | None
+) -> list[tuple[str, int, float]]:
+    """The runs: method, seed and share of the steps. Each method's first seed comes before the second of any."""
+    runs = [
+        (name, seed, share)
+        for name in names
+        for seed in (range(METHODS[name].seeds) if seeds is None else seeds)
+        for share in shares or METHODS[name].shares
+    ]
+    return sorted(runs, key=lambda run: run[1])
 
 
 def _write(records: dict[tuple[str, int, float], Record], out: Path | None) -> None:

@@ -25,7 +25,7 @@ from decode import decode_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab import HARD, lab_table
+from lab import QUESTIONS, controls_table, lab_table, of_questions
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -151,14 +151,25 @@ def visor_speed(records: list[Record]) -> str:
     return f"{markdown(*visor_speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
+SCENES_HARD = QUESTIONS["scenes"].hard
+"""The hard question families of the scenes."""
+
+
 def visor_scenes(records: list[Record]) -> str:
     """What VISOR reached on the scenes: accuracy beside what it costs."""
-    columns = ["", "easy %", "hard %", *(f"{family} %" for family in HARD), "GFLOPs without encoder", "of concat %"]
+    columns = [
+        "",
+        "easy %",
+        "hard %",
+        *(f"{family} %" for family in SCENES_HARD),
+        "GFLOPs without encoder",
+        "of concat %",
+    ]
     base = next(record for record in records if record.method == "concat")
     rows = []
     for record in records:
         scores = [record.accuracy.get(group, float("nan")) for group in ("level/easy", "level/hard")]
-        scores += [record.accuracy.get(f"family/{family}", float("nan")) for family in HARD]
+        scores += [record.accuracy.get(f"family/{family}", float("nan")) for family in SCENES_HARD]
         cost = [f"{record.gflops_language:.4f}", f"{100 * record.gflops_language / base.gflops_language:.0f}"]
         rows.append([str(record.knobs["name"]), *(f"{score:.1f}" for score in scores), *cost])
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
@@ -232,7 +243,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "grid_code": grid_code,
-    "lab": lambda records: markdown(*lab_table(records)),
+    "lab": lambda records: markdown(*lab_table(of_questions(records, "scenes"))),
+    "lab.controls": lambda records: markdown(*controls_table(of_questions(records, "scenes"))),
+    "lab.videos": lambda records: markdown(*lab_table(of_questions(records, "videos"))),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
     "real.short": partial(short_comparison, names=ROWS_OF_REAL),
     "real.shown": shown,

@@ -260,7 +260,8 @@ def make_samples(job: ShardJob, *, split: str, seed: int, turns: int, even: bool
         chosen: list[Question] = []
         if len(scenes) == 2:
             pool = list(questions_of_two(*scenes))
-            while len(chosen) < min(turns, 3) and (question := examiner.pick(pool)):
+            most = turns if even else min(turns, 3)
+            while len(chosen) < most and (question := examiner.pick(pool)):
                 chosen.append(question)
                 pool.remove(question)
         else:
@@ -296,7 +297,7 @@ def write_dataset(out: Path, *, even: bool = False, **settings: Any) -> bool:
     return write_splits(
         out,
         name="scenes",
-        version=3,
+        version=4,
         make_samples=partial(make_samples, even=True) if even else make_samples,
         sentences=partial(sentences, even=even),
         more={"even": True} if even else None,

@@ -20,7 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavi.cli.arguments import Parser, path, whole_number, without_overrides
+from lavi.cli.arguments import Parser, path, share, whole_number, without_overrides
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 
@@ -41,6 +41,14 @@ def main() -> None:
     )
     parser.add_argument(
         "--text", type=path, metavar="FILE", help="also the language models' perplexity on its texts, without images"
+    )
+    parser.add_argument(
+        "--noise",
+        type=share,
+        action="append",
+        default=[],
+        metavar="DEVIATION",
+        help="also with Gaussian noise of this deviation on the images (1: from black to white); may stand repeatedly",
     )
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--tasks", nargs="+", action="extend", metavar="NAME", help="tasks, or files of one's own")
@@ -73,6 +81,7 @@ def main() -> None:
         device=device,
         out=args.out,
         text=args.text,
+        noise=args.noise,
     )
 
 

@@ -305,22 +305,35 @@ def test_layers_read_each_view_with_its_numbers(build) -> None:  # type: ignore[
         awaken(model.fusion)
         fusion = model.fusion
         context = fusion(batch, features, model.language).vision
-        seen = features + fusion.views(view_indices(batch, torch.device("cpu")))
-        code = grid_code_of(fusion.grid_code, batch, features, (4, 4))
+        code = fusion.view_embedding(view_indices(batch, torch.device("cpu")))
+        code = code + grid_code_of(fusion.grid_code, batch, features, (4, 4))
         assert context.column.tolist() == [[1] * 48, [2] * 16 + [Rows.NEVER] * 32]
         for layer in ("1", "3"):
             if model is cross:
-                key, value = fusion.blocks[layer].keys_values((fusion.norm(seen) + code).flatten(0, 1)[None])
+                key, value = fusion.blocks[layer].keys_values((fusion.norm(features) + code).flatten(0, 1)[None])
                 result = [context.visual[f"{layer} {part}"] for part in ("key", "value")]
                 for whole, of_rows in ((key, result[0]), (value, result[1])):
                     torch.testing.assert_close(of_rows[0], whole[0, :, :48])
                     torch.testing.assert_close(of_rows[1, :, :16], whole[0, :, 48:])
             else:
                 generator = fusion.generators[layer]
-                slots = generator.visual(seen, (4, 4), code).flatten(0, 1)
+                slots = generator.visual(features, (4, 4), code).flatten(0, 1)
                 of_rows = context.visual[layer]  # (B, 2, heads, M, r / heads)
                 torch.testing.assert_close(of_rows[:1], generator.prepare(slots[None, :48]))
                 torch.testing.assert_close(of_rows[1:, :, :, :16], generator.prepare(slots[None, 48:]))
+
+
+def test_which_image_a_token_is_of_weighs_the_same_beside_the_features_of_any_tower(build) -> None:  # type: ignore[no-untyped-def]
+    """The features may be a hundred times as large as another tower's: what is read of them and their view is not."""
+    for model in (build(LaViFusion(every=2, generator=small())), build(CrossAttentionFusion(fraction=0.5))):
+        awaken(model.fusion)
+        batch = batch_of([(0, 6)], [ImageSlot(0, 1), ImageSlot(0, 2)])
+        features = torch.randn(2, 16, 24)
+        small_scale, large_scale = (
+            model.fusion(batch, scale * features, model.language).vision.visual for scale in (1.0, 100.0)
+        )
+        for name, one in small_scale.items():
+            torch.testing.assert_close(large_scale[name], one, atol=1e-3, rtol=1e-3)
 
 
 def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:  # type: ignore[no-untyped-def]
@@ -333,7 +346,7 @@ def test_by_default_fusions_are_of_the_size_that_is_written_down(build) -> None:
     assert lavi.where == "spread"
     block = cross.blocks["3"]
     assert (block.heads, block.ffn_width, block.width) == (4, 128, 32)
-    assert lavi.views.image.num_embeddings == cross.views.image.num_embeddings == 8
+    assert lavi.view_embedding.image.num_embeddings == cross.view_embedding.image.num_embeddings == 8
 
 
 def test_cross_attention_works_in_named_layers_or_a_share_and_costs_what_its_blocks_do(build) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ from lavi.checkpoints.run_folder import load_run
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
+from lavi.metrics.answers import ExactMatch
+from lavi.metrics.base import AnswerMetric, Prediction
+from lavi.metrics.captions import CIDEr
+from lavi.metrics.documents import ANLS
+from lavi.metrics.vqa import VQAAccuracy
+from lavi.metrics.yes_no import MME, YesNo
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "yellow")
@@ -328,13 +334,7 @@ def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Pa
     keys: dict[str, set[str]] = {}
     for count in sorted({ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 1}):
         keys[f"of-{count:02d}"] = write_said(data / f"of-{count:02d}", shards=count)
-    port = free_port()
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-c", READS, data, tokenizer, tmp_path / "found.json"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(command, env=environment(RANK=str(rank), **shared), **pipes) for rank in range(ranks)]
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, said
+    on_ranks(READS, data, tokenizer, tmp_path / "found.json", ranks=ranks)
     for case, found in json.loads((tmp_path / "found.json").read_text()).items():
         name, workers = case.split()
         readers = ranks * max(1, int(workers))
@@ -351,6 +351,73 @@ def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Pa
         assert len(held) == len(set(held))
         assert set(held) == keys[name]
         assert len({len(of_rank) for of_rank in found["held"]}) == 1
+
+
+# --- metrics over ranks -----------------------------------------------------------------------------------------------
+
+SCORES = """
+import json, sys
+import torch.distributed as dist
+from test_distributed import METRICS, shares_of
+
+dist.init_process_group("gloo")
+found = []
+for share in shares_of(dist.get_world_size()):
+    for make, predictions in METRICS.values():
+        metric = make()
+        for one in share(predictions, dist.get_rank()):
+            metric.update([one])
+        found.append(metric.compute())
+if dist.get_rank() == 1:
+    open(sys.argv[1], "w").write(json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def told(answers: str, references: str, *, questions: int = 2) -> list[Prediction]:
+    """Answers, each with its true ones: the ``|`` stands between them, so many about each image."""
+    pairs = zip(answers.split("|"), references.split("|"), strict=True)
+    return [
+        Prediction(answer, tuple(truth.split("/")), str(n // questions), f"f{n % 3}", question=f"is it {answer}?")
+        for n, (answer, truth) in enumerate(pairs)
+    ]
+
+
+METRICS: dict[str, tuple[Callable[[], AnswerMetric], list[Prediction]]] = {
+    "ExactMatch": (ExactMatch, told("a cat|döner|no", "a cat|doner|no")),
+    "VQAAccuracy": (VQAAccuracy, told("two|red", "2/2/2/3/two/2/2/2/2/2|red/blue/red/red/a/b/c/d/e/f")),
+    "ANLS": (ANLS, told("hello|15 cm|", "hallo|15 cm|x")),
+    "YesNo": (YesNo, told("yes|no|no|yes|maybe", "yes|no|yes|no|no")),
+    "MME": (MME, told("yes|no|no|no|yes|yes", "yes|no|yes|no|yes|no")),
+    "CIDEr": (CIDEr, told("a dog runs|two cats sit", "a dog runs fast/the dog runs|two cats sit here", questions=1)),
+}
+
+
+def shares_of(ranks: int) -> list[Callable[[list[Prediction], int], list[Prediction]]]:
+    """Which predictions each rank has: every so manyth; or the last rank all of them, and the others none."""
+    return [lambda every, rank: every[rank::ranks], lambda every, rank: every if rank == ranks - 1 else []]
+
+
+def test_metrics_of_ranks_are_those_of_all_answers(tmp_path: Path) -> None:
+    """However the answers are shared out, also where a rank has none."""
+    on_ranks(SCORES, tmp_path / "found.json", ranks=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 2 * len(METRICS)
+    for of_ranks, (make, predictions) in zip(found, 2 * list(METRICS.values()), strict=True):
+        metric = make()
+        metric.update(predictions)
+        assert of_ranks == pytest.approx(metric.compute())
+
+
+def on_ranks(code: str, *arguments: object, ranks: int) -> None:
+    """Run Python code in so many processes that can form a group."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=environment(RANK=str(rank), **shared), **pipes) for rank in range(ranks)]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks, said
 
 
 def write_said(folder: Path, *, shards: int) -> set[str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ask, image
 from PIL import Image
 
-from lavi.batch import Batch, Sample, Video
+from lavi.batch import Batch, CachedVisual, Layout, Sample, Video
 from lavi.errors import UserError
-from lavi.evaluation.scoring import PromptSizes, Scores, prompts_of, with_images_of_others
+from lavi.evaluation.controls import with_images_of_others, with_noise
+from lavi.evaluation.scoring import PromptSizes, Scores, prompts_of
 from lavi.evaluation.scoring import evaluate as evaluate_with
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import ExactMatch
@@ -183,6 +186,50 @@ def test_a_sample_whose_images_nobody_can_take_is_left_out() -> None:
     text = ask("what?", answer="a", key="text")
     samples = [text, ask(1, "what?", answer="a", key="one"), two_turns("two", 1, 2)]
     assert list(with_images_of_others(samples)) == [text]
+
+
+def test_noise_on_images_has_the_deviation_that_is_named() -> None:
+    """In each pixel and colour; of a video in each frame its own; of features on the image that they were made of."""
+    grey = Image.new("RGB", (64, 48), (128, 128, 128))
+    cached = CachedVisual(torch.zeros(1, 16, 8), Layout(), lambda: grey)
+    sample = Sample("s", [], [grey, Video([grey, grey], seconds=[0.0, 1.0]), cached])
+    still, video, of_cache = with_noise(sample, 0.1, seed=3).images
+    assert isinstance(video, Video)
+    assert video.seconds == [0.0, 1.0]
+    pictures = [np.asarray(one, dtype=float) for one in (still, *video.frames, of_cache)]
+    for pixels in pictures:
+        assert pixels.shape == (48, 64, 3)
+        assert pixels.std() == pytest.approx(25.5, rel=0.05)
+        assert pixels.mean() == pytest.approx(128, abs=1.5)
+    assert all((one != other).any() for one, other in itertools.combinations(pictures, 2))
+    again, other = (with_noise(sample, 0.1, seed=seed).images[0] for seed in (3, 4))
+    assert (np.asarray(again) == pictures[0]).all()
+    assert (np.asarray(other) != pictures[0]).any()
+    white = with_noise(Sample("s", [], [Image.new("RGB", (64, 48), (255, 255, 255))]), 0.1, seed=0)
+    assert 230 < np.asarray(white.images[0]).mean() < 255  # cut at white, not wrapped to black
+
+
+def test_noisy_images_are_a_control_beside_the_others(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(batch: Batch, **_: Any) -> list[str]:
+        answers = ["nothing"] * len(batch)
+        for slot, view in zip(batch.image_slots, batch.pixels, strict=True):
+            answers[slot.row] = "even" if float(view.std(dim=(1, 2)).max()) < 1e-3 else "rough"
+        return answers
+
+    monkeypatch.setattr(seeing, "answer", answer)
+    plain = [Image.new("RGB", (16, 16), (60, 60, 60))]
+    samples = [Sample(str(n), ask(0, "what?", answer="even").messages, plain) for n in range(3)]
+    scores = evaluate_with(seeing, samples, metric=ExactMatch(), device=CPU, noise=[0.25, 0.5])
+    assert scores.accuracy["all"] == 100
+    assert {name: control["all"] for name, control in scores.controls.items()} == {
+        "shuffled images": 100,
+        "no image": 0,
+        "noise of 0.25": 0,
+        "noise of 0.5": 0,
+    }
+    assert scores.control_intervals.keys() == scores.controls.keys()
 
 
 class Counted:

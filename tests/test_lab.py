@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import answering, small
-from lab import METHODS, RECIPES, draw, key_of, lab_table, over_seeds, slug
+from lab import (
+    METHODS,
+    QUESTIONS,
+    RECIPES,
+    SEEDS,
+    controls_table,
+    draw,
+    key_of,
+    lab_table,
+    over_seeds,
+    plan,
+    slug,
+    write_tensorboard,
+)
 from relevance import asked, covered, shares_on
 
 from datamodules.scenes import Thing
@@ -24,7 +37,11 @@ def record(method: str, seed: int, hard: float, *, gflops: float, share: float =
     accuracy = {"level/easy": 90.0 + seed, "level/hard": hard} | {f"family/{name}": hard for name in FAMILIES}
     flops = {"text_attention": gflops * 1e9, "vision_encoder": 7e9, "floor": 1e8}
     made = Record("x", 9, 64, 0, 1, accuracy=accuracy, flops_of_samples=flops)
-    made.knobs |= {"method": method, "seed": seed, "share": share, "steps": int(100 * share)}
+    made.controls = {
+        name: {"level/hard": hard - 10 * number}
+        for number, name in enumerate(("shuffled images", "no image", "noise of 0.1", "noise of 0.3"), start=1)
+    }
+    made.knobs |= {"method": method, "seed": seed, "share": share, "steps": int(100 * share), "questions": "scenes"}
     return made
 
 
@@ -37,17 +54,42 @@ def test_means_are_over_seeds_with_their_interval() -> None:
     assert over_seeds([80.0, 81.0, 82.0]) == "81.0 ± 2.5"
     assert over_seeds([80.0]) == "80.0"
     columns, rows = lab_table(RECORDS)
-    assert len(rows) == 3
-    assert rows[0][:4] == ["concatenation", "100", "91.0 ± 2.5", "81.0 ± 2.5"]
-    assert rows[1][3] == "79.0 ± 0.0"
+    assert [row[:3] for row in rows[:3]] == [["concatenation", "100", "3"], ["LaVi", "100", "3"], ["LaVi", "50", "1"]]
+    assert rows[0][3:5] == ["91.0 ± 2.5", "81.0 ± 2.5"]
+    assert rows[1][4] == "79.0 ± 0.0"
     assert rows[1][columns.index("saved %")] == "80.0"
-    assert rows[2][:2] == ["LaVi", "50"]
+    floor = dict(zip(columns, rows[3], strict=True))  # of what fusion costs nothing
+    assert (floor["GFLOPs, no encoder"], floor["saved %"], floor["hard %"]) == ("0.1000", "90.0", "-")
+
+
+def test_controls_stand_beside_the_answers_of_what_had_all_its_steps() -> None:
+    columns, rows = controls_table(RECORDS)
+    assert columns[2:] == ["shuffled images", "no image", "noise of 0.1", "noise of 0.3"]
+    assert rows == [
+        ["concatenation", "81.0 ± 2.5", "71.0 ± 2.5", "61.0 ± 2.5", "51.0 ± 2.5", "41.0 ± 2.5"],
+        ["LaVi", "79.0 ± 0.0", "69.0 ± 0.0", "59.0 ± 0.0", "49.0 ± 0.0", "39.0 ± 0.0"],
+    ]
+
+
+def test_every_method_comes_once_before_any_comes_again() -> None:
+    runs = plan(list(METHODS), None, None)
+    assert len(set(runs)) == len(runs) == sum(one.seeds * len(one.shares) for one in METHODS.values())
+    seeds = [seed for _, seed, _ in runs]
+    assert seeds == sorted(seeds)
+    assert max(seeds) == SEEDS - 1
+    assert plan(["LaVi"], [4], [0.25]) == [("LaVi", 4, 0.25)]
 
 
 def test_records_are_told_apart_and_drawn(tmp_path: Path) -> None:
     assert len({key_of(one) for one in RECORDS}) == len(RECORDS)
-    draw(RECORDS, tmp_path / "lab.png")
+    assert len(draw(RECORDS).axes) == 2  # easy and hard
+    for one in RECORDS:
+        one.milliseconds = {"prefill": 3.0}
+    draw(RECORDS).savefig(tmp_path / "lab.png")
     assert (tmp_path / "lab.png").stat().st_size > 10_000
+    assert len(draw(RECORDS).axes) == 4  # and what was timed
+    write_tensorboard(RECORDS, tmp_path)
+    assert list(tmp_path.glob("events.out.tfevents*"))
 
 
 def test_names_are_folders_of_their_own() -> None:
@@ -58,7 +100,9 @@ def test_names_are_folders_of_their_own() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_recipe(name: str) -> None:
     method = METHODS[name]
-    Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes)
+    recipe = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes)
+    tokenizer = Path(recipe.settings["model"]["language"]["tokenizer"])
+    assert QUESTIONS[method.questions].features == tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
 
 
 # --- where runs look --------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_what_is_frozen_inside_a_part_that_trains_rests(build) -> None:
     module.train()
     resting = {name for name, m in model.named_modules() if not m.training}
     layer = model.language.layers[1]
-    assert {"vision", "fusion.views" if hasattr(model.fusion, "views") else "fusion.image_order"} <= resting
+    assert {"vision", "fusion.view_embedding"} <= resting
     assert not any(m.training for m in (layer.self_attn, layer.input_layernorm, layer.mlp.up_proj))
     assert all(m.training for m in (layer, layer.mlp, layer.mlp.down_proj, model.language.layers[0].self_attn))
     module.eval()

@@ -176,12 +176,23 @@ def test_tokens_lie_on_their_grid_and_a_class_token_on_none() -> None:
     assert on_grid(tokens[:, :12], (2, 5)).shape == (1, 3, 4, 1)
 
 
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_the_last_projection_starts_at_zero_or_as_wide_as_it_is_told(kind: str) -> None:
+    weights = [
+        GENERATORS[kind](bottleneck=64, **own).bound(width=64, vision_width=VISION, outputs=2).deltas
+        for own in ({}, {"initial_std": 0.02})
+    ]
+    assert not weights[0].weight.any()
+    assert float(weights[1].weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert not any(one.bias.any() for one in weights)
+
+
 def test_a_view_is_the_sum_of_its_four_numbers_embeddings() -> None:
     embedding = ViewEmbedding(VISION, images=2, tiles=3, frames=4)
     for table in (embedding.row, embedding.column, embedding.frame):
         assert (table.weight[0] == 0).all()
-        assert float(table.weight[1:].std()) == pytest.approx(0.02, rel=0.5)
-    assert float(embedding.image.weight.std()) == pytest.approx(0.02, rel=0.5)
+        assert float(table.weight[1:].std()) == pytest.approx(0.5, rel=0.5)
+    assert float(embedding.image.weight.std()) == pytest.approx(0.5, rel=0.5)
     assert [len(table.weight) for table in (embedding.image, embedding.row, embedding.column, embedding.frame)] == [
         2,
         4,

@@ -382,7 +382,7 @@ def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_pat
     if (kind := name.removeprefix("lavi-")) in LOOKS:
         own = {"vision_norm.weight", "vision_norm.bias", "deltas.weight", "deltas.bias"} | LOOKS[kind]
         expected = {f"model.fusion.generators.{layer}.{key}" for layer in (1, 3) for key in own}
-        expected |= {f"model.fusion.views.{table}.weight" for table in ("image", "row", "column", "frame")}
+        expected |= {f"model.fusion.view_embedding.{table}.weight" for table in ("image", "row", "column", "frame")}
         expected |= {"model.fusion.grid_code.amplitude"}
         assert set(kept) == expected
     elif name == "concat":

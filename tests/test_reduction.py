@@ -25,6 +25,7 @@ from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.reduction.base import Reducer
 from lavi.reduction.controls import RandomTokens, UniformTokens, ZeroTokens
+from lavi.reduction.diverse import CDPruner, DivPrune
 from lavi.reduction.pixel_shuffle import PixelShuffle
 from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
 from lavi.reduction.resampler import PerceiverResampler
@@ -42,6 +43,8 @@ REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
     "matryoshka": (partial(MatryoshkaPooling, sides=[1, 2, 4], side=2), 4),
     "random": (partial(RandomTokens, keep=5), 5),
     "uniform": (partial(UniformTokens, keep=5), 5),
+    "divprune": (partial(DivPrune, keep=5), 5),
+    "cdpruner": (partial(CDPruner, keep=5), 5),
     "zero": (ZeroTokens, 0),
 }
 FUSIONS = {
@@ -113,6 +116,8 @@ def test_tiles_and_frames_are_counted_as_they_come(make, name: str, fusion: str)
         MatryoshkaPooling(sides=[4]),
         RandomTokens(keep=16),
         UniformTokens(keep=16),
+        DivPrune(keep=16),
+        CDPruner(keep=16),
     ],
     ids=lambda r: type(r).__name__,
 )
@@ -268,6 +273,8 @@ def test_reducers_say_what_they_leave() -> None:
         (VisionZip(dominant=60, contextual=4), 24, 64, 8),
         (RandomTokens(keep=7), 24, 7, None),
         (UniformTokens(keep=7), 24, 7, None),
+        (DivPrune(keep=7), 24, 7, None),
+        (CDPruner(keep=64), 24, 64, 8),
         (ZeroTokens(), 24, 0, None),
     ):
         spec = reducer.bind(HFVision(config=grid))
@@ -337,6 +344,50 @@ def test_controls_take_tokens_in_the_order_of_the_grid() -> None:
     assert len({tuple(draw) for draw in draws}) == 4
     assert all(draw == sorted(set(draw)) for draw in draws)
     assert bound(RandomTokens(keep=5)).indices == bound(RandomTokens(keep=5, seed=0)).indices
+
+
+def test_divprune_takes_what_is_farthest_from_what_it_has() -> None:
+    """Step by step, of cosine distances."""
+    features = torch.randn(2, 16, 24)
+    features[:, 9] = 3 * features[:, 2]  # alike but for their length: never both, unless all are taken
+    kept = bound(DivPrune(keep=6))(features)
+    for view, result in zip(features, kept, strict=True):
+        distance = 1 - torch.nn.functional.cosine_similarity(view[:, None], view[None], dim=-1)
+        others = [[float(distance[i, j]) for j in range(16) if j != i] for i in range(16)]
+        chosen = [max(range(16), key=lambda i: min(others[i]))]
+        while len(chosen) < 6:
+            left = [i for i in range(16) if i not in chosen]
+            chosen.append(max(left, key=lambda i: min(float(distance[i, j]) for j in chosen)))
+        assert torch.equal(result, view[sorted(chosen)])
+        assert not {2, 9} <= set(chosen)
+
+
+def test_cdpruner_takes_what_adds_most_volume() -> None:
+    """Step by step, the determinant of the cosines of what is chosen."""
+    features = torch.randn(2, 16, 24)
+    features[:, 9] = 3 * features[:, 2]
+    kept = bound(CDPruner(keep=6))(features)
+    for view, result in zip(features, kept, strict=True):
+        unit = torch.nn.functional.normalize(view, dim=-1).double()
+        kernel = unit @ unit.T
+        chosen = [0]
+        while len(chosen) < 6:
+            left = [i for i in range(16) if i not in chosen]
+            chosen.append(max(left, key=lambda i: float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]))))
+        assert torch.equal(result, view[sorted(chosen)])
+        assert not {2, 9} <= set(chosen)
+
+
+def test_what_is_most_alike_is_chosen_last() -> None:
+    """Of copies of a few tokens one each is kept first; a view of one colour loses nothing by any choice."""
+    few = torch.randn(4, 24)
+    tokens = few[[0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0]][None]
+    for reducer in (DivPrune(keep=4), CDPruner(keep=4)):
+        kept = bound(reducer)(tokens)
+        assert {tuple(one.tolist()) for one in kept[0]} == {tuple(one.tolist()) for one in few}
+        flat = bound(reducer)(torch.ones(1, 16, 24))
+        assert torch.equal(flat, torch.ones(1, 4, 24))
+        assert bound(reducer).flops() == 2.0 * 16 * 16 * 24
 
 
 def test_visionzip_reads_its_tower_anew_each_time() -> None:
@@ -429,6 +480,7 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
         (VisionZip(dominant=0), "of 16 tokens"),
         (RandomTokens(keep=17), "has 16 tokens"),
         (RandomTokens(keep=0), "has 16 tokens"),
+        (DivPrune(keep=17), "has 16 tokens"),
         (UniformTokens(keep=17), "has 16 tokens"),
         (MatryoshkaPooling(sides=[8]), "the backbone's grid"),
         (MatryoshkaPooling(sides=[2], side=5), "the backbone's grid"),

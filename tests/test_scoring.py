@@ -14,7 +14,8 @@ from conftest import ask, small
 from lavi.batch import Batch, Layout, Sample
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
-from lavi.evaluation.scoring import SHUFFLED, PromptSizes, Scorer, Scores
+from lavi.evaluation.controls import SHUFFLED
+from lavi.evaluation.scoring import PromptSizes, Scorer, Scores
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import ExactMatch
 

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from lavi.efficiency.measure import saving, saving_of_samples
 from lavi.efficiency.record import Record
 
-CONTROLS = ("shuffled images", "no image")
-"""Names of the controls: the questions about the images of other samples, and about no image."""
-
 PERPLEXITY_TIMES = ("before", "after")
 """When a language model's perplexity is taken: as its checkpoint has it, and inside what was trained."""
 
@@ -31,7 +28,7 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     for group in sorted({g for r in records for g in r.accuracy}, key=_group_order):
         cells = [score_cell(r.accuracy, r.accuracy_intervals, group) for r in records]
         rows.append(row(f"{_group_name(group, overall)} (%)", cells))
-    for control in CONTROLS:
+    for control in dict.fromkeys(name for r in records for name in r.controls):
         for group in ("level/easy", "all"):
             if all(group in r.controls.get(control, {}) for r in records):
                 cells = [score_cell(r.controls[control], r.control_intervals.get(control, {}), group) for r in records]

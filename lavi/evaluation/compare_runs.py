@@ -62,6 +62,7 @@ def compare_runs(
     device: torch.device,
     out: Path | None,
     text: Path | None = None,
+    noise: Sequence[float] = (),
 ) -> list[Record]:
     """Score runs one after the other, time them in turns, write their records and print the comparison.
 
@@ -71,6 +72,7 @@ def compare_runs(
         limit: score at most this many test samples.
         out: a file of JSON lines that gets all records besides the run folders.
         text: a file of texts; the language models' perplexity on them is said, before training and after.
+        noise: deviations of noise on the images, a control each.
 
     Raises:
         UserError: no such run, no test data, not one question, or a file that cannot be written.
@@ -79,7 +81,7 @@ def compare_runs(
         check_writable(file)
     texts = read_texts(text) if text else []
     runs = [
-        score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts)
+        score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts, noise=noise)
         for folder in folders
     ]
     records = [run.record for run in runs]
@@ -103,6 +105,7 @@ def score_run(
     limit: int | None,
     device: torch.device,
     texts: Sequence[str] = (),
+    noise: Sequence[float] = (),
 ) -> ScoredRun:
     """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both.
 
@@ -115,7 +118,7 @@ def score_run(
     check_feature_caches(model, data, ["test"])
     samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{run_name(folder)}: answering", total=samples.expected)
-    scores = evaluate(model, watched, metric=data.metric, device=device)
+    scores = evaluate(model, watched, metric=data.metric, device=device, noise=noise)
     record = count(recipe, model, scores.typical, scores.route_counts)
     note_mean_flops(record, model, scores.prompts, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls

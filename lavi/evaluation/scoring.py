@@ -11,30 +11,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video, references_of, text_of
+from lavi.batch import Batch, Layout, Sample, references_of, text_of
 from lavi.data.collator import EncodedSample
 from lavi.data.processor import one_bad_sample
-from lavi.efficiency.comparison import CONTROLS
 from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
+from lavi.evaluation.controls import (
+    LARGEST_WINDOW,
+    NO_IMAGE,
+    SHUFFLED,
+    noise_control,
+    with_images_of_others,
+    with_noise,
+)
 from lavi.evaluation.intervals import Interval, figure_intervals, intervals
 from lavi.metrics.base import AnswerMetric, Prediction
 from lavi.model import VisionLanguageModel
 
-SHUFFLED, NO_IMAGE = CONTROLS
-WINDOW = 64
-"""Samples that exchange their images with each other."""
 BEHIND_TRUTH = 4
 """Tokens that an answer may have behind a true one before it is cut: blanks, or what makes it another one."""
-LARGEST_WINDOW = 256 * 2**20
-"""Bytes of decoded images above which fewer samples exchange theirs; of pixels, above which fewer prompts are answered
-at a time."""
 
 
 class Expected(NamedTuple):
@@ -55,52 +56,6 @@ def prompts_of(sample: Sample) -> Iterator[tuple[Sample, Expected]]:
         yield sample.until(index), Expected(references_of(answer), family, level, question)
 
 
-# --- the controls -----------------------------------------------------------------------------------------------------
-
-
-def with_images_of_others(samples: Iterable[Sample], *, window: int = WINDOW) -> Iterator[Sample]:
-    """The samples with each other's images: of one half a window away that has as many, of the same kinds.
-
-    A sample without images stays as it is; one whose number or kinds of images no other has is left out.
-    """
-    waiting: dict[tuple[bool, ...], list[Sample]] = {}
-    spare: dict[tuple[bool, ...], Sequence[Visual | CachedVisual]] = {}
-    """Images of a sample that was exchanged before, for one that is left alone at the end."""
-    for sample in samples:
-        kinds = tuple(map(is_video, sample.images))
-        if not kinds:
-            yield sample
-            continue
-        alike = waiting.setdefault(kinds, [])
-        alike.append(sample)
-        full = len(alike) == window or sum(map(_image_bytes, alike)) > LARGEST_WINDOW / len(waiting)
-        if full and len(alike) > 1:
-            spare[kinds] = alike[0].images
-            yield from _exchange_images(alike)
-            alike.clear()
-    for kinds, alike in waiting.items():
-        if len(alike) > 1:
-            yield from _exchange_images(alike)
-        elif alike and kinds in spare:
-            yield replace(alike[0], images=spare[kinds])
-
-
-def _exchange_images(samples: Sequence[Sample]) -> Iterator[Sample]:
-    half = len(samples) // 2
-    for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True):
-        yield replace(sample, images=other.images)
-
-
-def _image_bytes(sample: Sample) -> int:
-    """Bytes of the decoded images and frames of a sample, or of their features."""
-    return sum(
-        visual.features.nbytes
-        if isinstance(visual, CachedVisual)
-        else sum(3 * image.width * image.height for image in (visual.frames if isinstance(visual, Video) else [visual]))
-        for visual in sample.images
-    )
-
-
 # --- answering --------------------------------------------------------------------------------------------------------
 
 
@@ -111,12 +66,14 @@ class Scorer:
     Args:
         metric: scores the answers; not shared with another scorer.
         metric_without_images: scores the answers to the same prompts without images; None: those are not answered.
+        noise: deviation of noise on the images (:func:`lavi.evaluation.controls.with_noise`).
     """
 
     model: VisionLanguageModel
     metric: AnswerMetric
     device: torch.device
     metric_without_images: AnswerMetric | None = None
+    noise: float = 0.0
     batch_size: int = 128
     max_new_tokens: int = 16
     route_counts: Counter[Hashable] = field(default_factory=Counter)
@@ -134,7 +91,8 @@ class Scorer:
         encode = self.model.processor.encode
         encoded = None
         with one_bad_sample(lambda cause: self.left_out.update([cause])):
-            encoded = [(encode(prompt, prompt=True), expected) for prompt, expected in prompts_of(sample)]
+            shown = with_noise(sample, self.noise, seed=self.samples) if self.noise else sample
+            encoded = [(encode(prompt, prompt=True), expected) for prompt, expected in prompts_of(shown)]
         if encoded is None:
             return False
         for prompt, expected in encoded:
@@ -277,44 +235,52 @@ def metric_intervals(metric: AnswerMetric) -> dict[str, Interval]:
 
 
 def evaluate(
-    model: VisionLanguageModel, samples: Iterable[Sample], *, metric: AnswerMetric, device: torch.device
+    model: VisionLanguageModel,
+    samples: Iterable[Sample],
+    *,
+    metric: AnswerMetric,
+    device: torch.device,
+    noise: Sequence[float] = (),
 ) -> Scores:
-    """Score a model on samples and on the controls: their images exchanged among them, and none at all.
+    """Score a model on samples and on the controls: their images exchanged among them, none at all, noisy ones.
 
     Args:
         metric: scores the answers; it is copied, not changed.
+        noise: deviations, a control each (:func:`lavi.evaluation.controls.with_noise`).
 
     Raises:
         UserError: there is not one question.
     """
     plain = Scorer(model, deepcopy(metric), device, metric_without_images=deepcopy(metric))
     shuffled = Scorer(model, deepcopy(metric), device)
+    noisy = {deviation: Scorer(model, deepcopy(metric), device, noise=deviation) for deviation in noise}
     count = 0
 
     def scored() -> Iterator[Sample]:
         nonlocal count
         for sample in samples:
             if plain.add(sample):
+                for scorer in noisy.values():
+                    scorer.add(sample)
                 count += 1
                 yield sample
 
     for sample in with_images_of_others(scored()):
         shuffled.add(sample)
-    plain.finish()
-    shuffled.finish()
+    for scorer in (plain, shuffled, *noisy.values()):
+        scorer.finish()
     if not plain.prompts:
         raise UserError("there is not one question to score: the data have no usable sample.")
     assert plain.metric_without_images is not None
+    controls = {SHUFFLED: shuffled.metric, NO_IMAGE: plain.metric_without_images}
+    controls |= {noise_control(deviation): scorer.metric for deviation, scorer in noisy.items()}
     return Scores(
         metric=metric.name,
         label=metric.label or metric.name,
         accuracy=plain.metric.compute(),
-        controls={SHUFFLED: shuffled.metric.compute(), NO_IMAGE: plain.metric_without_images.compute()},
+        controls={name: metric.compute() for name, metric in controls.items()},
         accuracy_intervals=metric_intervals(plain.metric),
-        control_intervals={
-            SHUFFLED: metric_intervals(shuffled.metric),
-            NO_IMAGE: metric_intervals(plain.metric_without_images),
-        },
+        control_intervals={name: metric_intervals(metric) for name, metric in controls.items()},
         route_counts=plain.route_counts,
         samples=count,
         answers=plain.prompts,

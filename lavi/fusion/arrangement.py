@@ -13,6 +13,7 @@ from torch import Tensor
 from lavi.batch import Batch, Layout
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.nn.grid_code import GridCode, grid_of_tokens
+from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
 
 
@@ -192,6 +193,23 @@ def view_windows(batch: Batch, grid: tuple[int, int], device: torch.device) -> T
         windows.append((0.0, 0.0, 1.0, 1.0))
         windows += [(top + r * height, left + c * width, height, width) for r in range(rows) for c in range(columns)]
     return torch.tensor(windows, device="cpu").reshape(-1, 4).to(device)
+
+
+def place_code(
+    view_embedding: ViewEmbedding,
+    grid_code: GridCode | None,
+    batch: Batch,
+    features: Tensor,
+    grid: tuple[int, int] | None,
+) -> Tensor:
+    """What is added to normalised ``features`` (views, N, Dv): which view they are of, and where in its image they lie.
+
+    Returns:
+        (views, N, Dv), or (views, 1, Dv) without a code of the grid.
+    """
+    of_view = view_embedding(view_indices(batch, features.device))  # (views, 1, Dv)
+    code = grid_code_of(grid_code, batch, features, grid)
+    return of_view if code is None else of_view + code
 
 
 def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tuple[int, int] | None) -> Tensor | None:

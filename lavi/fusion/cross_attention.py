@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import (
-    ColumnContext,
-    grid_code_of,
-    group_views_by_row,
-    text_only_input,
-    view_indices,
-)
+from lavi.fusion.arrangement import ColumnContext, group_views_by_row, place_code, text_only_input
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -85,7 +79,7 @@ class CrossAttentionFusion(Fusion):
             method="cross-attention",
         )
         open_decoder(language.hf, layers)
-        self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.view_embedding = ViewEmbedding(features.width, images=self.max_images)
         self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
         self.norm = nn.LayerNorm(features.width)
         self.blocks = nn.ModuleDict(
@@ -101,9 +95,8 @@ class CrossAttentionFusion(Fusion):
         )
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        tokens = self.norm(features.float() + self.views(view_indices(batch, features.device)))  # (views, N, Dv)
-        if (code := grid_code_of(self.grid_code, batch, tokens, self.grid)) is not None:
-            tokens = tokens + code
+        code = place_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N or 1, Dv)
+        tokens = self.norm(features.float()) + code  # (views, N, Dv)
         rows = group_views_by_row(batch, tokens.shape[1]).to(features.device)
         visual = rows.gather(tokens)  # (B, M, Dv)
         keys_values = {}

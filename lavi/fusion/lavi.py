@@ -30,10 +30,9 @@ from lavi.config.types import Count, Share
 from lavi.errors import UserError
 from lavi.fusion.arrangement import (
     ColumnContext,
-    grid_code_of,
     group_views_by_row,
+    place_code,
     text_only_input,
-    view_indices,
 )
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
@@ -112,7 +111,7 @@ class LaViFusion(Fusion):
         for target in (target for targets in norms.values() for target in targets):
             open_norm(target, language.width)
             cast(ModulatedNorm, target.norm).fused = fused if self.fused_norm else None
-        self.views = ViewEmbedding(features.width, images=self.max_images)
+        self.view_embedding = ViewEmbedding(features.width, images=self.max_images)
         self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
         self.generators = nn.ModuleDict()
         for layer, targets in norms.items():
@@ -151,9 +150,8 @@ class LaViFusion(Fusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
-        tokens = features.float() + self.views(view_indices(batch, features.device))  # (views, N, Dv)
-        code = grid_code_of(self.grid_code, batch, tokens, self.grid)  # (views, N, Dv)
-        slots = {name: cast(DeltaGenerator, g).visual(tokens, self.grid, code) for name, g in self.generators.items()}
+        code = place_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N or 1, Dv)
+        slots = {name: cast(DeltaGenerator, g).visual(features, self.grid, code) for name, g in self.generators.items()}
         rows = group_views_by_row(batch, next(iter(slots.values())).shape[1]).to(features.device)
         visual = {
             name: cast(DeltaGenerator, self.generators[name]).prepare(rows.gather(slot))  # of (B, M, E)

@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lavi.config.types import Count
+from lavi.config.types import Count, PositiveOrZero
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
 from lavi.nn.grid_code import grid_of_tokens
@@ -48,6 +48,8 @@ class DeltaGenerator(nn.Module, ABC):
 
     Args:
         bottleneck: r, the generator's own width, far below D.
+        initial_std: deviation of the last projection's weights at the start. The paper's 0: a model that has not been
+            trained answers as the language model alone.
     """
 
     width: int
@@ -61,9 +63,9 @@ class DeltaGenerator(nn.Module, ABC):
     keeps_tokens = False
     """Whether each visual token leaves a slot of its own: S is N."""
 
-    def __init__(self, *, bottleneck: Count = 64) -> None:
+    def __init__(self, *, bottleneck: Count = 64, initial_std: PositiveOrZero = 0.0) -> None:
         super().__init__()
-        self.bottleneck = bottleneck
+        self.bottleneck, self.initial_std = bottleneck, initial_std
 
     def bound(self, *, width: int, vision_width: int, outputs: int) -> Self:
         """A copy with parameters of its own, for hidden states of width D and visual tokens of width Dv."""
@@ -72,6 +74,8 @@ class DeltaGenerator(nn.Module, ABC):
         generator.vision_norm = nn.LayerNorm(vision_width)
         generator.deltas = nn.Linear(generator.bottleneck, outputs * width)
         nn.init.zeros_(generator.deltas.weight)
+        if generator.initial_std:
+            nn.init.normal_(generator.deltas.weight, std=generator.initial_std)
         nn.init.zeros_(generator.deltas.bias)
         generator.make()
         return generator
@@ -80,7 +84,7 @@ class DeltaGenerator(nn.Module, ABC):
         """The image's part, computed once: ``features`` (views, N, Dv) of a ``grid`` to slots (views, S, E).
 
         Args:
-            code: (views, N, Dv), where each token lies, added to the normed features (:mod:`lavi.nn.grid_code`).
+            code: (views, N or 1, Dv), which view it is and where each token lies, added to the normed features.
         """
         with without_autocast(features):
             normed = self.vision_norm(features.float())
@@ -143,6 +147,7 @@ class AttentionDeltas(DeltaGenerator):
     Args:
         bottleneck: r, shared out among the heads.
         heads: of the attention.
+        initial_std: as :class:`DeltaGenerator`.
 
     Raises:
         UserError: the bottleneck is no multiple of the heads.
@@ -150,8 +155,8 @@ class AttentionDeltas(DeltaGenerator):
 
     keeps_tokens = True
 
-    def __init__(self, *, bottleneck: Count = 64, heads: Count = 4) -> None:
-        super().__init__(bottleneck=bottleneck)
+    def __init__(self, *, bottleneck: Count = 64, heads: Count = 4, initial_std: PositiveOrZero = 0.0) -> None:
+        super().__init__(bottleneck=bottleneck, initial_std=initial_std)
         if bottleneck % heads:
             raise UserError(f"the generator's bottleneck ({bottleneck}) must be a multiple of its heads, {heads}.")
         self.heads = heads
@@ -236,12 +241,13 @@ class MLPDeltas(_OneVector):
     Args:
         bottleneck: r.
         depth: blocks, each an MLP over the tokens and one over the channels.
+        initial_std: as :class:`DeltaGenerator`.
     """
 
     SIDE = 4
 
-    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1) -> None:
-        super().__init__(bottleneck=bottleneck)
+    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1, initial_std: PositiveOrZero = 0.0) -> None:
+        super().__init__(bottleneck=bottleneck, initial_std=initial_std)
         self.depth = depth
 
     def make(self) -> None:
@@ -271,12 +277,13 @@ class ConvDeltas(_OneVector):
     Args:
         bottleneck: r.
         depth: blocks, each a depthwise and a pointwise convolution.
+        initial_std: as :class:`DeltaGenerator`.
     """
 
     KERNEL = 3
 
-    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1) -> None:
-        super().__init__(bottleneck=bottleneck)
+    def __init__(self, *, bottleneck: Count = 64, depth: Count = 1, initial_std: PositiveOrZero = 0.0) -> None:
+        super().__init__(bottleneck=bottleneck, initial_std=initial_std)
         self.depth = depth
 
     def make(self) -> None:

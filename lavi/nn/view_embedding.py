@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class ViewEmbedding(nn.Module):
     """Learned embeddings of the image's number, the tile's row and column and the frame (chosen here).
 
+    They are added to normalised features, whose deviation is 1: beside a tower's own, which may be ten times as large,
+    images would hardly be told apart.
     Where in its image a token lies is said by :mod:`lavi.nn.grid_code`.
     A whole image is in no tile and an image is no frame: there nothing is added. Numbers above the largest share its
     embedding.
@@ -16,16 +18,17 @@ class ViewEmbedding(nn.Module):
     Args:
         width: Dv.
         images, tiles, frames: how many are told apart.
+        deviation: of the embeddings at the start.
     """
 
-    def __init__(self, width: int, *, images: int, tiles: int = 6, frames: int = 128) -> None:
+    def __init__(self, width: int, *, images: int, tiles: int = 6, frames: int = 128, deviation: float = 0.5) -> None:
         super().__init__()
         self.image = nn.Embedding(images, width)
         self.row, self.column, self.frame = (
             nn.Embedding(1 + count, width, padding_idx=0) for count in (tiles, tiles, frames)
         )
         for table in (self.image, self.row, self.column, self.frame):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=deviation)
             if table.padding_idx is not None:
                 with torch.no_grad():
                     table.weight[table.padding_idx].zero_()

@@ -1,0 +1,96 @@
+"""Controls of an evaluation: the same questions about other images, noisy ones, or none.
+
+A model that answers them as well as its own does not look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from lavi.batch import CachedVisual, Sample, Video, Visual, is_video
+
+SHUFFLED = "shuffled images"
+"""The control with the images of other samples."""
+NO_IMAGE = "no image"
+"""The control without images."""
+WINDOW = 64
+"""Samples that exchange their images with each other."""
+LARGEST_WINDOW = 256 * 2**20
+"""Bytes of decoded images above which fewer samples exchange theirs; of pixels, above which fewer prompts are answered
+at a time."""
+
+
+def noise_control(deviation: float) -> str:
+    """The name of the control with noise of this deviation."""
+    return f"noise of {deviation:g}"
+
+
+def with_images_of_others(samples: Iterable[Sample], *, window: int = WINDOW) -> Iterator[Sample]:
+    """The samples with each other's images: of one half a window away that has as many, of the same kinds.
+
+    A sample without images stays as it is; one whose number or kinds of images no other has is left out.
+    """
+    waiting: dict[tuple[bool, ...], list[Sample]] = {}
+    spare: dict[tuple[bool, ...], Sequence[Visual | CachedVisual]] = {}
+    """Images of a sample that was exchanged before, for one that is left alone at the end."""
+    for sample in samples:
+        kinds = tuple(map(is_video, sample.images))
+        if not kinds:
+            yield sample
+            continue
+        alike = waiting.setdefault(kinds, [])
+        alike.append(sample)
+        full = len(alike) == window or sum(map(_image_bytes, alike)) > LARGEST_WINDOW / len(waiting)
+        if full and len(alike) > 1:
+            spare[kinds] = alike[0].images
+            yield from _exchange_images(alike)
+            alike.clear()
+    for kinds, alike in waiting.items():
+        if len(alike) > 1:
+            yield from _exchange_images(alike)
+        elif alike and kinds in spare:
+            yield replace(alike[0], images=spare[kinds])
+
+
+def _exchange_images(samples: Sequence[Sample]) -> Iterator[Sample]:
+    half = len(samples) // 2
+    for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True):
+        yield replace(sample, images=other.images)
+
+
+def _image_bytes(sample: Sample) -> int:
+    """Bytes of the decoded images and frames of a sample, or of their features."""
+    return sum(
+        visual.features.nbytes
+        if isinstance(visual, CachedVisual)
+        else sum(3 * image.width * image.height for image in (visual.frames if isinstance(visual, Video) else [visual]))
+        for visual in sample.images
+    )
+
+
+def with_noise(sample: Sample, deviation: float, *, seed: int) -> Sample:
+    """The sample with Gaussian noise on its images; features are left for the images themselves.
+
+    Args:
+        deviation: of the noise in each pixel and colour, where 1 lies between black and white.
+    """
+    rng = np.random.default_rng(seed)
+    return replace(sample, images=[_noisy(visual, deviation, rng) for visual in sample.images])
+
+
+def _noisy(visual: Visual | CachedVisual, deviation: float, rng: np.random.Generator) -> Visual:
+    if isinstance(visual, CachedVisual):
+        visual = visual.decode()
+    if isinstance(visual, Video):
+        return replace(visual, frames=[_noisy_image(frame, deviation, rng) for frame in visual.frames])
+    return _noisy_image(visual, deviation, rng)
+
+
+def _noisy_image(image: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (height, width, 3)
+    noisy = pixels + rng.normal(0, 255 * deviation, pixels.shape)
+    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))

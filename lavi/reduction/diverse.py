@@ -1,0 +1,94 @@
+"""Tokens unlike each other: DivPrune (arXiv 2503.02175) and CDPruner (arXiv 2506.10967). No weights, no training.
+
+    DivPrune   greedy: always the token whose nearest chosen one is farthest, by cosine distance
+    CDPruner   greedy: always the token that adds most volume (a determinantal point process, arXiv 1709.05135)
+
+Chosen here: tokens are compared as the tower gives them, before any projector, so that all fusions are served; the
+order of the grid is kept; CDPruner's relevance to the question is 1 for all tokens, as of a tower that reads no text,
+so that it begins with the first.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lavi.config.types import Count
+from lavi.reduction.base import Reducer
+from lavi.reduction.controls import check_count
+from lavi.vision.base import FeatureSpec, VisionBackbone
+
+
+class _UnlikeTokens(Reducer):
+    """``keep`` tokens of each view, chosen by how similar they are to each other.
+
+    Args:
+        keep: of each view.
+    """
+
+    def __init__(self, *, keep: Count) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def make(self, vision: VisionBackbone) -> FeatureSpec:
+        count = check_count(self.keep, vision)
+        return FeatureSpec(vision.width, count, self.before.grid if count == vision.tokens else None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        views, tokens, width = features.shape
+        if not views or self.keep >= tokens:
+            return features[:, : self.keep]
+        with torch.no_grad():
+            unit = nn.functional.normalize(features.float(), dim=-1)  # (views, N, Dv)
+            chosen = self.choose(unit @ unit.transpose(1, 2)).sort(dim=1).values  # (views, n)
+        return features.gather(1, chosen[..., None].expand(-1, -1, width))
+
+    @abstractmethod
+    def choose(self, similarity: Tensor) -> Tensor:
+        """Cosines (views, N, N) to the indices of the kept tokens (views, n)."""
+
+    def flops(self) -> float:
+        tokens, width = self.before.tokens, self.before.width
+        return 2.0 * tokens**2 * width if self.keep < tokens else 0.0
+
+
+class DivPrune(_UnlikeTokens):
+    """Each token is as far from those chosen before as any can be; the first is the one farthest from its nearest."""
+
+    def choose(self, similarity: Tensor) -> Tensor:
+        tokens = similarity.shape[1]
+        own = torch.eye(tokens, dtype=torch.bool, device=similarity.device)
+        distance = (1 - similarity).masked_fill(own, float("inf"))  # (views, N, N)
+        chosen = [distance.amin(2).argmax(1)]  # (views,)
+        nearest = torch.full_like(distance[:, 0], float("inf"))  # (views, N): to those chosen
+        for _ in range(self.keep - 1):
+            row = distance.gather(1, chosen[-1][:, None, None].expand(-1, 1, tokens))[:, 0]
+            nearest = nearest.minimum(row).scatter(1, chosen[-1][:, None], -float("inf"))
+            chosen.append(nearest.argmax(1))
+        return torch.stack(chosen, dim=1)
+
+
+class CDPruner(_UnlikeTokens):
+    """Each token adds most to the volume that the chosen ones span.
+
+    The greedy search for the likeliest set of a determinantal point process of that kernel, by one row of its Cholesky
+    factor a step.
+    """
+
+    def choose(self, similarity: Tensor) -> Tensor:
+        views, tokens, _ = similarity.shape
+        factor = similarity.new_zeros(views, self.keep, tokens)  # rows of the Cholesky factor
+        volume = similarity.new_ones(views, tokens)  # what each token would add, squared
+        chosen = [volume.argmax(1)]
+        for step in range(self.keep - 1):
+            last = chosen[-1][:, None]  # (views, 1)
+            row = similarity.gather(1, last[..., None].expand(-1, 1, tokens))[:, 0]  # (views, N)
+            before = factor[:, :step]  # (views, step, N)
+            of_last = before.gather(2, last[:, None].expand(-1, step, 1))  # (views, step, 1)
+            row = (row - (of_last * before).sum(1)) / volume.gather(1, last).clamp(min=1e-12).sqrt()
+            factor[:, step] = row
+            volume = (volume - row.square()).scatter(1, last, -float("inf"))
+            chosen.append(volume.argmax(1))
+        return torch.stack(chosen, dim=1)
