@@ -11,20 +11,23 @@ intervals (Student's t); the picture is the frontier of accuracy against FLOPs a
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
-from own_records import parser_of
+from filelock import FileLock
+from own_records import parser_of, read
 
 from datamodules import moving, scenes
-from lavi.checkpoints.run_folder import LAST, TRAINED, load_run
+from lavi.checkpoints.model_folder import build
+from lavi.checkpoints.run_folder import LAST, TRAINED, lock_run_folder
 from lavi.cli.arguments import path
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
@@ -45,31 +48,35 @@ if TYPE_CHECKING:
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
 SEEDS = 3
 """Of the methods that the lab is about; what varies them is trained with one."""
+SAVE_EVERY = 500
+"""Steps of training that a kill loses at most."""
 NOISE = (0.1, 0.3)
 """Deviations of the noise on test images, 1 from black to white."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
 @dataclass(frozen=True)
-class Questions:
+class LabData:
     """What methods are trained on and scored with.
 
     Args:
         features: the folder of their cached features.
-        levels: easy or hard, of each family.
+        levels: easy or hard, of each question family.
+        baseline: the method that savings are against.
     """
 
     features: Path
     levels: dict[str, str]
+    baseline: str
 
     @property
     def hard(self) -> list[str]:
         return [family for family, level in self.levels.items() if level == "hard"]
 
 
-QUESTIONS = {
-    "scenes": Questions(Path("data/lab-features"), scenes.LEVELS),
-    "videos": Questions(Path("data/lab-videos-features"), moving.LEVELS),
+DATA = {
+    "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
+    "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
 }
 
 
@@ -81,7 +88,7 @@ class Method:
         shares: of the recipe's steps, the budgets it is trained with.
         seeds: how many it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
-        questions: what it is trained on.
+        data: what it is trained on, one of :data:`DATA`.
     """
 
     recipe: str
@@ -89,7 +96,7 @@ class Method:
     shares: tuple[float, ...] = (1.0,)
     seeds: int = SEEDS
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    questions: str = "scenes"
+    data: str = "scenes"
 
 
 def ablation(recipe: str, *changes: str) -> Method:
@@ -137,8 +144,8 @@ METHODS: dict[str, Method] = {
     "concatenation, CDPruner quarter": ablation(
         "concat", "model.reducer={_target_: lavi.reduction.diverse.CDPruner, keep: 16}"
     ),
-    "concatenation of frames": Method("video_concat", seeds=1, questions="videos"),
-    "LaVi of frames": Method("video_lavi", seeds=1, questions="videos"),
+    "concatenation of frames": Method("video_concat", seeds=1, data="videos"),
+    "LaVi of frames": Method("video_lavi", seeds=1, data="videos"),
 }
 
 
@@ -147,47 +154,76 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-").replace("--", "-")
 
 
-def questions_of(name: str) -> Questions:
-    """What a method is trained on."""
-    return QUESTIONS[METHODS[name].questions]
-
-
 def variants_of(name: str) -> list[str]:
     """What a method is scored as."""
     return [variant for variant, _ in METHODS[name].variants] or [name]
 
 
-def run_once(name: str, seed: int, share: float, device: torch.device) -> list[Record]:
-    """Train and score one run; one that was stopped goes on."""
+def method_of_variant() -> dict[str, str]:
+    """The method that each variant is of."""
+    return {variant: name for name in METHODS for variant in variants_of(name)}
+
+
+def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
+    """The recipe of one run: on cached features, of this share of the steps; ``changes`` are a variant's."""
     method = METHODS[name]
-    recipe = RECIPES / f"{method.recipe}.yaml"
-    steps = max(1, round(share * Recipe.load(recipe).settings["trainer"]["max_steps"]))
-    folder = RUNS / slug(name) / f"{steps}-steps" / f"seed-{seed}"
-    features = [f"data.{split}={questions_of(name).features / split}" for split in ("train", "validation", "test")]
+    file = RECIPES / f"{method.recipe}.yaml"
+    steps = max(1, round(share * Recipe.load(file).settings["trainer"]["max_steps"]))
+    features = [f"data.{split}={DATA[method.data].features / split}" for split in ("train", "validation", "test")]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    settings = Recipe.load(recipe, [*features, *own, *method.changes])
-    last = folder / LAST
-    if not (folder / TRAINED).is_file() or last.is_file():
-        if not last.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        if train(settings, folder, resume_from=last if last.is_file() else None, save_every=1000):
-            raise KeyboardInterrupt
-        last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
-    records = []
-    for variant, own_changes in method.variants or ((name, ()),):
-        record = score_run(
-            folder, overrides=list(own_changes), trust=False, limit=None, device=device, noise=NOISE
-        ).record
-        record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps}
-        record.knobs |= {"folder": str(folder), "changes": list(own_changes), "questions": method.questions}
-        records.append(record)
+    return Recipe.load(file, [*features, *own, *method.changes, *changes])
+
+
+def digest_of(name: str, seed: int, share: float) -> str:
+    """Tells runs and records of a method from those that it had before its recipe was changed."""
+    return hashlib.sha256(settings_of(name, seed, share).yaml().encode()).hexdigest()[:12]
+
+
+def run_once(name: str, seed: int, share: float, device: torch.device) -> list[Record]:
+    """Train and score one run; one that was stopped goes on, one of another recipe begins anew.
+
+    Raises:
+        UserError: another process trains it at this moment.
+    """
+    method, settings, digest = METHODS[name], settings_of(name, seed, share), digest_of(name, seed, share)
+    steps = settings.settings["trainer"]["max_steps"]
+    folder = RUNS / slug(name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_run_folder(folder):
+        last = folder / LAST
+        if not (folder / TRAINED).is_file() or last.is_file():
+            if train(settings, folder, resume_from=last if last.is_file() else None, save_every=SAVE_EVERY):
+                raise KeyboardInterrupt
+            last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
+        records = []
+        for variant, changes in method.variants or ((name, ()),):
+            overrides = list(changes)
+            record = score_run(folder, overrides=overrides, trust=False, limit=None, device=device, noise=NOISE).record
+            record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps, "recipe": digest}
+            record.knobs |= {"folder": str(folder), "changes": overrides, "data": method.data}
+            records.append(record)
     return records
 
 
-def key_of(record: Record) -> tuple[str, int, float]:
-    """What tells the lab's records apart."""
+Key = tuple[str, int, float]
+"""What tells the lab's records apart: method, seed and share of the steps."""
+
+
+def key_of(record: Record) -> Key:
+    """The key of a record."""
     return record.knobs["method"], record.knobs["seed"], record.knobs["share"]
+
+
+def known(file: Path | None) -> dict[Key, Record]:
+    """The records of a file, those left out whose method's recipe has been changed since."""
+    if file is None or not file.is_file():
+        return {}
+    kept = {}
+    for record in read_records(file):
+        name = method_of_variant().get(record.knobs.get("method", ""))
+        if name and record.knobs.get("recipe") == digest_of(name, record.knobs["seed"], record.knobs["share"]):
+            kept[key_of(record)] = record
+    return kept
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -211,9 +247,9 @@ def half_width(values: Sequence[float]) -> float:
     return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
 
 
-def of_questions(records: Sequence[Record], questions: str) -> list[Record]:
+def records_of(records: Sequence[Record], data: str) -> list[Record]:
     """The records of scenes, or of videos."""
-    return [record for record in records if record.knobs["questions"] == questions]
+    return [record for record in records if record.knobs["data"] == data]
 
 
 def by_method(records: Sequence[Record]) -> list[list[Record]]:
@@ -228,36 +264,48 @@ def _by_share(record: Record) -> float:
 
 def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: one row a method and budget."""
-    hard = QUESTIONS[records[0].knobs["questions"]].hard
+    data = DATA[records[0].knobs["data"]]
+    hard = data.hard
     columns = ["method", "steps", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
     columns += ["GFLOPs, no encoder", "saved %", "first token, times concatenation"]
-    concat = next((r for r in records if r.knobs["method"].startswith("concatenation")), records[0])
+    baseline = next((without_encoder(r) for r in records if r.knobs["method"] == data.baseline), None)
+
+    def saved(gflops: float) -> str:
+        return "-" if baseline is None else f"{100 * (1 - gflops / baseline):.1f}"
+
     rows = []
     for of in by_method(records):
         groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
         scores = [over_seeds([r.accuracy[group] for r in of]) for group in groups]
         cost = mean(without_encoder(r) for r in of)
-        saved = 100 * (1 - cost / without_encoder(concat))
         times = next((r.ratios["concat"]["first_token"] for r in of if "concat" in r.ratios), None)
         clock = "-" if times is None else "{:.2f} ({:.2f}-{:.2f})".format(*times)
         first = [of[0].knobs["method"], f"{of[0].knobs['steps']:,}", str(len(of))]
-        rows.append([*first, *scores, f"{cost:.4f}", f"{saved:.1f}", clock])
+        rows.append([*first, *scores, f"{cost:.4f}", saved(cost), clock])
     floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
     nothing = ["-"] * (2 + 2 + len(hard))
-    saved = 100 * (1 - floor / without_encoder(concat))
-    rows.append(["the language model on the text alone", *nothing, f"{floor:.4f}", f"{saved:.1f}", "-"])
+    rows.append(["the language model on the text alone", *nothing, f"{floor:.4f}", saved(floor), "-"])
     return columns, rows
 
 
 def controls_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Right answers to hard questions about the images, others, none, and noisy ones; of what had all its steps."""
+    """Right answers to hard questions about the images, others, none, and noisy ones; of each method's longest runs."""
     controls = (SHUFFLED, NO_IMAGE, *map(noise_control, NOISE))
     columns = ["hard questions, right %", "their images", *controls]
     rows = []
-    for of in by_method([r for r in records if r.knobs["share"] == 1.0]):
+    for of in longest(records):
         scores = [[r.accuracy for r in of], *([r.controls[name] for r in of] for name in controls)]
-        rows.append([of[0].knobs["method"], *(over_seeds([one["level/hard"] for one in of_one]) for of_one in scores)])
+        cells = (over_seeds([score.get("level/hard", nan) for score in column]) for column in scores)
+        rows.append([of[0].knobs["method"], *cells])
     return columns, rows
+
+
+def longest(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each method with the most steps that it had."""
+    first: dict[str, list[Record]] = {}
+    for of in by_method(records):
+        first.setdefault(of[0].knobs["method"], of)
+    return list(first.values())
 
 
 def without_encoder(record: Record) -> float:
@@ -268,17 +316,18 @@ def without_encoder(record: Record) -> float:
 
 def milliseconds(record: Record) -> float | None:
     """To the first token, without the vision encoder; None: not timed."""
-    return record.milliseconds.get("prefill")
+    times = record.milliseconds.get("prefill")
+    return times[0] if times else None
 
 
 def draw(records: Sequence[Record]) -> Figure:
     """The frontier: accuracy against FLOPs and milliseconds, easy and hard apart.
 
-    The cost of the language model on the text alone and the accuracy of concatenation are drawn as lines.
+    The cost of the language model on the text alone and the accuracy of concatenation are drawn as lines; hollow: of
+    half the steps.
     """
     from matplotlib.figure import Figure
 
-    full = [of for of in by_method(records) if of[0].knobs["share"] == 1.0]
     costs: dict[str, Callable[[Record], float | None]] = {"GFLOPs of a prompt": without_encoder}
     if any(milliseconds(r) for r in records):
         costs["milliseconds to the first token"] = milliseconds
@@ -286,28 +335,33 @@ def draw(records: Sequence[Record]) -> Figure:
     grid = figure.subplots(len(costs), 2, squeeze=False)
     for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
         for axes, level in zip(row, ("easy", "hard"), strict=True):
-            for of in full:
-                name, scores = of[0].knobs["method"], [r.accuracy[f"level/{level}"] for r in of]
-                known = [cost for cost in map(cost_of, of) if cost is not None]
-                if not known:
+            for of in by_method(records):
+                name, whole = of[0].knobs["method"], of[0].knobs["share"] == 1.0
+                scores = [r.accuracy[f"level/{level}"] for r in of]
+                told = [cost for cost in map(cost_of, of) if cost is not None]
+                if not told:
                     continue
-                axes.errorbar(mean(known), mean(scores), yerr=half_width(scores), fmt="o", capsize=2)
-                axes.annotate(name, (mean(known), mean(scores)), fontsize=7, xytext=(4, 4), textcoords="offset points")
-                if name == "concatenation":
+                at = (mean(told), mean(scores))
+                fill = "full" if whole else "none"
+                axes.errorbar(*at, yerr=half_width(scores), fmt="o", fillstyle=fill, markersize=5, capsize=2)
+                axes.annotate(name, at, fontsize=8 if whole else 6, xytext=(4, 4), textcoords="offset points")
+                if whole and name == "concatenation":
                     axes.axhline(mean(scores), color="grey", linestyle="--", label="concatenation")
             if cost_of is without_encoder:
-                floor = mean(r.flops_of_samples["floor"] for of in full for r in of) / 1e9
+                floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
                 axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
             axes.set(xscale="log", title=f"{level} questions", ylabel="right answers (%)")
             axes.set_xlabel(f"{label}, without the vision encoder")
-            axes.legend(fontsize=7)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7)
     return figure
 
 
 def write_tensorboard(records: Sequence[Record], folder: Path) -> None:
-    """The picture, and each method's accuracy and cost, beside the curves of the runs."""
+    """The picture, and each method's accuracy and cost, in the place of what was there."""
     from torch.utils.tensorboard import SummaryWriter
 
+    shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:
         writer.add_figure("accuracy against cost", draw(records))
         for of in by_method(records):
@@ -321,18 +375,19 @@ def write_tensorboard(records: Sequence[Record], folder: Path) -> None:
 
 
 def time_methods(records: Sequence[Record], device: torch.device) -> None:
-    """Add milliseconds to a record of each method, all in turns."""
-    of_scenes = of_questions(records, "scenes")
-    first = {r.knobs["method"]: r for r in of_scenes if r.knobs["share"] == 1.0 and r.knobs["seed"] == 0}
+    """Add milliseconds to a record of each method on scenes, all in turns; weights say nothing of time."""
+    first = {of[0].knobs["method"]: of[0] for of in longest(records_of(records, "scenes"))}
+    baseline = first.pop(DATA["scenes"].baseline, None)  # times are told in those of the first concatenation
     measurements = []
-    for record in first.values():
+    for record in filter(None, [baseline, *first.values()]):
         scenario = Scenario(record.text_tokens, image=(scenes.SIDE, scenes.SIDE))
         measurements.append(Measurement(record, scenario, partial(_model, record)))
     measure(measurements, device=device, track=partial(track, description="timing in turns"))
 
 
 def _model(record: Record) -> Any:
-    return load_run(Path(record.knobs["folder"]), overrides=record.knobs["changes"])[1]
+    name = method_of_variant()[record.knobs["method"]]
+    return build(settings_of(name, 0, record.knobs["share"], *record.knobs["changes"])).eval()
 
 
 @cli_entry_point
@@ -344,27 +399,25 @@ def main() -> None:
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    args = parser.parse_args()
+    args = read(parser)
     if unknown := [name for name in args.methods if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)
-    there = {key_of(r): r for r in read_records(args.out)} if args.out and args.out.is_file() else {}
+    there = known(args.out)
     for name, seed, share in plan(args.methods, args.seeds, args.shares):
         if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
-            there |= {key_of(one): one for one in run_once(name, seed, share, device)}
-            _write(there, args.out)
-    records = list(there.values())
+            there = written({key_of(one): one for one in run_once(name, seed, share, device)}, there, args.out)
     if args.time:
-        time_methods(records, device)
-        _write(there, args.out)
-    for questions in QUESTIONS:
-        if of := of_questions(records, questions):
-            console().print(table(questions, *lab_table(of)))
-            console().print(table(f"{questions}, controls", *controls_table(of)))
-    if of := of_questions(records, "scenes"):
-        write_tensorboard(of, RUNS / "frontier")
+        time_methods(list(there.values()), device)
+        there = written(there, there, args.out)
+    for data in DATA:
+        if records := records_of(list(there.values()), data):
+            console().print(table(data, *lab_table(records)))
+            console().print(table(f"{data}, controls", *controls_table(records)))
+    if records := records_of(list(there.values()), "scenes"):
+        write_tensorboard(records, RUNS / "frontier")
         if args.picture:
-            draw(of).savefig(args.picture, dpi=110)
+            draw(records).savefig(args.picture, dpi=110)
 
 
 def plan(
@@ -380,11 +433,16 @@ def plan(
     return sorted(runs, key=lambda run: run[1])
 
 
-def _write(records: dict[tuple[str, int, float], Record], out: Path | None) -> None:
-    if out:
+def written(new: dict[Key, Record], there: dict[Key, Record], out: Path | None) -> dict[Key, Record]:
+    """All records, with the new ones; they are in the file, beside those that other processes wrote meanwhile."""
+    if out is None:
+        return there | new
+    with FileLock(f"{out}.lock"):
+        there = there | known(out) | new
         with replacing(out) as part:
             part.unlink(missing_ok=True)  # of a run that was killed
-            write_records(records.values(), part)
+            write_records(there.values(), part)
+    return there
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is what is asked about what is looked at? Of trained runs on the scenes: where answers come from.
 
-    python benchmarks/relevance.py --checkpoint runs/lab/lavi/3500-steps/seed-0 --out benchmarks/results/relevance.jsonl
+    python benchmarks/relevance.py --checkpoint runs/lab/lavi/2500-steps/seed-0-* --out results.jsonl
 
 Each question is about one thing of a scene. The record says which share of the picture the thing covers, which share of
 what the answer depends on (gradient times feature) lies there, and, of LaVi's attention generator, which share of what

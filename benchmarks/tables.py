@@ -25,7 +25,7 @@ from decode import decode_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab import QUESTIONS, controls_table, lab_table, of_questions
+from lab import DATA, controls_table, lab_table, records_of
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -151,7 +151,7 @@ def visor_speed(records: list[Record]) -> str:
     return f"{markdown(*visor_speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
-SCENES_HARD = QUESTIONS["scenes"].hard
+SCENES_HARD = DATA["scenes"].hard
 """The hard question families of the scenes."""
 
 
@@ -175,6 +175,8 @@ def visor_scenes(records: list[Record]) -> str:
     return f"{markdown(columns, rows)}\n{base.knobs['test_samples']} test samples.\n"
 
 
+NOT_YET = "Not measured yet.\n"
+"""In the place of a table whose records are not there."""
 IN_README = 2
 """Questions about the picture that a README shows."""
 
@@ -224,6 +226,12 @@ def noticed_mutants(modules: list[dict[str, Any]]) -> str:
     )
 
 
+def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], list[list[str]]]], data: str) -> str:
+    """What fusions reached in the lab on scenes or on videos."""
+    chosen = records_of(records, data)
+    return markdown(*of(chosen)) if chosen else NOT_YET
+
+
 OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
@@ -243,9 +251,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "grid_code": grid_code,
-    "lab": lambda records: markdown(*lab_table(of_questions(records, "scenes"))),
-    "lab.controls": lambda records: markdown(*controls_table(of_questions(records, "scenes"))),
-    "lab.videos": lambda records: markdown(*lab_table(of_questions(records, "videos"))),
+    "lab": partial(lab, of=lab_table, data="scenes"),
+    "lab.controls": partial(lab, of=controls_table, data="scenes"),
+    "lab.videos": partial(lab, of=lab_table, data="videos"),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
     "real.short": partial(short_comparison, names=ROWS_OF_REAL),
     "real.shown": shown,
@@ -270,7 +278,7 @@ def render(text: str) -> str:
     def fill(marker: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
         if not file.exists():
-            table = "Not measured yet.\n"
+            table = NOT_YET
         elif own := OWN_RECORDS.get(marker[2]):
             table = own([json.loads(line) for line in file.read_text().splitlines()])
         else:

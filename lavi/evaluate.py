@@ -6,7 +6,8 @@
 
 For each run: the score of its answers per question family, by the metric that its recipe names (data.metric, by
 default the share of right answers) with a 95 % interval (bootstrap over samples), the same with the images shuffled
-among the questions and without images (what can be guessed), FLOPs, milliseconds and memory of one typical prompt.
+among the questions and without images (what can be guessed), and with noise on them (--noise), FLOPs, milliseconds
+and memory of one typical prompt.
 All runs are timed in this process, on this device, so that their ratios mean something.
 
 With --tasks: on benchmarks instead, read from data/tasks/NAME as recipes/tasks/NAME.yaml says. Every answer is kept in
@@ -16,7 +17,7 @@ question.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--noise",
-        type=share,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="DEVIATION",
-        help="also with Gaussian noise of this deviation on the images (1: from black to white); may stand repeatedly",
+        help="also with Gaussian noise of these deviations on the images (1: from black to white)",
     )
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--tasks", nargs="+", action="extend", metavar="NAME", help="tasks, or files of one's own")
@@ -67,7 +68,12 @@ def main() -> None:
     if not folders:
         parser.error("--checkpoint needs a run folder")
     device = device_of(args.device)
+    words, of_noise = without_overrides(args.noise)
+    behind += of_noise
+    noise = deviations_of(words, parser)
     if args.tasks:
+        if noise:
+            parser.error("--noise goes with a run's own test split, not with --tasks")
         score_tasks(args, folders, behind, device)
         return
     from lavi.evaluation.compare_runs import compare_runs
@@ -81,8 +87,16 @@ def main() -> None:
         device=device,
         out=args.out,
         text=args.text,
-        noise=args.noise,
+        noise=noise,
     )
+
+
+def deviations_of(words: list[str], parser: Parser) -> list[float]:
+    """The numbers of ``--noise``."""
+    try:
+        return list(map(share, words))
+    except ArgumentTypeError:
+        parser.error(f"--noise takes deviations above 0 and at most 1, not {' '.join(words)}")
 
 
 def score_tasks(args: Namespace, folders: list[Path], overrides: list[str], device: torch.device) -> None:

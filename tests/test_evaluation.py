@@ -209,6 +209,17 @@ def test_noise_on_images_has_the_deviation_that_is_named() -> None:
     assert 230 < np.asarray(white.images[0]).mean() < 255  # cut at white, not wrapped to black
 
 
+def test_noise_is_as_strong_on_large_images_as_on_small_ones() -> None:
+    """Drawn at the size that a tower sees: made smaller, a large image keeps it."""
+    for size in ((32, 32), (64, 48), (640, 480), (1600, 900)):
+        sample = Sample("s", [], [Image.new("RGB", size, (128, 128, 128))])
+        (shown,) = with_noise(sample, 0.1, seed=0, cells=(32, 32)).images
+        assert isinstance(shown, Image.Image)
+        assert shown.size == size
+        seen = np.asarray(shown.resize((32, 32), Image.Resampling.BOX), dtype=float)
+        assert 0.8 * 25.5 < seen.std() < 1.05 * 25.5
+
+
 def test_noisy_images_are_a_control_beside_the_others(
     seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +241,37 @@ def test_noisy_images_are_a_control_beside_the_others(
         "noise of 0.5": 0,
     }
     assert scores.control_intervals.keys() == scores.controls.keys()
+
+
+def test_what_noise_cannot_be_put_on_is_left_out_of_that_control_and_counted(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sample has its own noise, the same whatever was left out before it."""
+    shown: list[torch.Tensor] = []
+
+    def answer(batch: Batch, **_: Any) -> list[str]:
+        shown.extend(batch.pixels)
+        return ["even"] * len(batch)
+
+    def broken() -> Image.Image:
+        raise UserError("gone")
+
+    monkeypatch.setattr(seeing, "answer", answer)
+    plain = Image.new("RGB", (16, 16), (60, 60, 60))
+    features = seeing.vision(torch.zeros(1, *seeing.vision.pixel_shape)).detach()
+    layout = seeing.processor.encode(ask(0, "what?", answer="even")).layouts[0]
+    cached = CachedVisual(features, layout, broken)
+    samples = [Sample(str(n), ask(0, "what?", answer="even").messages, [plain]) for n in range(2)]
+    scores = evaluate_with(seeing, samples, metric=ExactMatch(), device=CPU, noise=[0.25])
+    alone, shown[:] = list(shown), []
+    odd = Sample("odd", samples[0].messages, [cached])
+    with_odd = evaluate_with(seeing, [odd], metric=ExactMatch(), device=CPU, noise=[0.25])
+    assert (scores.left_out, scores.controls["noise of 0.25"]["all"]) == ({}, 100)
+    assert with_odd.left_out == {"noise of 0.25: gone": 1}
+    assert with_odd.controls["noise of 0.25"] == {}
+    noisy = [view for view in alone if float(view.std(dim=(1, 2)).max()) > 1e-3]
+    assert len(noisy) == 2
+    assert not torch.equal(noisy[0], noisy[1])
 
 
 class Counted:

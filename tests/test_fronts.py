@@ -183,6 +183,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -
     assert f"after {step + 2} steps" in " ".join(resumed.stdout.split())
 
 
+def test_evaluate_puts_noise_on_images_where_it_is_asked_for(run, trained: Path) -> None:  # type: ignore[no-untyped-def]
+    noise = ("--noise", 0.1, 0.3, "data.validation=null")  # a change of the recipe may stand behind
+    status, out, _ = run("lavi.evaluate", "--checkpoint", trained, "--limit", 4, "--out", "records.jsonl", *noise)
+    assert status == 0
+    assert "noise of 0.1" in out
+    (record,) = read_records(Path("records.jsonl"))
+    assert list(record.controls) == ["shuffled images", "no image", "noise of 0.1", "noise of 0.3"]
+    assert all("all" in control for control in record.controls.values())
+
+
 def test_evaluate_scores_with_controls_and_costs(run, trained: Path) -> None:
     status, out, _ = run("lavi.evaluate", "--checkpoint", trained, "--out", "records.jsonl")
     assert status == 0

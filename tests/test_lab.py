@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lab
 import pytest
 import torch
 from conftest import answering, small
 from lab import (
+    DATA,
     METHODS,
-    QUESTIONS,
     RECIPES,
     SEEDS,
     controls_table,
@@ -24,12 +27,14 @@ from lab import (
 )
 from relevance import asked, covered, shares_on
 
-from datamodules.scenes import Thing
-from lavi.efficiency.record import Record
+from datamodules.scenes import LEVELS, Thing
+from lavi.efficiency.measure import Measurement
+from lavi.efficiency.record import Record, read_records
 from lavi.fusion.lavi import LaViFusion
 from lavi.inspection.answer import inspect_answer
 from lavi.recipe import Recipe
 
+LATE = ("model.fusion.where=last",)
 FAMILIES = ("count", "relation", "comparison", "reading", "two_images")
 
 
@@ -41,7 +46,7 @@ def record(method: str, seed: int, hard: float, *, gflops: float, share: float =
         name: {"level/hard": hard - 10 * number}
         for number, name in enumerate(("shuffled images", "no image", "noise of 0.1", "noise of 0.3"), start=1)
     }
-    made.knobs |= {"method": method, "seed": seed, "share": share, "steps": int(100 * share), "questions": "scenes"}
+    made.knobs |= {"method": method, "seed": seed, "share": share, "steps": int(100 * share), "data": "scenes"}
     return made
 
 
@@ -84,7 +89,7 @@ def test_records_are_told_apart_and_drawn(tmp_path: Path) -> None:
     assert len({key_of(one) for one in RECORDS}) == len(RECORDS)
     assert len(draw(RECORDS).axes) == 2  # easy and hard
     for one in RECORDS:
-        one.milliseconds = {"prefill": 3.0}
+        one.milliseconds = {"prefill": [3.0, 2.9, 3.2]}
     draw(RECORDS).savefig(tmp_path / "lab.png")
     assert (tmp_path / "lab.png").stat().st_size > 10_000
     assert len(draw(RECORDS).axes) == 4  # and what was timed
@@ -102,7 +107,78 @@ def test_every_method_is_a_recipe(name: str) -> None:
     method = METHODS[name]
     recipe = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes)
     tokenizer = Path(recipe.settings["model"]["language"]["tokenizer"])
-    assert QUESTIONS[method.questions].features == tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
+    assert DATA[method.data].features == tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
+
+
+TINY = {
+    "concatenation": lab.Method("tiny", ("model.fusion={_target_: lavi.fusion.concat.ConcatFusion}",), seeds=1),
+    "LaVi": lab.Method("tiny", shares=(0.5, 1.0), seeds=1, variants=(("LaVi, as it is", ()), ("LaVi, late", LATE))),
+    "LaVi, shift alone": lab.ablation("tiny", "model.fusion.parameters=shift"),
+}
+
+
+@pytest.fixture
+def tiny_lab(run: Any, tiny_recipe: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The lab, of three small methods; timing says 3 ms of each model that can be built."""
+    monkeypatch.setattr(lab, "METHODS", TINY)
+    monkeypatch.setattr(lab, "RECIPES", tmp_path)
+    monkeypatch.setattr(lab, "DATA", {"scenes": lab.LabData(scenes, LEVELS, "concatenation")})
+
+    def measure(measurements: Sequence[Measurement], **_: Any) -> None:
+        assert measurements[0].record.knobs["method"] == "concatenation"
+        for one in measurements:
+            assert one.model().fusion is not None
+            one.record.milliseconds["prefill"] = [3.0, 2.9, 3.1]
+
+    monkeypatch.setattr(lab, "measure", measure)
+    return partial(run, "lab", "--out", "lab.jsonl", "--device", "cpu")
+
+
+def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
+    tiny_lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also in parts, one of half the steps alone first; a method whose recipe has changed is trained anew."""
+    status, out, problems = tiny_lab("--methods", "LaVi, shift alone")
+    assert status == 0, problems
+    assert "scenes, controls" in out
+    assert tiny_lab()[0] == 0
+    records = read_records(Path("lab.jsonl"))
+    assert [(r.knobs["method"], r.knobs["steps"]) for r in records] == [
+        ("LaVi, shift alone", 3),
+        ("concatenation", 6),
+        ("LaVi, as it is", 3),
+        ("LaVi, late", 3),
+        ("LaVi, as it is", 6),
+        ("LaVi, late", 6),
+    ]
+    assert {name for r in records for name in r.controls} == {
+        "shuffled images",
+        "no image",
+        "noise of 0.1",
+        "noise of 0.3",
+    }
+    trained: list[Path] = []
+    monkeypatch.setattr(lab, "train", lambda settings, folder, **_: trained.append(folder) or 1)
+    status, _, problems = tiny_lab("--time", "--picture", "lab.png")
+    assert status == 0, problems
+    assert (tmp_path / "lab.png").is_file()
+    assert sum("prefill" in r.milliseconds for r in read_records(Path("lab.jsonl"))) == 4  # of each the longest
+    assert tiny_lab()[0] == 0
+    assert trained == []
+    file = tmp_path / "tiny.yaml"
+    file.write_text(file.read_text().replace("batch_size: 4", "batch_size: 2"))
+    assert tiny_lab("--methods", "concatenation")[0] != 0  # as after Ctrl-C
+    assert len(trained) == 1
+
+
+def test_savings_are_against_concatenation_wherever_it_stands() -> None:
+    pooled = record("concatenation, pooled 2 x 2", 0, 70.0, gflops=0.5, share=0.5)
+    columns, rows = lab_table([pooled, *reversed(RECORDS)])
+    saved = {row[0]: row[columns.index("saved %")] for row in rows}
+    assert (saved["LaVi"], saved["concatenation"], saved["concatenation, pooled 2 x 2"]) == ("80.0", "0.0", "50.0")
+    columns, rows = lab_table([pooled])
+    assert rows[0][columns.index("saved %")] == "-"
+    assert draw([pooled]).axes
 
 
 # --- where runs look --------------------------------------------------------------------------------------------------

@@ -378,6 +378,25 @@ def test_cdpruner_takes_what_adds_most_volume() -> None:
         assert not {2, 9} <= set(chosen)
 
 
+@pytest.mark.parametrize("kind", [DivPrune, CDPruner])
+@pytest.mark.parametrize("keep", [2, 9, 15])
+def test_no_token_is_chosen_twice_and_a_view_chooses_alone(kind: Any, keep: int) -> None:
+    """However few directions there are, in any precision, and whatever views are beside it."""
+    few = torch.randn(3, 24)
+    flat = few[[0] * 16]
+    views = torch.stack([torch.randn(16, 24), flat, torch.randn(16, 4) @ torch.randn(4, 24), few[[0, 1, 2, 0] * 4]])
+    reducer = bound(kind(keep=keep))
+    unit = torch.nn.functional.normalize(views, dim=-1)
+    chosen = reducer.choose(unit @ unit.transpose(1, 2))
+    assert chosen.shape == (4, keep)
+    assert all(len(set(one.tolist())) == keep for one in chosen)
+    for view in views:
+        alone = reducer(view[None])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(reducer(view[None]), alone)
+    assert torch.equal(reducer(views), torch.cat([reducer(view[None]) for view in views]))
+
+
 def test_what_is_most_alike_is_chosen_last() -> None:
     """Of copies of a few tokens one each is kept first; a view of one colour loses nothing by any choice."""
     few = torch.randn(4, 24)

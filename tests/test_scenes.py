@@ -179,6 +179,8 @@ def test_training_may_ask_all_families_alike_and_where_things_are(tmp_path: Path
     assert set(asked) == {*LEVELS, *TRAINING_LEVELS}
     usual = Counter(m["family"] for s in samples(tmp_path / "usual" / "train") for m in s.messages if "family" in m)
     assert asked["relation"] / asked.total() > 1.5 * usual["relation"] / usual.total()
+    about_two = [s for s in samples(tmp_path / "even" / "train") if len(s.images) == 2]
+    assert max(len(s.messages) // 2 for s in about_two) > 3
     assert digests(tmp_path / "even" / "test") == digests(tmp_path / "usual" / "test")
     tokens = [
         AutoTokenizer.from_pretrained(tmp_path / name / "tokenizer").tokenize("where is the red circle? top left")

@@ -81,7 +81,8 @@ def test_positions_are_added_and_images_are_apart() -> None:
         positions.convolution.bias.zero_()
         positions.convolution.weight.zero_()
         numbers = positions.images.weight[torch.tensor([0, 0, 1, 1, 1])]  # the third image shares the second's
-        torch.testing.assert_close(positions(visual, image, 3)[0], visual[0] + numbers)
+        size = visual[0].square().mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(positions(visual, image, 3)[0], visual[0] + size * numbers)
         positions.images.weight.zero_()
         positions.convolution.weight[:, :, KERNEL // 2] = 2.0
         torch.testing.assert_close(positions(visual, image, 3), 3 * visual)

@@ -1,6 +1,6 @@
-"""Controls of an evaluation: the same questions about other images, noisy ones, or none.
+"""Controls of an evaluation: the same questions about the images of others, about none, and about noisy ones.
 
-A model that answers them as well as its own does not look.
+A model that answers the first two as well as its own does not look; what noise costs is how much it depends on detail.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lavi.batch import CachedVisual, Sample, Video, Visual, is_video
+from lavi.data.images import upright_rgb
 
 SHUFFLED = "shuffled images"
 """The control with the images of other samples."""
@@ -72,25 +73,34 @@ def _image_bytes(sample: Sample) -> int:
     )
 
 
-def with_noise(sample: Sample, deviation: float, *, seed: int) -> Sample:
+def with_noise(sample: Sample, deviation: float, *, seed: int, cells: tuple[int, int] | None = None) -> Sample:
     """The sample with Gaussian noise on its images; features are left for the images themselves.
 
     Args:
-        deviation: of the noise in each pixel and colour, where 1 lies between black and white.
+        deviation: of the noise in each cell and colour, where 1 lies between black and white.
+        cells: rows and columns of the noise, which is enlarged to the image: as many as a vision backbone sees, so that
+            noise on a large image does not vanish when it is made smaller. None: those of each image.
     """
     rng = np.random.default_rng(seed)
-    return replace(sample, images=[_noisy(visual, deviation, rng) for visual in sample.images])
+    return replace(sample, images=[_noisy(visual, deviation, rng, cells) for visual in sample.images])
 
 
-def _noisy(visual: Visual | CachedVisual, deviation: float, rng: np.random.Generator) -> Visual:
+def _noisy(
+    visual: Visual | CachedVisual, deviation: float, rng: np.random.Generator, cells: tuple[int, int] | None
+) -> Visual:
     if isinstance(visual, CachedVisual):
         visual = visual.decode()
     if isinstance(visual, Video):
-        return replace(visual, frames=[_noisy_image(frame, deviation, rng) for frame in visual.frames])
-    return _noisy_image(visual, deviation, rng)
+        return replace(visual, frames=[_noisy_image(frame, deviation, rng, cells) for frame in visual.frames])
+    return _noisy_image(visual, deviation, rng, cells)
 
 
-def _noisy_image(image: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (height, width, 3)
-    noisy = pixels + rng.normal(0, 255 * deviation, pixels.shape)
-    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
+def _noisy_image(
+    image: Image.Image, deviation: float, rng: np.random.Generator, cells: tuple[int, int] | None
+) -> Image.Image:
+    pixels = np.asarray(upright_rgb(image), dtype=np.float32)  # (height, width, 3)
+    height, width = pixels.shape[:2]
+    rows, columns = cells or (height, width)
+    noise = rng.standard_normal((rows, columns, 3), dtype=np.float32)
+    enlarged = noise[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
+    return Image.fromarray((pixels + 255 * deviation * enlarged).clip(0, 255).round().astype(np.uint8))

@@ -2,6 +2,7 @@
 
     samples, one at a time -> a few at a time -+-> their questions -> answered, and answered without images
                                                +-> the same questions about each other's images -> answered
+                                               +-> about noisy images, where that is asked for  -> answered
 
 Of a sample that was scored its scores are kept alone, so that memory does not grow with images.
 """
@@ -9,7 +10,7 @@ Of a sample that was scored its scores are kept alone, so that memory does not g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import median
@@ -34,6 +35,7 @@ from lavi.evaluation.intervals import Interval, figure_intervals, intervals
 from lavi.metrics.base import AnswerMetric, Prediction
 from lavi.model import VisionLanguageModel
 
+RGB = 3
 BEHIND_TRUTH = 4
 """Tokens that an answer may have behind a true one before it is cut: blanks, or what makes it another one."""
 
@@ -83,15 +85,17 @@ class Scorer:
     """Samples that could not be encoded, by cause."""
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
     samples: int = 0
-    """Added so far: their numbers tell them apart, since keys may begin anew in each shard."""
+    """Added so far, and left out: their numbers tell them apart, since keys may begin anew in each shard."""
     _waiting: list[tuple[EncodedSample, Expected, int]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
         encode = self.model.processor.encode
         encoded = None
+        number = self.samples
+        self.samples += 1
         with one_bad_sample(lambda cause: self.left_out.update([cause])):
-            shown = with_noise(sample, self.noise, seed=self.samples) if self.noise else sample
+            shown = self._with_noise(sample, number) if self.noise else sample
             encoded = [(encode(prompt, prompt=True), expected) for prompt, expected in prompts_of(shown)]
         if encoded is None:
             return False
@@ -101,12 +105,16 @@ class Scorer:
             fills_context = self._answer_room(prompt) < self.max_new_tokens
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
-            self._waiting.append((prompt, expected, self.samples))
+            self._waiting.append((prompt, expected, number))
             size = sum(tensor_bytes(waiting) for waiting, *_ in self._waiting)
             if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
                 self.finish()
-        self.samples += 1
         return True
+
+    def _with_noise(self, sample: Sample, number: int) -> Sample:
+        channels, *cells = self.model.processor.preprocessing.pixel_shape
+        of_a_view = (cells[0], cells[1]) if channels == RGB else None  # at native resolution views are patches
+        return with_noise(sample, self.noise, seed=number, cells=of_a_view)
 
     def _answer_room(self, prompt: EncodedSample) -> int:
         """Tokens of the longest answer to a prompt."""
@@ -234,6 +242,14 @@ def metric_intervals(metric: AnswerMetric) -> dict[str, Interval]:
     return intervals(predictions) | figure_intervals(metric, predictions)
 
 
+def noise_left_out(noisy: Mapping[float, Scorer]) -> Counter[str]:
+    """Samples that controls with noise could not encode, by cause."""
+    causes: Counter[str] = Counter()
+    for deviation, scorer in noisy.items():
+        causes.update({f"{noise_control(deviation)}: {cause}": count for cause, count in scorer.left_out.items()})
+    return causes
+
+
 def evaluate(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
@@ -259,11 +275,13 @@ def evaluate(
     def scored() -> Iterator[Sample]:
         nonlocal count
         for sample in samples:
-            if plain.add(sample):
-                for scorer in noisy.values():
-                    scorer.add(sample)
-                count += 1
-                yield sample
+            if not plain.add(sample):
+                continue
+            for scorer in noisy.values():
+                scorer.samples = plain.samples - 1  # the number that the sample has there
+                scorer.add(sample)
+            count += 1
+            yield sample
 
     for sample in with_images_of_others(scored()):
         shuffled.add(sample)
@@ -285,7 +303,7 @@ def evaluate(
         samples=count,
         answers=plain.prompts,
         shuffled_answers=shuffled.prompts,
-        left_out=plain.left_out,
+        left_out=plain.left_out + noise_left_out(noisy),
         typical=plain.sizes.typical(model.vision.tokens),
         prompts=plain.sizes.prompts,
     )

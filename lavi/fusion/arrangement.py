@@ -195,7 +195,7 @@ def view_windows(batch: Batch, grid: tuple[int, int], device: torch.device) -> T
     return torch.tensor(windows, device="cpu").reshape(-1, 4).to(device)
 
 
-def place_code(
+def view_and_grid_code(
     view_embedding: ViewEmbedding,
     grid_code: GridCode | None,
     batch: Batch,

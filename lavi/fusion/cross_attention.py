@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, group_views_by_row, place_code, text_only_input
+from lavi.fusion.arrangement import ColumnContext, group_views_by_row, text_only_input, view_and_grid_code
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -95,7 +95,7 @@ class CrossAttentionFusion(Fusion):
         )
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        code = place_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N or 1, Dv)
+        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N, Dv)
         tokens = self.norm(features.float()) + code  # (views, N, Dv)
         rows = group_views_by_row(batch, tokens.shape[1]).to(features.device)
         visual = rows.gather(tokens)  # (B, M, Dv)

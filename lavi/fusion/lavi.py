@@ -31,8 +31,8 @@ from lavi.errors import UserError
 from lavi.fusion.arrangement import (
     ColumnContext,
     group_views_by_row,
-    place_code,
     text_only_input,
+    view_and_grid_code,
 )
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
@@ -150,7 +150,7 @@ class LaViFusion(Fusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
-        code = place_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N or 1, Dv)
+        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N, Dv)
         slots = {name: cast(DeltaGenerator, g).visual(features, self.grid, code) for name, g in self.generators.items()}
         rows = group_views_by_row(batch, next(iter(slots.values())).shape[1]).to(features.device)
         visual = {

@@ -16,24 +16,16 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from lavi.config.types import Count, PositiveOrZero
 from lavi.errors import UserError
+from lavi.nn.autocast import without_autocast
 from lavi.nn.formulas import linear_flops
 from lavi.nn.grid_code import grid_of_tokens
 from lavi.nn.visibility import Visibility
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """No autocast on the tensor's device; meta has none to switch off."""
-    device = tensor.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)  # entering and leaving it takes a while
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 class DeltaGenerator(nn.Module, ABC):

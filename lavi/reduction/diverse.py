@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lavi.config.types import Count
+from lavi.nn.autocast import without_autocast
 from lavi.reduction.base import Reducer
 from lavi.reduction.controls import check_count
 from lavi.vision.base import FeatureSpec, VisionBackbone
@@ -40,7 +41,7 @@ class _UnlikeTokens(Reducer):
         views, tokens, width = features.shape
         if not views or self.keep >= tokens:
             return features[:, : self.keep]
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(features):  # the same tokens in any precision
             unit = nn.functional.normalize(features.float(), dim=-1)  # (views, N, Dv)
             chosen = self.choose(unit @ unit.transpose(1, 2)).sort(dim=1).values  # (views, n)
         return features.gather(1, chosen[..., None].expand(-1, -1, width))
@@ -50,6 +51,7 @@ class _UnlikeTokens(Reducer):
         """Cosines (views, N, N) to the indices of the kept tokens (views, n)."""
 
     def flops(self) -> float:
+        """Of comparing all tokens; the search itself, some percent of that, is not counted."""
         tokens, width = self.before.tokens, self.before.width
         return 2.0 * tokens**2 * width if self.keep < tokens else 0.0
 
@@ -74,21 +76,28 @@ class CDPruner(_UnlikeTokens):
     """Each token adds most to the volume that the chosen ones span.
 
     The greedy search for the likeliest set of a determinantal point process of that kernel, by one row of its Cholesky
-    factor a step.
+    factor a step. Once nothing adds volume, all directions being taken, the first tokens that are left follow.
     """
+
+    NOTHING = 1e-4
+    """A token that adds less, of 1 that it would add alone, adds nothing but rounding errors."""
 
     def choose(self, similarity: Tensor) -> Tensor:
         views, tokens, _ = similarity.shape
         factor = similarity.new_zeros(views, self.keep, tokens)  # rows of the Cholesky factor
         volume = similarity.new_ones(views, tokens)  # what each token would add, squared
+        taken = torch.zeros_like(volume, dtype=torch.bool)
         chosen = [volume.argmax(1)]
         for step in range(self.keep - 1):
             last = chosen[-1][:, None]  # (views, 1)
             row = similarity.gather(1, last[..., None].expand(-1, 1, tokens))[:, 0]  # (views, N)
             before = factor[:, :step]  # (views, step, N)
             of_last = before.gather(2, last[:, None].expand(-1, step, 1))  # (views, step, 1)
-            row = (row - (of_last * before).sum(1)) / volume.gather(1, last).clamp(min=1e-12).sqrt()
-            factor[:, step] = row
-            volume = (volume - row.square()).scatter(1, last, -float("inf"))
-            chosen.append(volume.argmax(1))
+            added = volume.gather(1, last)  # (views, 1)
+            row = (row - (of_last * before).sum(1)) / added.clamp(min=self.NOTHING).sqrt()
+            factor[:, step] = row * (added >= self.NOTHING)
+            volume = volume - factor[:, step].square()
+            volume = volume.masked_fill(volume < self.NOTHING, 0.0)
+            taken = taken.scatter(1, last, value=True)
+            chosen.append(volume.masked_fill(taken, -1.0).argmax(1))
         return torch.stack(chosen, dim=1)

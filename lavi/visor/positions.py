@@ -15,6 +15,8 @@ KERNEL = 7
 class VisualPositions(nn.Module):
     """A depthwise convolution along the visual tokens (the paper's), and an embedding of their image (chosen here).
 
+    The embedding is as large as its token, times what is learned: beside tokens of any size images can be told apart.
+
     Args:
         width: D.
         images: images of one conversation told apart; later ones share the last embedding.
@@ -41,7 +43,8 @@ class VisualPositions(nn.Module):
         spaced = wide.scatter(1, columns[..., None].expand_as(tokens), tokens)
         near = take(self.convolution(spaced.transpose(1, 2)).transpose(1, 2), columns)  # (B, M, D)
         number = image.clamp(max=self.images.num_embeddings - 1)
-        return visual + (near + self.images(number)).to(visual.dtype)
+        size = tokens.detach().square().mean(-1, keepdim=True).sqrt()  # (B, M, 1)
+        return visual + (near + size * self.images(number)).to(visual.dtype)
 
     def flops(self, visual: int) -> float:
         """FLOPs of ``visual`` tokens of one image."""
