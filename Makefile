@@ -94,7 +94,7 @@ lab: install ## accuracy against cost: every fusion on scenes and videos (four h
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,lavi,data/lab-features)
 	$(call lab-features,video_lavi,data/lab-videos-features)
-	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --processes 2
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --time --picture docs/lab.png
 
 tensorboard: install ## look at all runs

@@ -25,7 +25,7 @@ from decode import decode_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab import DATA, controls_table, lab_table, records_of
+from lab_results import DATA, controls_table, lab_table, records_of
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -232,6 +232,19 @@ def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], 
     return markdown(*of(chosen)) if chosen else NOT_YET
 
 
+LAB_SHORT = ("method", "easy %", "hard %", "saved %")
+
+
+def short_lab(records: list[Record]) -> str:
+    """The lab's scenes in few columns: methods that had all their steps."""
+    chosen = [record for record in records_of(records, "scenes") if record.knobs["share"] == 1.0]
+    if not chosen:
+        return NOT_YET
+    columns, rows = lab_table(chosen)
+    numbers = [columns.index(name) for name in LAB_SHORT]
+    return markdown([*LAB_SHORT], [[row[number] for number in numbers] for row in rows])
+
+
 OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
@@ -253,6 +266,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "grid_code": grid_code,
     "lab": partial(lab, of=lab_table, data="scenes"),
     "lab.controls": partial(lab, of=controls_table, data="scenes"),
+    "lab.short": short_lab,
     "lab.videos": partial(lab, of=lab_table, data="videos"),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
     "real.short": partial(short_comparison, names=ROWS_OF_REAL),

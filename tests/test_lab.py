@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lab
 import pytest
 import torch
 from conftest import answering, small
-from lab import (
-    DATA,
-    METHODS,
-    RECIPES,
-    SEEDS,
-    controls_table,
-    draw,
-    key_of,
-    lab_table,
-    over_seeds,
-    plan,
-    slug,
-    write_tensorboard,
-)
+from lab import METHODS, RECIPES, SEEDS, key_of, plan, slug
+from lab_results import DATA, LabData, controls_table, draw, lab_table, over_seeds, write_tensorboard
 from relevance import asked, covered, shares_on
 
 from datamodules.scenes import LEVELS, Thing
+from lavi.checkpoints.run_folder import lock_run_folder
 from lavi.efficiency.measure import Measurement
 from lavi.efficiency.record import Record, read_records
 from lavi.fusion.lavi import LaViFusion
@@ -77,11 +67,15 @@ def test_controls_stand_beside_the_answers_of_what_had_all_its_steps() -> None:
 
 
 def test_every_method_comes_once_before_any_comes_again() -> None:
+    """With fewer steps than all once only."""
     runs = plan(list(METHODS), None, None)
-    assert len(set(runs)) == len(runs) == sum(one.seeds * len(one.shares) for one in METHODS.values())
-    seeds = [seed for _, seed, _ in runs]
-    assert seeds == sorted(seeds)
-    assert max(seeds) == SEEDS - 1
+    assert len(set(runs)) == len(runs)
+    for name, method in METHODS.items():
+        seeds = {share: [seed for of, seed, one in runs if (of, one) == (name, share)] for share in method.shares}
+        assert all(of == (list(range(method.seeds)) if share == 1.0 else [0]) for share, of in seeds.items())
+    order = [seed for _, seed, _ in runs]
+    assert order == sorted(order)
+    assert max(order) == SEEDS - 1
     assert plan(["LaVi"], [4], [0.25]) == [("LaVi", 4, 0.25)]
 
 
@@ -122,7 +116,7 @@ def tiny_lab(run: Any, tiny_recipe: Path, scenes: Path, tmp_path: Path, monkeypa
     """The lab, of three small methods; timing says 3 ms of each model that can be built."""
     monkeypatch.setattr(lab, "METHODS", TINY)
     monkeypatch.setattr(lab, "RECIPES", tmp_path)
-    monkeypatch.setattr(lab, "DATA", {"scenes": lab.LabData(scenes, LEVELS, "concatenation")})
+    monkeypatch.setitem(DATA, "scenes", LabData(scenes, LEVELS, "concatenation"))
 
     def measure(measurements: Sequence[Measurement], **_: Any) -> None:
         assert measurements[0].record.knobs["method"] == "concatenation"
@@ -137,14 +131,14 @@ def tiny_lab(run: Any, tiny_recipe: Path, scenes: Path, tmp_path: Path, monkeypa
 def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     tiny_lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also in parts, one of half the steps alone first; a method whose recipe has changed is trained anew."""
+    """Also in parts, one of fewer steps alone first; a method whose recipe has changed is trained anew."""
     status, out, problems = tiny_lab("--methods", "LaVi, shift alone")
     assert status == 0, problems
     assert "scenes, controls" in out
     assert tiny_lab()[0] == 0
     records = read_records(Path("lab.jsonl"))
     assert [(r.knobs["method"], r.knobs["steps"]) for r in records] == [
-        ("LaVi, shift alone", 3),
+        ("LaVi, shift alone", 2),
         ("concatenation", 6),
         ("LaVi, as it is", 3),
         ("LaVi, late", 3),
@@ -169,6 +163,33 @@ def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     file.write_text(file.read_text().replace("batch_size: 4", "batch_size: 2"))
     assert tiny_lab("--methods", "concatenation")[0] != 0  # as after Ctrl-C
     assert len(trained) == 1
+
+
+def test_processes_share_the_work(tiny_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another one has in work is left to it; where one fails, the command says so."""
+    steps = 6
+    folder = lab.RUNS / "concatenation" / f"{steps}-steps" / f"seed-0-{lab.digest_of('concatenation', 0, 1.0)}"
+    folder.mkdir(parents=True)
+    with lock_run_folder(folder):
+        status, out, _ = tiny_lab("--methods", "concatenation")
+    assert status == 0
+    assert "left out: another process is training" in " ".join(out.split())
+    assert not list(folder.glob("*.safetensors"))
+    started: list[list[str]] = []
+    ends = 0
+
+    def start(command: list[str], **_: Any) -> SimpleNamespace:
+        started.append(command[2:])
+        return SimpleNamespace(wait=lambda: ends)
+
+    monkeypatch.setattr(lab, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
+    assert tiny_lab("--methods", "concatenation", "--processes", "3")[0] == 0
+    assert len(started) == 2
+    assert all(command[-2:] == ["--processes", "1"] for command in started)
+    ends = 1
+    status, _, problems = tiny_lab("--methods", "concatenation", "--processes", "2")
+    assert status == 2
+    assert "a process of the lab ended with an error: read runs/lab/process-2.log" in problems
 
 
 def test_savings_are_against_concatenation_wherever_it_stands() -> None:

@@ -1,0 +1,189 @@
+"""What the lab found (:mod:`lab`): its tables, its picture, its page in TensorBoard."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import nan, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from datamodules import moving, scenes
+from lavi.efficiency.record import Record
+from lavi.evaluation.controls import NO_IMAGE, SHUFFLED, noise_control
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOISE = (0.1, 0.3)
+"""Deviations of the noise on test images, 1 from black to white."""
+
+
+@dataclass(frozen=True)
+class LabData:
+    """What methods are trained on and scored with.
+
+    Args:
+        features: the folder of their cached features.
+        levels: easy or hard, of each question family.
+        baseline: the method that savings are against.
+    """
+
+    features: Path
+    levels: dict[str, str]
+    baseline: str
+
+    @property
+    def hard(self) -> list[str]:
+        return [family for family, level in self.levels.items() if level == "hard"]
+
+
+DATA = {
+    "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
+    "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
+}
+
+
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Of Student's distribution, by degrees of freedom from 1."""
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """The mean, with its 95 % interval where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    half = half_width(values)
+    return f"{mean(values):.1f} ± {half:.1f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
+
+
+def records_of(records: Sequence[Record], data: str) -> list[Record]:
+    """The records of scenes, or of videos."""
+    return [record for record in records if record.knobs["data"] == data]
+
+
+def by_method(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each method and budget: one a seed. What had all its steps comes first."""
+    keys = dict.fromkeys((r.knobs["method"], r.knobs["share"]) for r in sorted(records, key=_by_share))
+    return [[r for r in records if (r.knobs["method"], r.knobs["share"]) == key] for key in keys]
+
+
+def _by_share(record: Record) -> float:
+    return -record.knobs["share"]
+
+
+def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: one row a method and budget."""
+    data = DATA[records[0].knobs["data"]]
+    hard = data.hard
+    columns = ["method", "steps", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
+    columns += ["GFLOPs, no encoder", "saved %", "first token, times concatenation"]
+    baseline = next((without_encoder(r) for r in records if r.knobs["method"] == data.baseline), None)
+
+    def saved(gflops: float) -> str:
+        return "-" if baseline is None else f"{100 * (1 - gflops / baseline):.1f}"
+
+    rows = []
+    for of in by_method(records):
+        groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
+        scores = [over_seeds([r.accuracy[group] for r in of]) for group in groups]
+        cost = mean(without_encoder(r) for r in of)
+        times = next((r.ratios["concat"]["first_token"] for r in of if "concat" in r.ratios), None)
+        clock = "-" if times is None else "{:.2f} ({:.2f}-{:.2f})".format(*times)
+        first = [of[0].knobs["method"], f"{of[0].knobs['steps']:,}", str(len(of))]
+        rows.append([*first, *scores, f"{cost:.4f}", saved(cost), clock])
+    floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
+    nothing = ["-"] * (2 + 2 + len(hard))
+    rows.append(["the language model on the text alone", *nothing, f"{floor:.4f}", saved(floor), "-"])
+    return columns, rows
+
+
+def controls_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Right answers to hard questions about the images, others, none, and noisy ones; of each method's longest runs."""
+    controls = (SHUFFLED, NO_IMAGE, *map(noise_control, NOISE))
+    columns = ["hard questions, right %", "their images", *controls]
+    rows = []
+    for of in longest(records):
+        scores = [[r.accuracy for r in of], *([r.controls[name] for r in of] for name in controls)]
+        cells = (over_seeds([score.get("level/hard", nan) for score in column]) for column in scores)
+        rows.append([of[0].knobs["method"], *cells])
+    return columns, rows
+
+
+def longest(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each method with the most steps that it had."""
+    first: dict[str, list[Record]] = {}
+    for of in by_method(records):
+        first.setdefault(of[0].knobs["method"], of)
+    return list(first.values())
+
+
+def without_encoder(record: Record) -> float:
+    """GFLOPs of a prompt, the mean over the test samples."""
+    parts = record.flops_of_samples
+    return sum(value for part, value in parts.items() if part not in ("floor", "vision_encoder")) / 1e9
+
+
+def milliseconds(record: Record) -> float | None:
+    """To the first token, without the vision encoder; None: not timed."""
+    times = record.milliseconds.get("prefill")
+    return times[0] if times else None
+
+
+def draw(records: Sequence[Record]) -> Figure:
+    """The frontier: accuracy against FLOPs and milliseconds, easy and hard apart.
+
+    The cost of the language model on the text alone and the accuracy of concatenation are drawn as lines; hollow: of
+    fewer steps.
+    """
+    from matplotlib.figure import Figure
+
+    costs: dict[str, Callable[[Record], float | None]] = {"GFLOPs of a prompt": without_encoder}
+    if any(milliseconds(r) for r in records):
+        costs["milliseconds to the first token"] = milliseconds
+    figure = Figure(figsize=(11, 4.5 * len(costs)), layout="constrained")
+    grid = figure.subplots(len(costs), 2, squeeze=False)
+    for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
+        for axes, level in zip(row, ("easy", "hard"), strict=True):
+            for of in by_method(records):
+                name, whole = of[0].knobs["method"], of[0].knobs["share"] == 1.0
+                scores = [r.accuracy[f"level/{level}"] for r in of]
+                told = [cost for cost in map(cost_of, of) if cost is not None]
+                if not told:
+                    continue
+                at = (mean(told), mean(scores))
+                fill = "full" if whole else "none"
+                axes.errorbar(*at, yerr=half_width(scores), fmt="o", fillstyle=fill, markersize=5, capsize=2)
+                axes.annotate(name, at, fontsize=8 if whole else 6, xytext=(4, 4), textcoords="offset points")
+                if whole and name == "concatenation":
+                    axes.axhline(mean(scores), color="grey", linestyle="--", label="concatenation")
+            if cost_of is without_encoder:
+                floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
+                axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
+            axes.set(xscale="log", title=f"{level} questions", ylabel="right answers (%)")
+            axes.set_xlabel(f"{label}, without the vision encoder")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7)
+    return figure
+
+
+def write_tensorboard(records: Sequence[Record], folder: Path) -> None:
+    """The picture, and each method's accuracy and cost, in the place of what was there."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_figure("accuracy against cost", draw(records))
+        for of in by_method(records):
+            name, steps = of[0].knobs["method"], of[0].knobs["steps"]
+            for level in ("easy", "hard"):
+                writer.add_scalar(f"{level}/{name}", mean(r.accuracy[f"level/{level}"] for r in of), steps)
+            writer.add_scalar(f"GFLOPs without vision encoder/{name}", mean(map(without_encoder, of)), steps)
