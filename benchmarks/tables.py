@@ -82,7 +82,6 @@ def grid_code(records: list[Record]) -> str:
 ROWS_OF_QUICKSTART = (
     "easy (%)",
     "hard (%)",
-    "GFLOPs, without vision encoder",
     "saved, without vision encoder (%)",
     "first token, times concatenation (interval)",
     "decode, times concatenation (interval)",
@@ -90,7 +89,6 @@ ROWS_OF_QUICKSTART = (
 """The rows of the quickstart's comparison that the README shows."""
 ROWS_OF_REAL = (
     "name (%)",
-    "control, shuffled images: easy (%)",
     "hard (%)",
     "saved, without vision encoder (%)",
 )
