@@ -24,8 +24,8 @@ class ViewEmbedding(nn.Module):
     """Deviations at the start.
 
     From 0.02 LaVi learned late which of two images is meant: 76 % after 2,500 steps of recipes/lab/lavi.yaml, one seed,
-    all other hard questions above 94 %. Of tiles and frames there are many that training may never show (the 20th frame,
-    where there were 8): they keep what they start with, and must not be louder than what is seen.
+    all other hard questions above 94 %. Of tiles and frames there are many that training may never show (the 20th
+    frame, where there were 8): they keep what they start with, and must not be louder than what is seen.
     """
 
     def __init__(self, width: int, *, images: int, tiles: int = 6, frames: int = 128) -> None:
