@@ -304,7 +304,8 @@ def written(new: dict[Key, Record], there: dict[Key, Record], out: Path | None) 
     """All records, with the new ones; they are in the file, beside those that other processes wrote meanwhile."""
     if out is None:
         return there | new
-    with FileLock(f"{out}.lock"):
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / "records.lock"):
         there = there | known(out) | new
         with replacing(out) as part:
             part.unlink(missing_ok=True)  # of a run that was killed

@@ -145,6 +145,7 @@ def draw(records: Sequence[Record]) -> Figure:
     fewer steps.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     costs: dict[str, Callable[[Record], float | None]] = {"GFLOPs of a prompt": without_encoder}
     if any(milliseconds(r) for r in records):
@@ -162,16 +163,22 @@ def draw(records: Sequence[Record]) -> Figure:
                 at = (mean(told), mean(scores))
                 fill = "full" if whole else "none"
                 axes.errorbar(*at, yerr=half_width(scores), fmt="o", fillstyle=fill, markersize=5, capsize=2)
-                axes.annotate(name, at, fontsize=8 if whole else 6, xytext=(4, 4), textcoords="offset points")
+                place = {"xytext": (0, -5), "textcoords": "offset points", "rotation": -50, "rotation_mode": "anchor"}
+                axes.annotate(name, at, fontsize=8 if whole else 6, ha="left", va="top", **place)
                 if whole and name == "concatenation":
                     axes.axhline(mean(scores), color="grey", linestyle="--", label="concatenation")
             if cost_of is without_encoder:
                 floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
                 axes.axvline(floor, color="grey", linestyle=":", label="language model on the text alone")
+            lowest = min((r.accuracy[f"level/{level}"] for r in records), default=100.0)
             axes.set(xscale="log", title=f"{level} questions", ylabel="right answers (%)")
+            axes.set_ylim(min(80.0, lowest - 10), 101)  # no part of a percent across the whole picture
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(f"{label}, without the vision encoder")
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=7)
+                axes.legend(fontsize=7, loc="lower right")
     return figure
 
 

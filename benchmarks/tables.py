@@ -230,7 +230,7 @@ def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], 
     return markdown(*of(chosen)) if chosen else NOT_YET
 
 
-LAB_SHORT = ("method", "easy %", "hard %", "saved %")
+LAB_SHORT = ("method", "seeds", "easy %", "hard %", "saved %")
 
 
 def short_lab(records: list[Record]) -> str:

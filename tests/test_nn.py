@@ -65,7 +65,7 @@ def slots_of(module: DeltaGenerator, kind: str, features: Tensor) -> Tensor:
     if kind == "attention":
         return module.key_value(x)
     if kind == "pooled":
-        return module.down(x).mean(0, keepdim=True)
+        return silu(module.down(x).mean(0, keepdim=True))
     if kind == "mlp":  # 6 x 8 to 4 x 4: means over rows 0-1, 1-2, 3-4, 4-5 and pairs of columns
         rows = [(0, 2), (1, 3), (3, 5), (4, 6)]
         x = x.reshape(*GRID, VISION)

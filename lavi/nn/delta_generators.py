@@ -219,7 +219,8 @@ class PooledDeltas(_OneVector):
         return super().attend(hidden, slots, seen).expand(-1, hidden.shape[1], -1)  # one mask may serve all tokens
 
     def slots(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.down(features.mean(1, keepdim=True))
+        # Not linear: the mean of two images' vectors would not tell which of them came first.
+        return nn.functional.silu(self.down(features.mean(1, keepdim=True)))
 
     def slots_flops(self, per_view: int) -> float:
         return linear_flops(1, self.vision_width, self.bottleneck)
