@@ -89,7 +89,7 @@ LAB_SCENES := --train 40000 --validation 400 --test 1600 --turns 8 --even
 LAB_VIDEOS := --train 12000 --validation 200 --test 1600 --turns 6
 lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits train validation test
 
-lab: install ## accuracy against cost: every fusion on scenes and videos (four hours on two cores; stopped, it goes on)
+lab: install ## accuracy against cost: every fusion on scenes and videos (hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,lavi,data/lab-features)

@@ -178,7 +178,7 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
             overrides = list(changes)
             record = score_run(folder, overrides=overrides, trust=False, limit=None, device=device, noise=NOISE).record
             record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps, "recipe": digest}
-            record.knobs |= {"folder": str(folder), "changes": overrides, "data": method.data}
+            record.knobs |= {"changes": overrides, "data": method.data}
             records.append(record)
     return records
 

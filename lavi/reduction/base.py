@@ -15,6 +15,11 @@ from lavi.errors import UserError
 from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
+def tokens_at(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (views, N, E) at ``index`` (views, n): (views, n, E)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 class Reducer(nn.Module, ABC):
     """Built unbound from a recipe, then bound once to a vision backbone.
 

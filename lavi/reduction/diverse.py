@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lavi.config.types import Count
 from lavi.nn.autocast import without_autocast
-from lavi.reduction.base import Reducer
+from lavi.reduction.base import Reducer, tokens_at
 from lavi.reduction.controls import check_count
 from lavi.vision.base import FeatureSpec, VisionBackbone
 
@@ -38,13 +38,13 @@ class _UnlikeTokens(Reducer):
         return FeatureSpec(vision.width, count, self.before.grid if count == vision.tokens else None)
 
     def forward(self, features: Tensor) -> Tensor:
-        views, tokens, width = features.shape
+        views, tokens, _ = features.shape
         if not views or self.keep >= tokens:
             return features[:, : self.keep]
         with torch.no_grad(), without_autocast(features):  # the same tokens in any precision
             unit = nn.functional.normalize(features.float(), dim=-1)  # (views, N, Dv)
             chosen = self.choose(unit @ unit.transpose(1, 2)).sort(dim=1).values  # (views, n)
-        return features.gather(1, chosen[..., None].expand(-1, -1, width))
+        return tokens_at(features, chosen)
 
     @abstractmethod
     def choose(self, similarity: Tensor) -> Tensor:

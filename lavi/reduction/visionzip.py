@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lavi.config.types import CountOrZero
 from lavi.errors import UserError
-from lavi.reduction.base import Reducer
+from lavi.reduction.base import Reducer, tokens_at
 from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
@@ -64,7 +64,9 @@ class VisionZip(Reducer):
             dominant = torch.zeros_like(rank, dtype=torch.bool).scatter(1, best, True)  # (views, N)
             order = (~dominant).long().argsort(dim=1, stable=True)  # dominant first, each part in the order of the grid
         first, rest = order.split([self.dominant, tokens - self.dominant], dim=1)
-        return torch.cat([_take(features, first), self._merged(_take(features, rest), _take(keys, rest))], dim=1)
+        return torch.cat(
+            [tokens_at(features, first), self._merged(tokens_at(features, rest), tokens_at(keys, rest))], dim=1
+        )
 
     def _rank(self, tokens: int) -> tuple[Tensor, Tensor]:
         """How much each token of the grid is attended to, and its key (the mean over heads)."""
@@ -111,11 +113,6 @@ class _Reader:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.into[self.part] = output.detach()
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """(views, N, E) at (views, n)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _heads(vision: VisionBackbone) -> int:
