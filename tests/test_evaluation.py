@@ -243,6 +243,24 @@ def test_noisy_images_are_a_control_beside_the_others(
     assert scores.control_intervals.keys() == scores.controls.keys()
 
 
+def test_a_model_sees_noise_on_a_large_image_as_on_a_small_one(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deviations: list[float] = []
+
+    def answer(batch: Batch, **_: Any) -> list[str]:
+        deviations.extend(float(view.std()) for view in batch.pixels)
+        return ["a"] * len(batch)
+
+    monkeypatch.setattr(seeing, "answer", answer)
+    _, rows, columns = seeing.vision.pixel_shape
+    for size in ((columns, rows), (20 * columns, 20 * rows)):
+        flat = Sample("s", ask(0, "what?", answer="a").messages, [Image.new("RGB", size, (128, 128, 128))])
+        evaluate_with(seeing, [flat], metric=ExactMatch(), device=CPU, noise=[0.1])
+    small, large = (one for one in deviations if one > 1e-3)
+    assert large > 0.6 * small  # making it smaller smooths a little; noise of single pixels would be a twentieth
+
+
 def test_what_noise_cannot_be_put_on_is_left_out_of_that_control_and_counted(
     seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
