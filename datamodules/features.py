@@ -28,7 +28,7 @@ from datamodules.formats.conversations import Conversations
 from datamodules.formats.features import SeenVisual, with_features
 from datamodules.shards.read import Raw, ShardStream, expected_samples, index_entry, index_of, read_shard
 from datamodules.shards.write import ShardJob, write_shards
-from lavi.batch import Sample, Video, grids_of_views
+from lavi.batch import Sample, Video
 from lavi.data.data_module import FeatureRequest
 from lavi.errors import UserError
 
@@ -124,21 +124,26 @@ class FeatureWriter:
         """(views, N, Dv) of each, at native resolution without padding."""
         if not visuals:
             return iter(())
+        return itertools.chain.from_iterable(map(self._together, groups_of(visuals, self.request.batch_size)))
+
+    def _together(self, visuals: Sequence[SeenVisual]) -> Iterator[Tensor]:
+        """The same, in one call of the backbone."""
         layouts = [visual.layout for visual in visuals]
-        pixels, grids = torch.cat([visual.pixels for visual in visuals]), grids_of_views(layouts)
-        size = self.request.batch_size
-        encoded = [
-            one
-            for start in range(0, len(pixels), size)
-            for one in self.request.encode(pixels[start : start + size], grids and grids[start : start + size])
-            .to("cpu", self.request.dtype)
-            .unbind()
-        ]  # (N, Dv) each
-        views = iter(encoded)
-        return (
-            torch.stack([next(views)[: layout.tokens_of_view(len(encoded[0]))] for _ in range(layout.views)])
-            for layout in layouts
-        )
+        features = self.request.encode(torch.cat([visual.pixels for visual in visuals]), layouts)  # (views, N, Dv)
+        own = features.to("cpu", self.request.dtype).split([layout.views for layout in layouts])
+        for layout, of_visual in zip(layouts, own, strict=True):
+            yield of_visual[:, : layout.tokens_of_view(of_visual.shape[1])].clone()
+
+
+def groups_of(visuals: Sequence[SeenVisual], most: int) -> Iterator[list[SeenVisual]]:
+    """Images and videos in groups of at most so many views; one that has more is a group of its own."""
+    group: list[SeenVisual] = []
+    for visual in visuals:
+        if group and sum(one.layout.views for one in group) + visual.layout.views > most:
+            yield group
+            group = []
+        group.append(visual)
+    yield group
 
 
 def write_features(

@@ -199,9 +199,14 @@ class Batch:
         return slot.row, max(0, bisect_right(starts, slot.column) - 1)
 
     @property
+    def layouts(self) -> list[Layout]:
+        """Of each image in turn: how its views belong together."""
+        return [slot.layout for slot in self.image_slots]
+
+    @property
     def grids(self) -> list[tuple[int, int]] | None:
         """Of each view in turn, at native resolution; None: all views have the grid of the backbone."""
-        return grids_of_views([slot.layout for slot in self.image_slots])
+        return grids_of_views(self.layouts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; the layout stays on the host."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch, Sample, Video, Visual, VisualState, grids_of_views, visual_part
+from lavi.batch import Batch, Layout, Sample, Video, Visual, VisualState, grids_of_views, visual_part
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
 from lavi.data.images import upright_rgb
@@ -105,21 +105,26 @@ class VisionLanguageModel(nn.Module):
             timestamps=self.timestamps,
         )
 
-    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
-        """(views, C, H, W), at native resolution of these grids, through the backbone alone."""
-        features: Tensor = self.vision(pixels, grids) if self.vision.native_resolution else self.vision(pixels)
+    def encode(self, pixels: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        """(views, C, H, W) of images of these layouts, one after the other, through the backbone alone."""
+        if self.vision.reads_layouts:
+            features: Tensor = self.vision(pixels, layouts)
+        elif self.vision.native_resolution:
+            features = self.vision(pixels, grids_of_views(layouts))
+        else:
+            features = self.vision(pixels)
         return features
 
-    def features(self, pixels: Tensor, grids: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    def features(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """(views, C, H, W) to (views, N, Dv), reduced; of a frozen tower, without a graph.
 
         Args:
-            grids: of each view, at native resolution.
+            layouts: of each image in turn; none: each view is an image of its own.
         """
         if len(pixels):
             trained = any(parameter.requires_grad for parameter in self.vision.parameters())
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                features = self.encode(pixels, grids)
+                features = self.encode(pixels, layouts)
         else:
             features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
         return self._reduced(features)
@@ -133,7 +138,7 @@ class VisionLanguageModel(nn.Module):
             return batch.features
         if batch.backbone_features is not None:
             return self._reduced(batch.backbone_features.float())
-        return self.features(batch.pixels, batch.grids)
+        return self.features(batch.pixels, batch.layouts)
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.
@@ -297,8 +302,8 @@ class VisionLanguageModel(nn.Module):
         features = [None if known is None else known.features_of(one, layout) for one, layout in views]
         new = [one for one, its_features in zip(pixels, features, strict=True) if its_features is None]
         if new:  # all in one call
-            grids = grids_of_views([one for one, seen in zip(layouts, features, strict=True) if seen is None])
-            together = self.features(torch.cat(new).to(self.language.hf.device), grids)  # (views, N, Dv)
+            unseen = [one for one, its_features in zip(layouts, features, strict=True) if its_features is None]
+            together = self.features(torch.cat(new).to(self.language.hf.device), unseen)  # (views, N, Dv)
             computed = iter(together.split([len(one) for one in new]))
             features = [next(computed) if one is None else one for one in features]
         return VisualState(tuple(shown), tuple(layouts), tuple(pixels), cast(tuple[Tensor, ...], tuple(features)))

@@ -358,7 +358,7 @@ def test_at_native_resolution_padding_is_not_stored(build: Any) -> None:
     samples[1].images = [samples[1].images[0].resize((80, 16))]
     batch = collate(model, samples)
     with torch.no_grad():
-        features = model.features(batch.pixels, batch.grids)
+        features = model.features(batch.pixels, batch.layouts)
         logits = model(batch)
     for sample, one, slot in zip(samples, features, batch.image_slots, strict=True):
         own = one[None, : slot.layout.tokens_of_view(len(one))]

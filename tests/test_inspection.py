@@ -239,7 +239,9 @@ def test_features_that_were_read_in_the_place_of_pixels_are_looked_into(build: A
     """The same figures, and a blank where the picture would be."""
     model = answering(build, LaViFusion(every=2, generator=small()))
     batch = batch_of(model, ask(1, QUESTION, answer="red"))
-    cached = replace(batch, backbone_features=model.encode(batch.pixels, None).detach(), pixels=batch.pixels[:0])
+    cached = replace(
+        batch, backbone_features=model.encode(batch.pixels, batch.layouts).detach(), pixels=batch.pixels[:0]
+    )
     (seen,), (read,) = (inspect_batch(model, one, [(QUESTION, "red")]) for one in (batch, cached))
     assert seen.views[0].pixels is not None
     assert read.views[0].pixels is None

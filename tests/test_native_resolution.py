@@ -98,8 +98,9 @@ def test_what_a_tower_costs_is_what_its_grid_costs() -> None:
     for grid in GRIDS:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             vision(torch.zeros(1, *vision.pixel_shape), [grid])
-        assert vision.flops(1, grid) == counter.get_total_flops() == vision.flops(3, grid) / 3
-    assert vision.flops(1, (2, 7)) < vision.flops(1, (4, 4)) == vision.flops(1)
+        layout = Layout(grid=grid)
+        assert vision.flops(1, layout) == counter.get_total_flops() == vision.flops(3, layout) / 3
+    assert vision.flops(1, Layout(grid=(2, 7))) < vision.flops(1, Layout(grid=(4, 4))) == vision.flops(1)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
@@ -137,7 +138,7 @@ def test_a_prompt_has_as_many_tokens_as_its_image_has_patches(name: str, tokeniz
         _, length = model.processor.measure(about(size))
         assert length == text + inside * (rows * columns + (name == "newline"))
         shape = Scenario(text=9, image=size).shape_for(model)
-        flops, hand = closed_form(model, shape), model.vision.flops(1, (rows, columns))
+        flops, hand = closed_form(model, shape), model.vision.flops(1, Layout(grid=(rows, columns)))
         assert flops.prefill["vision_encoder"] == hand
         assert shape.per_view == rows * columns
         with torch.device("meta"):

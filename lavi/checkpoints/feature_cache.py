@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavi.batch import grids_of_views
+from lavi.batch import Layout
 from lavi.data.data_module import DataModule, FeatureRequest
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
+from lavi.vision.base import VisionBackbone
 
 LAID_OUT = ((224, 224), (96, 64), (480, 640), (640, 480), (300, 1200), (1200, 300), (900, 1600), (2000, 2000))
 """(height, width) of the images whose layouts are compared."""
@@ -54,7 +55,7 @@ class Fingerprint:
     def difference(self, other: Fingerprint) -> str | None:
         """The first thing in which another one differs; None: nothing."""
         if self.weights != other.weights:
-            return "of a vision backbone with other weights, or in another dtype"
+            return "of a vision backbone with other weights, in another dtype, or with other reductions of its tokens"
         if self.layouts != other.layouts:
             return "of images that were cut into other views: another tiling or image size"
         if not _alike(self.pixels, other.pixels, TOLERANCE["pixels"]):
@@ -86,8 +87,8 @@ def fingerprint(model: VisionLanguageModel) -> Fingerprint:
     pixels = pixels[:: max(1, len(pixels) - 1)]  # the first and the last view
     was_training = model.vision.training
     model.vision.eval()
-    pixels, grids = pixels.to(_device_of(model.vision)), grids_of_views([layout])
-    features = model.encode(pixels, grids).float().cpu()  # (views, N, Dv)
+    alone = [Layout(grid=layout.grid)] * len(pixels)
+    features = model.encode(pixels.to(_device_of(model.vision)), alone).float().cpu()  # (views, N, Dv)
     model.vision.train(was_training)
     return Fingerprint(_digest(model.vision), _layouts(model), list(features.shape), _values(pixels), _values(features))
 
@@ -96,8 +97,8 @@ def _device_of(vision: nn.Module) -> torch.device:
     return next((parameter.device for parameter in vision.parameters()), torch.device("cpu"))
 
 
-def _digest(vision: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _digest(vision: VisionBackbone) -> str:
+    digest = hashlib.sha256(vision.variant.encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -138,9 +139,9 @@ def feature_request(
     own, mixed = fingerprint(model), AUTOCAST_DTYPES.get(precision)
 
     @torch.no_grad()
-    def encode(pixels: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
+    def encode(pixels: Tensor, layouts: Sequence[Layout]) -> Tensor:
         with torch.autocast(device.type, mixed, enabled=mixed is not None):
-            return model.encode(pixels.to(device), grids)
+            return model.encode(pixels.to(device), layouts)
 
     made_by = own.plan | {"precision": precision, "dtype": dtype}
     return FeatureRequest(encode, made_by, asdict(own), getattr(torch, dtype), batch_size, threads)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lavi.batch import Batch, Sample
+from lavi.batch import Batch, Layout, Sample
 from lavi.config.types import Count
 from lavi.data.collator import EncodedSample
 from lavi.data.processor import Processor, one_bad_sample
@@ -169,15 +169,15 @@ class TrainingBatches(SampleBatches):
 class FeatureRequest:
     """The features that a data module is to write beside its images and videos (``python -m lavi.cache_features``)."""
 
-    encode: Callable[[Tensor, Sequence[tuple[int, int]] | None], Tensor]
-    """Pixels (views, C, H, W), at native resolution with their grids, to features (views, N, Dv)."""
+    encode: Callable[[Tensor, Sequence[Layout]], Tensor]
+    """Pixels (views, C, H, W) of images of these layouts to features (views, N, Dv)."""
     made_by: dict[str, Any]
     """What they are made with, as JSON: with other values they are other features."""
     notes: dict[str, Any]
     """What :meth:`DataModule.feature_caches` gives back of them."""
     dtype: torch.dtype = torch.bfloat16
     batch_size: int = 16
-    """Views of a call."""
+    """Views of a call, unless one image or video has more."""
     threads: int = 2
     """That decode and preprocess."""
 

@@ -56,7 +56,7 @@ def traces(model: VisionLanguageModel, shape: PromptShape) -> dict[str, Trace]:
         "floor_decode": lambda: hf(input_ids=token, past_key_values=floor.past_key_values, use_cache=True),
     }
     if len(pixels):
-        runs["vision_encoder"] = lambda: model.features(pixels, shape.grids())
+        runs["vision_encoder"] = lambda: model.features(pixels, shape.layouts)
     return {stage: trace(run) for stage, run in runs.items()}
 
 

@@ -58,7 +58,7 @@ def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
     with_visual = [shape.text + count for count in visual]
     language, alone = (language_flops(model.language, tokens=tokens) for tokens in (with_visual, text))
     prefill = {
-        "vision_encoder": model.vision.flops(shape.encoded, layout.grid if layout else None),
+        "vision_encoder": model.vision.flops(shape.encoded, layout),
         **({"reducer": shape.encoded * model.reducer.flops()} if model.reducer is not None else {}),
         **_flops(model.fusion.costs(shape.text, layout, per_view)),
         "text_attention": alone["attention"],
@@ -67,7 +67,8 @@ def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
         "visual_ffn": language["ffn"] - alone["ffn"],
         "head": alone["head"],
     }
-    after_visual = language_flops(model.language, tokens=[1] * layers, past=with_visual)
+    cached = [shape.text + count for count in model.fusion.cached_by_layer(inside, layers)]
+    after_visual = language_flops(model.language, tokens=[1] * layers, past=cached)
     after_text = language_flops(model.language, tokens=[1] * layers, past=text)
     decode = {
         **_flops(model.fusion.costs(1, layout, per_view, decoding=True)),
@@ -166,13 +167,13 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     batch, features = shape.inputs(model, "meta")
     pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
     with torch.no_grad(), experts_by_operators(model.language.hf.config):
-        encoder = _count(lambda: model.encode(pixels, shape.grids())) if len(pixels) else 0.0
+        encoder = _count(lambda: model.encode(pixels, shape.layouts)) if len(pixels) else 0.0
         out, vision = model.prefill(batch, features)
         language = _bare(model, shape)
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
             "vision_encoder": encoder,
-            "reducer": _count(lambda: model.features(pixels, shape.grids())) - encoder if len(pixels) else 0.0,
+            "reducer": _count(lambda: model.features(pixels, shape.layouts)) - encoder if len(pixels) else 0.0,
             "language": language,
             "fusion": _count(lambda: model.prefill(batch, features)) - language,
             "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),

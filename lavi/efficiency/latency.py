@@ -234,7 +234,7 @@ def model_and_floor(
     hf, token = model.language.hf, torch.ones(shape.batch, 1, dtype=torch.long, device=device)
 
     def encoded() -> Any:
-        return model.features(pixels, shape.grids()) if len(pixels) else None
+        return model.features(pixels, shape.layouts) if len(pixels) else None
 
     def prefill(cache: Cache | None = None) -> tuple[Any, Any]:
         return model.prefill(batch, features, cache)

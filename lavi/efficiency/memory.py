@@ -40,7 +40,7 @@ def prefill_memory(
     pixels = shape.pixels(model, device)
 
     def run() -> tuple[object, ...]:
-        encoded = model.features(pixels, shape.grids()) if len(pixels) else None
+        encoded = model.features(pixels, shape.layouts) if len(pixels) else None
         return encoded, *model.prefill(batch, features)
 
     with torch.no_grad():

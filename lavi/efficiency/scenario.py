@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavi.batch import Batch, ImageSlot, Layout, grids_of_views
+from lavi.batch import Batch, ImageSlot, Layout
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -126,9 +126,10 @@ class PromptShape:
             self.batch * self.views, max(self.per_view, 1), model.feature_spec.width, device=device
         )
 
-    def grids(self) -> list[tuple[int, int]] | None:
-        """Of the views of all rows, at native resolution."""
-        return grids_of_views([self.layout] * self.batch) if self.layout else None
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of the images of all rows."""
+        return [self.layout] * self.batch if self.layout else []
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
         """Pixels that the tower encodes: (views of all rows, C, H, W), zeros."""

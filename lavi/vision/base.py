@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from lavi.batch import Layout
 from lavi.data.preprocessing import Preprocessing
 from lavi.vision.shape_flops import forward_on_meta
 
@@ -35,6 +36,8 @@ class VisionBackbone(nn.Module, ABC):
         grid: rows and columns of the feature grid of one view.
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
         native_resolution: views have grids of their own, which :meth:`forward` is told (:mod:`lavi.vision.naflex`).
+        reads_layouts: :meth:`forward` is told of each image how its views belong together (frames of a video, tiles).
+        variant: what of it neither weights nor pixels tell; cached features of another one are refused.
         preprocessing: one image to the pixels of a view, by the backbone's own mean, deviation, size and interpolation.
     """
 
@@ -42,6 +45,8 @@ class VisionBackbone(nn.Module, ABC):
     grid: tuple[int, int]
     prefix: int = 0
     native_resolution: bool = False
+    reads_layouts: bool = False
+    variant: str = ""
     preprocessing: Preprocessing
 
     @abstractmethod
@@ -68,11 +73,12 @@ class VisionBackbone(nn.Module, ABC):
         """What a data module needs to feed this backbone alone."""
         return self.preprocessing
 
-    def flops(self, views: int, grid: tuple[int, int] | None = None) -> float:
+    def flops(self, views: int, layout: Layout | None = None) -> float:
         """FLOPs of encoding ``views`` views (1 multiply-add = 2 FLOPs), counted from the shapes of its operations.
 
         Args:
-            grid: of each view, at native resolution.
+            layout: how the views of each image belong together, with their grid at native resolution; None: each is
+                an image of its own.
         """
         return views * self._flops_of_view
 

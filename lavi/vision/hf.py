@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,
@@ -31,7 +31,7 @@ from lavi.loading.bare import bare_configuration
 from lavi.loading.published import check_loaded, configuration_of
 from lavi.loading.vlm import is_vlm, open_vlm, tower_state
 from lavi.loading.without_weights import weights_wanted
-from lavi.vision.tower import Tower, chosen_layers, middle
+from lavi.vision.tower import Tower, chosen_layers, encoder_layers, middle
 
 TOWERS = {
     "clip_vision_model": "CLIPImageProcessor",
@@ -426,10 +426,7 @@ def cut_layers(tower: Any, layer: int | list[int]) -> list[int]:
         return [stages]
     layers = settings.num_hidden_layers
     numbers = chosen_layers(layer, layers)
-    stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if len(stacks) != 1:
-        raise UserError(f"cannot tell which modules of {type(tower).__name__} are its {layers} encoder layers.")
-    del stacks[0][max(numbers) :]
+    del encoder_layers(tower)[max(numbers) :]
     settings.num_hidden_layers = max(numbers)
     return numbers
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
+from lavi.batch import Layout
 from lavi.config.types import Check, Count
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
@@ -132,8 +133,8 @@ class NaFlexVision(VisionBackbone):
             features = features * mask[..., None]
         return pad(features, (0, 0, 0, pixels.shape[2] - longest))
 
-    def flops(self, views: int, grid: tuple[int, int] | None = None) -> float:
-        grid = grid or self.grid
+    def flops(self, views: int, layout: Layout | None = None) -> float:
+        grid = layout.grid if layout is not None and layout.grid is not None else self.grid
         if grid not in self._flops_by_grid:
             self._flops_by_grid[grid] = forward_on_meta(_OneGrid(self, grid), self.pixel_shape)[1]
         return views * self._flops_by_grid[grid]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lavi.batch import Layout
 from lavi.config.text import TARGET
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
@@ -70,6 +71,8 @@ class TwoTowers(VisionBackbone):
         super().__init__()
         if first.native_resolution or second.native_resolution:
             raise UserError("TwoTowers takes backbones of one grid for all images; one of these gives each its own.")
+        if first.reads_layouts or second.reads_layouts:
+            raise UserError("TwoTowers takes backbones that are not told how views belong together (ReducedTower is).")
         if join == "channels" and first.prefix != second.prefix:
             raise UserError(
                 "TwoTowers joins the tokens of two backbones by channels, and only one of them keeps its class token: "
@@ -79,6 +82,7 @@ class TwoTowers(VisionBackbone):
         self.preprocessing = PairPreprocessing(first.preprocessing, second.preprocessing)
         self.width = first.width + second.width
         self.prefix = first.prefix if join == "channels" else 0
+        self.variant = first.variant + second.variant
         self.grid = first.grid if join == "channels" else (1, first.tokens + second.tokens)
 
     @property
@@ -95,7 +99,7 @@ class TwoTowers(VisionBackbone):
         grid = resized(grid.transpose(1, 2).unflatten(-1, self.second.grid), self.grid)  # (views, D2, rows, columns)
         return torch.cat([first, torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)], dim=-1)
 
-    def flops(self, views: int, grid: tuple[int, int] | None = None) -> float:
+    def flops(self, views: int, layout: Layout | None = None) -> float:
         return self.first.flops(views) + self.second.flops(views)
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:

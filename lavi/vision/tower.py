@@ -11,6 +11,7 @@ its constructor. Shapes are not read from a configuration: one forward on the me
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from PIL import Image
@@ -111,6 +112,19 @@ def chosen_layers(layer: int | list[int], count: int) -> list[int]:
                 "last)."
             )
     return numbers
+
+
+def encoder_layers(tower: Any) -> nn.ModuleList:
+    """The blocks of a vision transformer of transformers.
+
+    Raises:
+        UserError: they cannot be told apart.
+    """
+    layers = tower.config.num_hidden_layers
+    stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if len(stacks) != 1:
+        raise UserError(f"cannot tell which modules of {type(tower).__name__} are its {layers} encoder layers.")
+    return stacks[0]
 
 
 def nothing_before(grid: Tensor) -> Tensor:

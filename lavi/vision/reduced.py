@@ -1,0 +1,297 @@
+"""A vision tower whose blocks work on fewer tokens. Its features keep their grid, so it goes with every fusion.
+
+    pixels -> embeddings (V, N, D) -> [ block 0 ] -> [ block 1 ] -> ... -> features (V, N, Dv)
+                                 |                |
+                          reductions say here which tokens go on as one
+
+A token that stands for s others weighs as much as they in every attention: log s is added to its scores (ToMe, arXiv
+2210.09461). Behind the blocks each place of the grid gets the features of the token that stands for it: what is saved
+is the encoder's work, and what the language model sees is as long as before (a reducer shortens that). Without
+reductions the tower is itself, bit for bit.
+
+Chosen here: tokens are merged between blocks (ToMe: before a block's feed-forward part), since then a block of any
+family runs as it is; and a merged token keeps the place of one of its tokens, where places are rotations (DINOv3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lavi.batch import Layout, grids_of_views
+from lavi.config.text import TARGET
+from lavi.errors import UserError
+from lavi.vision.base import VisionBackbone
+from lavi.vision.hf import HFVision
+from lavi.vision.naflex import NaFlexVision
+from lavi.vision.shape_flops import forward_on_meta
+from lavi.vision.token_set import TokenSet
+from lavi.vision.tower import encoder_layers
+
+NAME = "lavi_token_sizes"
+REFUSED = {
+    "beit": "its attention has a bias for each pair of places",
+    "mlcd_vision_model": "its attention takes one table of places for all images",
+}
+"""Towers of transformers whose blocks need all tokens of the grid."""
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """What a reduction may look at, behind a block."""
+
+    block: int
+    """Blocks before the reduction, less one; -1: the tokens come from the embeddings."""
+    blocks: int
+    """Of the tower."""
+    tokens: Tensor
+    """(S, n, D)."""
+    keys: Tensor | None
+    """(S, n, d): the block's keys, the mean over heads; None before the first block."""
+    patches: Tensor | None
+    """(V, N - prefix, c): the values of each patch's pixels; None behind a block, and where there are no numbers."""
+    grids: Sequence[tuple[int, int]]
+    """Rows and columns of each view."""
+    videos: Sequence[range]
+    """The views of each video."""
+
+
+class TokenReduction(ABC):
+    """Says behind a block which tokens go on as one.
+
+    One of one's own has :meth:`reduce`, and is a dataclass of its arguments if towers with it are to be exported.
+    """
+
+    def starts_at(self) -> int:
+        """The first block (-1: the embeddings) that it looks behind."""
+        return 0
+
+    @abstractmethod
+    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
+        """The token set that goes on, and its tokens (S, n, D); those given where nothing is to be merged."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What builds it again.
+
+        Raises:
+            UserError: it does not say.
+        """
+        if not is_dataclass(self):
+            raise UserError(f"{type(self).__name__} cannot be saved: make it a dataclass of its arguments.")
+        return {TARGET: f"{type(self).__module__}.{type(self).__qualname__}", **asdict(self)}
+
+
+@dataclass
+class Encoding:
+    """One forward of a tower: the tokens that each block works on."""
+
+    pixels: Tensor
+    """(V, C, H, W)."""
+    grids: Sequence[tuple[int, int]]
+    videos: Sequence[range]
+    tokens: TokenSet | None = None
+    """None: all, each for itself."""
+    keys: Tensor | None = None
+    """(S, n, d) of the block that runs."""
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
+    """Tokens of each sequence in each block that ran."""
+
+
+_encoding: ContextVar[Encoding | None] = ContextVar("encoding", default=None)
+
+
+class ReducedTower(VisionBackbone):
+    """A vision transformer of transformers whose blocks work on fewer tokens.
+
+    Args:
+        tower: of :class:`~lavi.vision.hf.HFVision` or :class:`~lavi.vision.naflex.NaFlexVision`.
+        reductions: in the order in which they are asked behind each block.
+
+    Raises:
+        UserError: a tower of another kind, or one whose blocks need all tokens.
+    """
+
+    def __init__(self, *, tower: VisionBackbone, reductions: list[TokenReduction]) -> None:
+        super().__init__()
+        if not isinstance(tower, HFVision | NaFlexVision) or not hasattr(tower.tower.config, "num_attention_heads"):
+            raise UserError(
+                "ReducedTower takes a vision transformer of lavi.vision.hf.HFVision or lavi.vision.naflex.NaFlexVision."
+            )
+        kind = tower.tower.config.model_type
+        if kind in REFUSED:
+            raise UserError(f"tokens of a '{kind}' tower cannot be merged: {REFUSED[kind]}.")
+        self.tower, self.reductions = tower, list(reductions)
+        self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
+        self.native_resolution, self.preprocessing = tower.native_resolution, tower.preprocessing
+        self.reads_layouts = True
+        self.standing_before = getattr(tower, "standing_before", 0)
+        self.variant = repr([one.arguments() if is_dataclass(one) else type(one).__name__ for one in self.reductions])
+        self._flops_by_layout: dict[Layout, float] = {}
+        self.sizes: list[tuple[int, ...]] = []
+        """Tokens of each sequence that each block worked on, the last time."""
+        if self.reductions:
+            tower.tower.set_attn_implementation(NAME)
+            self._watch_blocks(encoder_layers(tower.tower))
+
+    def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
+        """As the tower's own.
+
+        Args:
+            layouts: of each image; views that none speaks of are images of their own, on :attr:`grid`.
+        """
+        grids = grids_of_views(layouts)
+        encoding = Encoding(pixels, grids or [self.grid] * len(pixels), videos_of(layouts))
+        token = _encoding.set(encoding)
+        try:
+            features: Tensor = self.tower(pixels, grids) if self.native_resolution else self.tower(pixels)
+        finally:
+            _encoding.reset(token)
+        self.sizes = encoding.sizes
+        return features
+
+    def flops(self, views: int, layout: Layout | None = None) -> float:
+        one = Layout(grid=None if layout is None else layout.grid)
+        if layout is not None and layout.video and layout.views == views:
+            one = layout
+        if one not in self._flops_by_layout:
+            self._flops_by_layout[one] = forward_on_meta(_OneImage(self, one), self.pixel_shape, one.views)[1]
+        return views / one.views * self._flops_by_layout[one]
+
+    def save_pretrained(self, folder: Path) -> dict[str, Any]:
+        """Write the tower; returns the arguments that build it again, paths relative to ``folder``.
+
+        Raises:
+            UserError: a reduction does not say what builds it.
+        """
+        arguments = self.tower.save_pretrained(folder)
+        tower = {TARGET: f"{type(self.tower).__module__}.{type(self.tower).__qualname__}", **arguments}
+        return {"tower": tower, "reductions": [one.arguments() for one in self.reductions]}
+
+    # --- the blocks ---------------------------------------------------------------------------------------------------
+
+    def _watch_blocks(self, blocks: nn.ModuleList) -> None:
+        for number, block in enumerate(blocks):
+
+            def before(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
+                return self._before(number, len(blocks), args, kwargs)
+
+            def behind(module: nn.Module, args: Any, kwargs: Any, out: Tensor, number: int = number) -> Tensor:
+                return self._behind(number, len(blocks), out)
+
+            block.register_forward_pre_hook(before, with_kwargs=True)
+            # Before transformers' own hooks, which keep hidden states.
+            block.register_forward_hook(behind, with_kwargs=True, prepend=True)
+
+    def _before(self, number: int, blocks: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand a block the tokens that it works on, instead of (V, N, D), with their places."""
+        encoding = _encoding.get()
+        if encoding is None:
+            return None
+        named = dict(kwargs)
+        hidden: Tensor = args[0] if args else named.pop("hidden_states")
+        if number == 0:
+            encoding.tokens = self._at_first(hidden, args[1:], named)
+            hidden = self._reduced(-1, blocks, hidden, encoding)
+        elif encoding.tokens is not None:
+            hidden = encoding.tokens.gather(hidden)
+        tokens = encoding.tokens
+        encoding.sizes.append(tokens.counts if tokens is not None else (hidden.shape[1],) * len(hidden))
+        if tokens is not None and named.get("position_embeddings") is not None:
+            named["position_embeddings"] = tuple(self._places(part, tokens) for part in named["position_embeddings"])
+        return (hidden, *args[1:]), named
+
+    def _behind(self, number: int, blocks: int, out: Tensor) -> Tensor:
+        """Merge behind a block, and write out what it gave to (V, N, D)."""
+        encoding = _encoding.get()
+        if encoding is None:
+            return out
+        if number < blocks - 1:
+            out = self._reduced(number, blocks, out, encoding)
+        encoding.keys = None
+        return out if encoding.tokens is None else encoding.tokens.write_out(out, len(encoding.pixels))
+
+    def _reduced(self, block: int, blocks: int, hidden: Tensor, encoding: Encoding) -> Tensor:
+        """Tokens behind ``block`` as they go on."""
+        for reduction in self.reductions:
+            if block < reduction.starts_at():
+                continue
+            before = encoding.tokens or TokenSet.whole(
+                len(hidden), hidden.shape[1], prefix=self.standing_before, device=hidden.device
+            )
+            patches = self._patches(encoding) if block < 0 else None
+            out = BlockOutput(block, blocks, hidden, encoding.keys, patches, encoding.grids, encoding.videos)
+            tokens, hidden = reduction.reduce(out, before)
+            if tokens is not before:
+                encoding.tokens = tokens
+                encoding.keys = None  # they are of the tokens before
+        return hidden
+
+    def _patches(self, encoding: Encoding) -> Tensor | None:
+        """(V, N - prefix, c): the pixels of each patch."""
+        pixels = encoding.pixels
+        if pixels.is_meta:
+            return None
+        if self.native_resolution:
+            return pixels[:, 0, : max(rows * columns for rows, columns in encoding.grids)]
+        height, width = (side // cells for side, cells in zip(pixels.shape[2:], self.grid, strict=True))
+        return unfold(pixels, (height, width), stride=(height, width)).transpose(1, 2)
+
+    def _at_first(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenSet | None:
+        """Where views have padding, the tokens that are none, read from the mask of the first block."""
+        mask = kwargs.get("attention_mask", args[0] if args else None)
+        if mask is None:
+            return None
+        valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0  # (V, N)
+        return TokenSet.whole(*hidden.shape[:2], prefix=self.standing_before, device=hidden.device, valid=valid)
+
+    def _places(self, table: Tensor, tokens: TokenSet) -> Tensor:
+        """Rotations of the grid's places (places, d), as those of the tokens (S, 1, n - prefix, d)."""
+        place = tokens.index[:, tokens.prefix :] % (tokens.prefix + table.shape[-2]) - tokens.prefix
+        return table[place.clamp(min=0)][:, None]
+
+
+def videos_of(layouts: Sequence[Layout]) -> list[range]:
+    """The views of each video, of images and videos that stand one after the other."""
+    videos, first = [], 0
+    for layout in layouts:
+        if layout.video:
+            videos.append(range(first, first + layout.views))
+        first += layout.views
+    return videos
+
+
+class _OneImage(nn.Module):
+    """A tower that encodes the views of one image: what a functional call calls."""
+
+    def __init__(self, vision: ReducedTower, layout: Layout) -> None:
+        super().__init__()
+        self.vision, self.layout = vision, layout
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.vision(pixels, [self.layout])
+        return features
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """Attention in which a token counts as often as the tokens that it stands for; its keys are noted."""
+    encoding = _encoding.get()
+    if encoding is not None:
+        encoding.keys = key.detach().mean(1)  # (S, n, d)
+        if encoding.tokens is not None:
+            mask = encoding.tokens.size.log()[:, None, None].to(query.dtype)  # (S, 1, 1, n)
+            mask = mask.expand(-1, -1, query.shape[2], -1)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
