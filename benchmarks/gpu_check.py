@@ -48,13 +48,14 @@ def benchmark(name: str, seconds: float, *options: str, small: tuple[str, ...] =
 
 PLAN = (
     Part("oracles", 100, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
-    benchmark("verify_claims", 150, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small")),
+    benchmark("verify_claims", 130, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small")),
     benchmark("decode", 70),
     benchmark("norm", 20),
     benchmark("prefill", 40, "--turns", "5"),
     benchmark("train_step", 20),
     benchmark("cached_features", 40, "--batch-size", "8"),
-    benchmark("serving", 40, "--requests", "15", small=("--requests", "5")),
+    benchmark("encoder", 30, "--turns", "5"),
+    benchmark("serving", 30, "--requests", "15", small=("--requests", "5")),
     benchmark("fusion_cost", 30, "--runs", "5", small=("--runs", "2")),
     benchmark("verify_visor", 30, "--runs", "3", small=("--runs", "2")),
 )

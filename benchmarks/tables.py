@@ -22,6 +22,7 @@ from busy import busy_table
 from cached_features import cached_features_table
 from dataloader import table as dataloader_table
 from decode import decode_table
+from encoder import encoder_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
@@ -252,6 +253,7 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "prefill": lambda records: f"{markdown(*prefill_table(records))}\n{records[0]['device']}.\n",
     "official_metrics": lambda records: f"{markdown(*metrics_table(records))}\nlmms-eval {records[0]['lmms-eval']}.\n",
     "relevance": lambda records: markdown(*relevance_table(records)),
+    "encoder": lambda records: f"{markdown(*encoder_table(records))}\n{records[0]['device']}.\n",
     "norm": lambda records: f"{markdown(*norm_table(records))}\n{records[0]['device']}.\n",
     "serving": lambda records: f"{markdown(*serving_table(records))}\n{records[0]['device']}.\n",
     "train_step": lambda records: f"{markdown(*train_step_table(records))}\n{records[0]['device']}.\n",

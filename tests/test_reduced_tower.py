@@ -66,8 +66,8 @@ def drawing(cells: list[list[int]], patch: int = 8) -> Tensor:
 
 FOURS = [[0] * 4, [1] * 4, [2] * 4, [3] * 4]
 PAIRS = [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5], [6, 6, 7, 7]]
-RUNS = [[0, 0, 0, 1], [0, 0, 2, 1], [3, 0, 2, 4], [3, 3, 3, 4]]
-"""3 0 at the left below: the 0 repeats its upper-left and upper neighbour; what is left is 0, 1, 2, 3 and 4."""
+RUNS = [[0, 0, 0, 1], [0, 0, 2, 1], [1, 0, 2, 4], [3, 3, 3, 4]]
+"""The 1 at the left repeats none: what stands before it in the list is the end of another row. Six patches are left."""
 
 
 # --- exactness --------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_patch_leads_back_to_the_first_of_its_run() -> None:
                 by_hand[at] = by_hand[at - 4 * up - left]
                 break
     assert first.tolist() == by_hand
-    assert len(set(by_hand)) == 5
+    assert len(set(by_hand)) == 6
     nearly = cells + 0.01 * torch.arange(16)[None, :, None]
     assert len(set(first_of_run(nearly, torch.tensor([[4]]), 0.0)[0].tolist())) == 16
     assert first_of_run(nearly, torch.tensor([[4]]), 0.06)[0].tolist() == by_hand
