@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lavi.batch import Batch, Layout
+from lavi.batch import Batch
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.nn.grid_code import GridCode, grid_of_tokens
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
+from lavi.vision.windows import windows_of_views
 
 
 @dataclass(kw_only=True)
@@ -175,23 +176,10 @@ def view_indices(batch: Batch, device: torch.device) -> Tensor:
 def view_windows(batch: Batch, grid: tuple[int, int], device: torch.device) -> Tensor:
     """(views, 4): top, left, height and width of each view, in heights and widths of its image.
 
-    A view that is all of its image, or a frame, has 0, 0, 1, 1. Tiles in whose middle the image stands
-    (:class:`lavi.data.tiling.AnyRes`) may begin above it and end below it.
-
     Args:
         grid: rows and columns of the tokens of one view; their cells are square.
     """
-    windows: list[tuple[float, float, float, float]] = []
-    for slot in batch.image_slots:
-        layout = slot.layout
-        if layout.tiles is None or layout.video:
-            windows += layout.views * [(0.0, 0.0, 1.0, 1.0)]
-            continue
-        rows, columns = layout.tiles
-        height, width = _tile_extent(layout, grid)
-        top, left = (1 - height * rows) / 2, (1 - width * columns) / 2
-        windows.append((0.0, 0.0, 1.0, 1.0))
-        windows += [(top + r * height, left + c * width, height, width) for r in range(rows) for c in range(columns)]
+    windows = [window for layout in batch.layouts for window in windows_of_views(layout, grid)]
     return torch.tensor(windows, device="cpu").reshape(-1, 4).to(device)
 
 
@@ -223,17 +211,6 @@ def grid_code_of(code: GridCode | None, batch: Batch, features: Tensor, grid: tu
     grid = grid_of_tokens(tokens, grid)
     windows = view_windows(batch, grid, features.device)
     return code(windows, [grid] * views, tokens, prefix=tokens - grid[0] * grid[1])
-
-
-def _tile_extent(layout: Layout, grid: tuple[int, int]) -> tuple[float, float]:
-    """Height and width of a tile, in heights and widths of the image, which fills its tiles one way or both."""
-    assert layout.tiles is not None
-    rows, columns = layout.tiles[0] * grid[0], layout.tiles[1] * grid[1]
-    height, width = layout.size
-    if layout.stretched or not (height and width):  # or its size is not known
-        height, width = rows, columns
-    scale = min(rows / height, columns / width)
-    return grid[0] / (scale * height), grid[1] / (scale * width)
 
 
 def last_prompt_columns(batch: Batch) -> list[int]:

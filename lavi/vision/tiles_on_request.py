@@ -1,0 +1,164 @@
+"""Of a large image only the tiles that promise something are encoded. A method of this library; no paper has it.
+
+    whole image -> tower -> features of the overview --> which tiles? (a share of them, by what the overview shows)
+    those tiles -> tower -> their features
+    the others  --------->  the overview's features, where the tile lies: interpolated, as many as a tile has
+
+What VISOR does to the layers of a decoder, done to the encoder. Each view keeps as many features as before, so it goes
+with every fusion; what is saved is the encoder's work: of ten crops with a quarter of the tiles kept, four are encoded.
+The tile of an image that needs only one shows what the overview shows: it is not encoded. The choice looks at the
+overview alone, so one encoding serves all questions about an image; a choice by the question is not built yet.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from lavi.batch import Layout
+from lavi.config.text import TARGET
+from lavi.config.types import Share
+from lavi.errors import UserError
+from lavi.vision.base import VisionBackbone
+from lavi.vision.windows import windows_of_views
+
+
+class TileRanking(ABC):
+    """Says of which tiles most is to be expected. One of one's own has :meth:`rank` and no arguments."""
+
+    @abstractmethod
+    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
+        """How much each tile promises.
+
+        Args:
+            overview: (N, Dv): features of the whole image.
+            tiles: (tiles, N, Dv): of the overview, where each tile lies.
+
+        Returns:
+            (tiles,).
+        """
+
+
+class Detail(TileRanking):
+    """Tiles where the overview differs most from place to place: mean squared distance from the tile's own mean."""
+
+    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
+        return (tiles - tiles.mean(1, keepdim=True)).square().mean((1, 2))
+
+
+class Chance(TileRanking):
+    """Any tiles, the same of each picture: what every other ranking has to be better than."""
+
+    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
+        return torch.rand(len(tiles), generator=torch.Generator().manual_seed(0), device="cpu").to(tiles.device)
+
+
+class TilesOnRequest(VisionBackbone):
+    """A backbone that encodes whole images, frames, and a share of the tiles.
+
+    Args:
+        tower: any backbone of one grid for all images.
+        keep: the share of an image's tiles that is encoded, rounded up; 1: all, and the tower is itself.
+        ranking: which tiles; by default :class:`Detail`.
+
+    Raises:
+        UserError: views of the tower have grids of their own.
+    """
+
+    def __init__(self, *, tower: VisionBackbone, keep: Share, ranking: TileRanking | None = None) -> None:
+        super().__init__()
+        if tower.native_resolution or tower.feature_spec.grid is None:
+            raise UserError("TilesOnRequest takes a backbone of one grid for all images.")
+        self.tower, self.keep, self.ranking = tower, keep, ranking or Detail()
+        self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
+        self.preprocessing, self.reads_layouts = tower.preprocessing, True
+        self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}"
+
+    def count(self, layout: Layout) -> int:
+        """How many tiles of an image are encoded."""
+        tiles = layout.views - 1 if layout.tiles is not None else 0
+        return tiles if self.keep == 1 else math.ceil(self.keep * tiles) if tiles > 1 else 0
+
+    def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
+        """(views, C, H, W) to (views, N, Dv).
+
+        Args:
+            layouts: of each image; views that none speaks of are images of their own.
+        """
+        spoken_of = sum(layout.views for layout in layouts)
+        layouts = [*layouts, *[Layout()] * (len(pixels) - spoken_of)]
+        images = list(pixels.split([layout.views for layout in layouts]))
+        whole = [layout if layout.tiles is None else Layout(size=layout.size) for layout in layouts]
+        firsts = [image[: layout.views] for image, layout in zip(images, whole, strict=True)]
+        overviews = self._encode(torch.cat(firsts), whole).split([layout.views for layout in whole])
+        chosen = [self._chosen(one, layout) for one, layout in zip(overviews, layouts, strict=True)]
+        wanted = [image[1:][index] for image, (index, _) in zip(images, chosen, strict=True) if len(index)]
+        encoded = iter(())
+        if wanted:
+            tiles = torch.cat(wanted)
+            of_tiles = self._encode(tiles, [Layout()] * len(tiles))
+            encoded = iter(of_tiles.split([len(one) for one in wanted]))
+        features = []
+        for overview, (index, tiles) in zip(overviews, chosen, strict=True):
+            features += [overview, tiles.index_copy(0, index, next(encoded).to(tiles)) if len(index) else tiles]
+        return torch.cat(features)
+
+    def _encode(self, pixels: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        features: Tensor = self.tower(pixels, layouts) if self.tower.reads_layouts else self.tower(pixels)
+        return features
+
+    def _chosen(self, overview: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Which tiles of an image to encode (k,), and what the overview (1, N, Dv) has of all (tiles, N, Dv)."""
+        if layout.tiles is None:
+            return torch.empty(0, dtype=torch.long, device=overview.device), overview[:0]
+        tiles = self._from_overview(overview[0], layout)
+        count = self.count(layout)
+        if count == len(tiles):
+            return torch.arange(count, device=overview.device), tiles
+        with torch.no_grad():
+            score = self.ranking.rank(overview[0].float(), tiles.float())
+        return score.argsort(descending=True, stable=True)[:count], tiles
+
+    def _from_overview(self, overview: Tensor, layout: Layout) -> Tensor:
+        """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv)."""
+        rows, columns = self.grid
+        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview)  # (tiles, 4)
+        top, left, height, width = windows.unbind(1)
+        down = (torch.arange(rows, device=overview.device) + 0.5) / rows
+        right = (torch.arange(columns, device=overview.device) + 0.5) / columns
+        at = torch.stack(
+            [
+                (left[:, None] + width[:, None] * right)[:, None, :].expand(-1, rows, -1),
+                (top[:, None] + height[:, None] * down)[:, :, None].expand(-1, -1, columns),
+            ],
+            dim=-1,
+        )  # (tiles, rows, columns, 2): from 0 to 1, across and down
+        grid = overview[self.prefix :].T.unflatten(1, self.grid).expand(len(windows), -1, -1, -1)
+        places = grid_sample(grid, 2 * at - 1, padding_mode="border", align_corners=False)  # (tiles, Dv, rows, columns)
+        before = overview[: self.prefix].expand(len(windows), -1, -1)
+        return torch.cat([before, places.flatten(2).transpose(1, 2)], dim=1)
+
+    def flops(self, views: int, layout: Layout | None = None) -> float:
+        if layout is None or layout.tiles is None:
+            return self.tower.flops(views, layout)
+        return views / layout.views * self.tower.flops(1 + self.count(layout))
+
+    def save_pretrained(self, folder: Path) -> dict[str, Any]:
+        """Write the tower; returns the arguments that build it again, paths relative to ``folder``.
+
+        Raises:
+            UserError: the tower cannot be saved.
+        """
+        own: Any = self.tower
+        if not hasattr(own, "save_pretrained"):
+            raise UserError(f"{type(own).__name__} has no save_pretrained(folder).")
+        tower = {TARGET: f"{type(own).__module__}.{type(own).__qualname__}", **own.save_pretrained(folder)}
+        ranking = {TARGET: f"{type(self.ranking).__module__}.{type(self.ranking).__qualname__}"}
+        return {"tower": tower, "keep": self.keep, "ranking": ranking}

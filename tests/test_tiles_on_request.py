@@ -1,0 +1,169 @@
+"""Tiles that are encoded on request: which, what stands for the others, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOWER, ask, collate
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lavi.batch import Layout, Sample
+from lavi.checkpoints.model_folder import build as build_model
+from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
+from lavi.data.preprocessing import SquareResize
+from lavi.data.tiling import AnyRes
+from lavi.errors import UserError
+from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
+from lavi.vision.base import VisionBackbone
+from lavi.vision.frame_merging import FrameMerging
+from lavi.vision.hf import HFVision
+from lavi.vision.reduced import ReducedTower
+from lavi.vision.tiles_on_request import Chance, TileRanking, TilesOnRequest
+
+SIDE = 32
+TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Places(VisionBackbone):
+    """Features are the mean pixel of each cell, and how many views were encoded is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.grid = 3, (4, 4)
+        self.preprocessing = SquareResize(SIDE)
+        self.encoded = 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.encoded += len(pixels)
+        cells = torch.nn.functional.avg_pool2d(pixels, SIDE // 4)
+        return cells.flatten(2).transpose(1, 2)
+
+
+def ramp(*, top: float, left: float, extent: float) -> Tensor:
+    """(3, H, W): each pixel's place in the image, across and down, and 0."""
+    at = (torch.arange(SIDE) + 0.5) / SIDE * extent
+    across, down = (left + at).expand(SIDE, SIDE), (top + at)[:, None].expand(SIDE, SIDE)
+    return torch.stack([across, down, torch.zeros(SIDE, SIDE)])
+
+
+def tiled_ramp() -> Tensor:
+    tiles = [ramp(top=top, left=left, extent=0.5) for top in (0.0, 0.5) for left in (0.0, 0.5)]
+    return torch.stack([ramp(top=0.0, left=0.0, extent=1.0), *tiles])
+
+
+class InOrder(TileRanking):
+    """The last tiles first."""
+
+    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
+        return torch.arange(float(len(tiles)))
+
+
+def test_what_is_not_encoded_is_what_the_overview_shows_there() -> None:
+    """Of places that are their own features, interpolation gives the places again, but at the border of the image."""
+    vision = TilesOnRequest(tower=Places(), keep=0.25, ranking=InOrder())
+    pixels = tiled_ramp()
+    features, whole = vision(pixels, [TWO_BY_TWO]), Places()(pixels)
+    assert vision.tower.encoded == 2
+    assert torch.equal(features[[0, 4]], whole[[0, 4]])  # the overview, and the tile that was chosen
+    inside = whole.clamp(1 / 8, 7 / 8)  # nothing is known beyond the middles of the overview's outer cells
+    torch.testing.assert_close(features[1:4, :, :2], inside[1:4, :, :2], atol=1e-6, rtol=1e-5)
+
+
+def test_tiles_with_detail_are_encoded_first() -> None:
+    vision = TilesOnRequest(tower=Places(), keep=0.5)
+    pixels = torch.zeros(5, 3, SIDE, SIDE)
+    noise = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    pixels[0, :, : SIDE // 2, SIDE // 2 :] = 1.5 * noise[:, : SIDE // 2, : SIDE // 2]  # at the top right, then below left
+    pixels[0, :, SIDE // 2 :, : SIDE // 2] = noise[:, SIDE // 2 :, SIDE // 2 :]
+    pixels[1:] = torch.arange(1.0, 5.0)[:, None, None, None]
+    features = vision(pixels, [TWO_BY_TWO])
+    assert [bool((features[view] == view).all()) for view in range(1, 5)] == [False, True, True, False]
+
+
+def test_all_of_them_kept_the_tower_is_itself() -> None:
+    tower = HFVision(config=TOWER).eval()
+    vision = TilesOnRequest(tower=tower, keep=1.0)
+    pixels = torch.randn(6, *tower.pixel_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(vision(pixels, [TWO_BY_TWO, Layout()]), tower(pixels), atol=1e-6, rtol=1e-5)
+    assert vision.flops(5, TWO_BY_TWO) == tower.flops(5)
+
+
+def test_an_image_is_what_it_is_alone() -> None:
+    """Beside others with more tiles, none, or frames; with a ranking by chance, too."""
+    video, wide = Layout(views=3, video=True), Layout(views=4, tiles=(1, 3), size=(30, 90))
+    single = Layout(views=2, tiles=(1, 1), size=(20, 30))
+    layouts = [Layout(), TWO_BY_TWO, video, wide, single]
+    merging = ReducedTower(tower=HFVision(config=TOWER), reductions=[FrameMerging(keep=0.5, behind=0)])
+    for tower in (HFVision(config=TOWER), merging):
+        for ranking in (None, Chance()):
+            vision = TilesOnRequest(tower=tower, keep=0.3, ranking=ranking).eval()
+            pixels = torch.randn(15, *vision.pixel_shape, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                together = vision(pixels, layouts).split([layout.views for layout in layouts])
+                parts = zip(pixels.split([layout.views for layout in layouts]), layouts, together, strict=True)
+                for own, layout, features in parts:
+                    torch.testing.assert_close(vision(own, [layout]), features, atol=1e-5, rtol=1e-4)
+            assert torch.equal(vision(pixels[:2])[0], vision(pixels[:1])[0])
+
+
+def test_both_counters_agree_on_the_tiles_that_are_encoded() -> None:
+    tower = HFVision(config=TOWER)
+    vision = TilesOnRequest(tower=tower, keep=0.5)
+    wide = Layout(views=4, tiles=(1, 3), size=(30, 90))
+    single = Layout(views=2, tiles=(1, 1), size=(20, 30))
+    for layout, encoded in ((TWO_BY_TWO, 3), (wide, 3), (single, 1), (Layout(), 1), (Layout(views=3, video=True), 3)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vision(torch.randn(layout.views, *vision.pixel_shape), [layout])
+        assert vision.flops(layout.views, layout) == tower.flops(encoded)
+        assert counter.get_total_flops() == pytest.approx(tower.flops(encoded), rel=0.01)
+
+
+def test_features_reach_the_overview_when_the_tower_trains() -> None:
+    tower = HFVision(config=TOWER)
+    vision = TilesOnRequest(tower=tower, keep=0.25)
+    pixels = torch.randn(5, *vision.pixel_shape).requires_grad_()
+    vision(pixels, [TWO_BY_TWO])[1:].square().sum().backward()
+    reached = pixels.grad.abs().amax((1, 2, 3)) > 0
+    assert bool(reached[0])
+    assert int(reached[1:].sum()) == 1
+
+
+@pytest.mark.parametrize("fusion", ["lavi.fusion.concat.ConcatFusion", "lavi.fusion.lavi.LaViFusion"])
+def test_it_goes_with_tiles_of_a_model_and_is_exported(tiny_recipe: Path, tmp_path: Path, fusion: str) -> None:
+    settings: dict[str, Any] = Recipe.load(tiny_recipe).settings
+    tower = {"_target_": "lavi.vision.hf.HFVision", "config": TOWER}
+    settings["model"] |= {
+        "vision": {"_target_": "lavi.vision.tiles_on_request.TilesOnRequest", "tower": tower, "keep": 0.5},
+        "fusion": {"_target_": fusion},
+        "tiling": {"_target_": "lavi.data.tiling.AnyRes"},
+    }
+    model: VisionLanguageModel = build_model(Recipe(settings, source="here")).eval()
+    assert isinstance(model.tiling, AnyRes)
+    one = ask(1, "what?")
+    pictures = [Sample("s", one.messages, [Image.new("RGB", size, "red")]) for size in ((64, 64), (90, 30))]
+    batch = collate(model, pictures, prompt=True)
+    assert [layout.views for layout in batch.layouts] == [5, 4]
+    save_pretrained(model, tmp_path / "exported")
+    again = from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        assert torch.equal(again.features(batch.pixels, batch.layouts), model.features(batch.pixels, batch.layouts))
+    assert again.answer(batch, max_new_tokens=3) == model.answer(batch, max_new_tokens=3)
+
+
+def test_backbones_of_no_one_grid_are_refused() -> None:
+    tower = Places()
+    tower.native_resolution = True
+    with pytest.raises(UserError, match="a backbone of one grid"):
+        TilesOnRequest(tower=tower, keep=0.5)
