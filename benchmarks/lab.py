@@ -24,7 +24,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lab_results import DATA, NOISE, controls_table, draw, lab_table, longest, records_of, write_tensorboard
+from lab_results import (
+    DATA,
+    NOISE,
+    controls_table,
+    draw,
+    lab_table,
+    longest,
+    merging_table,
+    records_of,
+    write_tensorboard,
+)
 from own_records import parser_of, read
 
 from datamodules import scenes
@@ -60,6 +70,7 @@ class Method:
         seeds: how many it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
         data: what it is trained on, one of :data:`DATA`.
+        of: it trains nothing: what is scored are the runs of this method.
     """
 
     recipe: str
@@ -68,6 +79,7 @@ class Method:
     seeds: int = SEEDS
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
     data: str = "scenes"
+    of: str | None = None
 
 
 SHORT = 0.3
@@ -77,6 +89,15 @@ SHORT = 0.3
 def ablation(recipe: str, *changes: str) -> Method:
     """One key of a method changed: for a part of the steps, as the method itself is, too; one seed."""
     return Method(recipe, changes, shares=(SHORT,), seeds=1)
+
+
+def in_the_tower(name: str, **merging: Any) -> tuple[str, tuple[str, ...]]:
+    """A variant whose vision tower merges tokens between its blocks, on pixels; nothing is trained for it."""
+    arguments = ", ".join(f"{key}: {value}" for key, value in merging.items())
+    reduction = f"{{_target_: lavi.vision.token_merging.TokenMerging, {arguments}}}"
+    tower = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
+    vision = f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {tower}, reductions: [{reduction}]}}"
+    return name, (f"data.test={DATA['encoder'].features / 'test'}", f"model.vision={vision}")
 
 
 METHODS: dict[str, Method] = {
@@ -117,6 +138,17 @@ METHODS: dict[str, Method] = {
     "concatenation, CDPruner quarter": ablation(
         "concat", "model.reducer={_target_: lavi.reduction.diverse.CDPruner, keep: 16}"
     ),
+    "LaVi, merging in the tower": Method(
+        "lavi",
+        of="LaVi",
+        data="encoder",
+        variants=(
+            in_the_tower("8 of 64 tokens merged behind each block", per_block=8),
+            in_the_tower("16 behind each block", per_block=16),
+            in_the_tower("32 behind the first block", per_block=[32]),
+            in_the_tower("32 behind the first and 16 behind the second", per_block=[32, 16]),
+        ),
+    ),
     "concatenation of frames": Method("video_concat", seeds=1, data="videos"),
     "LaVi of frames": Method("video_lavi", seeds=1, data="videos"),
 }
@@ -139,7 +171,7 @@ def method_of_variant() -> dict[str, str]:
 
 def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
     """The recipe of one run: on cached features, of this share of the steps; ``changes`` are a variant's."""
-    method = METHODS[name]
+    method = METHODS[METHODS[name].of or name]
     file = RECIPES / f"{method.recipe}.yaml"
     steps = max(1, round(share * Recipe.load(file).settings["trainer"]["max_steps"]))
     features = [f"data.{split}={DATA[method.data].features / split}" for split in ("train", "validation", "test")]
@@ -160,7 +192,7 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
     """
     method, settings, digest = METHODS[name], settings_of(name, seed, share), digest_of(name, seed, share)
     steps = settings.settings["trainer"]["max_steps"]
-    folder = RUNS / slug(name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
+    folder = RUNS / slug(method.of or name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -248,7 +280,10 @@ def main() -> None:
         time_methods(list(there.values()), device)
         there = written(there, there, args.out)
     for data in DATA:
-        if records := records_of(list(there.values()), data):
+        records = records_of(list(there.values()), data)
+        if records and data == "encoder":
+            console().print(table("LaVi, merging in the tower", *merging_table(list(there.values()))))
+        elif records:
             console().print(table(data, *lab_table(records)))
             console().print(table(f"{data}, controls", *controls_table(records)))
     if records := records_of(list(there.values()), "scenes"):

@@ -42,6 +42,7 @@ class LabData:
 
 DATA = {
     "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
+    "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation"),
     "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
 }
 
@@ -103,6 +104,29 @@ def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     floor = mean(r.flops_of_samples["floor"] for r in records) / 1e9
     nothing = ["-"] * (2 + 2 + len(hard))
     rows.append(["the language model on the text alone", *nothing, f"{floor:.4f}", saved(floor), "-"])
+    return columns, rows
+
+
+def merging_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: what merging in the tower costs in accuracy, and saves with the encoder counted.
+
+    Args:
+        records: of all data; the first row is LaVi with its whole tower.
+    """
+    hard = DATA["encoder"].hard
+    columns = ["tower", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
+    columns += ["encoder GFLOPs", "of the whole tower %", "saved, with encoder %"]
+    trained = [of for of in longest(records_of(records, "scenes")) if of[0].knobs["method"] == "LaVi"]
+    baseline = [r for r in records if r.knobs["method"] == DATA["encoder"].baseline]
+    rows = []
+    for of in [*trained, *longest(records_of(records, "encoder"))]:
+        groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
+        encoder, whole = (mean(r.flops_of_samples["vision_encoder"] for r in some) for some in (of, trained[0]))
+        total = mean(without_encoder(r) for r in of) + encoder / 1e9
+        other = mean(without_encoder(r) + r.flops_of_samples["vision_encoder"] / 1e9 for r in baseline)
+        name = "whole" if of is trained[0] else of[0].knobs["method"]
+        cells = [f"{encoder / 1e9:.4f}", f"{100 * encoder / whole:.0f}", f"{100 * (1 - total / other):.1f}"]
+        rows.append([name, str(len(of)), *(over_seeds([r.accuracy[group] for r in of]) for group in groups), *cells])
     return columns, rows
 
 

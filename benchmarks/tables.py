@@ -26,7 +26,7 @@ from encoder import encoder_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab_results import DATA, controls_table, lab_table, records_of
+from lab_results import DATA, controls_table, lab_table, merging_table, records_of
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -266,6 +266,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "grid_code": grid_code,
     "lab": partial(lab, of=lab_table, data="scenes"),
     "lab.controls": partial(lab, of=controls_table, data="scenes"),
+    "lab.merging": lambda records: markdown(*merging_table(records)) if records_of(records, "encoder") else NOT_YET,
     "lab.short": short_lab,
     "lab.videos": partial(lab, of=lab_table, data="videos"),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),

@@ -101,7 +101,11 @@ def test_every_method_is_a_recipe(name: str) -> None:
     method = METHODS[name]
     recipe = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes)
     tokenizer = Path(recipe.settings["model"]["language"]["tokenizer"])
-    assert DATA[method.data].features == tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
+    features = tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
+    assert DATA[method.data].features == (tokenizer.parent if method.of else features)  # or pixels
+    assert method.of is None or {"scenes", "encoder"} == {METHODS[method.of].data, method.data}
+    for _, changes in method.variants:
+        Recipe.load(RECIPES / f"{method.recipe}.yaml", changes).check()
 
 
 TINY = {
