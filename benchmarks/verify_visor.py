@@ -49,6 +49,9 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
     "LaVi": ("lavi/qwen2_0.5b_siglip", {}, CLAIM),
     "FastV": ("baselines/fastv_0_5b", {}, CLAIM),
     "PyramidDrop": ("baselines/pyramid_drop_0_5b", {}, CLAIM),
+    "late injection": ("baselines/late_injection_0_5b", {}, CLAIM),
+    "ShortV": ("baselines/shortv_0_5b", {}, CLAIM),
+    "ViCA": ("baselines/vica_0_5b", {}, CLAIM),
     "VisionZip": ("baselines/visionzip_0_5b", {}, CLAIM_REDUCED),
 }
 SCENARIOS = [Scenario(TEXT, image=(384, 384)), Scenario(TEXT, image=(1024, 1024)), Scenario(TEXT, frames=32)]

@@ -39,7 +39,7 @@ from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-KINDS = ["lavi-attention", "visor-routed", "fastv"]
+KINDS = ["lavi-attention", "visor-routed", "fastv", "vica"]
 TOKENS = 4
 
 

@@ -28,6 +28,7 @@ PROMPTS = [
     ask("no image at all, what then?"),
 ]
 CASES = [("qwen2", name) for name in ("concat", "cross-attention", "lavi-mlp", "lavi-pooled", "lavi-final-norm")]
+CASES += [("qwen2", "deepstack")]
 # A window shorter than the text, in all layers and in every other one; learned positions.
 CASES += [(family, "lavi-attention") for family in ("qwen2", "mistral", "gemma2", "gpt2", "olmo2")]
 
@@ -171,7 +172,7 @@ def test_the_benchmark_times_each_way_of_each_fusion() -> None:
     assert counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("fusion", ["visor", "fastv", "pyramid-drop"])
+@pytest.mark.parametrize("fusion", ["visor", "fastv", "pyramid-drop", "vica"])
 def test_a_cache_of_its_own_cannot_be_compiled(make: Any, build: Any, tokenizer: str, fusion: str) -> None:
     language = make("qwen2", "concat").language
     language.compiled = DecodeCompiler()

@@ -44,7 +44,10 @@ def gradients(model: Any) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     ("family", "fusion"),
-    [("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")],
+    [
+        *(("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")),
+        ("qwen2", "shortv"),
+    ],
 )
 def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str, checkpointing: bool) -> None:
     model = build(FUSIONS[fusion](), family=family)

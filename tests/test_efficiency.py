@@ -28,8 +28,12 @@ from lavi.evaluation.scoring import PromptSizes, prompts_of
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PyramidDrop
+from lavi.fusion.shortv import ShortV
+from lavi.fusion.vica import ViCA
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
@@ -58,6 +62,11 @@ FUSIONS = {
     ),
     "fastv": lambda: FastV(layer=2, keep=0.5),
     "pyramid-drop": lambda: PyramidDrop(stages=4, keep=0.5),
+    "late-injection": lambda: LateInjection(first=1, last=2),
+    "shortv": lambda: ShortV(layers=[0, 2]),
+    "vica": lambda: ViCA(layers=[0, 2]),
+    "lavi-levels": lambda: LaViFusion(every=1, levels=3),
+    "deepstack": lambda: DeepStackFusion(levels=3),
 }
 ROOT = Path(__file__).parent.parent
 
@@ -156,7 +165,7 @@ def test_two_counters_agree_at_full_size(on_meta, name: str) -> None:
     ("family", "name"),
     [
         *((family, "lavi") for family in FAMILIES if family != "biogpt"),  # it reads its mask
-        *((family, name) for family in VARIED for name in ("cross-attention", "visor", "fastv")),
+        *((family, name) for family in VARIED for name in ("cross-attention", "visor", "fastv", "shortv", "vica")),
     ],
 )
 def test_two_counters_agree_for_every_family(build, family: str, name: str) -> None:
@@ -181,12 +190,13 @@ def test_a_planted_error_is_seen(on_meta, monkeypatch: pytest.MonkeyPatch, part:
     assert apart["fusion" if part == "prefill" else "decode"] > 0.01
 
 
-@pytest.mark.parametrize("name", ["concat", "fastv", "lavi"])
+@pytest.mark.parametrize("name", ["concat", "fastv", "deepstack", "lavi"])
 def test_the_breakdown_names_each_part(on_meta, name: str) -> None:
     """Text and visual tokens apart: what a model costs without its image, and what the image adds."""
     model, scenario = on_meta(FUSIONS[name](), "small"), Scenario(text=10, visual_tokens=64, batch=3)
     flops, blind = (closed_form(model, s.shape_for(model)) for s in (scenario, Scenario(text=10, batch=3)))
-    own = {"lavi": {"generator", "modulation"}, "concat": {"projector"}, "fastv": {"projector", "ranking"}}[name]
+    parts_of = {"lavi": {"generator", "modulation"}, "concat": {"projector"}, "fastv": {"projector", "ranking"}}
+    own = (parts_of | {"deepstack": {"projector", "merger"}})[name]
     parts = {"text_attention", "text_ffn", "visual_attention", "visual_ffn", "head"}
     assert set(flops.prefill) == {"vision_encoder", *own, *parts}
     assert set(flops.decode) - own == {"text_attention", "text_ffn", "visual_attention", "head"}

@@ -18,9 +18,13 @@ from lavi.fusion.arrangement import ColumnContext
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
+from lavi.fusion.shortv import ShortV
 from lavi.fusion.tile_arrangement import TileArrangement
+from lavi.fusion.vica import ViCA
 from lavi.model import VisionLanguageModel
 from lavi.nn.delta_generators import MLPDeltas
 from lavi.nn.formulas import linear_flops
@@ -104,6 +108,10 @@ FUSIONS: dict[str, Any] = {
     "pruning": lambda: PruningFusion(stages={0: 0.5}),
     "fastv": lambda: FastV(layer=1),
     "pyramid-drop": PyramidDrop,
+    "late-injection": lambda: LateInjection(first=1),
+    "shortv": lambda: ShortV(layers=[0, 2]),
+    "vica": lambda: ViCA(layers=[0, 2]),
+    "deepstack": lambda: DeepStackFusion(levels=3),
     "visor": lambda: VisorFusion(cross_attention=1, self_attention=1),
     "visor-beside": lambda: VisorFusion(cross_attention=1, self_attention=0),
 }
@@ -130,10 +138,17 @@ WITH_PROJECTOR: dict[str, Any] = FUSIONS | {
 WITH_PROJECTOR |= {
     "pruning": lambda **own: PruningFusion(stages={0: 0.5}, **own),
     "fastv": lambda **own: FastV(layer=1, **own),
+    "late-injection": lambda **own: LateInjection(first=1, **own),
+    "shortv": lambda **own: ShortV(layers=[0], **own),
+    "vica": lambda **own: ViCA(layers=[0], **own),
+    "deepstack": lambda **own: DeepStackFusion(levels=3, **own),
 }
 
 
-@pytest.mark.parametrize("name", ["concat", "pruning", "fastv", "pyramid-drop", "visor"])
+CONCATENATE = ["concat", "pruning", "fastv", "pyramid-drop", "deepstack", "late-injection", "shortv", "vica", "visor"]
+
+
+@pytest.mark.parametrize("name", CONCATENATE)
 def test_whatever_concatenates_takes_the_arguments_of_concatenation(build, name: str) -> None:  # type: ignore[no-untyped-def]
     fusion = build(WITH_PROJECTOR[name](projector=LinearProjector(), newline=True, budget=3)).fusion
     assert isinstance(fusion.projector, LinearProjector)
@@ -196,7 +211,7 @@ def test_modulation_costs_what_is_modulated(build, parameters: Any, each: int) -
     assert cost.flops == cost.uncounted == each * 4 * 10 * 32
 
 
-@pytest.mark.parametrize("name", ["lavi", "concat", "cross-attention", "visor"])
+@pytest.mark.parametrize("name", ["lavi", "concat", "cross-attention", "deepstack", "visor"])
 def test_the_same_seed_draws_the_same_start(build, name: str) -> None:  # type: ignore[no-untyped-def]
     one, other = (build(FUSIONS[name](), seed=3).fusion.state_dict() for _ in range(2))
     assert list(one) == list(other)

@@ -29,6 +29,10 @@ KINDS = [
     "concat",
     "cross-attention",
     "pyramid-drop",
+    "late-injection",
+    "shortv",
+    "vica",
+    "deepstack",
     "visor-cross",
     "visor-routed",
     "visor-modulation",
@@ -36,8 +40,9 @@ KINDS = [
 CASES = [("qwen2", name) for name in KINDS]
 # Windows shorter than the text, in all layers and in every other one, and learned positions.
 CASES += [("mistral", "lavi-attention"), ("mistral", "fastv"), ("gemma2", "visor-routed"), ("gpt2", "visor-routed")]
+CASES += [("mistral", "vica"), ("gemma2", "shortv"), ("gpt2", "late-injection")]
 
-OWN_CACHE = ("fastv", "pyramid-drop", "visor")
+OWN_CACHE = ("fastv", "pyramid-drop", "late-injection", "shortv", "vica", "visor")
 """Fusions whose layers keep what no cache of transformers can hold."""
 TEXT_ALONE = ("lavi", "cross-attention", "visor-cross")
 """Fusions that leave the sequence to the text."""

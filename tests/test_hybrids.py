@@ -43,13 +43,13 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-@pytest.mark.parametrize("name", ["concat", "fastv", "visor"])
+@pytest.mark.parametrize("name", ["concat", "fastv", "visor", "vica"])
 def test_what_changes_the_sequence_is_refused(build, family: str, name: str) -> None:
     with pytest.raises(UserError, match=r"recurrent state, and .* works on another sequence"):
         build(FUSIONS[name](), family=family)
 
 
-@pytest.mark.parametrize("name", ["concat", "fastv", "visor"])
+@pytest.mark.parametrize("name", ["concat", "fastv", "visor", "vica"])
 def test_tokens_without_ids_are_refused(build, name: str) -> None:
     with pytest.raises(UserError, match=r"looked up by a token's id, and .* that have none"):
         build(FUSIONS[name](), family="gemma4_text")

@@ -21,8 +21,12 @@ from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
+from lavi.fusion.shortv import ShortV
+from lavi.fusion.vica import ViCA
 from lavi.language.surgery import close, modulated
 from lavi.model import VisionLanguageModel
 from lavi.nn.visibility import Visibility
@@ -43,6 +47,7 @@ FUSIONS = {
     "lavi-all-norms": lambda: LaViFusion(fraction=0.5, targets=["attention", "ffn", "final"], per_target=True),
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", generator=small()),
     "lavi-shift": lambda: LaViFusion(every=2, parameters="shift", generator=small()),
+    "lavi-levels": lambda: LaViFusion(every=2, levels=2, generator=small()),  # 24 channels as two levels of 12
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "cross-attention-alone": lambda: CrossAttentionFusion(layers=[0, 3], ffn=0, heads=2),
     "visor": lambda: VisorFusion(cross_attention=2, self_attention=1),
@@ -54,19 +59,27 @@ FUSIONS = {
     ),
     "fastv": lambda: FastV(layer=1, keep=0.5),
     "pyramid-drop": lambda: PyramidDrop(keep=0.6),
+    "deepstack": lambda: DeepStackFusion(levels=3),  # 24 channels as three levels of 8
+    "late-injection": lambda: LateInjection(first=1, last=2),
+    "shortv": lambda: ShortV(layers=[0, 2]),
+    "vica": lambda: ViCA(layers=[0, 2]),
     "concat": ConcatFusion,
 }
 KINDS = ("weight", "bias")
 EVERYWHERE = ["lavi-attention", "concat"]
 MOST = ["cross-attention", "visor", "fastv"]
+VISUAL_LAYERS = ["late-injection", "shortv", "vica"]
 # What makes the deltas does not know the family, so the other generators are tried on the kinds of families alone.
 SOME = ("olmo2", "gemma3_text", "gpt2", "phi")
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
 CASES += [(family, name) for family in VARIED if family != "qwen2" for name in MOST]
+CASES += [(family, name) for family in VARIED if family != "qwen2" for name in VISUAL_LAYERS]
+CASES += [(family, VISUAL_LAYERS[i % 3]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
 CASES += [(family, MOST[i % 3]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
 CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
 CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop")]
+CASES += [(family, "deepstack") for family in SOME]
 BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross"))]
 """The fusions that leave the sequence as it is."""
 
@@ -267,7 +280,9 @@ def test_checkpointed_gradients_are_the_gradients(model: VisionLanguageModel, fo
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lavi-all-norms", "cross-attention", "visor-modulation", "visor", "concat"])
+@pytest.mark.parametrize(
+    "name", ["lavi-all-norms", "cross-attention", "visor-modulation", "visor", "shortv", "vica", "concat"]
+)
 def test_the_gradient_is_the_slope_of_the_loss(build, name: str) -> None:
     """Along a direction in all parameters: nothing that the loss depends on is cut off from it."""
     model = build(FUSIONS[name]()).train()

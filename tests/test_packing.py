@@ -23,8 +23,10 @@ from lavi.data.collator import EncodedSample
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
+from lavi.fusion.vica import ViCA
 from lavi.language.load import NOT_PACKED
 from lavi.model import VisionLanguageModel
 from lavi.visor.fusion import VisorFusion
@@ -34,6 +36,7 @@ FUSIONS: dict[str, Any] = {
     "lavi": lambda: LaViFusion(every=2, generator=small()),
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
+    "deepstack": lambda: DeepStackFusion(levels=3),
 }
 CASES = [(family, name) for family in VARIED if family not in NOT_PACKED for name in ("concat", "lavi")]
 CASES += [(family, "concat") for family in FAMILIES if family not in (*VARIED, *NOT_PACKED)]
@@ -93,7 +96,9 @@ def test_the_loss_is_that_of_the_conversations_one_by_one(build, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "fusion", [lambda: VisorFusion(cross_attention=2, self_attention=1), lambda: FastV(layer=1)], ids=["visor", "fastv"]
+    "fusion",
+    [lambda: VisorFusion(cross_attention=2, self_attention=1), lambda: FastV(layer=1), lambda: ViCA(layers=[1])],
+    ids=["visor", "fastv", "vica"],
 )
 def test_a_fusion_that_would_mix_them_refuses(build, fusion: Any) -> None:  # type: ignore[no-untyped-def]
     model = build(fusion())

@@ -19,13 +19,14 @@ from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.reduction.base import Reducer
 from lavi.reduction.controls import RandomTokens, UniformTokens, ZeroTokens
-from lavi.reduction.diverse import CDPruner, DivPrune
+from lavi.reduction.diverse import DART, CDPruner, DivPrune
 from lavi.reduction.pixel_shuffle import PixelShuffle
 from lavi.reduction.pooling import AveragePooling, MatryoshkaPooling
 from lavi.reduction.resampler import PerceiverResampler
@@ -45,6 +46,7 @@ REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
     "uniform": (partial(UniformTokens, keep=5), 5),
     "divprune": (partial(DivPrune, keep=5), 5),
     "cdpruner": (partial(CDPruner, keep=5), 5),
+    "dart": (partial(DART, keep=5, pivots=2), 5),
     "zero": (ZeroTokens, 0),
 }
 FUSIONS = {
@@ -54,6 +56,7 @@ FUSIONS = {
     "cross": partial(CrossAttentionFusion, every=2),
     "visor": partial(VisorFusion, cross_attention=1, self_attention=1),
     "fastv": partial(FastV, layer=1, keep=0.5),
+    "deepstack": partial(DeepStackFusion, levels=3),
 }
 SAMPLES = [
     ask(1, "what colour is the circle?", answer="red", key="a"),
@@ -91,7 +94,7 @@ def test_every_reducer_composes_with_every_fusion(make, name: str, fusion: str) 
             alone = model(collate(model, [sample]))[0]
             torch.testing.assert_close(together[index, start:stop], alone, atol=2e-5, rtol=1e-4)
     inside = model.fusion.tokens_in_language(Layout(), tokens)
-    assert inside == (tokens if fusion in ("concat", "visor", "fastv") else 0)
+    assert inside == (tokens if fusion in ("concat", "visor", "fastv", "deepstack") else 0)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "visor", "lavi"])
@@ -118,6 +121,7 @@ def test_tiles_and_frames_are_counted_as_they_come(make, name: str, fusion: str)
         UniformTokens(keep=16),
         DivPrune(keep=16),
         CDPruner(keep=16),
+        DART(keep=16),
     ],
     ids=lambda r: type(r).__name__,
 )
@@ -275,6 +279,7 @@ def test_reducers_say_what_they_leave() -> None:
         (UniformTokens(keep=7), 24, 7, None),
         (DivPrune(keep=7), 24, 7, None),
         (CDPruner(keep=64), 24, 64, 8),
+        (DART(keep=7), 24, 7, None),
         (ZeroTokens(), 24, 0, None),
     ):
         spec = reducer.bind(HFVision(config=grid))
@@ -319,6 +324,8 @@ def test_grids_need_not_be_square() -> None:
         (lambda: PerceiverResampler(tokens=0), "at least one token"),
         (lambda: PerceiverResampler(depth=0), "at least one token"),
         (lambda: PerceiverResampler(heads=0), "at least one token"),
+        (lambda: DART(keep=3, pivots=4), "take 1 to keep=3 of them, not 4"),
+        (lambda: DART(keep=3, pivots=0), "take 1 to keep=3 of them, not 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(make_one: Any, words: str) -> None:
@@ -407,6 +414,42 @@ def test_what_is_most_alike_is_chosen_last() -> None:
         flat = bound(reducer)(torch.ones(1, 16, 24))
         assert torch.equal(flat, torch.ones(1, 4, 24))
         assert bound(reducer).flops() == 2.0 * 16 * 16 * 24
+
+
+def darts(view: torch.Tensor, keep: int, pivots: int) -> list[int]:
+    """The tokens of one view that DART keeps, token by token."""
+    strength = [float(token.abs().sum()) for token in view]
+    chosen = sorted(range(len(view)), key=lambda i: (-strength[i], i))[:pivots]
+    for number, pivot in enumerate(chosen[:]):
+        alike = [float(torch.cosine_similarity(token, view[pivot], dim=0)) for token in view]
+        left = sorted((i for i in range(len(view)) if i not in chosen), key=lambda i: (alike[i], i))
+        chosen += left[: len(range(number, keep - pivots, pivots))]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize(("keep", "pivots"), [(6, 2), (7, 3), (5, 5), (15, 4), (2, 1), (3, 2)])
+def test_dart_takes_pivots_and_what_is_least_like_them(keep: int, pivots: int) -> None:
+    """Token by token; a view alone, in any precision, as beside others."""
+    torch.manual_seed(keep)
+    views = torch.cat([torch.randn(2, 16, 24), torch.randn(1, 16, 3) @ torch.randn(3, 24)])
+    reducer = bound(DART(keep=keep, pivots=pivots))
+    kept = reducer(views)
+    for view, result in zip(views, kept, strict=True):
+        assert torch.equal(result, view[darts(view, keep, pivots)])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(reducer(view[None])[0], result)
+    assert reducer.flops() == 2.0 * pivots * 16 * 24
+
+
+def test_dart_takes_the_first_of_what_is_equal() -> None:
+    """Norms and cosines that are exact: one axis a token, many tokens an axis."""
+    axis = torch.tensor([1, 0, 0, 2, 2, 1, 3, 0, 3, 1, 2, 3, 0, 1, 2, 3])
+    tokens = torch.eye(24)[axis].clone()
+    tokens[[4, 11]] *= 2.0  # the pivots: axes 2 and 3
+    kept = bound(DART(keep=7, pivots=2)).choose_by_features(tokens[None])[0].tolist()
+    assert kept == [4, 11, 0, 1, 2, 3, 5]  # three not of axis 2, then two not of axis 3
+    flat = bound(DART(keep=5, pivots=2)).choose_by_features(torch.ones(2, 16, 24))
+    assert all(len(set(view)) == 5 for view in flat.tolist())
 
 
 def test_visionzip_reads_its_tower_anew_each_time() -> None:
@@ -501,6 +544,7 @@ def test_two_counters_agree(tokenizer: str, name: str) -> None:
         (RandomTokens(keep=0), "has 16 tokens"),
         (DivPrune(keep=17), "has 16 tokens"),
         (UniformTokens(keep=17), "has 16 tokens"),
+        (DART(keep=17), "has 16 tokens"),
         (MatryoshkaPooling(sides=[8]), "the backbone's grid"),
         (MatryoshkaPooling(sides=[2], side=5), "the backbone's grid"),
         (PerceiverResampler(heads=7), "do not divide"),

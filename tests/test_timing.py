@@ -33,6 +33,7 @@ from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import Sweep, sweep_records
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.deepstack import DeepStackFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.model import VisionLanguageModel
@@ -198,7 +199,13 @@ def test_on_a_cpu_half_of_the_threads_compute(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "fusion",
-    [ConcatFusion, LaViFusion, lambda: FastV(layer=2), lambda: VisorFusion(cross_attention=2, self_attention=1)],
+    [
+        ConcatFusion,
+        LaViFusion,
+        lambda: FastV(layer=2),
+        lambda: DeepStackFusion(levels=3),
+        lambda: VisorFusion(cross_attention=2, self_attention=1),
+    ],
 )
 def test_every_run_of_decode_finds_a_cache_of_the_same_length(build, fusion: Callable[[], Any]) -> None:  # type: ignore[no-untyped-def]
     model = build(fusion())

@@ -21,6 +21,7 @@ from lavi.reduction.pooling import AveragePooling
 TOKENS = 5
 QUESTIONS = ["what colour is the circle?", "which image has the red circle? first or second?", "blue"]
 KINDS = ["lavi-attention", "lavi-conv", "concat", "cross-attention", "visor", "visor-routed", "fastv", "pyramid-drop"]
+KINDS += ["deepstack", "late-injection", "shortv", "vica"]
 
 
 def concat_with(build: Any, **parts: Any) -> VisionLanguageModel:

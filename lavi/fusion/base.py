@@ -1,6 +1,6 @@
 """The contract of a fusion: how vision meets language.
 
-Five kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence
+Seven kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence
 (:meth:`Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.run_layer``):
 
     in the norms      LaVi              arrange: text as it is       run_layer: bind deltas to the layer's norms
@@ -8,6 +8,8 @@ Five kinds of meeting go through the same two doors. *Before* the decoder a fusi
     in extra layers   cross-attention   arrange: text as it is       run_layer: attend to V, then call
     layers choose     VISOR             arrange: V beside the text   run_layer: call on both, or on the text alone
     on the way out    FastV, PDrop      arrange: splice V into text  run_layer: call, then drop tokens
+    behind layers     DeepStack         arrange: splice V into text  run_layer: call, then add to V
+    in some layers    ViCA, ShortV      arrange: splice V into text  run_layer: call on both, or on the text
 
 The language model's own parameters never change their names; a fusion owns its new ones.
 """
@@ -109,6 +111,10 @@ class Fusion(nn.Module, ABC):
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
         """How many visual tokens each decoder layer works on, of ``inside`` that stand in the sequence."""
         return [inside] * layers
+
+    def cached_by_layer(self, inside: int, layers: int) -> list[int]:
+        """How many visual tokens the cache of each decoder layer holds; by default those it works on."""
+        return self.visual_by_layer(inside, layers)
 
     @abstractmethod
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:

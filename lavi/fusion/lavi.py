@@ -36,6 +36,7 @@ from lavi.fusion.arrangement import (
 )
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
+from lavi.fusion.levels import split_levels, width_of_level
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, modulated, norm_targets, norms_of, open_decoder, open_norm
@@ -65,12 +66,14 @@ class LaViFusion(Fusion):
         max_images: images of one conversation told apart by an embedding; later ones share the last.
         grid_code: tell the generators where in its image each visual token lies (chosen here). Where a reducer took
             the tokens off their grid, nothing can be told.
-
+        levels: how many tower layers stand side by side in Dv (``model.vision.layer``), of which each modulated layer
+            sees one, the shallow ones the first (chosen here); 1: all see all of Dv.
         fused_norm: on a GPU, a norm and its deltas in one kernel where the norm's formula is known
             (:mod:`lavi.nn.norm_kernel`): the same to rounding, and no longer to the last bit.
 
     Raises:
-        UserError: no such layer, or a layer without a norm of that kind.
+        UserError: no such layer, or a layer without a norm of that kind; levels that do not divide Dv, or more of them
+            than layers.
     """
 
     packs = True
@@ -89,6 +92,7 @@ class LaViFusion(Fusion):
         per_target: bool = False,
         max_images: Count = 8,
         grid_code: bool = True,
+        levels: Count = 1,
         fused_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -101,25 +105,31 @@ class LaViFusion(Fusion):
         self.new_generator = template.bound  # the template itself is no part of the model
         self.native_resolution = template.keeps_tokens
         self.per_target, self.max_images, self.has_grid_code = per_target, max_images, grid_code
-        self.fused_norm = fused_norm
+        self.levels, self.fused_norm = levels, fused_norm
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
         self.width, self.grid = language.width, features.grid or (1, max(1, features.tokens))
+        vision_width = width_of_level(features.width, self.levels, method="LaVi")
         norms = self._choose_norms(language)
+        if self.levels > len(norms):
+            raise UserError(f"LaVi modulates layers {list(norms)}, fewer than its {self.levels} levels: add layers.")
         final = len(language.layers)
         open_decoder(language.hf, [layer for layer in norms if layer != final])
         for target in (target for targets in norms.values() for target in targets):
             open_norm(target, language.width)
             cast(ModulatedNorm, target.norm).fused = fused if self.fused_norm else None
-        self.view_embedding = ViewEmbedding(features.width, images=self.max_images)
-        self.grid_code = GridCode(features.width) if self.has_grid_code and features.grid else None
+        self.view_embedding = ViewEmbedding(vision_width, images=self.max_images)
+        self.grid_code = GridCode(vision_width) if self.has_grid_code and features.grid else None
         self.generators = nn.ModuleDict()
-        for layer, targets in norms.items():
+        self.level_of: dict[str, int] = {}  # by the generators' names
+        for position, (layer, targets) in enumerate(norms.items()):
             shares = [1] * len(targets) if self.per_target else [len(targets)]
             for number, share in enumerate(shares):
-                self.generators[f"{layer}-{number}" if self.per_target else str(layer)] = self.new_generator(
+                name = f"{layer}-{number}" if self.per_target else str(layer)
+                self.level_of[name] = position * self.levels // len(norms)
+                self.generators[name] = self.new_generator(
                     width=language.width,
-                    vision_width=features.width,
+                    vision_width=vision_width,
                     outputs=share * (self.scale + self.shift),
                 )
         self.plan = ModulationPlan(norms, self.generators, final, scale=self.scale, shift=self.shift)
@@ -150,8 +160,12 @@ class LaViFusion(Fusion):
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         if not features.shape[1]:  # a control that shows no token: as without an image
             batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
-        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N, Dv)
-        slots = {name: cast(DeltaGenerator, g).visual(features, self.grid, code) for name, g in self.generators.items()}
+        seen = split_levels(features, self.levels)  # (views, N, Dv / levels) each
+        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, seen[0], self.grid)
+        slots = {
+            name: cast(DeltaGenerator, generator).visual(seen[self.level_of[name]], self.grid, code)
+            for name, generator in self.generators.items()
+        }
         rows = group_views_by_row(batch, next(iter(slots.values())).shape[1]).to(features.device)
         visual = {
             name: cast(DeltaGenerator, self.generators[name]).prepare(rows.gather(slot))  # of (B, M, E)

@@ -232,21 +232,12 @@ class ArrangedCall:
         Raises:
             UserError: positions come as a bias on the attention, which is not made anew here.
         """
-        if kwargs.get("alibi") is not None:
-            raise UserError(
-                "language models with ALiBi positions cannot work on a part of a sequence: take another family."
-            )
         queries, kernel = columns, attention.kernel
-        changed: dict[str, Any] = {"attention_mask": None}
+        changed = self.kwargs_at(kwargs, columns)
         if self.past:
             behind = self.columns_behind(len(columns), columns.device)
             queries, columns = behind[:, -self.new_tokens :], torch.cat([columns, behind], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(behind.shape)], dim=1)
-        else:
-            if isinstance(kwargs.get("position_ids"), Tensor):
-                changed["position_ids"] = take(kwargs["position_ids"], columns)
-            if kwargs.get("position_embeddings") is not None:
-                changed["position_embeddings"] = _take_each(kwargs["position_embeddings"], columns)
         window = attention.windows[layer]
         if window is not None and self.past + self.new_tokens <= window:
             window = None
@@ -258,7 +249,36 @@ class ArrangedCall:
             changed["attention_mask"] = mask
         elif kernel == "eager" and not self.past:  # the only kernel that does not know what causal means
             changed["attention_mask"] = causal_mask(queries, columns, None, window=None, kernel=kernel, dtype=dtype)
+        return changed
+
+    def kwargs_at(self, kwargs: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+        """The arguments of a layer that works on some columns (B, n) only: its positions, and no mask.
+
+        Raises:
+            UserError: as :meth:`layer_kwargs`.
+        """
+        if kwargs.get("alibi") is not None:
+            raise UserError(
+                "language models with ALiBi positions cannot work on a part of a sequence: take another family."
+            )
+        changed: dict[str, Any] = {"attention_mask": None}
+        if not self.past and isinstance(kwargs.get("position_ids"), Tensor):
+            changed["position_ids"] = take(kwargs["position_ids"], columns)
+        if not self.past and kwargs.get("position_embeddings") is not None:
+            changed["position_embeddings"] = _take_each(kwargs["position_embeddings"], columns)
         return kwargs | changed
+
+    def mask_over_all(
+        self, queries: Tensor, valid: Tensor | None, *, attention: AttentionKind, layer: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The mask of columns ``queries`` (B, Q) over all S columns of a call without a cached prompt.
+
+        Args:
+            valid: (B, S) which of them are no padding; None: all.
+        """
+        keys = torch.arange(self.new_tokens, device=queries.device).expand(len(queries), -1)
+        window = attention.windows[layer]
+        return causal_mask(queries, keys, valid, window=window, kernel=attention.kernel, dtype=dtype)
 
 
 def rows_only(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def open_decoder(model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
             swap(layer, FusedLayer)
         layer.fused_index = index
     reached = _Canary()
-    _dummy_forward(model, vision=reached)
+    dummy_forward(model, vision=reached)
     if reached.several:
         close(model)
         raise UserError(
@@ -216,7 +216,7 @@ class _Canary(VisualContext):
         return call(hidden, **kwargs)
 
 
-def _dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -> None:
+def dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -> None:
     """Run two tokens through the model, changing nothing of it. With a cache: on meta, masks need one.
 
     Raises:
@@ -281,7 +281,7 @@ def norm_targets(model: PreTrainedModel) -> list[NormTarget]:
         if _is_norm(child, model.config.hidden_size):
             probe.watch_norm(len(layers), name, child, final=True)
     with probe.watching():
-        _dummy_forward(model)
+        dummy_forward(model)
     return probe.targets()
 
 

@@ -22,8 +22,11 @@ from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.deepstack import DeepStackFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
+from lavi.fusion.shortv import ShortV
+from lavi.fusion.vica import ViCA
 from lavi.language.compiled import DecodeCompiler
 from lavi.recipe import Recipe
 from lavi.visor.fusion import VisorFusion
@@ -44,6 +47,9 @@ SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a b
         CrossAttentionFusion,
         partial(VisorFusion, cross_attention=2, self_attention=1),
         partial(FastV, layer=1),
+        partial(ShortV, layers=[1, 2]),
+        partial(ViCA, layers=[1, 2]),
+        partial(DeepStackFusion, levels=3),
     ],
 )
 def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[no-untyped-def]
