@@ -84,7 +84,8 @@ def test_tiles_with_detail_are_encoded_first() -> None:
     vision = TilesOnRequest(tower=Places(), keep=0.5)
     pixels = torch.zeros(5, 3, SIDE, SIDE)
     noise = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    pixels[0, :, : SIDE // 2, SIDE // 2 :] = 1.5 * noise[:, : SIDE // 2, : SIDE // 2]  # at the top right, then below left
+    # More at the top right than at the left below.
+    pixels[0, :, : SIDE // 2, SIDE // 2 :] = 1.5 * noise[:, : SIDE // 2, : SIDE // 2]
     pixels[0, :, SIDE // 2 :, : SIDE // 2] = noise[:, SIDE // 2 :, SIDE // 2 :]
     pixels[1:] = torch.arange(1.0, 5.0)[:, None, None, None]
     features = vision(pixels, [TWO_BY_TWO])
