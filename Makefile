@@ -7,7 +7,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab tensorboard tables verify-claims verify-visor visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -107,8 +107,8 @@ tables: install ## write the README's tables from benchmarks/results
 verify-claims: install ## LaVi-7B against LLaVA-OneVision-7B: do -94 % FLOPs, 3.1x and half the memory hold? (minutes)
 	$(BIN)/python benchmarks/verify_claims.py --out benchmarks/results/verify_claims.jsonl
 
-verify-visor: install ## VISOR and its peers against LLaVA-OneVision-0.5B: do 8.6x and 18x fewer FLOPs hold? (minutes)
-	$(BIN)/python benchmarks/verify_visor.py --out benchmarks/results/verify_visor.jsonl
+compare: install ## all methods against LLaVA-OneVision-0.5B: FLOPs, ceilings, time, memory, accuracy in the lab (minutes)
+	$(BIN)/python benchmarks/compare.py --out benchmarks/results/compare.jsonl
 
 # To train anew: remove runs/visor-scenes-* and data/visor-scenes.
 visor-run = $(call run-or-resume,recipes/visor/scenes_$(1).yaml,runs/visor-scenes-$(subst _,-,$(1)))

@@ -57,7 +57,7 @@ PLAN = (
     benchmark("encoder", 30, "--turns", "5"),
     benchmark("serving", 30, "--requests", "15", small=("--requests", "5")),
     benchmark("fusion_cost", 30, "--runs", "5", small=("--runs", "2")),
-    benchmark("verify_visor", 30, "--runs", "3", small=("--runs", "2")),
+    benchmark("compare", 30, "--runs", "3", small=("--runs", "2")),
 )
 
 

@@ -123,6 +123,15 @@ METHODS: dict[str, Method] = {
     "LaVi, bottleneck 16": ablation("lavi", GENERATOR.format("AttentionDeltas", 16)),
     "LaVi, bottleneck 96": ablation("lavi", GENERATOR.format("AttentionDeltas", 96)),
     "LaVi, not from zero": ablation("lavi", "model.fusion.generator.initial_std=0.02"),
+    "ViCA, layers 0 and 2 reading": ablation(
+        "concat", "model.fusion={_target_: lavi.fusion.vica.ViCA, layers: [0, 2]}"
+    ),
+    "ShortV, layers 0 and 3 reading": ablation(
+        "concat", "model.fusion={_target_: lavi.fusion.shortv.ShortV, layers: [0, 3]}"
+    ),
+    "late injection, from layer 2": ablation(
+        "concat", "model.fusion={_target_: lavi.fusion.late_injection.LateInjection, first: 2}"
+    ),
     "concatenation, pooled 2 x 2": ablation(
         "concat", "model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 2}"
     ),
@@ -137,6 +146,9 @@ METHODS: dict[str, Method] = {
     ),
     "concatenation, CDPruner quarter": ablation(
         "concat", "model.reducer={_target_: lavi.reduction.diverse.CDPruner, keep: 16}"
+    ),
+    "concatenation, DART quarter": ablation(
+        "concat", "model.reducer={_target_: lavi.reduction.diverse.DART, keep: 16}"
     ),
     "LaVi, merging in the tower": Method(
         "lavi",

@@ -20,6 +20,8 @@ from typing import Any
 
 from busy import busy_table
 from cached_features import cached_features_table
+from compare import LAB, claims_table, compare_table
+from compare import speed_table as compare_speed_table
 from dataloader import table as dataloader_table
 from decode import decode_table
 from encoder import encoder_table
@@ -34,8 +36,6 @@ from relevance import relevance_table
 from serving import serving_table
 from train_step import train_step_table
 from verify_claims import estimated_tables, flops_table, speed_table
-from verify_visor import flops_table as visor_flops_table
-from verify_visor import speed_table as visor_speed_table
 
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
@@ -135,19 +135,19 @@ def speed(records: list[Record]) -> str:
     return f"{markdown(*speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
-def visor(records: list[Record]) -> str:
-    """VISOR and its peers against LLaVA-OneVision-0.5B."""
-    return markdown(*visor_flops_table(records))
+def compared(records: list[Record]) -> str:
+    """All methods against LLaVA-OneVision-0.5B."""
+    return markdown(*compare_table(records, read_records(LAB)))
 
 
-def visor_speed(records: list[Record]) -> str:
+def compared_speed(records: list[Record]) -> str:
     """The same on the clock."""
     timed = [record for record in records if record.milliseconds]
     what = "Small models (a decoder of 24 layers)" if timed[0].knobs["timed"] == "small" else "Full size"
     note = (
         f"{what} at {timed[0].knobs['scenario']}, medians. {timed[0].device}, {timed[0].dtype}, {timed[0].attention}."
     )
-    return f"{markdown(*visor_speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
+    return f"{markdown(*compare_speed_table(timed))}\n{' '.join([note, *of_turns(timed)])}\n"
 
 
 SCENES_HARD = DATA["scenes"].hard
@@ -279,8 +279,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "verify_claims.time": partial(estimated, number=0),
     "verify_claims.memory": partial(estimated, number=1),
     "fusion_cost": sweep,
-    "verify_visor": visor,
-    "verify_visor.speed": visor_speed,
+    "compare": compared,
+    "compare.claims": lambda records: markdown(*claims_table(records)),
+    "compare.speed": compared_speed,
     "visor_scenes": visor_scenes,
     "visor_scenes_scratch": visor_scenes,
 }

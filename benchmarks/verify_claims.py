@@ -201,16 +201,20 @@ def itself(model: VisionLanguageModel) -> VisionLanguageModel:
 
 def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
     """The same recipe on a small tower and a small language model of so many layers."""
-    tower = {"source": None, "config": SMALL_SIGLIP}
+    vision = recipe.settings["model"]["vision"]
+    part = "vision.tower" if "tower" in vision else "vision"
+    own = vision.get("tower", vision)
+    tower = own | {"source": None, "config": SMALL_SIGLIP}
+    if isinstance(own.get("layer"), list):  # as many, of those that there are
+        tower["layer"] = list(range(1, len(own["layer"]) + 1))
     language = {
         "source": None,
         "config": SMALL_QWEN2 | {"num_hidden_layers": layers},
         "tokenizer": "Qwen/Qwen2-7B-Instruct",
         "dtype": "float32",
     }
-    for part, changes in (("vision", tower), ("language", language)):
-        recipe = recipe.replaced(f"model.{part}", recipe.settings["model"][part] | changes)
-    return recipe
+    recipe = recipe.replaced(f"model.{part}", tower)
+    return recipe.replaced("model.language", recipe.settings["model"]["language"] | language)
 
 
 def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

@@ -72,12 +72,20 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def build(tokenizer: str):  # type: ignore[no-untyped-def]
     """A small model: the same weights whenever the seed is the same, but for the fusion's own."""
+    towers: dict[int, tuple[HFVision, torch.Tensor]] = {}  # by seed: a tower, and the random numbers that follow it
+
+    def tower(seed: int) -> HFVision:
+        if seed not in towers:
+            torch.manual_seed(seed)
+            towers[seed] = HFVision(config=TOWER), torch.get_rng_state()
+        vision, state = towers[seed]
+        torch.set_rng_state(state)
+        return copy.deepcopy(vision)  # ten times as fast as building one
 
     def make(
         fusion: Fusion, *, family: str = "qwen2", seed: int = 0, dtype: str = "float32", **config: Any
     ) -> VisionLanguageModel:
-        torch.manual_seed(seed)
-        vision = HFVision(config=TOWER)
+        vision = tower(seed)
         language = LanguageModel(
             config=(FAMILIES | HYBRIDS | LOOKING_UP)[family] | config,
             tokenizer=tokenizer,

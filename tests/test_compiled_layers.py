@@ -41,13 +41,14 @@ def gradients(model: Any) -> list[list[torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+COMPILED = [("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")]
+COMPILED += [("qwen2", "shortv")]
+RECOMPUTED = [("qwen2", "lavi-attention"), ("qwen2", "concat")]
+
+
 @pytest.mark.parametrize(
-    ("family", "fusion"),
-    [
-        *(("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")),
-        ("qwen2", "shortv"),
-    ],
+    ("family", "fusion", "checkpointing"),
+    [*((*case, False) for case in COMPILED), *((*case, True) for case in RECOMPUTED)],
 )
 def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str, checkpointing: bool) -> None:
     model = build(FUSIONS[fusion](), family=family)
