@@ -108,7 +108,7 @@ METHODS: dict[str, Entry] = {
     "a quarter, DivPrune": Entry(REDUCED, reducer("diverse.DivPrune", keep=QUARTER), lab=f"{THINNED} DivPrune quarter"),
     "a quarter, CDPruner": Entry(REDUCED, reducer("diverse.CDPruner", keep=QUARTER), lab=f"{THINNED} CDPruner quarter"),
     "a quarter, DART": Entry(REDUCED, reducer("diverse.DART", keep=QUARTER), lab=f"{THINNED} DART quarter"),
-    "LaVi, merging in the tower": Entry(LAVI, {"vision": MERGED_TOWER}, lab="16 behind each block"),
+    "LaVi, merging in the tower": Entry(LAVI, {"vision": MERGED_TOWER}, lab="16 merged behind each block"),
     "LaVi, tiles on request": Entry(LAVI, {"vision": ON_REQUEST}),
     "VISOR 2/8, merging in the tower": Entry(VISOR, REFINING_TWO | {"vision": MERGED_TOWER}),
     "VISOR 2/8, tiles on request": Entry(VISOR, REFINING_TWO | {"vision": ON_REQUEST}),
@@ -215,7 +215,9 @@ def in_the_lab(lab: Sequence[Record], method: str | None) -> str:
 def timed(device: torch.device, runs: int) -> list[Record]:
     """Prefill and decoding of every method at one input, in turns: full size on a GPU, else small."""
     small, scenario, measurements = device.type != "cuda", TIMED[device.type], []
-    for method in track([BASELINE_NAME, *METHODS], description="building"):
+    # A small tower has too few blocks to merge in, and this input one tile: what encoders save is in encoder.py.
+    methods = [name for name, entry in METHODS.items() if not small or "vision" not in entry.changes]
+    for method in track([BASELINE_NAME, *methods], description="building"):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
         model = build_for_timing(recipe, device)
         record = count(recipe, model, scenario)

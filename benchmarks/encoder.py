@@ -56,8 +56,8 @@ WAYS: dict[str, dict[str, list[TokenReduction]]] = {
 def tower(config: dict[str, Any], reductions: list[TokenReduction], device: torch.device) -> ReducedTower:
     """The same weights each time."""
     torch.manual_seed(0)
-    made = ReducedTower(tower=HFVision(config=config), reductions=reductions).eval().requires_grad_(False)
-    return made.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    vision = ReducedTower(tower=HFVision(config=config), reductions=reductions).eval().requires_grad_(False)
+    return vision.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def inputs_of(vision: ReducedTower) -> dict[str, tuple[Tensor, list[Layout]]]:

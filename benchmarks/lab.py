@@ -69,8 +69,8 @@ class Method:
         shares: of the recipe's steps, the budgets it is trained with; of those below 1 with the first seed alone.
         seeds: how many it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
-        data: what it is trained on, one of :data:`DATA`.
-        of: it trains nothing: what is scored are the runs of this method.
+        data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
+        of: what is scored are the runs of this method, which are trained if they are not there yet.
     """
 
     recipe: str
@@ -156,9 +156,9 @@ METHODS: dict[str, Method] = {
         data="encoder",
         variants=(
             in_the_tower("8 of 64 tokens merged behind each block", per_block=8),
-            in_the_tower("16 behind each block", per_block=16),
-            in_the_tower("32 behind the first block", per_block=[32]),
-            in_the_tower("32 behind the first and 16 behind the second", per_block=[32, 16]),
+            in_the_tower("16 merged behind each block", per_block=16),
+            in_the_tower("32 merged behind the first block", per_block=[32]),
+            in_the_tower("32 merged behind the first block, 16 behind the second", per_block=[32, 16]),
         ),
     ),
     "concatenation of frames": Method("video_concat", seeds=1, data="videos"),
@@ -243,7 +243,9 @@ def known(file: Path | None) -> dict[Key, Record]:
     kept = {}
     for record in read_records(file):
         name = method_of_variant().get(record.knobs.get("method", ""))
-        if name and record.knobs.get("recipe") == digest_of(name, record.knobs["seed"], record.knobs["share"]):
+        if not name or record.knobs.get("recipe") != digest_of(name, record.knobs["seed"], record.knobs["share"]):
+            continue
+        if record.knobs.get("changes", []) == list(dict(METHODS[name].variants).get(record.knobs["method"], ())):
             kept[key_of(record)] = record
     return kept
 

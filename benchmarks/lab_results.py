@@ -121,13 +121,18 @@ def merging_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]
     rows = []
     for of in [*trained, *longest(records_of(records, "encoder"))]:
         groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
-        encoder, whole = (mean(r.flops_of_samples["vision_encoder"] for r in some) for some in (of, trained[0]))
-        total = mean(without_encoder(r) for r in of) + encoder / 1e9
-        other = mean(without_encoder(r) + r.flops_of_samples["vision_encoder"] / 1e9 for r in baseline)
-        name = "whole" if of is trained[0] else of[0].knobs["method"]
-        cells = [f"{encoder / 1e9:.4f}", f"{100 * encoder / whole:.0f}", f"{100 * (1 - total / other):.1f}"]
-        rows.append([name, str(len(of)), *(over_seeds([r.accuracy[group] for r in of]) for group in groups), *cells])
+        share = f"{100 * encoder_of(of) / encoder_of(trained[0]):.0f}" if trained else "-"
+        total, other = (mean(map(without_encoder, some)) + encoder_of(some) if some else nan for some in (of, baseline))
+        saved = f"{100 * (1 - total / other):.1f}" if baseline else "-"
+        name = "whole" if of in trained else of[0].knobs["method"]
+        scores = [over_seeds([r.accuracy[group] for r in of]) for group in groups]
+        rows.append([name, str(len(of)), *scores, f"{encoder_of(of):.4f}", share, saved])
     return columns, rows
+
+
+def encoder_of(records: Sequence[Record]) -> float:
+    """GFLOPs of the vision encoder for a prompt, the mean over test samples and runs."""
+    return mean(r.flops_of_samples["vision_encoder"] for r in records) / 1e9
 
 
 def controls_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

@@ -28,7 +28,7 @@ from datamodules.formats.conversations import Conversations
 from datamodules.formats.features import SeenVisual, with_features
 from datamodules.shards.read import Raw, ShardStream, expected_samples, index_entry, index_of, read_shard
 from datamodules.shards.write import ShardJob, write_shards
-from lavi.batch import Sample, Video
+from lavi.batch import Layout, Sample, Video
 from lavi.data.data_module import FeatureRequest
 from lavi.errors import UserError
 
@@ -124,26 +124,39 @@ class FeatureWriter:
         """(views, N, Dv) of each, at native resolution without padding."""
         if not visuals:
             return iter(())
-        return itertools.chain.from_iterable(map(self._together, groups_of(visuals, self.request.batch_size)))
+        groups = groups_of(self._parts(visuals), self.request.batch_size)
+        views = itertools.chain.from_iterable(map(self._features_of_views, groups))
+        return (torch.stack(list(itertools.islice(views, visual.layout.views))) for visual in visuals)
 
-    def _together(self, visuals: Sequence[SeenVisual]) -> Iterator[Tensor]:
-        """The same, in one call of the backbone."""
-        layouts = [visual.layout for visual in visuals]
-        features = self.request.encode(torch.cat([visual.pixels for visual in visuals]), layouts)  # (views, N, Dv)
+    def _parts(self, visuals: Sequence[SeenVisual]) -> list[Part]:
+        """What is encoded together: whole images and videos, or view by view."""
+        if self.request.keeps_together:
+            return [(visual.pixels, visual.layout) for visual in visuals]
+        return [(view[None], Layout(grid=visual.layout.grid)) for visual in visuals for view in visual.pixels]
+
+    def _features_of_views(self, parts: Sequence[Part]) -> Iterator[Tensor]:
+        """(N, Dv) of each view, encoded in one call, without padding."""
+        layouts = [layout for _, layout in parts]
+        features = self.request.encode(torch.cat([pixels for pixels, _ in parts]), layouts)  # (views, N, Dv)
         own = features.to("cpu", self.request.dtype).split([layout.views for layout in layouts])
-        for layout, of_visual in zip(layouts, own, strict=True):
-            yield of_visual[:, : layout.tokens_of_view(of_visual.shape[1])].clone()
+        for layout, of_part in zip(layouts, own, strict=True):
+            yield from of_part[:, : layout.tokens_of_view(of_part.shape[1])]
 
 
-def groups_of(visuals: Sequence[SeenVisual], most: int) -> Iterator[list[SeenVisual]]:
-    """Images and videos in groups of at most so many views; one that has more is a group of its own."""
-    group: list[SeenVisual] = []
-    for visual in visuals:
-        if group and sum(one.layout.views for one in group) + visual.layout.views > most:
+Part = tuple[Tensor, Layout]
+"""Pixels (views, C, H, W) that are encoded in one call, and how they belong together."""
+
+
+def groups_of(parts: Sequence[Part], most: int) -> Iterator[list[Part]]:
+    """Parts in groups of at most so many views; one that has more is a group of its own."""
+    group: list[Part] = []
+    for part in parts:
+        if group and sum(layout.views for _, layout in group) + part[1].views > most:
             yield group
             group = []
-        group.append(visual)
-    yield group
+        group.append(part)
+    if group:
+        yield group
 
 
 def write_features(

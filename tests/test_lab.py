@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import answering, small
 from lab import METHODS, RECIPES, SEEDS, key_of, plan, slug
-from lab_results import DATA, LabData, controls_table, draw, lab_table, over_seeds, write_tensorboard
+from lab_results import DATA, LabData, controls_table, draw, lab_table, merging_table, over_seeds, write_tensorboard
 from relevance import asked, covered, shares_on
 
 from datamodules.scenes import LEVELS, Thing
@@ -238,3 +238,17 @@ def test_a_model_that_looks_at_one_place_is_found_out(build: Any) -> None:
     assert shares_on(inspected, thing)["relevance"] == pytest.approx(float(on[0, 0]))
     assert shares_on(inspected, thing)["picture"] == pytest.approx(float(on.mean()))
     assert set(shares_on(inspected, thing)) == {"picture", "relevance", "attention"}
+
+
+def test_merging_in_the_tower_stands_beside_what_there_is() -> None:
+    """Whatever of LaVi and concatenation has a record already."""
+    merged = record("8 merged", 0, 70.0, gflops=0.2)
+    merged.knobs["data"] = "encoder"
+    merged.flops_of_samples["vision_encoder"] = 3.5e9
+    columns, rows = merging_table([merged, *RECORDS])
+    assert [row[0] for row in rows] == ["whole", "8 merged"]
+    cells = dict(zip(columns, rows[1], strict=True))
+    assert (cells["encoder GFLOPs"], cells["of the whole tower %"], cells["hard %"]) == ("3.5000", "50", "70.0")
+    assert cells["saved, with encoder %"] == f"{100 * (1 - 3.7 / 8.0):.1f}"
+    columns, rows = merging_table([merged])
+    assert rows[0][-2:] == ["-", "-"]

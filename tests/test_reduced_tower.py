@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lavi.vision.naflex import NaFlexVision
 from lavi.vision.reduced import REFUSED, BlockOutput, ReducedTower, TokenReduction
 from lavi.vision.repeated_patches import RepeatedPatches, first_of_run
 from lavi.vision.token_merging import TokenMerging, match
-from lavi.vision.token_set import TokenSet
+from lavi.vision.token_set import Merge, TokenSet
 
 MERGEABLE = [name for name in HF if name not in CONVOLUTIONAL and name not in REFUSED]
 PLACED_BY_ROTATION = {"dinov3_vit"}
@@ -103,7 +104,10 @@ def test_merging_what_is_the_same_changes_nothing(name: str, reduction: TokenRed
     for key, parameter in others.items():
         assert (parameter.grad is None) == (own[key].grad is None)
         if parameter.grad is not None:
-            torch.testing.assert_close(own[key].grad, parameter.grad, atol=1e-5, rtol=1e-3)
+            grads = [own[key].grad, parameter.grad]
+            if "pos" in key:  # the place of a repeated patch gets the gradient of all
+                grads = [grad.flatten(0, -2).sum(0) for grad in grads]
+            torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -170,7 +174,8 @@ def test_a_token_set_is_a_weighted_mean_and_knows_its_sources() -> None:
     for merged in ([3, 4], [2, 1]):
         target, stays = match(torch.randn(*values.shape, generator=generator), tokens, merged)
         counts = [count - r for count, r in zip(tokens.counts, merged, strict=True)]
-        tokens, values = tokens.merged_within(values, target, stays, counts)
+        merge = Merge.within(target, stays, counts)
+        tokens, values = tokens.merged(merge), tokens.values(values, merge)
     assert tokens.counts == (4, 4)
     flat, source = tower.flatten(0, 1), tokens.source
     for token, size in enumerate(tokens.size.flatten().tolist()):
@@ -206,14 +211,14 @@ class Dropped(TokenReduction):
 
     places: tuple[int, ...]
 
-    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
+    def merge(self, out: BlockOutput, tokens: TokenSet) -> Merge | None:
         if out.block:
-            return tokens, out.tokens
+            return None
         own = torch.arange(out.tokens.shape[1]).repeat(len(out.tokens), 1)
         stays = torch.ones_like(own, dtype=torch.bool)
         stays[:, [tokens.prefix + place for place in self.places]] = False
         counts = [int(row.sum()) for row in stays]
-        return tokens.merged_within(out.tokens, own, stays, counts)
+        return Merge.within(own, stays, counts)
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
@@ -260,11 +265,11 @@ def test_a_view_is_what_it_is_alone(name: str, reductions: list[TokenReduction])
         torch.testing.assert_close(fewer(pixels[view : view + 1])[0], together[view], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("reductions", REDUCTIONS.values(), ids=REDUCTIONS)
+@pytest.mark.parametrize("name", REDUCTIONS)
 @torch.no_grad()
-def test_at_native_resolution_too(reductions: list[TokenReduction]) -> None:
+def test_at_native_resolution_too(name: str) -> None:
     torch.manual_seed(0)
-    fewer = ReducedTower(tower=NaFlexVision(config=NAFLEX), reductions=reductions).eval()
+    fewer = ReducedTower(tower=NaFlexVision(config=NAFLEX), reductions=REDUCTIONS[name]).eval()
     grids = [(2, 7), (4, 4), (3, 3)]
     pixels = torch.randn(3, *fewer.pixel_shape, generator=torch.Generator().manual_seed(1))
     pixels[0, 0, 8:12] = pixels[0, 0, 8:9]  # patches that repeat each other
@@ -275,7 +280,8 @@ def test_at_native_resolution_too(reductions: list[TokenReduction]) -> None:
     for view, (layout, (rows, columns)) in enumerate(zip(layouts, grids, strict=True)):
         assert not together[view, rows * columns :].any()
         alone = fewer(pixels[view : view + 1], [layout])
-        assert fewer.sizes[-1][0] < rows * columns or view or reductions == REDUCTIONS["patches"]
+        kept = {"merging": rows * columns - 6, "patches": rows * columns - 3 * (view == 0)}.get(name, 99)
+        assert fewer.sizes[-1][0] == kept or (name == "all" and fewer.sizes[-1][0] < rows * columns)
         torch.testing.assert_close(alone[0], together[view], atol=1e-5, rtol=1e-4)
 
 
@@ -295,11 +301,85 @@ def test_both_counters_agree_on_what_fewer_tokens_cost(schedule: Any) -> None:
 
 def test_frames_are_compared_before_tokens_are_merged() -> None:
     fewer = reduced("siglip_vision_model", TokenMerging(per_block=3), FrameMerging(keep=0.5, behind=1))
-    with pytest.raises(UserError, match="let TokenMerging start behind a later block"):
+    with pytest.raises(UserError, match="name it before TokenMerging"):
         fewer(pixels_of(fewer), [Layout(views=2, video=True)])
-    fewer = reduced("siglip_vision_model", FrameMerging(keep=0.5, behind=0), TokenMerging(per_block=3, start=1))
-    fewer(pixels_of(fewer), [Layout(views=2, video=True)])
-    assert fewer.sizes == [(16, 16), (16,), (13,)]
+
+
+@torch.no_grad()
+def test_an_image_beside_a_video_is_what_it_is_alone() -> None:
+    """Both kinds of merging behind one block: none of the frames keeps tokens from being merged, here or elsewhere."""
+    reductions = [FrameMerging(keep=0.5, behind=0), TokenMerging(per_block=3, start=0)]
+    fewer = reduced("siglip_vision_model", *reductions)
+    pixels, layouts = pixels_of(fewer, 5), [Layout(), Layout(views=3, video=True), Layout()]
+    together = fewer(pixels, layouts)
+    assert fewer.sizes == [(16,) * 5, (13,) * 4, (10,) * 4]
+    torch.testing.assert_close(fewer(pixels[:1], layouts[:1]), together[:1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fewer(pixels[1:4], layouts[1:2]), together[1:4], atol=1e-5, rtol=1e-4)
+    torch.manual_seed(0)
+    native = ReducedTower(tower=NaFlexVision(config=NAFLEX), reductions=reductions).eval()
+    layouts = [Layout(grid=(3, 3)), Layout(views=3, video=True, grid=(4, 3)), Layout(grid=(2, 7))]
+    pixels = torch.randn(5, *native.pixel_shape, generator=torch.Generator().manual_seed(1))
+    for view, count in enumerate((9, 12, 12, 12, 14)):
+        pixels[view, 0, count:] = 0
+    together = native(pixels, layouts)
+    assert native.sizes[1] == (6, 9, 9, 11)
+    torch.testing.assert_close(native(pixels[1:4], layouts[1:2])[:, :12], together[1:4, :12], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_same_pairs_are_merged_in_any_precision() -> None:
+    """Of keys that half precision cannot tell apart: 255 and 256 of a turn."""
+    keys = torch.tensor([[[1.0, 0.0], [1.0, 0.05], [1.0, 0.0], [1.0, 0.04], [1.0, 0.0], [1.0, 0.001]]])
+    tokens = TokenSet.whole(1, 6, prefix=0, device=torch.device("cpu"))
+    out = BlockOutput(0, 3, torch.randn(1, 6, 4), keys, None, [(2, 3)], [])
+    merge = TokenMerging(per_block=1).merge(out, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_half = TokenMerging(per_block=1).merge(out, tokens)
+    assert torch.equal(merge.target, in_half.target)
+    assert merge.target[0].tolist() == [5, 1, 2, 3, 4, 5]
+
+
+@torch.no_grad()
+def test_a_tower_in_half_precision_runs() -> None:
+    fewer = reduced("siglip_vision_model", FrameMerging(keep=0.5, behind=0), TokenMerging(per_block=3)).to(
+        torch.bfloat16
+    )
+    features = fewer(pixels_of(fewer, 2).to(torch.bfloat16), [Layout(views=2, video=True)])
+    assert features.dtype == torch.bfloat16
+    assert bool(features.isfinite().all())
+
+
+@torch.no_grad()
+def test_a_copy_is_a_tower_of_its_own() -> None:
+    fewer = reduced("siglip_vision_model", TokenMerging(per_block=3))
+    again = copy.deepcopy(fewer)
+    pixels = pixels_of(fewer)
+    assert torch.equal(again(pixels), fewer(pixels))
+    again.reductions.clear()
+    assert torch.equal(again(pixels), hf("siglip_vision_model")(pixels))
+
+
+def test_what_would_go_wrong_unseen_is_refused() -> None:
+    vision = hf("siglip_vision_model")
+    fewer = ReducedTower(tower=vision, reductions=[TokenMerging(per_block=3)])
+    with pytest.raises(UserError, match="in a ReducedTower already"):
+        ReducedTower(tower=vision, reductions=[RepeatedPatches()])
+    vision.tower.gradient_checkpointing_enable()
+    with pytest.raises(UserError, match="cannot recompute its blocks"):
+        fewer.train()(pixels_of(fewer))
+    assert fewer.eval()(pixels_of(fewer)).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_repeated_patch_goes_on_as_the_first_of_its_run() -> None:
+    """With its own place, not with the mean of all places."""
+    vision, fewer = hf("siglip_vision_model"), reduced("siglip_vision_model", RepeatedPatches())
+    seen: list[Tensor] = []
+    blocks = next(m for m in fewer.tower.tower.modules() if isinstance(m, nn.ModuleList))
+    blocks[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    fewer(drawing([[4] * 4] * 4)[None])
+    embedded = vision.tower(drawing([[4] * 4] * 4)[None], output_hidden_states=True).hidden_states[0]
+    assert torch.equal(seen[0], embedded[:, :1])
 
 
 def test_tokens_fall_by_the_schedule_of_the_paper() -> None:

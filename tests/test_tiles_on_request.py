@@ -24,7 +24,7 @@ from lavi.vision.base import VisionBackbone
 from lavi.vision.frame_merging import FrameMerging
 from lavi.vision.hf import HFVision
 from lavi.vision.reduced import ReducedTower
-from lavi.vision.tiles_on_request import Chance, TileRanking, TilesOnRequest
+from lavi.vision.tiles_on_request import RandomTiles, TileRanking, TilesOnRequest
 
 SIDE = 32
 TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
@@ -80,6 +80,33 @@ def test_what_is_not_encoded_is_what_the_overview_shows_there() -> None:
     torch.testing.assert_close(features[1:4, :, :2], inside[1:4, :, :2], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "tiles"), [((30, 90), (1, 3)), ((100, 60), (4, 2)), ((64, 64), (2, 2)), ((40, 50), (2, 2))]
+)
+def test_tiles_of_letterboxed_images_are_where_they_are(size: tuple[int, int], tiles: tuple[int, int]) -> None:
+    """A picture whose colours are its places, cut as images are: what stands in for a tile is near what it shows."""
+    height, width = size
+    down, across = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    picture = Image.fromarray((255 * torch.stack([across, down, 0 * down], dim=-1)).byte().numpy())
+    vision = TilesOnRequest(tower=Places(), keep=0.01, ranking=InOrder())
+    pixels, layout = AnyRes().views(picture, vision.preprocessing)
+    assert layout.tiles == tiles
+    features, whole = vision(pixels, [layout])[1:-1, :, :2], Places()(pixels)[1:-1, :, :2]
+    background = vision.preprocessing(Image.new("RGB", (8, 8)))[:2, 0, 0]
+    shown = ((whole - background).abs() > 0.15).all(-1)  # cells that are of the picture, not of its frame
+    difference = (features - whole).abs()[shown]
+    assert len(difference) > 8
+    assert float(difference.quantile(0.9)) < 0.3  # of -1 to 1
+    assert float(difference.mean()) < 0.1
+
+
+@torch.no_grad()
+def test_a_tower_in_half_precision_runs() -> None:
+    vision = TilesOnRequest(tower=HFVision(config=TOWER), keep=0.25).to(torch.bfloat16).eval()
+    features = vision(torch.randn(5, *vision.pixel_shape).to(torch.bfloat16), [TWO_BY_TWO])
+    assert features.dtype == torch.bfloat16
+
+
 def test_tiles_with_detail_are_encoded_first() -> None:
     vision = TilesOnRequest(tower=Places(), keep=0.5)
     pixels = torch.zeros(5, 3, SIDE, SIDE)
@@ -108,7 +135,7 @@ def test_an_image_is_what_it_is_alone() -> None:
     layouts = [Layout(), TWO_BY_TWO, video, wide, single]
     merging = ReducedTower(tower=HFVision(config=TOWER), reductions=[FrameMerging(keep=0.5, behind=0)])
     for tower in (HFVision(config=TOWER), merging):
-        for ranking in (None, Chance()):
+        for ranking in (None, RandomTiles()):
             vision = TilesOnRequest(tower=tower, keep=0.3, ranking=ranking).eval()
             pixels = torch.randn(15, *vision.pixel_shape, generator=torch.Generator().manual_seed(1))
             with torch.no_grad():

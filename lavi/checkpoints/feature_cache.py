@@ -144,7 +144,8 @@ def feature_request(
             return model.encode(pixels.to(device), layouts)
 
     made_by = own.plan | {"precision": precision, "dtype": dtype}
-    return FeatureRequest(encode, made_by, asdict(own), getattr(torch, dtype), batch_size, threads)
+    together = model.vision.reads_layouts
+    return FeatureRequest(encode, made_by, asdict(own), getattr(torch, dtype), together, batch_size, threads)
 
 
 def check_features_suffice(model: VisionLanguageModel) -> None:

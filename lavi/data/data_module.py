@@ -176,8 +176,10 @@ class FeatureRequest:
     notes: dict[str, Any]
     """What :meth:`DataModule.feature_caches` gives back of them."""
     dtype: torch.dtype = torch.bfloat16
+    keeps_together: bool = False
+    """All views of an image or video come in one call."""
     batch_size: int = 16
-    """Views of a call, unless one image or video has more."""
+    """Views of a call, unless more belong together."""
     threads: int = 2
     """That decode and preprocess."""
 

@@ -58,7 +58,7 @@ def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
     with_visual = [shape.text + count for count in visual]
     language, alone = (language_flops(model.language, tokens=tokens) for tokens in (with_visual, text))
     prefill = {
-        "vision_encoder": model.vision.flops(shape.encoded, layout),
+        "vision_encoder": model.vision.flops(shape.encoded, shape.encoded_layout or layout),
         **({"reducer": shape.encoded * model.reducer.flops()} if model.reducer is not None else {}),
         **_flops(model.fusion.costs(shape.text, layout, per_view)),
         "text_attention": alone["attention"],

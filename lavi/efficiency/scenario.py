@@ -45,10 +45,11 @@ class Scenario:
         """The shapes that this scenario has in a model."""
         tokens = model.feature_spec.tokens
         if not tokens:  # a control that shows none
-            views = self.frames or 1
+            layout = Layout(views=self.frames or 1, video=self.frames is not None)
             if self.image is not None:
-                views = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)[1].views
-            return PromptShape(self.text, self.batch, encoded=views if self.visual_tokens != 0 else 0)
+                _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)
+            encoded = layout.views if self.visual_tokens != 0 else 0
+            return PromptShape(self.text, self.batch, encoded=encoded, encoded_layout=layout if encoded else None)
         if self.image is not None:
             _, layout = model.tiling.cut(Image.new("RGB", self.image), model.vision.preprocessing, alone=True)
             return PromptShape(self.text, self.batch, layout, layout.tokens_of_view(tokens), layout.views)
@@ -76,6 +77,8 @@ class PromptShape:
     """N, the visual tokens of a view."""
     encoded: int = 0
     """Views of a row that go through the tower."""
+    encoded_layout: Layout | None = None
+    """How they belong together, where the row does not see them; None: as :attr:`layout` says."""
 
     @classmethod
     def of_prompt(cls, prompt: Prompt, model: VisionLanguageModel) -> PromptShape:
@@ -84,7 +87,7 @@ class PromptShape:
         if layout is None:
             return cls(text)
         if not model.feature_spec.tokens:  # a control that shows none
-            return cls(text, encoded=layout.views)
+            return cls(text, encoded=layout.views, encoded_layout=layout)
         return cls(text, 1, layout, layout.tokens_of_view(model.feature_spec.tokens), layout.views)
 
     @property
@@ -128,8 +131,9 @@ class PromptShape:
 
     @property
     def layouts(self) -> list[Layout]:
-        """Of the images of all rows."""
-        return [self.layout] * self.batch if self.layout else []
+        """Of the images of all rows, as the tower is told."""
+        layout = self.encoded_layout or self.layout
+        return [layout] * self.batch if layout else []
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
         """Pixels that the tower encodes: (views of all rows, C, H, W), zeros."""

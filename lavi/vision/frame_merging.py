@@ -20,8 +20,9 @@ from torch.nn.functional import cosine_similarity
 
 from lavi.config.types import CountOrZero, Share
 from lavi.errors import UserError
+from lavi.nn.autocast import without_autocast
 from lavi.vision.reduced import BlockOutput, TokenReduction
-from lavi.vision.token_set import TokenSet
+from lavi.vision.token_set import Merge, TokenSet
 
 
 @dataclass(frozen=True)
@@ -39,34 +40,38 @@ class FrameMerging(TokenReduction):
     def starts_at(self) -> int:
         return self.behind
 
-    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
-        views, columns = out.tokens.shape[:2]
+    def merge(self, out: BlockOutput, tokens: TokenSet) -> Merge | None:
         if out.block != self.behind or not out.videos:
-            return tokens, out.tokens
-        if len(tokens.counts) * columns != tokens.source.numel() or min(tokens.counts) < columns:
+            return None
+        if not tokens.is_whole:
             raise UserError(
                 f"FrameMerging compares tokens at the same place, and behind block {self.behind} others have merged "
-                "some: let TokenMerging start behind a later block, and leave RepeatedPatches out."
+                "some: name it before TokenMerging, let that start no earlier, and leave RepeatedPatches out."
             )
+        views, columns = out.tokens.shape[:2]
         onto = torch.arange(views, device="cpu").to(out.tokens.device)  # (V,): the view that each becomes part of
         kept: list[Tensor] = []
+        counts: list[int] = []
         last = 0
         for video in out.videos:
-            kept.append(onto[last : video.start])
-            onto[video.start : video.stop], first = self._segments(out.tokens[video.start : video.stop])
-            onto[video.start : video.stop] += video.start
-            kept.append(first + video.start)
+            count = tokens.counts[video.start]  # of each frame
+            first, begin = self._segments(out.tokens[video.start : video.stop, :count])
+            onto[video.start : video.stop] = first + video.start
+            kept += [torch.arange(last, video.start, device=onto.device), begin + video.start]
+            counts += [*tokens.counts[last : video.start], *[count] * len(begin)]
             last = video.stop
-        sequences = torch.cat([*kept, onto[last:]])  # (S',)
+        sequences = torch.cat([*kept, torch.arange(last, views, device=onto.device)])  # (S',)
         place = torch.arange(columns, device=onto.device)
         target, order = (columns * chosen[:, None] + place for chosen in (onto, sequences))
-        return tokens.merged(out.tokens, target, order, [columns] * len(order))
+        return Merge(target, order, (*counts, *tokens.counts[last:]))
 
+    @torch.no_grad()
     def _segments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Of frames (F, N, D), the first frame of the segment (F,) that each is in, and these first frames (k,)."""
-        count = math.ceil(self.keep * len(frames))
-        alike = cosine_similarity(frames[1:].detach().float(), frames[:-1].detach().float(), dim=-1).mean(1)  # (F - 1,)
+        count = math.ceil(self.keep * len(frames) - 1e-9)
+        with without_autocast(frames):
+            alike = cosine_similarity(frames[1:].float(), frames[:-1].float(), dim=-1).mean(1)  # (F - 1,)
         cuts = alike.argsort(stable=True)[: count - 1] + 1
-        first = torch.cat([cuts.new_zeros(1), cuts.sort().values])  # (k,)
-        begins = torch.zeros(len(frames), dtype=torch.long, device=frames.device).index_fill(0, first, 1)
-        return first[begins.cumsum(0) - 1], first
+        begin = torch.cat([cuts.new_zeros(1), cuts.sort().values])  # (k,)
+        begins = torch.zeros(len(frames), dtype=torch.long, device=frames.device).index_fill(0, begin, 1)
+        return begin[begins.cumsum(0) - 1], begin

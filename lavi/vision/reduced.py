@@ -35,7 +35,7 @@ from lavi.vision.base import VisionBackbone
 from lavi.vision.hf import HFVision
 from lavi.vision.naflex import NaFlexVision
 from lavi.vision.shape_flops import forward_on_meta
-from lavi.vision.token_set import TokenSet
+from lavi.vision.token_set import Merge, TokenSet
 from lavi.vision.tower import encoder_layers
 
 NAME = "lavi_token_sizes"
@@ -51,9 +51,9 @@ class BlockOutput:
     """What a reduction may look at, behind a block."""
 
     block: int
-    """Blocks before the reduction, less one; -1: the tokens come from the embeddings."""
+    """The block that has just run; -1: none yet, the tokens come from the embeddings."""
     blocks: int
-    """Of the tower."""
+    """How many the tower has."""
     tokens: Tensor
     """(S, n, D)."""
     keys: Tensor | None
@@ -69,16 +69,16 @@ class BlockOutput:
 class TokenReduction(ABC):
     """Says behind a block which tokens go on as one.
 
-    One of one's own has :meth:`reduce`, and is a dataclass of its arguments if towers with it are to be exported.
+    One of one's own has :meth:`merge`, and is a dataclass of its arguments if towers with it are to be exported.
     """
 
     def starts_at(self) -> int:
-        """The first block (-1: the embeddings) that it looks behind."""
+        """The first block after which it is asked; -1: before any."""
         return 0
 
     @abstractmethod
-    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
-        """The token set that goes on, and its tokens (S, n, D); those given where nothing is to be merged."""
+    def merge(self, out: BlockOutput, tokens: TokenSet) -> Merge | None:
+        """Which of ``tokens``, that stand in ``out``, go on as one; None: all go on as they are."""
 
     def arguments(self) -> dict[str, Any]:
         """What builds it again.
@@ -91,30 +91,11 @@ class TokenReduction(ABC):
         return {TARGET: f"{type(self).__module__}.{type(self).__qualname__}", **asdict(self)}
 
 
-@dataclass
-class Encoding:
-    """One forward of a tower: the tokens that each block works on."""
-
-    pixels: Tensor
-    """(V, C, H, W)."""
-    grids: Sequence[tuple[int, int]]
-    videos: Sequence[range]
-    tokens: TokenSet | None = None
-    """None: all, each for itself."""
-    keys: Tensor | None = None
-    """(S, n, d) of the block that runs."""
-    sizes: list[tuple[int, ...]] = field(default_factory=list)
-    """Tokens of each sequence in each block that ran."""
-
-
-_encoding: ContextVar[Encoding | None] = ContextVar("encoding", default=None)
-
-
 class ReducedTower(VisionBackbone):
     """A vision transformer of transformers whose blocks work on fewer tokens.
 
     Args:
-        tower: of :class:`~lavi.vision.hf.HFVision` or :class:`~lavi.vision.naflex.NaFlexVision`.
+        tower: of :class:`~lavi.vision.hf.HFVision` or :class:`~lavi.vision.naflex.NaFlexVision`, for this alone.
         reductions: in the order in which they are asked behind each block.
 
     Raises:
@@ -127,30 +108,39 @@ class ReducedTower(VisionBackbone):
             raise UserError(
                 "ReducedTower takes a vision transformer of lavi.vision.hf.HFVision or lavi.vision.naflex.NaFlexVision."
             )
-        kind = tower.tower.config.model_type
-        if kind in REFUSED:
-            raise UserError(f"tokens of a '{kind}' tower cannot be merged: {REFUSED[kind]}.")
         self.tower, self.reductions = tower, list(reductions)
         self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
         self.native_resolution, self.preprocessing = tower.native_resolution, tower.preprocessing
         self.reads_layouts = True
-        self.standing_before = getattr(tower, "standing_before", 0)
-        self.variant = repr([one.arguments() if is_dataclass(one) else type(one).__name__ for one in self.reductions])
+        self.variant = repr([one.arguments() if is_dataclass(one) else one for one in self.reductions])
         self._flops_by_layout: dict[Layout, float] = {}
         self.sizes: list[tuple[int, ...]] = []
         """Tokens of each sequence that each block worked on, the last time."""
         if self.reductions:
-            tower.tower.set_attn_implementation(NAME)
-            self._watch_blocks(encoder_layers(tower.tower))
+            _open(tower.tower)
 
     def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """As the tower's own.
 
         Args:
             layouts: of each image; views that none speaks of are images of their own, on :attr:`grid`.
+
+        Raises:
+            UserError: it is trained with recomputed blocks, which would not find their tokens again.
         """
-        grids = grids_of_views(layouts)
-        encoding = Encoding(pixels, grids or [self.grid] * len(pixels), videos_of(layouts))
+        if self.training and self.reductions and getattr(self.tower.tower, "is_gradient_checkpointing", False):
+            raise UserError("a ReducedTower cannot recompute its blocks: switch gradient checkpointing of it off.")
+        alone = Layout(grid=self.grid if self.native_resolution else None)
+        layouts = [*layouts, *[alone] * (len(pixels) - sum(layout.views for layout in layouts))]
+        grids = grids_of_views(layouts) or [self.grid] * len(pixels)
+        encoding = Encoding(
+            pixels,
+            grids=grids,
+            videos=videos_of(layouts),
+            patches=self._patches(pixels, grids),
+            prefix=getattr(self.tower, "standing_before", 0),
+            reductions=self.reductions,
+        )
         token = _encoding.set(encoding)
         try:
             features: Tensor = self.tower(pixels, grids) if self.native_resolution else self.tower(pixels)
@@ -159,12 +149,24 @@ class ReducedTower(VisionBackbone):
         self.sizes = encoding.sizes
         return features
 
+    def _patches(self, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor | None:
+        """(V, N - prefix, c): the pixels of each patch, where a reduction looks at them."""
+        if pixels.is_meta or all(reduction.starts_at() >= 0 for reduction in self.reductions):
+            return None
+        if self.native_resolution:
+            return pixels[:, 0, : max(rows * columns for rows, columns in grids)]
+        size = self.tower.tower.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return unfold(pixels, (height, width), stride=(height, width)).transpose(1, 2)
+
     def flops(self, views: int, layout: Layout | None = None) -> float:
         one = Layout(grid=None if layout is None else layout.grid)
         if layout is not None and layout.video and layout.views == views:
             one = layout
         if one not in self._flops_by_layout:
+            sizes = self.sizes
             self._flops_by_layout[one] = forward_on_meta(_OneImage(self, one), self.pixel_shape, one.views)[1]
+            self.sizes = sizes
         return views / one.views * self._flops_by_layout[one]
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
@@ -177,87 +179,124 @@ class ReducedTower(VisionBackbone):
         tower = {TARGET: f"{type(self.tower).__module__}.{type(self.tower).__qualname__}", **arguments}
         return {"tower": tower, "reductions": [one.arguments() for one in self.reductions]}
 
-    # --- the blocks ---------------------------------------------------------------------------------------------------
 
-    def _watch_blocks(self, blocks: nn.ModuleList) -> None:
-        for number, block in enumerate(blocks):
+# --- one forward ------------------------------------------------------------------------------------------------------
 
-            def before(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
-                return self._before(number, len(blocks), args, kwargs)
 
-            def behind(module: nn.Module, args: Any, kwargs: Any, out: Tensor, number: int = number) -> Tensor:
-                return self._behind(number, len(blocks), out)
+@dataclass
+class Encoding:
+    """One forward of a tower: the tokens that each block works on."""
 
-            block.register_forward_pre_hook(before, with_kwargs=True)
-            # Before transformers' own hooks, which keep hidden states.
-            block.register_forward_hook(behind, with_kwargs=True, prepend=True)
+    pixels: Tensor
+    """(V, C, H, W)."""
+    grids: Sequence[tuple[int, int]]
+    videos: Sequence[range]
+    patches: Tensor | None
+    prefix: int
+    reductions: Sequence[TokenReduction]
+    tokens: TokenSet | None = None
+    """None: all, each for itself."""
+    keys: Tensor | None = None
+    """(S, n, d) of the block that runs."""
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
+    """Tokens of each sequence in each block that ran."""
 
-    def _before(self, number: int, blocks: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand a block the tokens that it works on, instead of (V, N, D), with their places."""
-        encoding = _encoding.get()
-        if encoding is None:
-            return None
+    def before(self, number: int, blocks: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand a block the tokens that it works on, instead of (V, N, D), with their rotations."""
         named = dict(kwargs)
         hidden: Tensor = args[0] if args else named.pop("hidden_states")
         if number == 0:
-            encoding.tokens = self._at_first(hidden, args[1:], named)
-            hidden = self._reduced(-1, blocks, hidden, encoding)
-        elif encoding.tokens is not None:
-            hidden = encoding.tokens.gather(hidden)
-        tokens = encoding.tokens
-        encoding.sizes.append(tokens.counts if tokens is not None else (hidden.shape[1],) * len(hidden))
+            self.tokens = self._without_padding(hidden, named.get("attention_mask", args[1] if args[1:] else None))
+            hidden = self._reduced(-1, blocks, hidden)
+        elif self.tokens is not None:
+            hidden = self.tokens.gather(hidden)
+        tokens = self.tokens
+        self.sizes.append(tokens.counts if tokens is not None else (hidden.shape[1],) * len(hidden))
         if tokens is not None and named.get("position_embeddings") is not None:
-            named["position_embeddings"] = tuple(self._places(part, tokens) for part in named["position_embeddings"])
+            named["position_embeddings"] = tuple(rotations_of(tokens, part) for part in named["position_embeddings"])
         return (hidden, *args[1:]), named
 
-    def _behind(self, number: int, blocks: int, out: Tensor) -> Tensor:
+    def behind(self, number: int, blocks: int, out: Tensor) -> Tensor:
         """Merge behind a block, and write out what it gave to (V, N, D)."""
-        encoding = _encoding.get()
-        if encoding is None:
-            return out
         if number < blocks - 1:
-            out = self._reduced(number, blocks, out, encoding)
-        encoding.keys = None
-        return out if encoding.tokens is None else encoding.tokens.write_out(out, len(encoding.pixels))
+            out = self._reduced(number, blocks, out)
+        self.keys = None
+        return out if self.tokens is None else self.tokens.write_out(out, len(self.pixels))
 
-    def _reduced(self, block: int, blocks: int, hidden: Tensor, encoding: Encoding) -> Tensor:
+    def _reduced(self, block: int, blocks: int, hidden: Tensor) -> Tensor:
         """Tokens behind ``block`` as they go on."""
         for reduction in self.reductions:
             if block < reduction.starts_at():
                 continue
-            before = encoding.tokens or TokenSet.whole(
-                len(hidden), hidden.shape[1], prefix=self.standing_before, device=hidden.device
-            )
-            patches = self._patches(encoding) if block < 0 else None
-            out = BlockOutput(block, blocks, hidden, encoding.keys, patches, encoding.grids, encoding.videos)
-            tokens, hidden = reduction.reduce(out, before)
-            if tokens is not before:
-                encoding.tokens = tokens
-                encoding.keys = None  # they are of the tokens before
+            tokens = self.tokens or TokenSet.whole(*hidden.shape[:2], prefix=self.prefix, device=hidden.device)
+            patches = self.patches if block < 0 else None
+            out = BlockOutput(block, blocks, hidden, self.keys, patches, self.grids, self.videos)
+            if (merge := reduction.merge(out, tokens)) is not None:
+                hidden = tokens.values(hidden, merge)
+                self.keys = None if self.keys is None else tokens.values(self.keys, merge)
+                self.tokens = tokens.merged(merge)
         return hidden
 
-    def _patches(self, encoding: Encoding) -> Tensor | None:
-        """(V, N - prefix, c): the pixels of each patch."""
-        pixels = encoding.pixels
-        if pixels.is_meta:
-            return None
-        if self.native_resolution:
-            return pixels[:, 0, : max(rows * columns for rows, columns in encoding.grids)]
-        height, width = (side // cells for side, cells in zip(pixels.shape[2:], self.grid, strict=True))
-        return unfold(pixels, (height, width), stride=(height, width)).transpose(1, 2)
-
-    def _at_first(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenSet | None:
+    def _without_padding(self, hidden: Tensor, mask: Tensor | None) -> TokenSet | None:
         """Where views have padding, the tokens that are none, read from the mask of the first block."""
-        mask = kwargs.get("attention_mask", args[0] if args else None)
         if mask is None:
             return None
         valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0  # (V, N)
-        return TokenSet.whole(*hidden.shape[:2], prefix=self.standing_before, device=hidden.device, valid=valid)
+        return TokenSet.whole(*hidden.shape[:2], prefix=self.prefix, device=hidden.device, valid=valid)
 
-    def _places(self, table: Tensor, tokens: TokenSet) -> Tensor:
-        """Rotations of the grid's places (places, d), as those of the tokens (S, 1, n - prefix, d)."""
-        place = tokens.index[:, tokens.prefix :] % (tokens.prefix + table.shape[-2]) - tokens.prefix
-        return table[place.clamp(min=0)][:, None]
+
+_encoding: ContextVar[Encoding | None] = ContextVar("encoding", default=None)
+
+
+def rotations_of(tokens: TokenSet, table: Tensor) -> Tensor:
+    """Rotations of the grid's places (places, d), as those of the tokens (S, 1, n - prefix, d)."""
+    place = tokens.index[:, tokens.prefix :] % (tokens.prefix + table.shape[-2]) - tokens.prefix
+    return table[place.clamp(min=0)][:, None]
+
+
+def _open(tower: Any) -> None:
+    """Let encodings into the blocks and attentions of a vision transformer.
+
+    Raises:
+        UserError: its blocks need all tokens, its attention cannot be told, or it is open already.
+    """
+    kind = tower.config.model_type
+    if kind in REFUSED:
+        raise UserError(f"tokens of a '{kind}' tower cannot be merged: {REFUSED[kind]}.")
+    if tower.config._attn_implementation == NAME:
+        raise UserError("this tower is in a ReducedTower already: build another one, or put all reductions into one.")
+    tower.set_attn_implementation(NAME)
+    if tower.config._attn_implementation != NAME:
+        raise UserError(f"tokens of a '{kind}' tower cannot be merged: its attention takes no other implementation.")
+    blocks = encoder_layers(tower)
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(_Before(number, len(blocks)), with_kwargs=True)
+        # Before transformers' own hooks, which keep hidden states.
+        block.register_forward_hook(_Behind(number, len(blocks)), with_kwargs=True, prepend=True)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A hook of a block; no closure, so that the tower can be copied."""
+
+    number: int
+    blocks: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        encoding = _encoding.get()
+        return None if encoding is None else encoding.before(self.number, self.blocks, args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """The same, behind it."""
+
+    number: int
+    blocks: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        encoding = _encoding.get()
+        return out if encoding is None else encoding.behind(self.number, self.blocks, out)
 
 
 def videos_of(layouts: Sequence[Layout]) -> list[range]:

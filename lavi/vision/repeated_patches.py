@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from lavi.config.types import PositiveOrZero
 from lavi.vision.reduced import BlockOutput, TokenReduction
-from lavi.vision.token_set import TokenSet
+from lavi.vision.token_set import Merge, TokenSet
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class RepeatedPatches(TokenReduction):
     def starts_at(self) -> int:
         return -1
 
-    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
+    def merge(self, out: BlockOutput, tokens: TokenSet) -> Merge | None:
         if out.patches is None:
-            return tokens, out.tokens
+            return None
         columns = torch.tensor([width for _, width in out.grids], device="cpu").to(out.patches.device)[:, None]
         first = first_of_run(out.patches, columns, self.tolerance)  # (V, N - prefix)
         target = pad(first + tokens.prefix, (tokens.prefix, 0))
@@ -49,9 +49,7 @@ class RepeatedPatches(TokenReduction):
             target = torch.where(valid, target, own)
         stays = target == own if valid is None else (target == own) & valid
         counts = stays.sum(1).tolist()
-        if counts == list(tokens.counts):
-            return tokens, out.tokens
-        return tokens.merged_within(out.tokens, target, stays, counts)
+        return None if counts == list(tokens.counts) else Merge.within(target, stays, counts, mean=False)
 
 
 def first_of_run(patches: Tensor, columns: Tensor, tolerance: float) -> Tensor:

@@ -53,7 +53,7 @@ class Detail(TileRanking):
         return (tiles - tiles.mean(1, keepdim=True)).square().mean((1, 2))
 
 
-class Chance(TileRanking):
+class RandomTiles(TileRanking):
     """Any tiles, the same of each picture: what every other ranking has to be better than."""
 
     def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class TilesOnRequest(VisionBackbone):
     def count(self, layout: Layout) -> int:
         """How many tiles of an image are encoded."""
         tiles = layout.views - 1 if layout.tiles is not None else 0
-        return tiles if self.keep == 1 else math.ceil(self.keep * tiles) if tiles > 1 else 0
+        return tiles if self.keep == 1 else math.ceil(self.keep * tiles - 1e-9) if tiles > 1 else 0
 
     def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """(views, C, H, W) to (views, N, Dv).
@@ -129,21 +129,23 @@ class TilesOnRequest(VisionBackbone):
     def _from_overview(self, overview: Tensor, layout: Layout) -> Tensor:
         """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv)."""
         rows, columns = self.grid
-        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview)  # (tiles, 4)
+        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview.device)  # (tiles, 4)
         top, left, height, width = windows.unbind(1)
         down = (torch.arange(rows, device=overview.device) + 0.5) / rows
         right = (torch.arange(columns, device=overview.device) + 0.5) / columns
-        at = torch.stack(
+        coordinates = torch.stack(
             [
                 (left[:, None] + width[:, None] * right)[:, None, :].expand(-1, rows, -1),
                 (top[:, None] + height[:, None] * down)[:, :, None].expand(-1, -1, columns),
             ],
             dim=-1,
         )  # (tiles, rows, columns, 2): from 0 to 1, across and down
-        grid = overview[self.prefix :].T.unflatten(1, self.grid).expand(len(windows), -1, -1, -1)
-        places = grid_sample(grid, 2 * at - 1, padding_mode="border", align_corners=False)  # (tiles, Dv, rows, columns)
+        # In fp32: in half precision places would be far from where they are.
+        grid = overview[self.prefix :].float().T.unflatten(1, self.grid).expand(len(windows), -1, -1, -1)
+        # (tiles, Dv, rows, columns)
+        places = grid_sample(grid, 2 * coordinates - 1, padding_mode="border", align_corners=False)
         before = overview[: self.prefix].expand(len(windows), -1, -1)
-        return torch.cat([before, places.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([before, places.flatten(2).transpose(1, 2).to(overview.dtype)], dim=1)
 
     def flops(self, views: int, layout: Layout | None = None) -> float:
         if layout is None or layout.tiles is None:

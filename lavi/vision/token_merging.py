@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lavi.config.types import Count, CountOrZero
+from lavi.nn.autocast import without_autocast
 from lavi.vision.reduced import BlockOutput, TokenReduction
-from lavi.vision.token_set import TokenSet
+from lavi.vision.token_set import Merge, TokenSet
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,15 @@ class TokenMerging(TokenReduction):
         steps = max(1, blocks - 1 - self.start)
         return int(2 * self.per_block * (1 - (block - self.start) / steps))
 
-    def reduce(self, out: BlockOutput, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
-        if out.keys is None:  # another reduction has merged tokens behind this block
-            return tokens, out.tokens
+    def merge(self, out: BlockOutput, tokens: TokenSet) -> Merge | None:
+        assert out.keys is not None
         lost = self.tokens_lost(out.block, out.blocks)
         merged = [min(lost, (count - tokens.prefix) // 2) for count in tokens.counts]
         if not any(merged):
-            return tokens, out.tokens
-        target, stays = match(out.keys, tokens, merged)
-        counts = [count - r for count, r in zip(tokens.counts, merged, strict=True)]
-        return tokens.merged_within(out.tokens, target, stays, counts)
+            return None
+        with torch.no_grad(), without_autocast(out.keys):  # the same pairs in any precision
+            target, stays = match(out.keys.float(), tokens, merged)
+        return Merge.within(target, stays, [count - r for count, r in zip(tokens.counts, merged, strict=True)])
 
 
 def match(keys: Tensor, tokens: TokenSet, merged: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def match(keys: Tensor, tokens: TokenSet, merged: Sequence[int]) -> tuple[Tensor
         (S, n) the token of its sequence that each goes to, and (S, n) which stay.
     """
     first, valid = tokens.prefix, tokens.valid
-    compared = normalize(keys[:, first:].float(), dim=-1)  # (S, n - prefix, d)
+    compared = normalize(keys[:, first:], dim=-1)  # (S, n - prefix, d)
     scores = compared[:, ::2] @ compared[:, 1::2].transpose(1, 2)  # (S, a, b)
     if valid is not None:
         pairs = valid[:, first::2, None] & valid[:, None, first + 1 :: 2]

@@ -18,6 +18,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Which tokens of a set go on as one.
+
+    Args:
+        target: (S, n) into the S n tokens: the one that each goes to, itself where it stays.
+        order: (S', n') into the S n tokens: those that are left, each once; what padding holds does not matter.
+        counts: of those that are left, without padding, in each sequence.
+        mean: they go on as their mean, weighted by what each stands for; else as the token that they go to.
+    """
+
+    target: Tensor
+    order: Tensor
+    counts: tuple[int, ...]
+    mean: bool = True
+
+    @classmethod
+    def within(cls, target: Tensor, stays: Tensor, counts: Sequence[int], *, mean: bool = True) -> Self:
+        """Of tokens of the same sequence; those that stay keep their order.
+
+        Args:
+            target: (S, n) the token of its sequence that each goes to.
+            stays: (S, n) those that are left; none of them is padding.
+            counts: how many these are in each sequence.
+        """
+        order = (~stays).long().argsort(dim=1, stable=True)[:, : max(counts)]  # (S, n')
+        first = stays.shape[1] * torch.arange(len(stays), device=stays.device)[:, None]
+        return cls(target + first, order + first, tuple(counts), mean)
+
+
+@dataclass(frozen=True)
 class TokenSet:
     """Tokens that stand for those of a tower; padding is at the end of a sequence.
 
@@ -26,7 +56,8 @@ class TokenSet:
         size: (S, n) how many it stands for; 0: padding.
         source: (V N,) into the S n tokens: which one stands for each of the tower's.
         counts: tokens of each sequence without padding.
-        prefix: tokens at the head of each sequence that lie on no grid (class token, registers): never merged.
+        prefix: tokens at the head of each sequence that lie on no grid (class token, registers).
+        is_whole: nothing has been merged yet.
     """
 
     index: Tensor
@@ -34,6 +65,7 @@ class TokenSet:
     source: Tensor
     counts: tuple[int, ...]
     prefix: int
+    is_whole: bool = False
 
     @classmethod
     def whole(cls, views: int, tokens: int, *, prefix: int, device: torch.device, valid: Tensor | None = None) -> Self:
@@ -45,7 +77,7 @@ class TokenSet:
         index = torch.arange(views * tokens, device=device).view(views, tokens)
         size = torch.ones(views, tokens, device=device) if valid is None else valid.float()
         counts = [tokens] * views if valid is None else valid.sum(1).tolist()
-        return cls(index, size, index.flatten(), tuple(counts), prefix)
+        return cls(index, size, index.flatten(), tuple(counts), prefix, is_whole=True)
 
     @property
     def valid(self) -> Tensor | None:
@@ -60,44 +92,31 @@ class TokenSet:
         """Each of the tower's tokens gets what stands for it: (S, n, D) to (V, N, D)."""
         return tokens.flatten(0, 1)[self.source].unflatten(0, (views, -1))
 
-    def merged(self, tokens: Tensor, target: Tensor, order: Tensor, counts: Sequence[int]) -> tuple[TokenSet, Tensor]:
-        """Merge tokens (S, n, D) into others: their mean, weighted by how many each stands for.
-
-        Args:
-            target: (S, n) into the S n tokens: the one that each goes to, itself where it stays.
-            order: (S', n') into the S n tokens: those that are left, each once; what padding holds does not matter.
-            counts: of them, without padding, in each sequence.
-
-        Returns:
-            The smaller set, and its tokens (S', n', D). What nothing was merged into is the same to the last bit.
-        """
-        flat, size, onto = tokens.flatten(0, 1), self.size.flatten(), target.flatten()
-        total = torch.zeros_like(size).index_add(0, onto, size)  # (S n,)
+    def values(self, tokens: Tensor, merge: Merge) -> Tensor:
+        """Tokens (S, n, D) as they go on (S', n', D). What nothing was merged into is the same to the last bit."""
+        flat, size, onto = tokens.flatten(0, 1), self.size.flatten(), merge.target.flatten()
+        if not merge.mean:
+            return flat[merge.order]
+        total = self._merged_sizes(merge)
         weighted = flat.float() * size[:, None]
         mean = torch.zeros_like(weighted).index_add(0, onto, weighted) / total.clamp(min=1)[:, None]  # (S n, D)
-        values = torch.where((total != size)[:, None], mean.to(flat.dtype), flat)
+        return torch.where((total != size)[:, None], mean.to(flat.dtype), flat)[merge.order]
+
+    def merged(self, merge: Merge) -> TokenSet:
+        """The set that goes on."""
+        order, onto = merge.order, merge.target.flatten()
         column = torch.arange(order.shape[1], device=order.device)
-        own = torch.tensor(counts, device="cpu").to(order.device)[:, None]
+        own = torch.tensor(merge.counts, device="cpu").to(order.device)[:, None]
         position = torch.zeros_like(onto).scatter(0, order.flatten(), torch.arange(order.numel(), device=order.device))
-        smaller = TokenSet(
+        return TokenSet(
             index=self.index.flatten()[order],
-            size=total[order] * (column < own),
+            size=self._merged_sizes(merge)[order] * (column < own),
             source=position[onto[self.source]],
-            counts=tuple(counts),
+            counts=merge.counts,
             prefix=self.prefix,
         )
-        return smaller, values[order]
 
-    def merged_within(
-        self, tokens: Tensor, target: Tensor, stays: Tensor, counts: Sequence[int]
-    ) -> tuple[TokenSet, Tensor]:
-        """:meth:`merged`, within each sequence; those that stay keep their order.
-
-        Args:
-            target: (S, n) the token of its sequence that each goes to.
-            stays: (S, n) those that are left; none of them is padding.
-            counts: how many these are in each sequence.
-        """
-        order = (~stays).long().argsort(dim=1, stable=True)[:, : max(counts)]  # (S, n')
-        first = stays.shape[1] * torch.arange(len(stays), device=stays.device)[:, None]
-        return self.merged(tokens, target + first, order + first, counts)
+    def _merged_sizes(self, merge: Merge) -> Tensor:
+        """(S n,): for how many each token stands when all have gone where they go."""
+        size = self.size.flatten()
+        return torch.zeros_like(size).index_add(0, merge.target.flatten(), size)
