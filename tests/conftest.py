@@ -72,13 +72,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def build(tokenizer: str):  # type: ignore[no-untyped-def]
     """A small model: the same weights whenever the seed is the same, but for the fusion's own."""
-    towers: dict[int, tuple[HFVision, torch.Tensor]] = {}  # by seed: a tower, and the random numbers that follow it
+    # By seed and device: a tower, and the random numbers that follow it.
+    towers: dict[tuple[int, torch.device], tuple[HFVision, torch.Tensor]] = {}
 
     def tower(seed: int) -> HFVision:
-        if seed not in towers:
+        key = (seed, torch.get_default_device())
+        if key not in towers:
             torch.manual_seed(seed)
-            towers[seed] = HFVision(config=TOWER), torch.get_rng_state()
-        vision, state = towers[seed]
+            towers[key] = HFVision(config=TOWER), torch.get_rng_state()
+        vision, state = towers[key]
         torch.set_rng_state(state)
         return copy.deepcopy(vision)  # ten times as fast as building one
 
