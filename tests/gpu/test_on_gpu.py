@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ask, awaken, collate
+from conftest import TOWER, ask, awaken, collate
 
 import lavi.nn.norm_kernel as kernel
+from lavi.batch import Layout
 from lavi.efficiency.latency import half_the_threads
 from lavi.efficiency.measure import Measurement, build_on, count, measure
 from lavi.efficiency.memory import prefill_memory
@@ -29,6 +30,12 @@ from lavi.fusion.shortv import ShortV
 from lavi.fusion.vica import ViCA
 from lavi.language.compiled import DecodeCompiler
 from lavi.recipe import Recipe
+from lavi.vision.frame_merging import FrameMerging
+from lavi.vision.hf import HFVision
+from lavi.vision.reduced import ReducedTower
+from lavi.vision.repeated_patches import RepeatedPatches
+from lavi.vision.tiles_on_request import TilesOnRequest
+from lavi.vision.token_merging import TokenMerging
 from lavi.visor.fusion import VisorFusion
 
 DEVICE = torch.device(os.environ.get("LAVI_CHECK_ON", "cuda"))
@@ -60,6 +67,27 @@ def test_the_gpu_says_what_the_cpu_says(build, fusion) -> None:  # type: ignore[
         expected = model(batch)
         seen = model.to(DEVICE)(batch.to(DEVICE)).cpu()
     torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_towers_on_fewer_tokens_give_on_the_gpu_what_they_give_on_the_cpu() -> None:
+    """Images with tiles, images that repeat themselves, and videos in one batch; in bf16 no more than that it runs."""
+    merging = TokenMerging(per_block=3)
+    towers = [
+        ReducedTower(tower=HFVision(config=TOWER), reductions=[FrameMerging(keep=0.5, behind=0), merging]),
+        ReducedTower(tower=HFVision(config=TOWER), reductions=[RepeatedPatches(), merging]),
+        TilesOnRequest(tower=HFVision(config=TOWER), keep=0.5),
+    ]
+    layouts = [Layout(), Layout(views=5, tiles=(2, 2), size=(60, 64)), Layout(views=4, video=True)]
+    for vision in towers:
+        vision.eval()
+        pixels = torch.randn(10, *vision.pixel_shape, generator=torch.Generator().manual_seed(0))
+        pixels[0, :, :16] = 0
+        expected = vision(pixels, layouts)
+        seen = vision.to(DEVICE)(pixels.to(DEVICE), layouts).cpu()
+        torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
+        in_half = vision.to(torch.bfloat16)(pixels.to(DEVICE, torch.bfloat16), layouts)
+        assert bool(in_half.isfinite().all())
 
 
 @pytest.mark.parametrize("fusion", [LaViFusion, ConcatFusion])
