@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from own_records import parser_of, read
-from verify_claims import TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
+from verify_claims import MERGED, ROOT, TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.estimate import NOTE
@@ -69,15 +69,8 @@ POOLED = reducer("pooling.AveragePooling", factor=2)
 THINNED = "concatenation,"
 QUARTER = 182
 """Of a view's 729 tokens."""
-TOWER = {"_target_": "lavi.vision.hf.HFVision", "source": "google/siglip-so400m-patch14-384", "layer": -2}
-MERGED_TOWER = {
-    "_target_": "lavi.vision.reduced.ReducedTower",
-    "tower": TOWER,
-    "reductions": [
-        {"_target_": "lavi.vision.frame_merging.FrameMerging", "keep": 0.25, "behind": 1},
-        {"_target_": "lavi.vision.token_merging.TokenMerging", "per_block": [364, 182, 92], "start": 2},
-    ],
-}
+MERGED_TOWER = Recipe.load(ROOT / "recipes" / f"{MERGED}.yaml").settings["model"]["vision"]
+TOWER = MERGED_TOWER["tower"]
 ON_REQUEST = {"_target_": "lavi.vision.tiles_on_request.TilesOnRequest", "tower": TOWER, "keep": 0.25}
 SEVERAL_LAYERS = {"vision.layer": [9, 17, -2], "fusion.levels": 3}
 REFINING_TWO = {"fusion.configuration": [4, 15]}

@@ -26,7 +26,7 @@ class LabData:
     """What methods are trained on and scored with.
 
     Args:
-        features: the folder of their cached features.
+        features: the folder of their cached features; of the encoder's, of the pixels.
         levels: easy or hard, of each question family.
         baseline: the method that savings are against.
     """

@@ -29,7 +29,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavi.config.targets import OURS, find_target
+from lavi.config.targets import OURS, find_target, path_of
 from lavi.config.text import TARGET, Dumper, is_component, override, read
 from lavi.config.types import Check, Count, PositiveOrZero, Range
 from lavi.errors import UserError, nearest, one_line
@@ -209,7 +209,7 @@ class Recipe:
         component = self.component(section)
         if inspect.isclass(component) and not issubclass(component, base):
             where, name = self._where(f"{section}.{TARGET}"), self.settings[section][TARGET]
-            raise UserError(f"{where}: '{section}' ({name}) is no {base.__module__}.{base.__qualname__}: {advice}.")
+            raise UserError(f"{where}: '{section}' ({name}) is no {path_of(base)}: {advice}.")
 
     # --- checking ---
 
@@ -412,7 +412,7 @@ def load_component(file: Path, kind: type[Built]) -> Built:
     """
     lines: dict[str, str] = {}
     name = kind.__name__.lower()
-    node = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **read(file, lines)}
+    node = {TARGET: path_of(kind), **read(file, lines)}
     placed = {f"{name}.{key}": where for key, where in lines.items()}
     recipe = Recipe({name: node}, placed | {name: str(file)}, str(file))
     recipe.require(name, kind, f"name a {kind.__name__}")

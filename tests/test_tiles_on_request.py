@@ -195,3 +195,21 @@ def test_backbones_of_no_one_grid_are_refused() -> None:
     tower.native_resolution = True
     with pytest.raises(UserError, match="a backbone of one grid"):
         TilesOnRequest(tower=tower, keep=0.5)
+
+
+@torch.no_grad()
+def test_a_backbone_in_a_backbone_in_a_backbone_is_exported(tiny_recipe: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = Recipe.load(tiny_recipe).settings
+    tower = {"_target_": "lavi.vision.hf.HFVision", "config": TOWER}
+    merging = {"_target_": "lavi.vision.frame_merging.FrameMerging", "keep": 0.5, "behind": 0}
+    reduced = {"_target_": "lavi.vision.reduced.ReducedTower", "tower": tower, "reductions": [merging]}
+    pair = {"_target_": "lavi.vision.pair.TwoTowers", "first": tower, "second": tower}
+    for number, within in enumerate((reduced, pair)):
+        vision = {"_target_": "lavi.vision.tiles_on_request.TilesOnRequest", "tower": within, "keep": 0.5}
+        settings["model"]["vision"] = vision
+        model: VisionLanguageModel = build_model(Recipe(settings, source="here")).eval()
+        save_pretrained(model, tmp_path / str(number))
+        again = from_pretrained(tmp_path / str(number))
+        pixels = torch.randn(3, *model.vision.pixel_shape)
+        layouts = [Layout(views=3, video=True)]
+        assert torch.equal(again.features(pixels, layouts), model.features(pixels, layouts))

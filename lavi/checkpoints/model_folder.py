@@ -13,6 +13,7 @@ when it has ``save_pretrained(folder)``, which writes it and returns the argumen
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -130,7 +131,8 @@ DROPPED = ("config", "lora", "gguf_file")
 """What built a language model whose weights are in the folder now."""
 
 
-def _write(model: VisionLanguageModel, node: dict[str, Any], folder: Path) -> None:
+def _write(model: VisionLanguageModel, built_from: dict[str, Any], folder: Path) -> None:
+    node = copy.deepcopy(built_from)  # the model's own stays as it is
     language = {key: value for key, value in node["language"].items() if key not in DROPPED}
     node["language"] = language | {"source": f"{INSIDE}language", "tokenizer": f"{INSIDE}tokenizer"}
     model.language.save_pretrained(folder / "language")

@@ -49,6 +49,11 @@ def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[.
     return typing.cast(Callable[..., Any], target)
 
 
+def path_of(kind: type) -> str:
+    """The dotted path of a class, as ``_target_`` names it."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _imported(path: str, where: str) -> Any:
     """What stands at a dotted path."""
     module_name, _, name = path.rpartition(".")

@@ -9,9 +9,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lavi.batch import Batch
 from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.subsequence import ArrangedCall, LayeredCache
 from lavi.nn.grid_code import GridCode, grid_of_tokens
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
@@ -70,6 +72,24 @@ class ColumnContext(VisualContext):
     def for_generation(self, copies: int) -> Self:
         visual = {name: tokens.repeat_interleave(copies, dim=0) for name, tokens in self.visual.items()}
         return replace(self, text_columns=None, visual=visual, column=self.column.repeat_interleave(copies, dim=0))
+
+
+@dataclass(kw_only=True)
+class ArrangedContext(VisualContext):
+    """Of layers that work on parts of an arranged prompt, which only a cache of theirs can keep."""
+
+    length: int
+    """S, of the arranged prompt."""
+    past: int = 0
+    new_tokens: int = 0
+
+    def new_cache(self, config: PretrainedConfig) -> LayeredCache:
+        return LayeredCache(config)
+
+    @property
+    def arranged(self) -> ArrangedCall:
+        """This call on the arranged sequence."""
+        return ArrangedCall(length=self.length, past=self.past, new_tokens=self.new_tokens)
 
 
 @dataclass
@@ -277,3 +297,20 @@ def splice(batch: Batch, counts: list[int], *, text_width: int) -> tuple[Tensor,
         start, stop = batch.spans[row]
         columns[row, start:stop] += offset
     return order, columns
+
+
+def visual_columns(order: Tensor, text_tokens: int, *, least: int = 0) -> Tensor:
+    """(B, M): the columns that each row's visual tokens have in an ``order`` (B, S) that :func:`splice` made.
+
+    Args:
+        text_tokens: of the whole batch; they stand before the visual ones in what ``order`` counts.
+        least: the least M.
+
+    Returns:
+        On the host, S for padding.
+    """
+    own = [(row >= text_tokens).nonzero()[:, 0] for row in order]
+    columns = torch.full((len(order), max(least, *map(len, own))), order.shape[1], device="cpu")
+    for row, visual in enumerate(own):
+        columns[row, : len(visual)] = visual
+    return columns

@@ -72,29 +72,38 @@ class ConcatFusion(Fusion):
         return self.markers.arrangement(language.tokenizer) if weights_wanted() else self.markers.of_single_tokens()
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        return self.spliced(batch, features, language)[0]
+
+    def spliced(self, batch: Batch, features: Tensor, language: LanguageModel) -> tuple[DecoderInput, Tensor]:
+        """The arranged batch, and the order of its tokens (B, S) as :func:`splice` makes it, on the host."""
         text = language.embed(batch.input_ids)  # (B, T, D)
         visual, counts = self.visual_tokens(batch, self.projector(features.float()).to(text.dtype), language)
         order, columns = splice(batch, counts, text_width=text.shape[1])
         embeds, mask = splice_tokens(text, visual, order)
         vision = VisualContext(text_columns=columns.to(text.device))
         conversation = None if batch.packed is None else conversation_ids(batch, counts, order).to(text.device)
-        return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision, conversation=conversation)
+        inputs = DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=vision, conversation=conversation)
+        return inputs, order
 
     def visual_tokens(self, batch: Batch, projected: Tensor, language: LanguageModel) -> tuple[Tensor, list[int]]:
         """(views, N, D) to the visual tokens (n, D) of all images one after the other, and how many each has."""
         embeddings: Tensor | None = self.newline
         if ids := self.tile_arrangement.marker_ids:
             embeddings = language.embed(torch.tensor(ids, device=batch.input_ids.device)).to(projected)  # (K, D)
-        images = projected.split([slot.views for slot in batch.image_slots]) if batch.image_slots else ()
-        packed = [
-            self.tile_arrangement.arrange(image, slot.layout, embeddings)
-            for image, slot in zip(images, batch.image_slots, strict=True)
-        ]
+        packed = self.by_image(batch, projected, embeddings)
         # Without an image they are empty, and still in the graph: a rank without one must not hang the others.
         empty = [projected.flatten(0, 1)[:0]]
         if self.newline is not None:
             empty.append(self.newline[None][:0].to(projected))
         return torch.cat([*empty, *packed]), [len(tokens) for tokens in packed]
+
+    def by_image(self, batch: Batch, views: Tensor, between: Tensor | None) -> list[Tensor]:
+        """(views, N, E) to the tokens (n, E) of each image; ``between`` is what newlines and markers are."""
+        images = views.split([layout.views for layout in batch.layouts]) if batch.image_slots else ()
+        return [
+            self.tile_arrangement.arrange(image, layout, between)
+            for image, layout in zip(images, batch.layouts, strict=True)
+        ]
 
     @property
     def token_counter(self) -> TokenCounter:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, CountOrZero
 from lavi.errors import UserError
-from lavi.fusion.arrangement import splice
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.levels import split_levels, width_of_level
@@ -85,16 +84,14 @@ class DeepStackFusion(ConcatFusion):
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         *earlier, last = split_levels(features, self.levels)
-        inputs = super().forward(batch, last, language)
+        inputs, order = self.spliced(batch, last, language)
         if not earlier:
             return inputs
         assert inputs.inputs_embeds is not None
         merged = [merger(level.float()) for merger, level in zip(self.mergers, earlier, strict=True)]
         together = torch.cat(merged, dim=-1).to(inputs.inputs_embeds.dtype)  # (views, N, K D)
-        added, counts = self._arranged(batch, together)  # (n + 1, K D)
-        text = batch.input_ids.shape
-        order, _ = splice(batch, counts, text_width=text[1])
-        of_visual = order - text.numel()  # text and padding are below 0
+        added = self._arranged(batch, together)  # (n + 1, K D)
+        of_visual = order - batch.input_ids.numel()  # text and padding are below 0
         context = DeepStackContext(
             text_columns=inputs.vision.text_columns,
             added=dict(zip(self.layers, added.split(language.width, dim=-1), strict=True)),
@@ -102,8 +99,8 @@ class DeepStackFusion(ConcatFusion):
         )
         return replace(inputs, vision=context)
 
-    def _arranged(self, batch: Batch, merged: Tensor) -> tuple[Tensor, list[int]]:
-        """(views, N, E), one value for each visual token of all images (n + 1, E), and how many each image has.
+    def _arranged(self, batch: Batch, merged: Tensor) -> Tensor:
+        """(views, N, E), one value for each visual token of all images: (n + 1, E).
 
         What stands between the views gets zeros, and so is the last.
         """
@@ -112,14 +109,9 @@ class DeepStackFusion(ConcatFusion):
             nothing = merged.new_zeros(len(ids), width)
         elif self.newline is not None:
             nothing = merged.new_zeros(width)
-        images = merged.split([slot.views for slot in batch.image_slots]) if batch.image_slots else ()
-        arranged = [
-            self.tile_arrangement.arrange(image, slot.layout, nothing)
-            for image, slot in zip(images, batch.image_slots, strict=True)
-        ]
         # Without an image they are empty, and still in the graph, as in concatenation.
-        tokens = torch.cat([merged.flatten(0, 1)[:0], *arranged, merged.new_zeros(1, width)])
-        return tokens, [len(image) for image in arranged]
+        empty = merged.flatten(0, 1)[:0]
+        return torch.cat([empty, *self.by_image(batch, merged, nothing), merged.new_zeros(1, width)])
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
         visual = 0 if decoding or layout is None else layout.views * layout.tokens_of_view(per_view)

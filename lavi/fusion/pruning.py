@@ -18,19 +18,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import last_prompt_columns
+from lavi.fusion.arrangement import ArrangedContext, last_prompt_columns
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.tile_markers import TileMarkers
-from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.ranking import Ranking, ranking_in
-from lavi.language.subsequence import ArrangedCall, AttentionKind, LayeredCache, take
+from lavi.language.subsequence import AttentionKind, LayeredCache, take
 from lavi.language.surgery import open_decoder
 from lavi.nn.projectors import Projector
 from lavi.vision.base import FeatureSpec
@@ -80,26 +79,21 @@ class PruningFusion(ConcatFusion):
         self.plan = PruningPlan(self.stages, layers, attention)
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        inputs = super().forward(batch, features, language)
+        inputs, order = self.spliced(batch, features, language)
         if not self.stages:
             return inputs
-        columns, valid = inputs.vision.text_columns, inputs.attention_mask
+        columns = inputs.vision.text_columns
         assert columns is not None
-        device, length = columns.device, valid.shape[1]
-        is_text = torch.zeros(len(batch), length + 1, dtype=torch.bool, device=device)  # the last one for padding
-        is_text.scatter_(1, columns.masked_fill(~batch.attention_mask, length), True)
-        counts = [0] * len(batch)
-        for slot in batch.image_slots:
-            counts[slot.row] += self.tokens_in_language(slot.layout, features.shape[1])
+        device, visual = columns.device, order >= batch.input_ids.numel()  # (B, S)
         queries = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
         context = PruningContext(
             text_columns=columns,
             plan=self.plan,
-            length=length,
-            valid=valid,
-            visual=valid & ~is_text[:, :length],
+            length=order.shape[1],
+            valid=inputs.attention_mask,
+            visual=visual.to(device),
             query=columns.gather(1, queries)[:, 0],
-            visual_counts=counts,
+            visual_counts=visual.sum(1).tolist(),
             text_counts=[stop - start for start, stop in batch.spans],
             pads_left=all(stop == batch.input_ids.shape[1] for _, stop in batch.spans),
         )
@@ -205,12 +199,10 @@ class Columns:
 
 
 @dataclass(kw_only=True)
-class PruningContext(VisualContext):
+class PruningContext(ArrangedContext):
     """The arranged prompt, and which of its columns each layer of this call works on."""
 
     plan: PruningPlan
-    length: int
-    """S, of the arranged prompt."""
     valid: Tensor
     """(B, S)."""
     visual: Tensor
@@ -222,17 +214,12 @@ class PruningContext(VisualContext):
     text_counts: list[int]
     """Text tokens of each row's prompt."""
     pads_left: bool
-    past: int = 0
-    new_tokens: int = 0
     stages: dict[int, Columns] = field(default_factory=dict)
     """For each layer behind a stage, until the next: what is left. Made while the prompt is read."""
 
     def for_step(self, past: int, length: int) -> Self:
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
         return replace(self, past=past, new_tokens=length, stages={})
-
-    def new_cache(self, config: PretrainedConfig) -> LayeredCache:
-        return LayeredCache(config)
 
     def for_generation(self, copies: int) -> Self:
         tensors: dict[str, Any] = {
@@ -243,11 +230,6 @@ class PruningContext(VisualContext):
             for name in ("visual_counts", "text_counts")
         }
         return replace(self, text_columns=None, **tensors, **counts)
-
-    @property
-    def arranged(self) -> ArrangedCall:
-        """This call on the arranged sequence."""
-        return ArrangedCall(length=self.length, past=self.past, new_tokens=self.new_tokens)
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         stages: dict[int, Columns] = self.stages

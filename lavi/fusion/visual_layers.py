@@ -21,18 +21,18 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count
 from lavi.errors import UserError
+from lavi.fusion.arrangement import ArrangedContext, visual_columns
 from lavi.fusion.base import Cost
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.tile_markers import TileMarkers
-from lavi.language.context import DecoderInput, VisualContext
+from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
 from lavi.language.reading import check_reading, read
-from lavi.language.subsequence import ArrangedCall, AttentionKind, LayeredCache, take
+from lavi.language.subsequence import AttentionKind, take
 from lavi.language.surgery import open_decoder
 from lavi.nn.projectors import Projector
 from lavi.vision.base import FeatureSpec
@@ -73,25 +73,19 @@ class VisualLayersFusion(ConcatFusion):
         self.read_widths = [language.attention_widths(layer) for layer in reading]
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        inputs = super().forward(batch, features, language)
-        text_columns, valid = inputs.vision.text_columns, inputs.attention_mask
+        inputs, order = self.spliced(batch, features, language)
+        text_columns, length = inputs.vision.text_columns, order.shape[1]
         assert text_columns is not None
-        length, counts = valid.shape[1], [0] * len(batch)
-        for slot in batch.image_slots:
-            counts[slot.row] += self.tokens_in_language(slot.layout, features.shape[1])
-        columns = text_columns.masked_fill(~batch.attention_mask, length)
-        rows = [stop - start for start, stop in batch.spans]
-        is_padded = len({text + visual for text, visual in zip(rows, counts, strict=True)}) > 1
+        is_padded = bool((order < 0).any())
+        text_is_padded = any(span != (0, batch.input_ids.shape[1]) for span in batch.spans)
         context = VisualLayersContext(
             text_columns=text_columns,
             plan=self.plan,
             length=length,
-            valid=valid if is_padded else None,
-            columns=columns,
-            text_valid=None
-            if all(span == (0, batch.input_ids.shape[1]) for span in batch.spans)
-            else batch.attention_mask,
-            visual_columns=_visual_columns(valid, columns, counts),
+            valid=inputs.attention_mask if is_padded else None,
+            columns=text_columns.masked_fill(~batch.attention_mask, length),
+            text_valid=batch.attention_mask if text_is_padded else None,
+            visual_columns=visual_columns(order, batch.input_ids.numel()).to(text_columns.device),
         )
         return replace(inputs, vision=context)
 
@@ -157,21 +151,6 @@ def scaled_layers(layers: Sequence[int], depth: int) -> list[int]:
     return sorted({min(round(layer * depth / PAPER_DEPTH), depth - 1) for layer in layers})
 
 
-def _visual_columns(valid: Tensor, columns: Tensor, counts: list[int]) -> Tensor:
-    """(B, M): the columns of each row's visual tokens in the arranged sequence, S for padding.
-
-    Args:
-        valid: (B, S): which columns are tokens.
-        columns: (B, T) of the text; S for padding.
-        counts: visual tokens of each row.
-    """
-    length, most = valid.shape[1], max(counts)
-    visual = torch.cat([valid, valid[:, :1]], dim=1).scatter(1, columns, False)[:, :length]
-    first = visual.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-    is_padding = [[index >= count for index in range(most)] for count in counts]
-    return first.masked_fill(torch.tensor(is_padding, dtype=torch.bool, device="cpu").to(first.device), length)
-
-
 @dataclass(frozen=True)
 class VisualLayersPlan:
     """What each of the L layers does.
@@ -199,12 +178,10 @@ class VisualLayersPlan:
 
 
 @dataclass(kw_only=True)
-class VisualLayersContext(VisualContext):
+class VisualLayersContext(ArrangedContext):
     """The arranged prompt, and V where it waits beside the text."""
 
     plan: VisualLayersPlan
-    length: int
-    """S, of the arranged prompt."""
     valid: Tensor | None
     """(B, S); None: no padding."""
     columns: Tensor
@@ -213,26 +190,16 @@ class VisualLayersContext(VisualContext):
     """(B, T); None: no padding."""
     visual_columns: Tensor
     """(B, M): where V stands in it (S: padding)."""
-    past: int = 0
-    new_tokens: int = 0
     visual: dict[int, Tensor] = field(default_factory=dict)
     """V (B, M, D) as each layer found it before which it was set aside. Made while the prompt is read."""
 
     def for_step(self, past: int, length: int) -> Self:
         return replace(self, past=past, new_tokens=length, visual={})
 
-    def new_cache(self, config: PretrainedConfig) -> LayeredCache:
-        return LayeredCache(config)
-
     def for_generation(self, copies: int) -> Self:
         tensors = {name: getattr(self, name) for name in ("valid", "columns", "text_valid", "visual_columns")}
         repeated = {name: part.repeat_interleave(copies, dim=0) for name, part in tensors.items() if part is not None}
         return replace(self, text_columns=None, **repeated)
-
-    @property
-    def arranged(self) -> ArrangedCall:
-        """This call on the arranged sequence."""
-        return ArrangedCall(length=self.length, past=self.past, new_tokens=self.new_tokens)
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         mode = self.plan.modes[layer]

@@ -5,11 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from lavi.batch import Layout
+from lavi.config.targets import path_of
+from lavi.config.text import TARGET
 from lavi.data.preprocessing import Preprocessing
+from lavi.errors import UserError
 from lavi.vision.shape_flops import forward_on_meta
 
 
@@ -85,3 +90,24 @@ class VisionBackbone(nn.Module, ABC):
     @cached_property
     def _flops_of_view(self) -> float:
         return forward_on_meta(self, self.pixel_shape)[1]
+
+
+def save_part(backbone: Any, folder: Path, name: str) -> dict[str, Any]:
+    """Write a backbone that another one holds into ``folder / name``.
+
+    Returns:
+        The component that builds it again, as a recipe names it; paths are relative to ``folder``.
+
+    Raises:
+        UserError: it cannot be saved.
+    """
+    if not hasattr(backbone, "save_pretrained"):
+        raise UserError(f"{type(backbone).__name__}, the {name} of a backbone, has no save_pretrained(folder).")
+    return {TARGET: path_of(type(backbone)), **_within(name, backbone.save_pretrained(folder / name))}
+
+
+def _within(name: str, value: Any) -> Any:
+    """Arguments whose paths are of the folder above."""
+    if isinstance(value, dict):
+        return {key: _within(name, one) for key, one in value.items()}
+    return name / value if isinstance(value, Path) else value

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
@@ -136,7 +136,7 @@ class NaFlexVision(VisionBackbone):
     def flops(self, views: int, layout: Layout | None = None) -> float:
         grid = layout.grid if layout is not None and layout.grid is not None else self.grid
         if grid not in self._flops_by_grid:
-            self._flops_by_grid[grid] = forward_on_meta(_OneGrid(self, grid), self.pixel_shape)[1]
+            self._flops_by_grid[grid] = forward_on_meta(self, self.pixel_shape, [grid])[1]
         return views * self._flops_by_grid[grid]
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
@@ -144,17 +144,6 @@ class NaFlexVision(VisionBackbone):
         self.tower.save_pretrained(folder)
         self.preprocessing.image_processor.save_pretrained(folder)
         return {"source": Path(), "layer": self.layers}
-
-
-class _OneGrid(nn.Module):
-    """A tower whose views have one grid: what a functional call calls."""
-
-    def __init__(self, vision: NaFlexVision, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.vision, self.grid = vision, grid
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.vision(pixels, [self.grid] * len(pixels))
 
 
 def _settings(source: str | None, config: dict[str, Any] | None) -> PretrainedConfig:

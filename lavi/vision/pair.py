@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lavi.batch import Layout
-from lavi.config.text import TARGET
 from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
-from lavi.vision.base import FeatureSpec, VisionBackbone
+from lavi.vision.base import FeatureSpec, VisionBackbone, save_part
 from lavi.vision.tower import resized
 
 
@@ -108,12 +107,5 @@ class TwoTowers(VisionBackbone):
         Raises:
             UserError: one cannot be saved.
         """
-        return {name: self._saved(folder, name) for name in ("first", "second")} | {"join": self.join}
-
-    def _saved(self, folder: Path, name: str) -> dict[str, Any]:
-        tower = getattr(self, name)
-        if not hasattr(tower, "save_pretrained"):
-            raise UserError(f"{type(tower).__name__}, the {name} of two towers, has no save_pretrained(folder).")
-        arguments = tower.save_pretrained(folder / name)
-        within = {key: name / value if isinstance(value, Path) else value for key, value in arguments.items()}
-        return {TARGET: f"{type(tower).__module__}.{type(tower).__qualname__}", **within}
+        parts = {name: save_part(getattr(self, name), folder, name) for name in ("first", "second")}
+        return parts | {"join": self.join}

@@ -29,9 +29,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lavi.batch import Layout, grids_of_views
+from lavi.config.targets import path_of
 from lavi.config.text import TARGET
 from lavi.errors import UserError
-from lavi.vision.base import VisionBackbone
+from lavi.vision.base import VisionBackbone, save_part
 from lavi.vision.hf import HFVision
 from lavi.vision.naflex import NaFlexVision
 from lavi.vision.shape_flops import forward_on_meta
@@ -88,7 +89,7 @@ class TokenReduction(ABC):
         """
         if not is_dataclass(self):
             raise UserError(f"{type(self).__name__} cannot be saved: make it a dataclass of its arguments.")
-        return {TARGET: f"{type(self).__module__}.{type(self).__qualname__}", **asdict(self)}
+        return {TARGET: path_of(type(self)), **asdict(self)}
 
 
 class ReducedTower(VisionBackbone):
@@ -146,7 +147,8 @@ class ReducedTower(VisionBackbone):
             features: Tensor = self.tower(pixels, grids) if self.native_resolution else self.tower(pixels)
         finally:
             _encoding.reset(token)
-        self.sizes = encoding.sizes
+        if not pixels.is_meta:  # else it is only counted
+            self.sizes = encoding.sizes
         return features
 
     def _patches(self, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor | None:
@@ -164,9 +166,7 @@ class ReducedTower(VisionBackbone):
         if layout is not None and layout.video and layout.views == views:
             one = layout
         if one not in self._flops_by_layout:
-            sizes = self.sizes
-            self._flops_by_layout[one] = forward_on_meta(_OneImage(self, one), self.pixel_shape, one.views)[1]
-            self.sizes = sizes
+            self._flops_by_layout[one] = forward_on_meta(self, self.pixel_shape, [one], views=one.views)[1]
         return views / one.views * self._flops_by_layout[one]
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
@@ -175,9 +175,10 @@ class ReducedTower(VisionBackbone):
         Raises:
             UserError: a reduction does not say what builds it.
         """
-        arguments = self.tower.save_pretrained(folder)
-        tower = {TARGET: f"{type(self.tower).__module__}.{type(self.tower).__qualname__}", **arguments}
-        return {"tower": tower, "reductions": [one.arguments() for one in self.reductions]}
+        return {
+            "tower": save_part(self.tower, folder, "tower"),
+            "reductions": [one.arguments() for one in self.reductions],
+        }
 
 
 # --- one forward ------------------------------------------------------------------------------------------------------
@@ -307,18 +308,6 @@ def videos_of(layouts: Sequence[Layout]) -> list[range]:
             videos.append(range(first, first + layout.views))
         first += layout.views
     return videos
-
-
-class _OneImage(nn.Module):
-    """A tower that encodes the views of one image: what a functional call calls."""
-
-    def __init__(self, vision: ReducedTower, layout: Layout) -> None:
-        super().__init__()
-        self.vision, self.layout = vision, layout
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.vision(pixels, [self.layout])
-        return features
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -35,11 +35,17 @@ class ShapeFlops(TorchFunctionMode):
         return out
 
 
-def forward_on_meta(module: nn.Module, pixel_shape: Sequence[int], views: int = 1) -> tuple[Any, float]:
-    """The output and the FLOPs of a module for views (views, C, H, W) on the meta device; the module is not changed."""
+def forward_on_meta(
+    module: nn.Module, pixel_shape: Sequence[int], *arguments: Any, views: int = 1
+) -> tuple[Any, float]:
+    """The output and the FLOPs of a module for views (views, C, H, W) on the meta device; the module is not changed.
+
+    Args:
+        arguments: what its forward takes behind the pixels.
+    """
     state = state_on_meta(module)
     with evaluating(module), torch.device("meta"), torch.no_grad(), ShapeFlops() as counter:
-        out = functional_call(module, state, (torch.zeros(views, *pixel_shape),))
+        out = functional_call(module, state, (torch.zeros(views, *pixel_shape), *arguments))
     return out, counter.total
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from lavi.batch import Layout
+from lavi.config.targets import path_of
 from lavi.config.text import TARGET
 from lavi.config.types import Share
 from lavi.errors import UserError
-from lavi.vision.base import VisionBackbone
+from lavi.vision.base import VisionBackbone, save_part
 from lavi.vision.windows import windows_of_views
 
 
@@ -158,9 +159,5 @@ class TilesOnRequest(VisionBackbone):
         Raises:
             UserError: the tower cannot be saved.
         """
-        own: Any = self.tower
-        if not hasattr(own, "save_pretrained"):
-            raise UserError(f"{type(own).__name__} has no save_pretrained(folder).")
-        tower = {TARGET: f"{type(own).__module__}.{type(own).__qualname__}", **own.save_pretrained(folder)}
-        ranking = {TARGET: f"{type(self.ranking).__module__}.{type(self.ranking).__qualname__}"}
-        return {"tower": tower, "keep": self.keep, "ranking": ranking}
+        ranking = {TARGET: path_of(type(self.ranking))}
+        return {"tower": save_part(self.tower, folder, "tower"), "keep": self.keep, "ranking": ranking}

@@ -39,7 +39,7 @@ from lavi.batch import Batch, Layout
 from lavi.config.paths import home_path
 from lavi.config.types import Count
 from lavi.errors import UserError
-from lavi.fusion.arrangement import Rows, group_tokens_by_row, last_prompt_columns, splice, splice_tokens
+from lavi.fusion.arrangement import group_tokens_by_row, last_prompt_columns, splice, splice_tokens, visual_columns
 from lavi.fusion.base import Cost, TokenCounter, no_tokens
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.tile_markers import TileMarkers
@@ -216,7 +216,7 @@ class VisorFusion(ConcatFusion):
         context.length = length
         context.text_columns = columns.to(device)
         context.columns = context.text_columns.masked_fill(~valid, length)
-        context.visual_columns = _visual_columns(on_host, order, batch.input_ids.numel()).to(device)
+        context.visual_columns = visual_columns(order, batch.input_ids.numel(), least=on_host.index.shape[1]).to(device)
         return DecoderInput(inputs_embeds=embeds, attention_mask=mask, vision=context)
 
     def _check_turns(self, batch: Batch) -> None:
@@ -258,16 +258,3 @@ class VisorFusion(ConcatFusion):
         if self.router is not None:
             costs["router"] = Cost(0.0 if decoding else self.router.flops())
         return costs
-
-
-def _visual_columns(rows: Rows, order: Tensor, text_tokens: int) -> Tensor:
-    """(B, M): the columns that V has in the arranged sequence ``order`` (B, S), S for padding; made on the host.
-
-    Args:
-        text_tokens: of the whole batch; they stand before the visual ones in what ``order`` counts.
-    """
-    columns = torch.full_like(rows.index, order.shape[1])
-    for row, sequence in enumerate(order):
-        visual = (sequence >= text_tokens).nonzero()[:, 0]
-        columns[row, : len(visual)] = visual
-    return columns
