@@ -91,6 +91,7 @@ METHODS: dict[str, Entry] = {
     "ViCA": Entry("baselines/vica_0_5b", lab="ViCA, layers 0 and 2 reading"),
     "ShortV": Entry("baselines/shortv_0_5b", lab="ShortV, layers 0 and 3 reading"),
     "late injection": Entry("baselines/late_injection_0_5b", lab="late injection, from layer 2"),
+    "HiDrop": Entry("baselines/hidrop_0_5b"),
     "DeepStack": Entry("baselines/deepstack_0_5b"),
     "FastV": Entry("baselines/fastv_0_5b"),
     "PyramidDrop": Entry("baselines/pyramid_drop_0_5b"),

@@ -66,7 +66,7 @@ class Method:
     """A recipe of the lab with changes.
 
     Args:
-        shares: of the recipe's steps, the budgets it is trained with; of those below 1 with the first seed alone.
+        shares: of the recipe's steps, the budgets it is trained with; of others than 1 with the first seed alone.
         seeds: how many it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
         data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
@@ -82,7 +82,7 @@ class Method:
     of: str | None = None
 
 
-SHORT = 0.3
+SHORT = 0.2
 """The share of the steps of what is tried with one seed: while methods still learn, what helps them is seen best."""
 
 
@@ -103,7 +103,8 @@ def in_the_tower(name: str, **merging: Any) -> tuple[str, tuple[str, ...]]:
 METHODS: dict[str, Method] = {
     "concatenation": Method("concat", shares=(SHORT, 1.0)),
     "LaVi": Method("lavi", shares=(SHORT, 1.0)),
-    "cross-attention": Method("cross_attention"),
+    "concatenation, more steps": Method("concat", shares=(1.6,)),
+    "cross-attention": Method("cross_attention", seeds=1),
     "VISOR": Method(
         "visor",
         variants=(

@@ -184,7 +184,7 @@ def draw(records: Sequence[Record]) -> Figure:
     for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
         for axes, level in zip(row, ("easy", "hard"), strict=True):
             for of in by_method(records):
-                name, whole = of[0].knobs["method"], of[0].knobs["share"] == 1.0
+                name, whole = of[0].knobs["method"], of[0].knobs["share"] >= 1.0
                 scores = [r.accuracy[f"level/{level}"] for r in of]
                 told = [cost for cost in map(cost_of, of) if cost is not None]
                 if not told:

@@ -62,7 +62,7 @@ FUSIONS = {
     ),
     "fastv": lambda: FastV(layer=2, keep=0.5),
     "pyramid-drop": lambda: PyramidDrop(stages=4, keep=0.5),
-    "late-injection": lambda: LateInjection(first=1, last=2),
+    "late-injection": lambda: LateInjection(first=1, last=2, stages={1: 0.5}),
     "shortv": lambda: ShortV(layers=[0, 2]),
     "vica": lambda: ViCA(layers=[0, 2]),
     "lavi-levels": lambda: LaViFusion(every=1, levels=3),

@@ -60,7 +60,7 @@ FUSIONS = {
     "fastv": lambda: FastV(layer=1, keep=0.5),
     "pyramid-drop": lambda: PyramidDrop(keep=0.6),
     "deepstack": lambda: DeepStackFusion(levels=3),  # 24 channels as three levels of 8
-    "late-injection": lambda: LateInjection(first=1, last=2),
+    "late-injection": lambda: LateInjection(first=1, last=2, stages={1: 0.5}),
     "shortv": lambda: ShortV(layers=[0, 2]),
     "vica": lambda: ViCA(layers=[0, 2]),
     "concat": ConcatFusion,

@@ -185,7 +185,7 @@ def test_only_rows_of_unequal_length_are_padded(build) -> None:  # type: ignore[
         with torch.no_grad():
             context: Any = model.fusion(batch, model.features(batch.pixels), model.language).vision
         length = context.length
-        columns = context.for_step(0, length)._all_columns()
+        columns = context.for_step(0, length).all_columns()
         assert (columns.valid is not None) == is_padded
         assert columns.index.tolist() == [list(range(length))] * 2
 

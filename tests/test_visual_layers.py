@@ -1,4 +1,4 @@
-"""ViCA, ShortV and late injection: against concatenation whose visual tokens are put back and hidden layer by layer."""
+"""ViCA and ShortV: against concatenation whose visual tokens are put back and hidden layer by layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
 from lavi.fusion.concat import ConcatFusion
-from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.shortv import ShortV
 from lavi.fusion.vica import ViCA
 from lavi.fusion.visual_layers import Mode, VisualLayersFusion, scaled_layers
@@ -120,8 +119,8 @@ def assert_is_the_reference(build: Any, fusion: Fusion, **config: Any) -> None:
 
 @pytest.mark.parametrize(
     "fusion",
-    [lambda: Modes(*["whole"] * 4), lambda: LateInjection(first=0), lambda: ShortV(layers=[])],
-    ids=["whole", "late-injection", "shortv"],
+    [lambda: Modes(*["whole"] * 4), lambda: ShortV(layers=[])],
+    ids=["whole", "shortv"],
 )
 @pytest.mark.parametrize("family", VARIED)
 def test_with_every_layer_whole_it_is_concatenation_bit_for_bit(build, fusion, family: str) -> None:  # type: ignore[no-untyped-def]
@@ -139,13 +138,7 @@ def test_it_is_concatenation_with_visual_tokens_put_back_and_hidden(build, famil
 
 @pytest.mark.parametrize(
     "fusion",
-    [
-        lambda: ShortV(layers=[1, 3]),
-        lambda: ViCA(layers=[0, 1]),
-        lambda: ViCA(layers=[2, 3]),
-        lambda: LateInjection(first=2),
-        lambda: LateInjection(first=1, last=2),
-    ],
+    [lambda: ShortV(layers=[1, 3]), lambda: ViCA(layers=[0, 1]), lambda: ViCA(layers=[2, 3])],
 )
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3_text"])
 def test_so_is_each_method(build, fusion, family: str) -> None:  # type: ignore[no-untyped-def]
@@ -290,10 +283,6 @@ def test_reading_costs_what_it_computes(build, family: str) -> None:
     assert sum(closed.decode.values()) == pytest.approx(by_operator["decode"], rel=1e-6)
 
 
-def test_what_reads_in_no_layer_has_no_reading() -> None:
-    assert LateInjection(first=2).modes(4) == ["text", "text", "whole", "whole"]
-
-
 # --- which layers -----------------------------------------------------------------------------------------------------
 
 
@@ -318,9 +307,6 @@ def test_the_recipes_take_the_same_depths_of_twenty_four(name: str) -> None:
         (ViCA, r"names layers of 32, and this language model has 4: .* for example .*\[0, 1, 2\]"),
         (lambda: ViCA(layers=[1, 4]), r"ViCA cannot read in layers \[4\]: the language model has 0 to 3"),
         (lambda: ShortV(layers=[-1]), r"ShortV cannot read in layers \[-1\]"),
-        (lambda: LateInjection(first=4), "layers 4 to 3: the language model has 0 to 3"),
-        (lambda: LateInjection(first=2, last=1), "layers 2 to 1"),
-        (lambda: LateInjection(first=2, last=4), "layers 2 to 4"),
     ],
 )
 def test_what_cannot_be_is_refused(build, make, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -353,7 +339,7 @@ def test_a_family_that_caches_otherwise_is_refused(build, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "forward", other)
     with pytest.raises(UserError, match=r"hands them to its cache, which layers \[1\] of .*Qwen2.* do otherwise"):
         build(ViCA(layers=[0, 1]))
-    build(LateInjection(first=1))
+    build(Modes("text", "text", "whole", "whole"))
 
 
 def test_flash_attention_reads_nothing(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -361,4 +347,4 @@ def test_flash_attention_reads_nothing(build, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(AttentionKind, "of", lambda kernel, config: AttentionKind("flash_attention_2", (None,) * 4))
     with pytest.raises(UserError, match=r"ViCA .* set language.attention=sdpa"):
         build(ViCA(layers=[0]))
-    build(LateInjection(first=1))
+    build(Modes("text", "text", "whole", "whole"))

@@ -73,20 +73,27 @@ class PruningFusion(ConcatFusion):
                 f"pruning after layers {wrong}: the language model has layers to prune before in 0 to "
                 f"{len(layers) - 2}."
             )
-        if self.stages:
-            attention.check("pruning")
+        if not self.is_plain:
+            attention.check(type(self).__name__)
             open_decoder(language.hf, range(len(layers)))
         self.plan = PruningPlan(self.stages, layers, attention)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers work on all tokens."""
+        return not self.stages
+
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         inputs, order = self.spliced(batch, features, language)
-        if not self.stages:
-            return inputs
+        return inputs if self.is_plain else replace(inputs, vision=self.context(batch, inputs, order))
+
+    def context(self, batch: Batch, inputs: DecoderInput, order: Tensor) -> PruningContext:
+        """Of a batch as :meth:`spliced` arranged it."""
         columns = inputs.vision.text_columns
         assert columns is not None
         device, visual = columns.device, order >= batch.input_ids.numel()  # (B, S)
         queries = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
-        context = PruningContext(
+        return PruningContext(
             text_columns=columns,
             plan=self.plan,
             length=order.shape[1],
@@ -97,7 +104,6 @@ class PruningFusion(ConcatFusion):
             text_counts=[stop - start for start, stop in batch.spans],
             pads_left=all(stop == batch.input_ids.shape[1] for _, stop in batch.spans),
         )
-        return replace(inputs, vision=context)
 
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
         counts, left = [], inside
@@ -198,6 +204,12 @@ class Columns:
     """Visual tokens of each row."""
 
 
+def columns_of(layer: int, stages: Mapping[int, Columns | None]) -> Columns | None:
+    """What a layer works on, of what is left behind each stage; None: all columns."""
+    stage = max((after for after in stages if after < layer), default=None)
+    return None if stage is None else stages[stage]
+
+
 @dataclass(kw_only=True)
 class PruningContext(ArrangedContext):
     """The arranged prompt, and which of its columns each layer of this call works on."""
@@ -214,8 +226,8 @@ class PruningContext(ArrangedContext):
     text_counts: list[int]
     """Text tokens of each row's prompt."""
     pads_left: bool
-    stages: dict[int, Columns] = field(default_factory=dict)
-    """For each layer behind a stage, until the next: what is left. Made while the prompt is read."""
+    stages: dict[int, Columns | None] = field(default_factory=dict)
+    """For each layer behind a stage, until the next: what is left, None: all. Made while the prompt is read."""
 
     def for_step(self, past: int, length: int) -> Self:
         # What was kept is made anew by each reading of the prompt; the cache carries it to the calls that follow.
@@ -232,13 +244,12 @@ class PruningContext(ArrangedContext):
         return replace(self, text_columns=None, **tensors, **counts)
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        stages: dict[int, Columns] = self.stages
+        stages = self.stages
         if self.past:
             stages = kwargs["past_key_values"].kept["stages"]
         elif isinstance(cache := kwargs.get("past_key_values"), LayeredCache):
             cache.kept["stages"] = stages
-        stage = max((after for after in stages if after < layer), default=None)
-        columns = stages[stage] if stage is not None else None
+        columns = columns_of(layer, stages)
         if columns is not None:
             kwargs = self.arranged.layer_kwargs(
                 kwargs, columns.index, columns.valid, attention=self.plan.attention, layer=layer, dtype=hidden.dtype
@@ -246,10 +257,10 @@ class PruningContext(ArrangedContext):
         if layer not in self.plan.stages or self.past or not any(self.visual_counts):
             out = call(hidden, **kwargs)
         else:
-            out, stages[layer] = self._rank_and_drop(layer, call, hidden, columns or self._all_columns(), kwargs)
-        if layer == self.plan.depth - 1 and not self.past and stages:
+            out, stages[layer] = self._rank_and_drop(layer, call, hidden, columns or self.all_columns(), kwargs)
+        if layer == self.plan.depth - 1 and not self.past and stages and (left := stages[max(stages)]) is not None:
             # The stack wants back the sequence that it gave (GPT-2), where the text is read from: what was pruned is 0.
-            return self._spread(out, stages[max(stages)])
+            return self._spread(out, left)
         return out
 
     def _rank_and_drop(
@@ -261,23 +272,28 @@ class PruningContext(ArrangedContext):
         with ranking_in(self.plan.layers[layer], ranking):
             out = call(hidden, **kwargs)
         assert ranking.scores is not None
-        indices, columns = self._pruned(before, ranking.scores, self.plan.stages[layer])
+        counts = [kept_count(count, self.plan.stages[layer]) for count in before.visual_counts]
+        indices, columns = self.pruned(before, ranking.scores, counts)
         return take(out, indices), columns
 
-    def _all_columns(self) -> Columns:
+    def all_columns(self) -> Columns:
         """Every column of this call: the prompt's, and what was said behind it without a cache."""
         rows = list(zip(self.text_counts, self.visual_counts, strict=True))
         is_padded = len({text + visual for text, visual in rows}) > 1
         index = torch.arange(self.new_tokens, device=self.valid.device).expand(len(rows), -1)
         return Columns(index, self.arranged.valid(self.valid) if is_padded else None, self.visual_counts)
 
-    def _pruned(self, before: Columns, scores: Tensor, share: float) -> tuple[Tensor, Columns]:
-        """Which (B, n) of the columns before stay, and the columns they are."""
+    def pruned(self, before: Columns, scores: Tensor, counts: list[int]) -> tuple[Tensor, Columns]:
+        """Which (B, n) of the columns before stay, and the columns they are.
+
+        Args:
+            scores: (B, n before): of the visual tokens among them, the highest stay.
+            counts: visual tokens that stay in each row.
+        """
         behind = self.arranged.behind
         visual = torch.cat([self.visual, self.visual.new_zeros(len(self.visual), behind)], dim=1)
         visual = take(visual, before.index)  # (B, n before)
         visual = visual if before.valid is None else visual & before.valid
-        counts = [kept_count(count, share) for count in before.visual_counts]
         most = torch.tensor(counts, device="cpu").to(scores.device)[:, None]
         order = scores.masked_fill(~visual, -1.0).argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(

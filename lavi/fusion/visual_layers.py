@@ -1,4 +1,4 @@
-"""Each layer works on the visual tokens, reads them or leaves them out: what ViCA, ShortV and late injection share.
+"""Each layer works on the visual tokens, reads them or leaves them out: what ViCA and ShortV share.
 
     [ text V V V V text ] -> layers 0 .. L-1, each in one mode:
 
