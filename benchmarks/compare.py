@@ -88,6 +88,7 @@ METHODS: dict[str, Entry] = {
     "LaVi": Entry(LAVI, lab="LaVi"),
     "LaVi, levels of the tower": Entry(LAVI, SEVERAL_LAYERS),
     "cross-attention": Entry("baselines/cross_attention_0_5b", lab="cross-attention"),
+    "CASA": Entry("baselines/casa_0_5b"),
     "ViCA": Entry("baselines/vica_0_5b", lab="ViCA, layers 0 and 2 reading"),
     "ShortV": Entry("baselines/shortv_0_5b", lab="ShortV, layers 0 and 3 reading"),
     "late injection": Entry("baselines/late_injection_0_5b", lab="late injection, from layer 2"),

@@ -354,9 +354,9 @@ def test_cross_attention_works_in_named_layers_or_a_share_and_costs_what_its_blo
         CrossAttentionFusion(layers=[0], fraction=0.5)
     fusion = build(CrossAttentionFusion(layers=[0, 2])).fusion
     blocks = fusion.blocks.values()
-    for decoding in (False, True):
-        expected = sum(b.flops(5, 3 * 16) + (0 if decoding else b.keys_values_flops(3 * 16)) for b in blocks)
-        assert fusion.costs(5, FILM, 16, decoding=decoding) == {"cross_attention": Cost(expected)}
+    for past in (0, 7):
+        expected = sum(b.flops(5, 3 * 16) + (0 if past else b.keys_values_flops(3 * 16)) for b in blocks)
+        assert fusion.costs(5, FILM, 16, past=past) == {"cross_attention": Cost(expected)}
 
 
 def test_fusions_say_whether_rows_may_hold_several_conversations() -> None:
@@ -374,8 +374,8 @@ class Bare(Fusion):
     def forward(self, batch: Batch, features: torch.Tensor, language: Any) -> Any:
         return text_only_input(batch, ColumnContext(visual={}, column=torch.zeros(len(batch), 1)))
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        return {"own": Cost(1.0 if decoding else 2.0)}
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
+        return {"own": Cost(1.0 if past else 2.0)}
 
 
 class Counting(Bare):

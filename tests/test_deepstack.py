@@ -287,7 +287,7 @@ def test_both_counters_count_the_mergers(make: Make, scenario: Scenario) -> None
     assert max(difference(model, scenario).values()) < 0.01
     costs = model.fusion.costs(50, Layout(views=2), 16)
     assert costs["merger"].flops == 2 * costs["projector"].flops == 2 * 2 * 32 * (24 * 32 + 32 * 32)
-    assert model.fusion.costs(1, Layout(), 16, decoding=True)["merger"].flops == 0
+    assert model.fusion.costs(1, Layout(), 16, past=9)["merger"].flops == 0
     assert model.fusion.costs(50, None, 16)["merger"].flops == 0
 
 

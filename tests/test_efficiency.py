@@ -26,6 +26,7 @@ from lavi.efficiency.sweep import Sweep, sweep_records
 from lavi.errors import UserError
 from lavi.evaluation.scoring import PromptSizes, prompts_of
 from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
@@ -53,6 +54,7 @@ FUSIONS = {
     "lavi-scale": lambda: LaViFusion(every=2, parameters="scale", targets=["ffn"]),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "cross-attention-alone": lambda: CrossAttentionFusion(fraction=0.5, ffn=0),
+    "casa": lambda: CASA(every=2),
     "visor": lambda: VisorFusion(cross_attention=2, self_attention=2),
     "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
     "visor-fixed": lambda: VisorFusion(cross_attention=[0], self_attention=[1, 2, 3], configuration=[2]),
@@ -127,7 +129,7 @@ def difference(model: VisionLanguageModel, scenario: Scenario) -> dict[str, floa
     views = shape.layout, shape.per_view
     costs = model.fusion.costs(shape.text, *views).values()
     added = shape.batch * sum(cost.flops for cost in costs)
-    hidden = shape.batch * sum(cost.uncounted for cost in model.fusion.costs(1, *views, decoding=True).values())
+    hidden = shape.batch * sum(cost.uncounted for cost in model.fusion.costs(1, *views, past=shape.text).values())
     formula = {
         "vision_encoder": closed.prefill["vision_encoder"],
         "fusion": added - shape.batch * sum(cost.uncounted for cost in costs),
@@ -180,9 +182,9 @@ def test_a_planted_error_is_seen(on_meta, monkeypatch: pytest.MonkeyPatch, part:
     model = on_meta(LaViFusion(every=1), "small")
     right = model.fusion.costs
 
-    def wrong(text: int, *shape: Any, decoding: bool = False) -> dict[str, Cost]:
+    def wrong(text: int, *shape: Any, past: int = 0) -> dict[str, Cost]:
         slip = 1.02 if part == "prefill" else 2.0
-        costs = right(text, *shape, decoding=decoding)
+        costs = right(text, *shape, past=past)
         return {name: Cost(slip * cost.flops, cost.uncounted) for name, cost in costs.items()}
 
     monkeypatch.setattr(model.fusion, "costs", wrong)

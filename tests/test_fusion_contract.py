@@ -16,6 +16,7 @@ from lavi.batch import Layout
 from lavi.errors import UserError
 from lavi.fusion.arrangement import ColumnContext
 from lavi.fusion.base import Cost, Fusion
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
@@ -105,6 +106,7 @@ FUSIONS: dict[str, Any] = {
     "concat": ConcatFusion,
     "lavi": LaViFusion,
     "cross-attention": CrossAttentionFusion,
+    "casa": CASA,
     "pruning": lambda: PruningFusion(stages={0: 0.5}),
     "fastv": lambda: FastV(layer=1),
     "pyramid-drop": PyramidDrop,

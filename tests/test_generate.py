@@ -28,6 +28,7 @@ KINDS = [
     "lavi-attention",
     "concat",
     "cross-attention",
+    "casa",
     "pyramid-drop",
     "late-injection",
     "shortv",
@@ -40,11 +41,11 @@ KINDS = [
 CASES = [("qwen2", name) for name in KINDS]
 # Windows shorter than the text, in all layers and in every other one, and learned positions.
 CASES += [("mistral", "lavi-attention"), ("mistral", "fastv"), ("gemma2", "visor-routed"), ("gpt2", "visor-routed")]
-CASES += [("mistral", "vica"), ("gemma2", "shortv"), ("gpt2", "late-injection")]
+CASES += [("mistral", "vica"), ("gemma2", "shortv"), ("gpt2", "late-injection"), ("mistral", "casa")]
 
-OWN_CACHE = ("fastv", "pyramid-drop", "late-injection", "shortv", "vica", "visor")
+OWN_CACHE = ("casa", "fastv", "pyramid-drop", "late-injection", "shortv", "vica", "visor")
 """Fusions whose layers keep what no cache of transformers can hold."""
-TEXT_ALONE = ("lavi", "cross-attention", "visor-cross")
+TEXT_ALONE = ("lavi", "cross-attention", "casa", "visor-cross")
 """Fusions that leave the sequence to the text."""
 
 

@@ -22,6 +22,7 @@ from lavi.efficiency.flops import closed_form, counted
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.fusion.base import Fusion
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
@@ -45,6 +46,7 @@ FUSIONS: dict[str, Callable[[], Fusion]] = {
     "newline": lambda: ConcatFusion(newline=True),
     "LaVi": lambda: LaViFusion(every=2, generator=small()),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
+    "CASA": lambda: CASA(every=2),
     "FastV": lambda: FastV(layer=1),
     "ShortV": lambda: ShortV(layers=[1]),
     "DeepStack": lambda: DeepStackFusion(levels=3),

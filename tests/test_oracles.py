@@ -19,6 +19,7 @@ from lavi.checkpoints.trained_weights import load_trained, saved_parameter_names
 from lavi.checkpoints.weight_files import write_state
 from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.base import Fusion
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
@@ -50,6 +51,7 @@ FUSIONS = {
     "lavi-levels": lambda: LaViFusion(every=2, levels=2, generator=small()),  # 24 channels as two levels of 12
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "cross-attention-alone": lambda: CrossAttentionFusion(layers=[0, 3], ffn=0, heads=2),
+    "casa": lambda: CASA(every=2),
     "visor": lambda: VisorFusion(cross_attention=2, self_attention=1),
     "visor-cross": lambda: VisorFusion(cross_attention=2, self_attention=0),
     "visor-self": lambda: VisorFusion(cross_attention=0, self_attention=[1, 2]),
@@ -74,13 +76,13 @@ SOME = ("olmo2", "gemma3_text", "gpt2", "phi")
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, name) for family in FAMILIES if family != "qwen2" for name in EVERYWHERE]
 CASES += [(family, name) for family in VARIED if family != "qwen2" for name in MOST]
-# All of these stand on one mechanism, which tests/test_visual_layers.py tries on every family.
+# ViCA and ShortV stand on one mechanism, which tests/test_visual_layers.py tries on every family.
 CASES += [(family, VISUAL_LAYERS[i % 3]) for i, family in enumerate(f for f in VARIED if f != "qwen2")]
 CASES += [(family, MOST[i % 3]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
 CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
-CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop")]
+CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop", "casa")]
 CASES += [(family, "deepstack") for family in SOME]
-BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross"))]
+BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross", "casa"))]
 """The fusions that leave the sequence as it is."""
 
 

@@ -21,6 +21,7 @@ from lavi.batch import IGNORE, Batch
 from lavi.data.chat import Encoded
 from lavi.data.collator import EncodedSample
 from lavi.errors import UserError
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
@@ -36,6 +37,7 @@ FUSIONS: dict[str, Any] = {
     "lavi": lambda: LaViFusion(every=2, generator=small()),
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
+    "casa": lambda: CASA(every=2),
     "deepstack": lambda: DeepStackFusion(levels=3),
 }
 CASES = [(family, name) for family in VARIED if family not in NOT_PACKED for name in ("concat", "lavi")]

@@ -110,8 +110,8 @@ def test_ranking_costs_one_query_s_scores_in_its_layers(build) -> None:  # type:
     assert fusion.query_widths == [24] * 4
     assert fusion.costs(10, Layout(), 16)["ranking"].flops == 2 * 24 * ((10 + 16) + (10 + 8))
     assert fusion.costs(10, Layout(), 32)["ranking"].flops == 2 * 24 * ((10 + 32) + (10 + 16))
-    for seen, decoding in ((None, False), (Layout(), True)):
-        assert fusion.costs(10, seen, 16, decoding=decoding)["ranking"].flops == 0
+    for seen, past in ((None, 0), (Layout(), 9)):
+        assert fusion.costs(10, seen, 16, past=past)["ranking"].flops == 0
     concat = build(ConcatFusion()).fusion.costs(10, Layout(), 16)
     assert fusion.costs(10, Layout(), 16)["projector"] == concat["projector"]
 

@@ -120,7 +120,7 @@ def test_costs_add_up_layer_by_layer_and_only_reading_is_left_while_decoding(bui
     assert costs["position"].flops == 2 * fusion.positions.flops(visual)  # type: ignore[union-attr]
     with fusion.force_route(()):
         assert fusion.costs(10, layout, per_view)["position"].flops == fusion.positions.flops(visual)  # type: ignore[union-attr]
-    behind = fusion.costs(1, layout, per_view, decoding=True)
+    behind = fusion.costs(1, layout, per_view, past=9)
     assert set(behind) == {"projector", "cross_attention", "router"}
     assert behind["projector"].flops == behind["router"].flops == 0
     assert behind["cross_attention"].flops == 2 * reader.costs(1, visual, decoding=True)["cross_attention"].flops

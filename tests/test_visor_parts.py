@@ -104,9 +104,9 @@ def routed(**changes: Any) -> VisorFusion:
 
 def test_a_router_costs_something_once_a_prompt(build) -> None:  # type: ignore[no-untyped-def]
     fusion = build(routed()).fusion
-    assert fusion.costs(9, Layout(), 16, decoding=True)["router"].flops == 0
+    assert fusion.costs(9, Layout(), 16, past=9)["router"].flops == 0
     assert fusion.costs(9, Layout(), 16)["router"].flops == fusion.router.flops() == 2 * 32 * 128 + 2 * 128 * 3
-    assert "position" not in fusion.costs(9, Layout(), 16, decoding=True)
+    assert "position" not in fusion.costs(9, Layout(), 16, past=9)
 
 
 def test_a_router_that_is_not_trained_adds_nothing_to_the_loss(build) -> None:  # type: ignore[no-untyped-def]

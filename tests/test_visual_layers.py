@@ -273,8 +273,8 @@ def test_reading_costs_what_it_computes(build, family: str) -> None:
     size = sum(attention.get_submodule(name).weight.numel() for name in names)
     per_pair = {"qwen2": 2 * 32, "phi3": 2 * 32, "deepseek_v2": 4 * (12 + 8)}[family]
     assert fusion.costs(10, Layout(), 16)["reading"].flops == 2 * (2 * 16 * size + 2 * 10 * 16 * per_pair)
-    for seen, decoding in ((None, False), (Layout(), True)):
-        assert fusion.costs(10, seen, 16, decoding=decoding)["reading"].flops == 0
+    for seen, past in ((None, 0), (Layout(), 9)):
+        assert fusion.costs(10, seen, 16, past=past)["reading"].flops == 0
     assert fusion.visual_by_layer(16, 4) == [0, 0, 16, 0]
     assert fusion.cached_by_layer(16, 4) == [16, 0, 16, 16]
     shape = Scenario(text=50, visual_tokens=64).shape_for(model)

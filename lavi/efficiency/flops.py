@@ -71,7 +71,7 @@ def closed_form(model: VisionLanguageModel, shape: PromptShape) -> Flops:
     after_visual = language_flops(model.language, tokens=[1] * layers, past=cached)
     after_text = language_flops(model.language, tokens=[1] * layers, past=text)
     decode = {
-        **_flops(model.fusion.costs(1, layout, per_view, decoding=True)),
+        **_flops(model.fusion.costs(1, layout, per_view, past=shape.text)),
         "text_attention": after_text["attention"],
         "text_ffn": after_text["ffn"],
         "visual_attention": after_visual["attention"] - after_text["attention"],

@@ -5,7 +5,7 @@ Seven kinds of meeting go through the same two doors. *Before* the decoder a fus
 
     in the norms      LaVi              arrange: text as it is       run_layer: bind deltas to the layer's norms
     in the sequence   concatenation     arrange: splice V into text  run_layer: -
-    in extra layers   cross-attention   arrange: text as it is       run_layer: attend to V, then call
+    in extra layers   cross-attn, CASA  arrange: text as it is       run_layer: attend to V, then call
     layers choose     VISOR             arrange: V beside the text   run_layer: call on both, or on the text alone
     on the way out    FastV, PDrop      arrange: splice V into text  run_layer: call, then drop tokens
     behind layers     DeepStack         arrange: splice V into text  run_layer: call, then add to V
@@ -117,7 +117,7 @@ class Fusion(nn.Module, ABC):
         return self.visual_by_layer(inside, layers)
 
     @abstractmethod
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         """The fusion's own FLOPs for one row of ``text`` tokens, by formula.
 
         Components: ``generator`` and ``modulation``, or ``projector``, or what the method calls its parts.
@@ -125,5 +125,5 @@ class Fusion(nn.Module, ABC):
         Args:
             layout: of the image that the row sees; None: it sees none.
             per_view: tokens of each of its views.
-            decoding: the tokens follow a prompt: what is computed once an image is there already.
+            past: text tokens before them that are cached, of a prompt with the image: what is computed once is there.
         """

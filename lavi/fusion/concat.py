@@ -109,6 +109,6 @@ class ConcatFusion(Fusion):
     def token_counter(self) -> TokenCounter:
         return self.tile_arrangement
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        visual = 0 if decoding or layout is None else layout.views * layout.tokens_of_view(per_view)
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
+        visual = 0 if past or layout is None else layout.views * layout.tokens_of_view(per_view)
         return {"projector": Cost(self.projector.flops(visual))}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch, Layout
 from lavi.config.types import Count, PositiveOrZero, Share
 from lavi.errors import UserError
-from lavi.fusion.arrangement import ColumnContext, group_views_by_row, text_only_input, view_and_grid_code
+from lavi.fusion.arrangement import ColumnContext, Rows, group_views_by_row, text_only_input, view_and_grid_code
 from lavi.fusion.base import Cost, Fusion
 from lavi.fusion.layers import chosen_layers
 from lavi.language.context import DecoderInput
@@ -84,35 +84,39 @@ class CrossAttentionFusion(Fusion):
         self.norm = nn.LayerNorm(features.width)
         self.blocks = nn.ModuleDict(
             {
-                str(layer): GatedCrossAttention(
-                    width=width,
-                    vision_width=features.width,
-                    heads=self.heads or language.hf.config.num_attention_heads,
-                    ffn=round(self.ffn * width),
-                )
+                str(layer): self.block(width, features.width, self.heads or language.hf.config.num_attention_heads)
                 for layer in layers
             }
         )
 
+    def block(self, width: int, vision_width: int, heads: int) -> nn.Module:
+        """What stands before a layer of width D."""
+        return GatedCrossAttention(width=width, vision_width=vision_width, heads=heads, ffn=round(self.ffn * width))
+
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
-        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N, Dv)
-        tokens = self.norm(features.float()) + code  # (views, N, Dv)
+        tokens = self.visual_tokens(batch, features)
         rows = group_views_by_row(batch, tokens.shape[1]).to(features.device)
-        visual = rows.gather(tokens)  # (B, M, Dv)
+        visual = rows.gather(tokens)  # (B, M, E)
         keys_values = {}
         for layer, block in self.blocks.items():
-            keys_values[f"{layer} key"], keys_values[f"{layer} value"] = cast(GatedCrossAttention, block).keys_values(
-                visual
-            )
-        context = CrossAttentionContext(blocks=self.blocks, visual=keys_values, **rows.stand())
-        return text_only_input(batch, context)
+            keys_values[f"{layer} key"], keys_values[f"{layer} value"] = cast(Any, block).keys_values(visual)
+        return text_only_input(batch, self.context(batch, keys_values, rows))
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+    def visual_tokens(self, batch: Batch, features: Tensor) -> Tensor:
+        """Features (views, N, Dv) as the blocks read them (views, N, E)."""
+        code = view_and_grid_code(self.view_embedding, self.grid_code, batch, features, self.grid)  # (views, N, Dv)
+        return self.norm(features.float()) + code  # type: ignore[no-any-return]
+
+    def context(self, batch: Batch, visual: dict[str, Tensor], rows: Rows) -> CrossAttentionContext:
+        """Of a batch, with the keys and values of each block."""
+        return CrossAttentionContext(blocks=self.blocks, visual=visual, **rows.stand())
+
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         visual = layout.views * layout.tokens_of_view(per_view) if layout else 0
         flops = 0.0
         for module in self.blocks.values():
             block = cast(GatedCrossAttention, module)
-            flops += block.flops(text, visual) + (0 if decoding else block.keys_values_flops(visual))
+            flops += block.flops(text, visual) + (0 if past else block.keys_values_flops(visual))
         return {"cross_attention": Cost(flops)}
 
 

@@ -113,10 +113,10 @@ class DeepStackFusion(ConcatFusion):
         empty = merged.flatten(0, 1)[:0]
         return torch.cat([empty, *self.by_image(batch, merged, nothing), merged.new_zeros(1, width)])
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        visual = 0 if decoding or layout is None else layout.views * layout.tokens_of_view(per_view)
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
+        visual = 0 if past or layout is None else layout.views * layout.tokens_of_view(per_view)
         mergers = sum(cast(Merger, merger).flops(visual) for merger in self.mergers)
-        return super().costs(text, layout, per_view, decoding=decoding) | {"merger": Cost(mergers)}
+        return super().costs(text, layout, per_view, past=past) | {"merger": Cost(mergers)}
 
 
 class Merger(MLPProjector):

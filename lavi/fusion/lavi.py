@@ -173,14 +173,14 @@ class LaViFusion(Fusion):
         }
         return text_only_input(batch, LaViContext(plan=self.plan, visual=visual, **rows.stand()))
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         views = layout.views if layout else 0
         per_view = layout.tokens_of_view(per_view) if layout else per_view
         generators = 0.0
         for module in self.generators.values():
             generator = cast(DeltaGenerator, module)
             generators += generator.flops(text, views=views, per_view=per_view)
-            generators += 0 if decoding else views * generator.slots_flops(per_view)
+            generators += 0 if past else views * generator.slots_flops(per_view)
         modulation = modulation_flops(len(self.modulated_norms), text, self.width, scale=self.scale, shift=self.shift)
         return {"generator": Cost(generators), "modulation": Cost(modulation, uncounted=modulation)}
 

@@ -112,12 +112,12 @@ class PruningFusion(ConcatFusion):
             left = kept_count(left, self.stages.get(layer, 1.0))
         return counts
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
-        inside = 0 if decoding or layout is None else self.tokens_in_language(layout, per_view)
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
+        inside = 0 if past or layout is None else self.tokens_in_language(layout, per_view)
         by_layer = self.visual_by_layer(inside, self.plan.depth)
         ranked = self.stages if inside else ()
         ranking = sum(2.0 * (text + by_layer[layer]) * self.query_widths[layer] for layer in ranked)
-        return super().costs(text, layout, per_view, decoding=decoding) | {"ranking": Cost(ranking)}
+        return super().costs(text, layout, per_view, past=past) | {"ranking": Cost(ranking)}
 
 
 class FastV(PruningFusion):

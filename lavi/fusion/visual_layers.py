@@ -95,11 +95,11 @@ class VisualLayersFusion(ConcatFusion):
     def cached_by_layer(self, inside: int, layers: int) -> list[int]:
         return [0 if mode == "text" else inside for mode in self.plan.modes]
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         """``reading``: keys and values of V in the layers that read, and what the text's queries do with them."""
-        costs = super().costs(text, layout, per_view, decoding=decoding)
+        costs = super().costs(text, layout, per_view, past=past)
         if self.read_sizes:  # the keys that a new token meets are counted with its layer's cache
-            visual = 0 if decoding or layout is None else self.tokens_in_language(layout, per_view)
+            visual = 0 if past or layout is None else self.tokens_in_language(layout, per_view)
             scores = sum(widths.score_flops(text * visual) for widths in self.read_widths)
             costs["reading"] = Cost(2.0 * visual * sum(self.read_sizes.values()) + scores)
         return costs

@@ -245,16 +245,16 @@ class VisorFusion(ConcatFusion):
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
         return [inside if layer in self.configuration else 0 for layer in range(layers)]
 
-    def costs(self, text: int, layout: Layout | None, per_view: int, *, decoding: bool = False) -> dict[str, Cost]:
+    def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         visual = self.tile_arrangement(layout, per_view) if layout else 0
-        costs = super().costs(text, layout, per_view, decoding=decoding)
+        costs = super().costs(text, layout, per_view, past=past)
         for reader in self.readers.values():
-            for name, cost in cast(Reader, reader).costs(text, visual, decoding=decoding).items():
+            for name, cost in cast(Reader, reader).costs(text, visual, decoding=past > 0).items():
                 before = costs.get(name, Cost(0.0))
                 costs[name] = Cost(before.flops + cost.flops, before.uncounted + cost.uncounted)
-        if self.positions is not None and not decoding:  # once for each V that is read
+        if self.positions is not None and not past:  # once for each V that is read
             states = {max((r for r in self.configuration if r < layer), default=-1) for layer in self.reading}
             costs["position"] = Cost(len(states) * self.positions.flops(visual))
         if self.router is not None:
-            costs["router"] = Cost(0.0 if decoding else self.router.flops())
+            costs["router"] = Cost(0.0 if past else self.router.flops())
         return costs

@@ -21,9 +21,11 @@ from lavi.efficiency.measure import Measurement, build_on, count, measure
 from lavi.efficiency.memory import prefill_memory
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
+from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.fusion.shortv import ShortV
@@ -52,6 +54,8 @@ SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a b
         partial(LaViFusion, fused_norm=True),
         ConcatFusion,
         CrossAttentionFusion,
+        partial(CASA, every=2),
+        partial(LateInjection, first=1, last=2, stages={1: 0.5}),
         partial(VisorFusion, cross_attention=2, self_attention=1),
         partial(FastV, layer=1),
         partial(ShortV, layers=[1, 2]),
