@@ -96,6 +96,7 @@ METHODS: dict[str, Entry] = {
     "DeepStack": Entry("baselines/deepstack_0_5b"),
     "FastV": Entry("baselines/fastv_0_5b"),
     "PyramidDrop": Entry("baselines/pyramid_drop_0_5b"),
+    "EVS": Entry("baselines/evs_0_5b"),
     "VisionZip": Entry(REDUCED),
     "a quarter, at random": Entry(
         REDUCED, reducer("controls.RandomTokens", keep=QUARTER), lab=f"{THINNED} random quarter"

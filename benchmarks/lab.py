@@ -84,6 +84,8 @@ class Method:
 
 SHORT = 0.2
 """The share of the steps of what is tried with one seed: while methods still learn, what helps them is seen best."""
+SHORT_RATES = ("module.learning_rate={fusion: 3e-3, language: 3e-3}", "module.muon=4.0")
+"""The quickstart's: they teach most in so few steps, and never the hardest families in however many."""
 
 
 def ablation(recipe: str, *changes: str) -> Method:
@@ -189,6 +191,7 @@ def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
     steps = max(1, round(share * Recipe.load(file).settings["trainer"]["max_steps"]))
     features = [f"data.{split}={DATA[method.data].features / split}" for split in ("train", "validation", "test")]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+    own += SHORT_RATES if share < 1 else ()
     return Recipe.load(file, [*features, *own, *method.changes, *changes])
 
 

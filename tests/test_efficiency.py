@@ -30,6 +30,7 @@ from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.evs import EVS
 from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV, PyramidDrop
@@ -64,6 +65,7 @@ FUSIONS = {
     ),
     "fastv": lambda: FastV(layer=2, keep=0.5),
     "pyramid-drop": lambda: PyramidDrop(stages=4, keep=0.5),
+    "evs": lambda: EVS(keep=0.5),
     "late-injection": lambda: LateInjection(first=1, last=2, stages={1: 0.5}),
     "shortv": lambda: ShortV(layers=[0, 2]),
     "vica": lambda: ViCA(layers=[0, 2]),

@@ -44,6 +44,8 @@ from lavi.model import VisionLanguageModel
 from lavi.reduction.pooling import AveragePooling
 from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
+from lavi.vision.reduced import ReducedTower
+from lavi.vision.token_merging import TokenMerging
 from lavi.visor.fusion import VisorFusion
 
 KINDS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm")
@@ -222,6 +224,22 @@ def test_a_reducer_before_it(tmp_path: Path, tokenizer: str) -> None:
     folder = str(write_vlm("idefics3", tmp_path / "other", tokenizer))
     with pytest.raises(UserError, match="PixelShuffle: it takes no other reducer"):
         published_vlm(folder, reducer=AveragePooling(factor=3))
+
+
+def test_its_tower_may_work_on_fewer_tokens(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer))
+    as_it_is = published_vlm(folder)
+    batch = collate(as_it_is, [question((40, 30))])
+
+    def reduced(*reductions: TokenMerging) -> VisionLanguageModel:
+        return published_vlm(folder, vision=ReducedTower(tower=HFVision(folder), reductions=[*reductions]))
+
+    whole, merged = reduced(), reduced(TokenMerging(per_block=2))
+    with torch.no_grad():
+        assert torch.equal(whole(batch), as_it_is(batch))
+        assert not torch.equal(merged(batch), as_it_is(batch))
+    assert merged.vision.flops(1) < whole.vision.flops(1)
+    assert torch.equal(merged.fusion.newline, as_it_is.fusion.newline)
 
 
 def test_what_does_not_come_in_is_refused_in_one_sentence(tmp_path: Path, tokenizer: str) -> None:

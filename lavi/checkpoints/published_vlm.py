@@ -42,6 +42,7 @@ from lavi.loading.without_weights import weights_wanted, without_weights
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.reduction.base import Reducer
+from lavi.vision.base import VisionBackbone
 
 MODEL = "lavi.model.VisionLanguageModel"
 VISION = "lavi.vision.hf.HFVision"
@@ -59,6 +60,7 @@ Node = dict[str, Any]
 def published_vlm(
     source: str,
     *,
+    vision: VisionBackbone | None = None,
     fusion: Fusion | None = None,
     reducer: Reducer | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -72,6 +74,8 @@ def published_vlm(
 
     Args:
         source: hub name or local folder of the checkpoint, as transformers saves it.
+        vision: another vision backbone of the same width, such as the checkpoint's own that works on fewer tokens
+            (:mod:`lavi.vision.reduced`); None: the checkpoint's own, as it is.
         fusion: another way for vision to meet language. One with a projector of the checkpoint's shape (pruning, VISOR)
             starts with the checkpoint's; None: the checkpoint's own, concatenation.
         reducer: makes fewer visual tokens of a view's; not where the checkpoint has one of its own (Idefics3, SmolVLM).
@@ -88,7 +92,7 @@ def published_vlm(
     if reducer is not None and section["reducer"] is not None:
         raise UserError(f"the projector of '{source}' reads {section['reducer'][TARGET]}: it takes no other reducer.")
     recipe = Recipe({"model": section}, {}, source)
-    parts: dict[str, Any] = {"fusion": fusion, "reducer": reducer}
+    parts: dict[str, Any] = {"vision": vision, "fusion": fusion, "reducer": reducer}
     section |= {name: (built_from or {}).get(name) for name, part in parts.items() if part is not None}
     with opened_once():
         for name in PARTS:
@@ -144,7 +148,7 @@ def as_released(recipe: Recipe) -> Recipe:
     """The same recipe, a published model in it as it was released, told by its parts; any other as it is."""
     if not is_released(recipe):
         return recipe
-    node = {key: value for key, value in recipe.settings["model"].items() if key not in ("fusion", "reducer")}
+    node = {key: value for key, value in recipe.settings["model"].items() if key not in ("vision", "fusion", "reducer")}
     return written_out(recipe.replaced("model", node))
 
 

@@ -61,12 +61,12 @@ class ConcatFusion(Fusion):
         self.has_newline, self.budget, self.markers = newline, budget, markers
 
     def bind(self, language: LanguageModel, features: FeatureSpec) -> None:
-        self.tile_arrangement = self._arrangement(language, features)
+        self.tile_arrangement = self.arrangement(language, features)
         self.projector.bind(features.width, language.width)
         self.newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5) if self.has_newline else None
         open_decoder(language.hf)
 
-    def _arrangement(self, language: LanguageModel, features: FeatureSpec) -> VisualArrangement:
+    def arrangement(self, language: LanguageModel, features: FeatureSpec) -> VisualArrangement:
         if self.markers is None:
             return TileArrangement(features.grid, budget=self.budget, newline=self.has_newline)
         return self.markers.arrangement(language.tokenizer) if weights_wanted() else self.markers.of_single_tokens()
