@@ -96,7 +96,6 @@ METHODS: dict[str, Entry] = {
     "DeepStack": Entry("baselines/deepstack_0_5b"),
     "FastV": Entry("baselines/fastv_0_5b"),
     "PyramidDrop": Entry("baselines/pyramid_drop_0_5b"),
-    "EVS": Entry("baselines/evs_0_5b"),
     "VisionZip": Entry(REDUCED),
     "a quarter, at random": Entry(
         REDUCED, reducer("controls.RandomTokens", keep=QUARTER), lab=f"{THINNED} random quarter"
@@ -106,8 +105,8 @@ METHODS: dict[str, Entry] = {
     "a quarter, DART": Entry(REDUCED, reducer("diverse.DART", keep=QUARTER), lab=f"{THINNED} DART quarter"),
     "LaVi, merging in the tower": Entry(LAVI, {"vision": MERGED_TOWER}, lab="16 merged behind each block"),
     "LaVi, tiles on request": Entry(LAVI, {"vision": ON_REQUEST}),
-    "VISOR 2/8, merging in the tower": Entry(VISOR, REFINING_TWO | {"vision": MERGED_TOWER}),
-    "VISOR 2/8, tiles on request": Entry(VISOR, REFINING_TWO | {"vision": ON_REQUEST}),
+    "VISOR 2/8, merging in the tower": Entry("visor/qwen2_0_5b_siglip_merged"),
+    "VISOR 2/8, tiles on request": Entry("visor/qwen2_0_5b_siglip_tiles_on_request"),
 }
 SCENARIOS = [Scenario(TEXT, image=(384, 384)), Scenario(TEXT, image=(1024, 1024)), Scenario(TEXT, frames=32)]
 LARGE = SCENARIOS[1]
@@ -202,17 +201,17 @@ def in_the_lab(lab: Sequence[Record], method: str | None) -> str:
     runs = [record for record in lab if record.knobs["method"] == method]
     if not runs:
         return "-"
-    most = max(record.knobs["steps"] for record in runs)
-    whole = max(record.knobs["steps"] for record in lab)
-    hard = mean(record.accuracy["level/hard"] for record in runs if record.knobs["steps"] == most)
-    return f"{hard:.1f}" if most == whole else f"{hard:.1f} (of {most:,} steps)"
+    most = max(record.knobs["share"] for record in runs)
+    longest = [record for record in runs if record.knobs["share"] == most]
+    hard = mean(record.accuracy["level/hard"] for record in longest)
+    return f"{hard:.1f}" if most == 1 else f"{hard:.1f} (of {longest[0].knobs['steps']:,} steps)"
 
 
 def timed(device: torch.device, runs: int) -> list[Record]:
     """Prefill and decoding of every method at one input, in turns: full size on a GPU, else small."""
     small, scenario, measurements = device.type != "cuda", TIMED[device.type], []
     # A small tower has too few blocks to merge in, and this input one tile: what encoders save is in encoder.py.
-    methods = [name for name, entry in METHODS.items() if not small or "vision" not in entry.changes]
+    methods = [name for name in METHODS if not small or "tower" not in recipe_of(name).settings["model"]["vision"]]
     for method in track([BASELINE_NAME, *methods], description="building"):
         recipe = shrunk(recipe_of(method), layers=24) if small else recipe_of(method)
         model = build_for_timing(recipe, device)

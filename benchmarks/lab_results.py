@@ -136,11 +136,11 @@ def encoder_of(records: Sequence[Record]) -> float:
 
 
 def controls_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Right answers to hard questions about the images, others, none, and noisy ones; of each method's longest runs."""
+    """Right answers to hard questions about the images, others, none, and noisy ones; of what had all its steps."""
     controls = (SHUFFLED, NO_IMAGE, *map(noise_control, NOISE))
     columns = ["hard questions, right %", "their images", *controls]
     rows = []
-    for of in longest(records):
+    for of in longest([r for r in records if r.knobs["share"] >= 1]):
         scores = [[r.accuracy for r in of], *([r.controls[name] for r in of] for name in controls)]
         cells = (over_seeds([score.get("level/hard", nan) for score in column]) for column in scores)
         rows.append([of[0].knobs["method"], *cells])

@@ -24,7 +24,7 @@ from lavi.language.compiled import refusals_of_the_compiler
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.decoding import Decoding, refusals_of_transformers
 from lavi.language.load import LanguageModel
-from lavi.language.sequence import refuse_other_sequence
+from lavi.language.sequence import refuse_other_sequence, refuse_own_cache
 from lavi.language.token_scores import TokenScores
 from lavi.loading.without_weights import weights_wanted
 from lavi.reduction.base import Reducer
@@ -81,6 +81,8 @@ class VisionLanguageModel(nn.Module):
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
         if not fusion.keeps_sequence:
             refuse_other_sequence(language.hf, type(fusion).__name__)
+        if fusion.own_cache:
+            refuse_own_cache(language.hf, type(fusion).__name__)
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
@@ -174,7 +176,7 @@ class VisionLanguageModel(nn.Module):
         if batch.packed is not None and not self.fusion.packs:
             raise UserError(
                 f"{type(self.fusion).__name__} reads rows of one conversation each: set data.packing=null "
-                "(concatenation, LaVi and cross-attention read packed rows)."
+                "(concatenation, LaVi and cross-attention are among those that read packed rows)."
             )
         return self.fusion(batch, self.features_of(batch), self.language)
 
@@ -398,8 +400,8 @@ def check_native_resolution(
         raise UserError(f"{what}, and {type(reducer).__name__} reduces views of one grid: set model.reducer=null.")
     if not fusion.native_resolution:
         raise UserError(
-            f"{what}, and {type(fusion).__name__} as it is set needs one for all: take concatenation, cross-attention, "
-            "or LaVi with its attention generator."
+            f"{what}, and {type(fusion).__name__} as it is set needs one for all: take, for example, concatenation, "
+            "cross-attention, or LaVi with its attention generator."
         )
 
 

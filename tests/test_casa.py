@@ -76,7 +76,8 @@ def test_with_one_window_it_is_attention_over_the_image_and_the_text(build) -> N
     block = WindowAttention(width=32, heads=4)
     torch.nn.init.normal_(block.out.weight)
     text, visual = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    block.query_norm, block.key_norm = torch.nn.Identity(), torch.nn.Identity()  # type: ignore[assignment]
+    for norm in (block.query_norm, block.key_norm):
+        norm.forward = lambda x: x  # type: ignore[method-assign]
     theirs = torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True)
     theirs.load_state_dict(
         {
@@ -106,10 +107,31 @@ def test_no_visual_token_is_in_a_cache(build) -> None:  # type: ignore[no-untype
         cache = model.prefill(batch, model.features_of(batch))[0].past_key_values
     text = batch.input_ids.shape[1]
     assert {tensor.shape[2] for tensor in cache.keys_values()} == {text}
-    assert [layer.keys.shape[2] for layer in cache.beside.layers] == [text, text]
+    assert [layer.keys.shape[2] for layer in cache.added.layers] == [16 + text, 16 + text]
     assert len(cache.cached_tensors()) == 4
     cache.crop(-2)
-    assert [layer.keys.shape[2] for layer in cache.beside.layers] == [text - 2, text - 2]
+    assert [layer.keys.shape[2] for layer in cache.added.layers] == [14 + text, 14 + text]
+
+
+def test_in_half_precision_nothing_is_computed_the_slow_way(build, recwarn: pytest.WarningsRecorder) -> None:
+    """Norms of queries and keys get what their weights are."""
+    model = build(CASA(every=2))
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        halves = model(batch)
+    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
+    with torch.no_grad():
+        assert float((halves.float() - model(batch)).abs().max()) < 0.1
+
+
+def test_a_control_that_shows_no_token_is_no_image(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(CASA(every=2))
+    awaken(model.fusion)
+    batch = collate(model, SAMPLES[:1])
+    with torch.no_grad():
+        inputs = model.fusion(batch, model.features_of(batch)[:, :0], model.language)
+        torch.testing.assert_close(model.language(inputs), model(batch.without_images()), atol=1e-6, rtol=0)
 
 
 def test_a_step_costs_its_keys_whatever_was_read_before(build) -> None:  # type: ignore[no-untyped-def]
@@ -127,5 +149,5 @@ def test_a_step_costs_its_keys_whatever_was_read_before(build) -> None:  # type:
 def test_what_cannot_be_is_refused(build) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match="5 heads must divide the width 32"):
         build(CASA(heads=5))
-    with pytest.raises(UserError, match=r"cannot work in layers \[4\]"):
+    with pytest.raises(UserError, match=r"CASA cannot work in layers \[4\]"):
         build(CASA(layers=[4]))

@@ -159,7 +159,12 @@ def test_two_counters_agree(on_meta, name: str, scenario: Scenario) -> None:
     assert max(apart.values()) < 0.01, apart
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+FULL_SIZE = ["lavi", "lavi-mlp", "lavi-conv", "cross-attention", "casa", "visor-modulation", "visor-routed"]
+FULL_SIZE += ["pyramid-drop", "late-injection", "vica", "deepstack"]
+"""One with each component that costs; a model of 7B is slow to build."""
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_two_counters_agree_at_full_size(on_meta, name: str) -> None:
     apart = difference(on_meta(FUSIONS[name](), "7B"), Scenario(text=50, visual_tokens=729))
     assert max(apart.values()) < 0.01, apart

@@ -30,6 +30,8 @@ def clip(name: str, *seeds: int) -> Sample:
     )
 
 
+NATIVE = Layout(views=5, video=True, grid=(4, 5))
+"""Frames with a grid of their own, their features padded."""
 CLIPS = [clip("a", 1, 1, 2, 2), clip("b", 3, 4), ask(5, "what?", answer="red", key="c")]
 
 
@@ -69,7 +71,7 @@ def test_the_first_frame_stays_and_then_what_changed_most() -> None:
 
 @pytest.mark.parametrize("newline", [False, True])
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("layout", [Layout(), Layout(views=1, video=True), Layout(views=5, video=True)])
+@pytest.mark.parametrize("layout", [Layout(), Layout(views=1, video=True), Layout(views=5, video=True), NATIVE])
 def test_it_counts_what_it_gives(layout: Layout, keep: float, newline: bool) -> None:
     arrangement = FrameArrangement(TileArrangement((6, 4), newline=newline), keep)
     features = torch.randn(layout.views, 24, 8)
@@ -79,7 +81,7 @@ def test_it_counts_what_it_gives(layout: Layout, keep: float, newline: bool) -> 
     if newline:
         assert tokens[-1].tolist() == [7.0] * 8
     if layout.views == 5:
-        assert len(tokens) - newline == max(6, round(keep * 30))
+        assert len(tokens) - newline == max(6, round(keep * 30))  # pooled, 6 x 4 and 4 x 5 alike
         assert torch.equal(tokens[:6], arrangement.tiles.arrange(features, layout, embedding)[:6])
     assert len(arrangement.arrange(features[:, :0], layout, embedding)) == 0 == arrangement(layout, 0)
 
@@ -96,6 +98,19 @@ def test_a_batch_answers_as_its_rows_alone(build, family: str) -> None:  # type:
                 alone = collate(model, [sample])
                 said = row(together, batch, index)
                 torch.testing.assert_close(said, row(model(alone), alone, 0), atol=1e-5, rtol=1e-4)
+
+
+def test_answers_are_those_of_each_prompt_alone(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(EVS(keep=0.4), initializer_range=0.3, tie_word_embeddings=False)
+    awaken(model.fusion)
+
+    def answers(*samples: Sample) -> list[list[int]]:
+        batch = collate(model, [*samples], prompt=True, pad_left=True)
+        said: list[list[int]] = model.generate(batch, max_new_tokens=4, eos_token_id=None)
+        return said
+
+    questions = [Sample(clip.key, clip.messages[:1], clip.images) for clip in CLIPS]
+    assert answers(*questions) == [answer for one in questions for answer in answers(one)]
 
 
 def test_gradients_reach_the_projector_through_what_stays(build) -> None:  # type: ignore[no-untyped-def]

@@ -63,7 +63,7 @@ class MeanReader(Reader):
         share = seen.mask.float() / seen.mask.sum(-1, keepdim=True).clamp(min=1)
         return text + self.gate * (share @ kept[0]), nullcontext()
 
-    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
+    def costs(self, text: int, visual: int, *, past: int) -> dict[str, Cost]:
         return {"mean": Cost(2.0 * text * visual * len(self.gate))}
 
 

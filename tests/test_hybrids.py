@@ -16,7 +16,11 @@ from lavi.model import VisionLanguageModel
 
 
 @pytest.fixture(
-    params=[(f, n) for f in HYBRIDS | LOOKING_UP for n in ("lavi-attention", "cross-attention")], ids="-".join
+    params=[
+        *((family, name) for family in HYBRIDS | LOOKING_UP for name in ("lavi-attention", "cross-attention")),
+        *((family, "casa") for family in LOOKING_UP),
+    ],
+    ids="-".join,
 )
 def model(build, request: pytest.FixtureRequest) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
     family, name = request.param
@@ -43,13 +47,19 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-@pytest.mark.parametrize("name", ["concat", "fastv", "visor", "vica"])
+@pytest.mark.parametrize("name", ["concat", "fastv", "late-injection", "visor", "vica"])
 def test_what_changes_the_sequence_is_refused(build, family: str, name: str) -> None:
     with pytest.raises(UserError, match=r"recurrent state, and .* works on another sequence"):
         build(FUSIONS[name](), family=family)
 
 
-@pytest.mark.parametrize("name", ["concat", "fastv", "visor", "vica"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_cache_that_holds_no_recurrent_state_is_refused(build, family: str) -> None:
+    with pytest.raises(UserError, match="recurrent state, which CASA's own cache cannot hold"):
+        build(FUSIONS["casa"](), family=family)
+
+
+@pytest.mark.parametrize("name", ["concat", "fastv", "late-injection", "visor", "vica"])
 def test_tokens_without_ids_are_refused(build, name: str) -> None:
     with pytest.raises(UserError, match=r"looked up by a token's id, and .* that have none"):
         build(FUSIONS[name](), family="gemma4_text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lavi.fusion.visual_layers import Mode
 from lavi.language.subsequence import AttentionKind
 from lavi.language.surgery import open_decoder
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 
 LATE = ["qwen2", "gpt2", "gemma3_text"]
 
@@ -148,6 +150,17 @@ def test_the_authors_schedule_leaves_64_tokens_a_layer(build) -> None:  # type: 
     assert counts == [0] * 9 + [576] * 2 + [215] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 7
     assert sum(counts) == 64 * 32
     assert fusion.cached_by_layer(576, 32) == counts
+
+
+def test_the_recipe_has_the_authors_schedule_at_the_same_depths_of_24(build) -> None:  # type: ignore[no-untyped-def]
+    file = Path(__file__).parent.parent / "recipes" / "baselines" / "hidrop_0_5b.yaml"
+    fusion: Any = Recipe.load(file).build("model.fusion")
+    with torch.device("meta"):
+        counts = build(fusion, num_hidden_layers=24).fusion.visual_by_layer(576, 24)
+    first, *stages, last = (round(layer * 24 / 32) for layer in (9, 10, 14, 16, 18, 24))
+    assert [layer for layer, count in enumerate(counts) if count] == list(range(first, last + 1))
+    assert list(fusion.stages) == stages
+    assert [counts[layer + 1] for layer in stages] == [215, 10, 5, 1]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_the_order_of_two_images_matters(model: VisionLanguageModel) -> None:
         assert apart(model(first), model(swapped)) > 1e-4
 
 
-@pytest.mark.parametrize("fusion", [LaViFusion, CrossAttentionFusion])
+@pytest.mark.parametrize("fusion", [LaViFusion, CrossAttentionFusion, CASA])
 def test_it_matters_where_in_the_image_a_token_lies(build, fusion: type[Fusion]) -> None:
     """Attention alone tells no order of its tokens; the code does, and without a grid there is none."""
     for told in (True, False):
@@ -282,9 +282,10 @@ def test_checkpointed_gradients_are_the_gradients(model: VisionLanguageModel, fo
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["lavi-all-norms", "cross-attention", "visor-modulation", "visor", "shortv", "vica", "concat"]
-)
+SLOPES = ["lavi-all-norms", "cross-attention", "casa", "visor-modulation", "visor", *VISUAL_LAYERS, "concat"]
+
+
+@pytest.mark.parametrize("name", SLOPES)
 def test_the_gradient_is_the_slope_of_the_loss(build, name: str) -> None:
     """Along a direction in all parameters: nothing that the loss depends on is cut off from it."""
     model = build(FUSIONS[name]()).train()

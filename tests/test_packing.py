@@ -25,6 +25,7 @@ from lavi.fusion.casa import CASA
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
+from lavi.fusion.evs import EVS
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.fusion.vica import ViCA
@@ -38,6 +39,7 @@ FUSIONS: dict[str, Any] = {
     "lavi-pooled": lambda: LaViFusion(every=2, generator=small("pooled")),
     "cross-attention": lambda: CrossAttentionFusion(every=2),
     "casa": lambda: CASA(every=2),
+    "evs": lambda: EVS(keep=0.5),
     "deepstack": lambda: DeepStackFusion(levels=3),
 }
 CASES = [(family, name) for family in VARIED if family not in NOT_PACKED for name in ("concat", "lavi")]

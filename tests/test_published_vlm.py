@@ -29,10 +29,11 @@ from vlms import write_vlm
 
 from lavi.batch import Sample, Video
 from lavi.checkpoints.load import load
-from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
-from lavi.checkpoints.published_vlm import published_vlm, start_from_vlm
+from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
+from lavi.checkpoints.published_vlm import as_released, published_vlm, start_from_vlm
 from lavi.checkpoints.transformers_vlm import save_as_transformers
 from lavi.data.tiling import AnyRes
+from lavi.efficiency.measure import build_on, is_concat
 from lavi.errors import UserError
 from lavi.evaluation.compare_runs import compare_runs
 from lavi.fusion.concat import ConcatFusion
@@ -41,6 +42,7 @@ from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
 from lavi.loading import vlm
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 from lavi.reduction.pooling import AveragePooling
 from lavi.training.module import VisionLanguageModule
 from lavi.vision.hf import HFVision
@@ -240,6 +242,40 @@ def test_its_tower_may_work_on_fewer_tokens(tmp_path: Path, tokenizer: str) -> N
         assert not torch.equal(merged(batch), as_it_is(batch))
     assert merged.vision.flops(1) < whole.vision.flops(1)
     assert torch.equal(merged.fusion.newline, as_it_is.fusion.newline)
+    with pytest.raises(UserError, match="put together by hand"):
+        save_pretrained(merged, tmp_path / "saved")
+
+
+def test_a_recipe_with_such_a_tower_is_counted_with_it_and_saved(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer))
+    vision = {
+        "_target_": "lavi.vision.reduced.ReducedTower",
+        "tower": {"_target_": "lavi.vision.hf.HFVision", "source": folder},
+        "reductions": [{"_target_": "lavi.vision.token_merging.TokenMerging", "per_block": 2}],
+    }
+    node = {"_target_": "lavi.checkpoints.published_vlm.published_vlm", "source": folder}
+    recipe, plain = (Recipe({"model": model}, {}, "here") for model in (node | {"vision": vision}, node))
+    counted, as_it_was = (build_on(one, "meta") for one in (recipe, as_released(recipe)))
+    assert isinstance(counted.vision, ReducedTower)
+    assert counted.vision.flops(1) < as_it_was.vision.flops(1)
+    assert is_concat(plain)
+    assert not is_concat(recipe)  # it is no baseline
+    model = build(recipe)
+    save_pretrained(model, tmp_path / "saved")
+    batch = collate(model, [question((40, 30))])
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "saved")(batch), model(batch))
+
+
+def test_a_start_reaches_the_tower_within(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer))
+    model = published_vlm(folder, vision=ReducedTower(tower=HFVision(folder), reductions=[]))
+    expected = {name: tensor.clone() for name, tensor in model.vision.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.vision.parameters():
+            parameter.zero_()
+    assert any(name.startswith("vision.tower.tower.") for name in start_from_vlm(model, folder))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.vision.named_parameters())
 
 
 def test_what_does_not_come_in_is_refused_in_one_sentence(tmp_path: Path, tokenizer: str) -> None:

@@ -111,11 +111,11 @@ def test_reading_costs_what_a_counter_of_operators_sees(name: str) -> None:
             kept = reader.keep(draw(1, visual, WIDTH))
         with FlopCounterMode(display=False) as each:
             reader.read(draw(1, text, WIDTH), kept, Visibility.by(torch.ones(1, text, visual, dtype=torch.bool)))
-        for decoding, expected in (
-            (False, once.get_total_flops() + each.get_total_flops()),
-            (True, each.get_total_flops()),
+        for past, expected in (
+            (0, once.get_total_flops() + each.get_total_flops()),
+            (9, each.get_total_flops()),
         ):
-            costs = reader.costs(text, visual, decoding=decoding)
+            costs = reader.costs(text, visual, past=past)
             assert sum(cost.flops - cost.uncounted for cost in costs.values()) == expected
         if name == "attention":
             assert list(costs) == ["cross_attention"]

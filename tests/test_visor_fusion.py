@@ -113,7 +113,7 @@ def test_costs_add_up_layer_by_layer_and_only_reading_is_left_while_decoding(bui
     layout, per_view, visual = Layout(), 16, 17  # with the newline
     costs = fusion.costs(10, layout, per_view)
     reader = fusion.readers["0"]
-    assert costs["cross_attention"].flops == 2 * reader.costs(10, visual, decoding=False)["cross_attention"].flops
+    assert costs["cross_attention"].flops == 2 * reader.costs(10, visual, past=0)["cross_attention"].flops
     assert costs["projector"].flops == fusion.projector.flops(16)
     assert costs["router"].flops == fusion.router.flops() > 0  # type: ignore[union-attr]
     # V is read as it came in layer 0, and refined by layer 2 in layer 3
@@ -123,10 +123,10 @@ def test_costs_add_up_layer_by_layer_and_only_reading_is_left_while_decoding(bui
     behind = fusion.costs(1, layout, per_view, past=9)
     assert set(behind) == {"projector", "cross_attention", "router"}
     assert behind["projector"].flops == behind["router"].flops == 0
-    assert behind["cross_attention"].flops == 2 * reader.costs(1, visual, decoding=True)["cross_attention"].flops
+    assert behind["cross_attention"].flops == 2 * reader.costs(1, visual, past=9)["cross_attention"].flops
     blind = fusion.costs(10, None, per_view)
     assert blind["projector"].flops == 0
-    assert blind["cross_attention"].flops == 2 * reader.costs(10, 0, decoding=False)["cross_attention"].flops
+    assert blind["cross_attention"].flops == 2 * reader.costs(10, 0, past=0)["cross_attention"].flops
 
 
 def test_what_no_counter_sees_adds_up_too(build) -> None:  # type: ignore[no-untyped-def]

@@ -34,14 +34,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def test_what_a_reader_keeps_costs_nothing_while_decoding(build) -> None:  # type: ignore[no-untyped-def]
     attention = build(VisorFusion(cross_attention=[1], self_attention=0)).fusion.readers["1"]
-    once, after = (attention.costs(3, 5, decoding=decoding) for decoding in (False, True))
+    once, after = (attention.costs(3, 5, past=past) for past in (0, 9))
     assert set(once) == set(after) == {"cross_attention"}
     assert after["cross_attention"].flops == attention.attention.flops(3, 5)
     assert once["cross_attention"].flops - after["cross_attention"].flops == attention.attention.keys_values_flops(5)
     modulation = build(VisorFusion(cross_attention=[1], self_attention=0, reader=ModulationReader())).fusion.readers[
         "1"
     ]
-    once, after = (modulation.costs(3, 5, decoding=decoding) for decoding in (False, True))
+    once, after = (modulation.costs(3, 5, past=past) for past in (0, 9))
     assert set(once) == set(after) == {"generator", "modulation"}
     assert after["generator"].flops == modulation.generator.flops(3, views=1, per_view=5)
     assert once["generator"].flops - after["generator"].flops == modulation.generator.slots_flops(5)

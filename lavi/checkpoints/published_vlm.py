@@ -43,6 +43,7 @@ from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.reduction.base import Reducer
 from lavi.vision.base import VisionBackbone
+from lavi.vision.hf import HFVision
 
 MODEL = "lavi.model.VisionLanguageModel"
 VISION = "lavi.vision.hf.HFVision"
@@ -52,6 +53,8 @@ TILING = "lavi.data.tiling"
 
 PARTS = ("vision", "language", "fusion", "reducer", "tiling")
 
+MAY_BE_OTHERS = ("vision", "fusion", "reducer")
+"""Those that a recipe may give, in the place of the checkpoint's own."""
 WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 Node = dict[str, Any]
@@ -93,13 +96,15 @@ def published_vlm(
         raise UserError(f"the projector of '{source}' reads {section['reducer'][TARGET]}: it takes no other reducer.")
     recipe = Recipe({"model": section}, {}, source)
     parts: dict[str, Any] = {"vision": vision, "fusion": fusion, "reducer": reducer}
-    section |= {name: (built_from or {}).get(name) for name, part in parts.items() if part is not None}
+    given = [name for name, part in parts.items() if part is not None]
+    section |= {name: (built_from or {}).get(name) for name in given}
     with opened_once():
         for name in PARTS:
             if parts.get(name) is None and section[name] is not None:
                 parts[name] = recipe.build(f"model.{name}")
         others = {key: value for key, value in section.items() if key not in (TARGET, *PARTS)}
-        model = VisionLanguageModel(**parts, **others, built_from=section)
+        by_recipe = all(section[name] is not None for name in given)  # else nobody can say how to build it again
+        model = VisionLanguageModel(**parts, **others, built_from=section if by_recipe else None)
         if weights_wanted():
             _start_connector(model.fusion, connector_state(open_vlm(source)), source)
     return model
@@ -115,7 +120,8 @@ def start_from_vlm(model: VisionLanguageModel, source: str) -> set[str]:
         UserError: a tower or a language model of another shape.
     """
     vlm = open_vlm(source)
-    tower = {f"vision.tower.{name}": tensor for name, tensor in tower_state(vlm).items()}
+    wrapped = next((name for name, part in model.named_modules() if isinstance(part, HFVision)), "vision")
+    tower = {f"{wrapped}.tower.{name}": tensor for name, tensor in tower_state(vlm).items()}
     connector = {f"fusion.{name}": tensor for name, tensor in connector_state(vlm).items()}
     language = language_model_of(vlm, dtype=vlm.dtype, attention="sdpa").state_dict()
     language = {f"language.hf.{name}": tensor for name, tensor in language.items()}
@@ -148,7 +154,7 @@ def as_released(recipe: Recipe) -> Recipe:
     """The same recipe, a published model in it as it was released, told by its parts; any other as it is."""
     if not is_released(recipe):
         return recipe
-    node = {key: value for key, value in recipe.settings["model"].items() if key not in ("vision", "fusion", "reducer")}
+    node = {key: value for key, value in recipe.settings["model"].items() if key not in MAY_BE_OTHERS}
     return written_out(recipe.replaced("model", node))
 
 
@@ -160,7 +166,7 @@ def written_out(recipe: Recipe) -> Recipe:
     of_language = {key: node[key] for key in ("dtype", "attention", "lora") if key in node}
     with without_weights():  # shapes are all that is asked for
         section = section_of(node["source"], **of_language)
-    section |= {key: node[key] for key in ("context_length", "timestamps", "fusion", "reducer") if node.get(key)}
+    section |= {key: node[key] for key in ("context_length", "timestamps", *MAY_BE_OTHERS) if node.get(key)}
     return recipe.replaced("model", section)
 
 
@@ -270,7 +276,7 @@ def _start_connector(fusion: Fusion, state: dict[str, Tensor], source: str) -> N
         ours, theirs = (", ".join(f"{name} {list(p.shape)}" for name, p in some.items()) for some in (own, state))
         raise UserError(
             f"{type(fusion).__name__} joins the halves by {ours}, and '{source}' by {theirs}: give the fusion the same "
-            "projector, newline and markers."
+            "projector, newline and markers, and the model a tower as wide."
         )
     with torch.no_grad():
         for name, parameter in own.items():

@@ -67,7 +67,11 @@ def method_name(recipe: Recipe) -> str:
 
 def is_concat(recipe: Recipe) -> bool:
     """Whether it is a baseline itself: all tokens, concatenated as the model was released."""
-    return method_name(recipe) == ("concat" if not is_released(recipe) else method_name(as_released(recipe)))
+    if not is_released(recipe):
+        return method_name(recipe) == "concat"
+    as_it_was = as_released(recipe)
+    own_tower = written_out(recipe).settings["model"]["vision"] == as_it_was.settings["model"]["vision"]
+    return own_tower and method_name(recipe) == method_name(as_it_was)
 
 
 def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:

@@ -45,7 +45,7 @@ class CASA(CrossAttentionFusion):
     """
 
     own_cache = True
-    keeps_sequence = False
+    method = "CASA"
 
     def __init__(
         self,
@@ -80,9 +80,13 @@ class CASA(CrossAttentionFusion):
         return self.projector(super().visual_tokens(batch, features))  # (views, N, D)
 
     def context(self, batch: Batch, visual: dict[str, Tensor], rows: Rows) -> CASAContext:
-        is_padded = any(span != (0, batch.input_ids.shape[1]) for span in batch.spans)
-        valid = batch.attention_mask if is_padded else None
-        return CASAContext(blocks=self.blocks, visual=visual, valid=valid, **rows.stand())
+        columns: list[list[int]] = [[] for _ in range(len(batch))]
+        for slot in batch.image_slots:
+            columns[slot.row].append(slot.column)
+        most = max(1, *map(len, columns))
+        padded = [row + [Rows.NEVER] * (most - len(row)) for row in columns]
+        images = torch.tensor(padded, device="cpu").to(rows.column.device)  # (B, I)
+        return CASAContext(blocks=self.blocks, visual=visual, images=images, **rows.stand())
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         visual = layout.views * layout.tokens_of_view(per_view) if layout else 0
@@ -95,36 +99,37 @@ class CASA(CrossAttentionFusion):
 
 @dataclass(kw_only=True)
 class CASAContext(CrossAttentionContext):
-    """Keys and values of V for each block; those of the text are in the cache."""
+    """Keys and values of V for each block, until they are cached in front of the text's."""
 
-    valid: Tensor | None
-    """(B, T) of the prompt's text; None: no padding."""
+    images: Tensor
+    """(B, I): the text column that each image stands before; :attr:`Rows.NEVER` is padding."""
+    past: int = 0
+    """Text tokens that are cached, and V with them."""
 
     def new_cache(self, config: PretrainedConfig) -> LayeredCache:
         return LayeredCache(config)
 
     def for_step(self, past: int, length: int) -> Self:
         columns = torch.arange(past, past + length, device=self.column.device)  # (T,)
-        image = self.column[:, None]  # (B, 1, M): the column that each visual token stands before
-        before = image <= columns[:, None]  # (B, T, M)
+        before = self.images[:, None] <= columns[:, None]  # (B, T, I)
         if self.start is not None:
-            before = before & (image >= self.start[:, past : past + length, None])
-        window = torch.where(before, image, -1).amax(-1, keepdim=True)  # (B, T, 1): where each token's begins
+            before = before & (self.images[:, None] >= self.start[:, past : past + length, None])
+        window = torch.where(before, self.images[:, None], -1).amax(-1, keepdim=True)  # (B, T, 1): where it begins
         keys = torch.arange(past + length, device=self.column.device)
         text = (keys >= window) & (keys <= columns[:, None]) & (window >= 0)  # (B, T, past + T)
-        if self.valid is not None:
-            behind = self.valid.new_ones(len(self.valid), len(keys))
-            text = text & torch.cat([self.valid, behind], dim=1)[:, None, : len(keys)]
-        return replace(self, step=Visibility.by(torch.cat([image == window, text], dim=-1)))
+        mask = torch.cat([self.column[:, None] == window, text], dim=-1)  # padding lies in no token's window
+        return replace(self, past=past, step=Visibility.by(mask))
+
+    def behind_prompt(self) -> Self:
+        return replace(self, visual={})
 
     def for_generation(self, copies: int) -> Self:
-        valid = None if self.valid is None else self.valid.repeat_interleave(copies, dim=0)
-        return replace(super().for_generation(copies), valid=valid)
+        return replace(super().for_generation(copies), images=self.images.repeat_interleave(copies, dim=0))
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         cache, block = kwargs.get("past_key_values"), cast(WindowAttention, self.blocks[str(layer)])
         keep = None
         if isinstance(cache, LayeredCache):
-            keep = partial(cache.beside.update, layer_idx=list(self.blocks).index(str(layer)))
-        visual = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
+            keep = partial(cache.added.update, layer_idx=list(self.blocks).index(str(layer)))
+        visual = None if self.past else (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
         return call(block(hidden, visual, self.seen, cache=keep), **kwargs)

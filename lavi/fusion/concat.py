@@ -67,6 +67,7 @@ class ConcatFusion(Fusion):
         open_decoder(language.hf)
 
     def arrangement(self, language: LanguageModel, features: FeatureSpec) -> VisualArrangement:
+        """How the features of an image's views become its visual tokens."""
         if self.markers is None:
             return TileArrangement(features.grid, budget=self.budget, newline=self.has_newline)
         return self.markers.arrangement(language.tokenizer) if weights_wanted() else self.markers.of_single_tokens()

@@ -49,6 +49,8 @@ class CrossAttentionFusion(Fusion):
     packs = True
     native_resolution = True
     keeps_sequence = True
+    method = "cross-attention"
+    """What errors call it."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class CrossAttentionFusion(Fusion):
     ) -> None:
         super().__init__()
         if layers is not None and fraction is not None:
-            raise UserError("cross-attention takes either 'layers' or 'fraction', not both.")
+            raise UserError(f"{self.method} takes either 'layers' or 'fraction', not both.")
         self.every, self.wanted, self.fraction = every, layers, fraction
         self.heads, self.ffn, self.max_images, self.has_grid_code = heads, ffn, max_images, grid_code
 
@@ -76,7 +78,7 @@ class CrossAttentionFusion(Fusion):
             layers=self.wanted,
             fraction=self.fraction,
             where="spread",
-            method="cross-attention",
+            method=self.method,
         )
         open_decoder(language.hf, layers)
         self.view_embedding = ViewEmbedding(features.width, images=self.max_images)
@@ -94,6 +96,8 @@ class CrossAttentionFusion(Fusion):
         return GatedCrossAttention(width=width, vision_width=vision_width, heads=heads, ffn=round(self.ffn * width))
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
+        if not features.shape[1]:  # a control that shows no token: as without an image
+            batch, features = batch.without_images(), features.new_zeros(0, 1, features.shape[2])
         tokens = self.visual_tokens(batch, features)
         rows = group_views_by_row(batch, tokens.shape[1]).to(features.device)
         visual = rows.gather(tokens)  # (B, M, E)

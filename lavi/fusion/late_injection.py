@@ -1,6 +1,6 @@
 """Late injection: visual tokens enter the decoder at a deeper layer (DeepInsert 2504.19327, HiDrop 2602.23699).
 
-    [ text           text ] -> layers 0 .. first-1       text alone; V waits as the projector made it
+    [ text           text ] -> layers 0 .. first-1       text alone; V waits as it came into the decoder
     [ text V V V V V text ] -> layers first .. last      concatenation; V pruned behind the layers in ``stages``
     [ text           text ] -> layers last+1 .. L-1      text alone; only where ``last`` is given
 

@@ -63,6 +63,19 @@ def refuse_other_sequence(model: PreTrainedModel, method: str) -> None:
         )
 
 
+def refuse_own_cache(model: PreTrainedModel, method: str) -> None:
+    """Refuse a ``method`` that keeps a cache of its own where layers keep a recurrent state, which it cannot hold.
+
+    Raises:
+        UserError: some layers do.
+    """
+    if recurrent := recurrent_layers(model):
+        raise UserError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, which {method}'s own cache cannot "
+            "hold: take LaVi or cross-attention, or a family such as qwen2 or llama."
+        )
+
+
 def refuse_recurrent(model: PreTrainedModel) -> None:
     """Refuse a family that lets padding into a recurrent state.
 

@@ -28,7 +28,7 @@ class LayeredCache(DynamicCache):
     Attributes:
         arranged: columns of the arranged sequence so far.
         cross: for a layer that reads beside the sequence, what it keeps of what it reads (keys and values).
-        beside: keys and values of the text, of attention that a fusion adds.
+        added: keys and values of attention that a fusion adds: of what it reads, and of the text behind that.
         groups: where rows part, groups of them (their numbers, ascending) and the cache of each for the layers behind.
     """
 
@@ -37,7 +37,7 @@ class LayeredCache(DynamicCache):
         self.config = config
         self.arranged = 0
         self.cross: dict[int, tuple[Tensor, ...]] = {}
-        self.beside = DynamicCache()
+        self.added = DynamicCache()
         self.groups: list[tuple[Tensor, LayeredCache]] = []
         self.kept: dict[str, Any] = {}
         """Whatever else a context needs of the prompt in the calls that follow it."""
@@ -64,13 +64,13 @@ class LayeredCache(DynamicCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.cross = {layer: tuple(part[beam_idx] for part in seen) for layer, seen in self.cross.items()}
-        self.beside.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.added.reorder_cache(beam_idx)  # type: ignore[arg-type]
         for rows, cache in self.groups:  # beams of one prompt went the same way, so each group keeps its rows
             cache.reorder_cache(torch.searchsorted(rows, beam_idx[rows]))
 
     def crop(self, tokens_to_remove: int) -> None:
         self.arranged -= abs(tokens_to_remove)
-        layers: list[Any] = [*self.layers, *self.beside.layers]
+        layers: list[Any] = [*self.layers, *self.added.layers]
         for layer in layers:
             if layer.is_initialized:  # those behind the parting of the rows are not
                 layer.crop(tokens_to_remove)
@@ -78,10 +78,10 @@ class LayeredCache(DynamicCache):
             cache.crop(tokens_to_remove)
 
     def cached_tensors(self) -> list[Tensor]:
-        """What is kept for layers that read beside the sequence."""
+        """What is kept beside the language model's own keys and values."""
         own = [tensor for seen in self.cross.values() for tensor in seen]
-        beside: list[Any] = self.beside.layers
-        own += [tensor for layer in beside for tensor in (layer.keys, layer.values)]
+        added: list[Any] = self.added.layers
+        own += [tensor for layer in added for tensor in (layer.keys, layer.values)]
         return own + [tensor for _, cache in self.groups for tensor in cache.cached_tensors()]
 
     def keys_values(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Which visual tokens each text token sees: made once a call, for all layers that read them."""
+"""Which tokens each text token sees: made once a call, for all layers that read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """What each of T text tokens sees of M visual ones."""
+    """What each of T text tokens sees of M others: visual ones, and in CASA the text's own behind them."""
 
     shape: tuple[int, int, int]
     """(B, T, M)."""

@@ -51,7 +51,7 @@ class WindowAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        visual: KeysValues,
+        visual: KeysValues | None,
         seen: Visibility,
         *,
         cache: Callable[[Tensor, Tensor], KeysValues] | None = None,
@@ -59,21 +59,23 @@ class WindowAttention(nn.Module):
         """``hidden`` (B, T, D) after reading what each token sees of the M visual tokens and of the text.
 
         Args:
-            visual: of the M visual tokens.
+            visual: of the M visual tokens; None: they are cached.
             seen: (B, T, M + past + T).
-            cache: takes keys and values of the T tokens, and gives those of the text before them, too.
+            cache: takes these keys and values, and gives them behind those that it had.
         """
         x = self.norm(hidden.to(self.query.weight.dtype))
-        query = self.query_norm(self._split(self.query(x)))
-        text = self._keys_values(x)
-        text = text if cache is None else cache(*text)
-        key, value = (torch.cat([of_image.to(own), own], dim=2) for of_image, own in zip(visual, text, strict=True))
+        query = self.query_norm(self._split(self.query(x)).to(self.query_norm.weight.dtype))
+        key, value = self._keys_values(x)
+        if visual is not None:
+            key, value = (torch.cat([one.to(own), own], dim=2) for one, own in zip(visual, (key, value), strict=True))
+        if cache is not None:
+            key, value = cache(key, value)
         read = nn.functional.scaled_dot_product_attention(query.to(key), key, value, attn_mask=seen.allowed)
         return hidden + seen.only(self.out(read.transpose(1, 2).flatten(2))).to(hidden.dtype)
 
     def _keys_values(self, x: Tensor) -> KeysValues:
         key, value = (self._split(part(x)) for part in (self.key, self.value))
-        return self.key_norm(key).to(value), value
+        return self.key_norm(key.to(self.key_norm.weight.dtype)).to(value), value
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, heads, tokens, d)

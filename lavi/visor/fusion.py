@@ -249,7 +249,7 @@ class VisorFusion(ConcatFusion):
         visual = self.tile_arrangement(layout, per_view) if layout else 0
         costs = super().costs(text, layout, per_view, past=past)
         for reader in self.readers.values():
-            for name, cost in cast(Reader, reader).costs(text, visual, decoding=past > 0).items():
+            for name, cost in cast(Reader, reader).costs(text, visual, past=past).items():
                 before = costs.get(name, Cost(0.0))
                 costs[name] = Cost(before.flops + cost.flops, before.uncounted + cost.uncounted)
         if self.positions is not None and not past:  # once for each V that is read

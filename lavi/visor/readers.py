@@ -62,8 +62,8 @@ class Reader(nn.Module, ABC):
         """
 
     @abstractmethod
-    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
-        """FLOPs of ``text`` tokens that read ``visual`` tokens; ``decoding``: what is kept is there."""
+    def costs(self, text: int, visual: int, *, past: int) -> dict[str, Cost]:
+        """FLOPs of ``text`` tokens that read ``visual`` tokens; what is kept is there where ``past`` tokens are."""
 
 
 class AttentionReader(Reader):
@@ -79,8 +79,8 @@ class AttentionReader(Reader):
         key, value = kept
         return self.attention(text, (key, value), seen), nullcontext()
 
-    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
-        once = 0.0 if decoding else self.attention.keys_values_flops(visual)
+    def costs(self, text: int, visual: int, *, past: int) -> dict[str, Cost]:
+        once = 0.0 if past else self.attention.keys_values_flops(visual)
         return {"cross_attention": Cost(self.attention.flops(text, visual) + once)}
 
 
@@ -120,8 +120,8 @@ class ModulationReader(Reader):
         deltas: list[Deltas] = [(next(parts), next(parts)) for _ in self.modulated_norms]
         return text, modulated([cast(ModulatedNorm, target.norm) for target in self.modulated_norms], deltas)
 
-    def costs(self, text: int, visual: int, *, decoding: bool) -> dict[str, Cost]:
-        once = 0.0 if decoding else self.generator.slots_flops(visual)
+    def costs(self, text: int, visual: int, *, past: int) -> dict[str, Cost]:
+        once = 0.0 if past else self.generator.slots_flops(visual)
         modulation = modulation_flops(len(self.modulated_norms), text, self.width)
         return {
             "generator": Cost(self.generator.flops(text, views=1, per_view=visual) + once),
