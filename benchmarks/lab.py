@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
     "concatenation": Method("concat", shares=(SHORT, 1.0)),
     "LaVi": Method("lavi", shares=(SHORT, 1.0)),
     "concatenation, more steps": Method("concat", shares=(1.6,)),
-    "concatenation, newlines": Method("concat", ("model.fusion.newline=true",)),
+    "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=1),
     "cross-attention": Method("cross_attention", seeds=1),
     "VISOR": Method(
         "visor",

@@ -52,16 +52,16 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """The mean, with its 95 % interval where there are several."""
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
+    """The mean, with its 95 % interval where there are three or more; the values of one or two."""
+    if len(values) < 3:
+        return " / ".join(f"{value:.1f}" for value in values)
     half = half_width(values)
     return f"{mean(values):.1f} ± {half:.1f}"
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean; 0 of a single value."""
-    if len(values) < 2:
+    """Of the 95 % interval of the mean; 0 of one or two values, of which there is none worth telling."""
+    if len(values) < 3:
         return 0.0
     return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
 
@@ -171,7 +171,7 @@ def draw(records: Sequence[Record]) -> Figure:
     """The frontier: accuracy against FLOPs and milliseconds, easy and hard apart.
 
     The cost of the language model on the text alone and the accuracy of concatenation are drawn as lines; hollow: of
-    fewer steps.
+    fewer steps. What had more steps than the others is left out.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -184,10 +184,10 @@ def draw(records: Sequence[Record]) -> Figure:
     for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
         for axes, level in zip(row, ("easy", "hard"), strict=True):
             for of in by_method(records):
-                name, whole = of[0].knobs["method"], of[0].knobs["share"] >= 1.0
+                name, whole = of[0].knobs["method"], of[0].knobs["share"] == 1.0
                 scores = [r.accuracy[f"level/{level}"] for r in of]
                 told = [cost for cost in map(cost_of, of) if cost is not None]
-                if not told:
+                if not told or of[0].knobs["share"] > 1:
                     continue
                 at = (mean(told), mean(scores))
                 fill = "full" if whole else "none"

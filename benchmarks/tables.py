@@ -232,11 +232,14 @@ def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], 
 
 
 LAB_SHORT = ("method", "seeds", "easy %", "hard %", "saved %")
+LAB_WHOLE_ONLY = ("concatenation, newlines",)
+"""What only the whole table has."""
 
 
 def short_lab(records: list[Record]) -> str:
     """The lab's scenes in few columns: methods that had all their steps."""
-    chosen = [record for record in records_of(records, "scenes") if record.knobs["share"] == 1.0]
+    whole = [record for record in records_of(records, "scenes") if record.knobs["share"] == 1.0]
+    chosen = [record for record in whole if record.knobs["method"] not in LAB_WHOLE_ONLY]
     if not chosen:
         return NOT_YET
     columns, rows = lab_table(chosen)
