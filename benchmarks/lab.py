@@ -105,6 +105,7 @@ METHODS: dict[str, Method] = {
     "LaVi": Method("lavi", shares=(SHORT, 1.0)),
     "concatenation, more steps": Method("concat", shares=(1.6,)),
     "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=1),
+    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",)),
     "cross-attention": Method("cross_attention", seeds=1),
     "VISOR": Method(
         "visor",

@@ -91,7 +91,7 @@ def visual_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part for part in parts if part["type"] in ("image", "video")]
 
 
-def visual_part(visual: Visual) -> dict[str, Any]:
+def visual_part(visual: Visual | CachedVisual) -> dict[str, Any]:
     """What stands for an image or a video in a message's content."""
     return {"type": "video" if is_video(visual) else "image"}
 

@@ -51,6 +51,7 @@ class VisionLanguageModel(nn.Module):
             a token (:class:`lavi.data.chat.Chat`): that of a published vision-language model.
         context_length: the most tokens of a conversation; by default, and at most, the language model's positions.
         timestamps: the model is told how long a video is and when its frames are shown.
+        image_numbers: the model is told before each of several images which it is.
         built_from: the section of a recipe that names these parts, for a copy in a folder
             (:mod:`lavi.checkpoints.model_folder`); None for a model that was put together by hand.
     """
@@ -67,6 +68,7 @@ class VisionLanguageModel(nn.Module):
         media_tokens: dict[str, str] | None = None,
         context_length: Count | None = None,
         timestamps: bool = False,
+        image_numbers: bool = False,
         built_from: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +88,8 @@ class VisionLanguageModel(nn.Module):
         fusion.bind(language, self.feature_spec)
         self.tiling = tiling or OneView()
         self.context_length = min(context_length or language.context_length, language.context_length)
-        self._template, self.media_tokens, self.timestamps = chat_template, media_tokens, timestamps
+        self._template, self.media_tokens = chat_template, media_tokens
+        self.timestamps, self.image_numbers = timestamps, image_numbers
         if weights_wanted():  # else it is only counted or timed, and its tokenizer need not be at hand
             _ = self.chat
 
@@ -105,6 +108,7 @@ class VisionLanguageModel(nn.Module):
             count_visual_tokens=partial(self.fusion.token_counter, per_view=self.feature_spec.tokens),
             context_length=self.context_length,
             timestamps=self.timestamps,
+            image_numbers=self.image_numbers,
         )
 
     def encode(self, pixels: Tensor, layouts: Sequence[Layout]) -> Tensor:

@@ -113,14 +113,43 @@ def test_no_visual_token_is_in_a_cache(build) -> None:  # type: ignore[no-untype
     assert [layer.keys.shape[2] for layer in cache.added.layers] == [14 + text, 14 + text]
 
 
-def test_in_half_precision_nothing_is_computed_the_slow_way(build, recwarn: pytest.WarningsRecorder) -> None:
-    """Norms of queries and keys get what their weights are."""
+def test_what_beams_swap_is_swapped_in_the_blocks_too(build) -> None:  # type: ignore[no-untyped-def]
+    """Rows that have said different words change places: what each says next goes with it."""
+    model = build(CASA(every=2))
+    awaken(model.fusion)
+    batch = collate(model, [SAMPLES[0], SAMPLES[0]], prompt=True)
+
+    def said_next(*, swapped: bool) -> Tensor:
+        out, context = model.prefill(batch, model.features_of(batch))
+        cache, length = out.past_key_values, batch.input_ids.shape[1]
+        for step, ids in enumerate((torch.tensor([[5], [9]]), torch.tensor([[7], [7]]))):
+            if swapped and step:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            position = torch.full((2, 1), length + step)
+            logits = model.language.hf(
+                ids, past_key_values=cache, use_cache=True, vision=context, position_ids=position
+            ).logits
+        return logits
+
+    with torch.no_grad():
+        here, there = said_next(swapped=False), said_next(swapped=True)
+    assert float((here[0] - here[1]).abs().max()) > 1e-3
+    torch.testing.assert_close(there, here.flip(0), atol=1e-5, rtol=1e-4)
+
+
+def test_in_half_precision_norms_get_what_their_weights_are(build) -> None:  # type: ignore[no-untyped-def]
+    """Else torch computes them the slow way, and warns of it once a process."""
     model = build(CASA(every=2))
     awaken(model.fusion)
     batch = collate(model, SAMPLES)
+    got: list[bool] = []
+    for block in model.fusion.blocks.values():
+        for norm in (block.norm, block.query_norm, block.key_norm):
+            norm.register_forward_pre_hook(lambda norm, args: got.append(args[0].dtype == norm.weight.dtype))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         halves = model(batch)
-    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
+    assert len(got) == 2 * (2 + 1 + 2)  # keys and what they are of, of the image and of the text
+    assert all(got)
     with torch.no_grad():
         assert float((halves.float() - model(batch)).abs().max()) < 0.1
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import collate
 from families import VARIED
-from test_oracles import SAMPLES, row
+from test_oracles import SAMPLES, assert_rows_are
 from test_visual_layers import Modes, Reference, pair
 from torch import Tensor
 
+from lavi.batch import Layout
 from lavi.errors import UserError
 from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.pruning import Columns, PruningFusion
@@ -66,8 +67,7 @@ def test_without_a_pyramid_each_layer_works_on_all_or_on_the_text(  # type: igno
         batch = collate(late, SAMPLES, pad_left=pad_left)
         with torch.no_grad():
             said, expected = late(batch), by_modes(batch)
-        for index in range(len(SAMPLES)):
-            torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
+        assert_rows_are(said, expected, batch)
 
 
 @dataclass(kw_only=True)
@@ -161,6 +161,14 @@ def test_the_recipe_has_the_authors_schedule_at_the_same_depths_of_24(build) -> 
     assert [layer for layer, count in enumerate(counts) if count] == list(range(first, last + 1))
     assert list(fusion.stages) == stages
     assert [counts[layer + 1] for layer in stages] == [215, 10, 5, 1]
+
+
+def test_where_all_tokens_leave_nothing_is_ranked(build) -> None:  # type: ignore[no-untyped-def]
+    def ranking(fusion: LateInjection) -> float:
+        return build(fusion, num_hidden_layers=5).fusion.costs(7, Layout(), 16)["ranking"].flops
+
+    assert ranking(LateInjection(first=1, last=3)) == 0
+    assert ranking(LateInjection(first=1, last=3, stages={1: 0.5})) == ranking(LateInjection(first=1, stages={1: 0.5}))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import QWEN2, ask, image
 from lavi.batch import IGNORE, Answer, ImageSlot, Layout, Sample, Video
 from lavi.data.chat import Encoded, Turn
 from lavi.data.collator import EncodedSample
+from lavi.data.image_numbers import number_images
 from lavi.data.processor import Processor, TooLong, one_bad_sample
 from lavi.data.tiling import AnyRes
 from lavi.data.timestamps import time_instruction
@@ -202,6 +204,50 @@ def test_a_film_says_how_long_it_is_where_that_is_asked_for(processor: Processor
     assert text.index(time_instruction(film).strip()) < text.index("what?")
     assert [layout.views for layout in timed.layouts] == [2, 1]
     assert messages[0]["content"][1] == {"type": "image"}  # the sample stays as it is
+
+
+def test_each_of_several_images_says_which_it_is_where_that_is_asked_for() -> None:
+    """What a turn says of its images does not depend on what comes behind it."""
+    pixels = image(1)
+    first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    second = {"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "image"}]}
+    two = {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "image"}]}
+    words = {"role": "assistant", "content": "red"}
+    said = [{"type": "text", "text": f"Image {number}: "} for number in (1, 2, 3)]
+    assert number_images([first, words], [pixels]) == [first, words]
+    assert number_images([first, words, second], [pixels] * 2) == [
+        first,
+        words,
+        {"role": "user", "content": [second["content"][0], said[1], {"type": "image"}]},
+    ]
+    film = Video([pixels])
+    assert number_images([two], [pixels, film, pixels])[0]["content"] == [
+        *(said[0], {"type": "image"}, {"type": "video"}),
+        *(said[1], {"type": "image"}),
+    ]
+    assert two["content"] == [{"type": "image"}, {"type": "video"}, {"type": "image"}]  # and the sample stays as it is
+    unnamed = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "which?"}, words]
+    assert number_images(unnamed, [pixels] * 2) == [
+        unnamed[0],
+        {"role": "user", "content": [said[0], {"type": "image"}, said[1], {"type": "image"}, *part("which?")]},
+        words,
+    ]
+    assert number_images(unnamed, []) == unnamed
+
+
+def part(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}]
+
+
+def test_the_model_reads_the_numbers_of_images(build) -> None:  # type: ignore[no-untyped-def]
+    plain = build(ConcatFusion()).processor
+    numbered = replace(plain, image_numbers=True)
+    sample = ask(1, 2, "which?", answer="red")
+    text = plain.chat.tokenizer.decode(numbered.encode(sample).encoded.ids)
+    assert text.replace("Image 1: Image 2: ", "") == plain.chat.tokenizer.decode(plain.encode(sample).encoded.ids)
+    columns = numbered.encode(sample).encoded.image_columns
+    assert columns[0] < columns[1]  # each stands behind its number
+    assert plain.encode(ask(1, "which?")).encoded == numbered.encode(ask(1, "which?")).encoded
 
 
 def of_open_clip(tokenizer: str) -> VisionLanguageModel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ask, awaken, collate
 from families import VARIED
-from test_oracles import row
+from test_oracles import assert_rows_are
 from transformers import AutoModelForCausalLM
 
 from lavi.batch import Layout
@@ -50,8 +50,7 @@ def test_a_drop_of_nothing_through_the_ranking_is_concatenation(build, family: s
         batch = collate(concat, SAMPLES, pad_left=pad_left)
         with torch.no_grad():
             said, expected = pruned(batch), concat(batch)
-        for index in range(len(SAMPLES)):
-            torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
+        assert_rows_are(said, expected, batch)
 
 
 @pytest.mark.parametrize("family", VARIED)
@@ -185,7 +184,7 @@ def test_only_rows_of_unequal_length_are_padded(build) -> None:  # type: ignore[
         with torch.no_grad():
             context: Any = model.fusion(batch, model.features(batch.pixels), model.language).vision
         length = context.length
-        columns = context.for_step(0, length).all_columns()
+        columns = context.for_step(0, length)._all_columns()
         assert (columns.valid is not None) == is_padded
         assert columns.index.tolist() == [list(range(length))] * 2
 

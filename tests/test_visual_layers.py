@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ask, awaken, collate, summed_loss
 from families import EAGER, VARIED
-from test_oracles import SAMPLES, row
+from test_oracles import SAMPLES, assert_rows_are
 from torch import Tensor
 
 from lavi.batch import Batch, Layout
@@ -110,8 +110,7 @@ def assert_is_the_reference(build: Any, fusion: Fusion, **config: Any) -> None:
         batch = collate(model, SAMPLES, pad_left=pad_left)
         with torch.no_grad():
             said, expected = model(batch), reference(model, concat, batch)
-        for index in range(len(SAMPLES)):
-            torch.testing.assert_close(row(said, batch, index), row(expected, batch, index), atol=1e-5, rtol=1e-4)
+        assert_rows_are(said, expected, batch)
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------

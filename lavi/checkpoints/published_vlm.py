@@ -71,6 +71,7 @@ def published_vlm(
     lora: Annotated[dict[str, Any], Check(LoRA.of)] | None = None,
     context_length: Count | None = None,
     timestamps: bool = False,
+    image_numbers: bool = False,
     built_from: Node | None = None,
 ) -> VisionLanguageModel:
     """A published vision-language model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Idefics3 or SmolVLM.
@@ -83,7 +84,7 @@ def published_vlm(
             starts with the checkpoint's; None: the checkpoint's own, concatenation.
         reducer: makes fewer visual tokens of a view's; not where the checkpoint has one of its own (Idefics3, SmolVLM).
         dtype, attention, lora: of the language model.
-        context_length, timestamps: as of :class:`lavi.model.VisionLanguageModel`.
+        context_length, timestamps, image_numbers: as of :class:`lavi.model.VisionLanguageModel`.
         built_from: the section of a recipe that says so.
 
     Raises:
@@ -91,7 +92,7 @@ def published_vlm(
             that arranges its visual tokens otherwise.
     """
     section = section_of(source, dtype=dtype, attention=attention, lora=lora)
-    section |= {"context_length": context_length, "timestamps": timestamps}
+    section |= {"context_length": context_length, "timestamps": timestamps, "image_numbers": image_numbers}
     if reducer is not None and section["reducer"] is not None:
         raise UserError(f"the projector of '{source}' reads {section['reducer'][TARGET]}: it takes no other reducer.")
     recipe = Recipe({"model": section}, {}, source)
@@ -166,7 +167,8 @@ def written_out(recipe: Recipe) -> Recipe:
     of_language = {key: node[key] for key in ("dtype", "attention", "lora") if key in node}
     with without_weights():  # shapes are all that is asked for
         section = section_of(node["source"], **of_language)
-    section |= {key: node[key] for key in ("context_length", "timestamps", *MAY_BE_OTHERS) if node.get(key)}
+    own = ("context_length", "timestamps", "image_numbers", *MAY_BE_OTHERS)
+    section |= {key: node[key] for key in own if node.get(key)}
     return recipe.replaced("model", section)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lavi.batch import Batch, CachedVisual, Layout, Sample, Video, Visual, is_video
 from lavi.data.chat import Chat, Encoded
 from lavi.data.collator import EncodedSample, collate
+from lavi.data.image_numbers import number_images
 from lavi.data.preprocessing import Preprocessing
 from lavi.data.tiling import Tiling
 from lavi.data.timestamps import add_timestamps
@@ -72,6 +73,7 @@ class Processor:
         count_visual_tokens: visual tokens of an image that stand in the sequence: 0 unless the fusion puts them there.
         context_length: the most tokens a conversation may have, its visual tokens included.
         timestamps: say behind each video how long it is and when its frames are shown.
+        image_numbers: say before each of several images which it is.
     """
 
     chat: Chat
@@ -80,6 +82,7 @@ class Processor:
     count_visual_tokens: Callable[[Layout], int]
     context_length: int
     timestamps: bool = False
+    image_numbers: bool = False
 
     def encode(self, sample: Sample, *, prompt: bool = False) -> EncodedSample:
         """Encode one sample, as a whole or (``prompt``) up to the answer it waits for.
@@ -138,6 +141,8 @@ class Processor:
             messages = add_timestamps(
                 messages, [one for one in sample.images if isinstance(one, Video | CachedVisual) and is_video(one)]
             )
+        if self.image_numbers:
+            messages = number_images(messages, sample.images)
         to_ids = self.chat.encode_prompt if prompt else self.chat.encode
         encoded = to_ids(messages, images=len(sample.images))
         if layouts is None:

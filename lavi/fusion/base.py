@@ -1,6 +1,6 @@
 """The contract of a fusion: how vision meets language.
 
-Seven kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence
+Eight kinds of meeting go through the same two doors. *Before* the decoder a fusion arranges the sequence
 (:meth:`Fusion.forward`); *inside* it, each opened layer hands its call to the context (``VisualContext.run_layer``):
 
     in the norms      LaVi              arrange: text as it is       run_layer: bind deltas to the layer's norms
@@ -8,6 +8,7 @@ Seven kinds of meeting go through the same two doors. *Before* the decoder a fus
     in extra layers   cross-attn, CASA  arrange: text as it is       run_layer: attend to V, then call
     layers choose     VISOR             arrange: V beside the text   run_layer: call on both, or on the text alone
     on the way out    FastV, PDrop      arrange: splice V into text  run_layer: call, then drop tokens
+    late, on the way  late injection    arrange: splice V into text  run_layer: set V aside, join, then drop tokens
     behind layers     DeepStack         arrange: splice V into text  run_layer: call, then add to V
     in some layers    ViCA, ShortV      arrange: splice V into text  run_layer: call on both, or on the text
 

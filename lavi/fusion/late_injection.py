@@ -18,14 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from lavi.batch import Batch
 from lavi.config.types import Count, CountOrZero, Share
 from lavi.errors import UserError
 from lavi.fusion.arrangement import visual_columns
-from lavi.fusion.pruning import Columns, PruningContext, PruningFusion, columns_of
+from lavi.fusion.pruning import Columns, PruningContext, PruningFusion
 from lavi.fusion.tile_markers import TileMarkers
 from lavi.language.context import DecoderInput
 from lavi.language.load import LanguageModel
@@ -75,12 +74,16 @@ class LateInjection(PruningFusion):
                 f"late injection prunes after layers {wrong}: there are visual tokens before and behind layers "
                 f"{self.first} to {last - 1}."
             )
-        self.last_layer, self.exits = last, last < depth - 1
         super().bind(language, features)
+
+    def all_stages(self, depth: int) -> dict[int, float]:
+        if self.last is None or self.last == depth - 1:
+            return self.stages
+        return self.stages | {self.last: 0.0}
 
     @property
     def is_plain(self) -> bool:
-        return super().is_plain and not self.first and not self.exits
+        return super().is_plain and not self.first
 
     def context(self, batch: Batch, inputs: DecoderInput, order: Tensor) -> PruningContext:
         context = super().context(batch, inputs, order)
@@ -89,7 +92,6 @@ class LateInjection(PruningFusion):
         return LateInjectionContext(
             **vars(context),
             first=self.first,
-            last=self.last_layer,
             columns=context.text_columns.masked_fill(~batch.attention_mask, context.length),
             text_valid=batch.attention_mask if is_padded else None,
             visual_columns=visual_columns(order, batch.input_ids.numel()).to(context.text_columns.device),
@@ -97,7 +99,7 @@ class LateInjection(PruningFusion):
 
     def visual_by_layer(self, inside: int, layers: int) -> list[int]:
         counts = super().visual_by_layer(inside, layers)
-        return [count if self.first <= layer <= self.last_layer else 0 for layer, count in enumerate(counts)]
+        return [0] * self.first + counts[self.first :]
 
 
 @dataclass(kw_only=True)
@@ -105,8 +107,7 @@ class LateInjectionContext(PruningContext):
     """The arranged prompt, and V where it waits beside the text."""
 
     first: int
-    last: int
-    """The layers that V is in."""
+    """The first layer that V is in."""
     columns: Tensor
     """(B, T): where the text stands in the arranged sequence (S: padding)."""
     text_valid: Tensor | None
@@ -136,9 +137,4 @@ class LateInjectionContext(PruningContext):
             assert self.waiting is not None  # and it stays: a checkpointed layer is run again
             hidden = self.arranged.join((hidden, columns), (self.waiting, visual_columns))
             self.stages[layer - 1] = None
-        out = super().run_layer(layer, call, hidden, **kwargs)
-        if layer == self.last < self.plan.depth - 1:
-            left = columns_of(layer, self.stages) or self.all_columns()
-            indices, self.stages[layer] = self.pruned(left, torch.zeros_like(hidden[..., 0]), [0] * len(hidden))
-            out = take(out, indices)
-        return out
+        return super().run_layer(layer, call, hidden, **kwargs)

@@ -73,15 +73,19 @@ class PruningFusion(ConcatFusion):
                 f"pruning after layers {wrong}: the language model has layers to prune before in 0 to "
                 f"{len(layers) - 2}."
             )
+        self.plan = PruningPlan(self.all_stages(len(layers)), layers, attention)
         if not self.is_plain:
             attention.check(type(self).__name__)
             open_decoder(language.hf, range(len(layers)))
-        self.plan = PruningPlan(self.stages, layers, attention)
+
+    def all_stages(self, depth: int) -> dict[int, float]:
+        """After which of ``depth`` layers what share of the visual tokens still there is kept; 0: none."""
+        return self.stages
 
     @property
     def is_plain(self) -> bool:
         """Whether all layers work on all tokens."""
-        return not self.stages
+        return not self.plan.stages
 
     def forward(self, batch: Batch, features: Tensor, language: LanguageModel) -> DecoderInput:
         inputs, order = self.spliced(batch, features, language)
@@ -109,13 +113,13 @@ class PruningFusion(ConcatFusion):
         counts, left = [], inside
         for layer in range(layers):
             counts.append(left)
-            left = kept_count(left, self.stages.get(layer, 1.0))
+            left = kept_count(left, self.plan.stages.get(layer, 1.0))
         return counts
 
     def costs(self, text: int, layout: Layout | None, per_view: int, *, past: int = 0) -> dict[str, Cost]:
         inside = 0 if past or layout is None else self.tokens_in_language(layout, per_view)
         by_layer = self.visual_by_layer(inside, self.plan.depth)
-        ranked = self.stages if inside else ()
+        ranked = [layer for layer, keep in self.plan.stages.items() if keep and inside]
         ranking = sum(2.0 * (text + by_layer[layer]) * self.query_widths[layer] for layer in ranked)
         return super().costs(text, layout, per_view, past=past) | {"ranking": Cost(ranking)}
 
@@ -169,8 +173,8 @@ class PyramidDrop(PruningFusion):
 
 
 def kept_count(count: int, share: float) -> int:
-    """How many of ``count`` visual tokens a stage keeps; at least one."""
-    return max(1, round(share * count)) if count else 0
+    """How many of ``count`` visual tokens a stage keeps; at least one, unless its share is 0."""
+    return max(1, round(share * count)) if count and share else 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class PruningPlan:
     """Where tokens are ranked and dropped.
 
     Args:
-        stages: after layer -> the share that is kept.
+        stages: after layer -> the share that is kept; 0: none.
         layers: the L layers of the language model.
     """
 
@@ -202,12 +206,6 @@ class Columns:
     """(B, n); None: all."""
     visual_counts: list[int]
     """Visual tokens of each row."""
-
-
-def columns_of(layer: int, stages: Mapping[int, Columns | None]) -> Columns | None:
-    """What a layer works on, of what is left behind each stage; None: all columns."""
-    stage = max((after for after in stages if after < layer), default=None)
-    return None if stage is None else stages[stage]
 
 
 @dataclass(kw_only=True)
@@ -249,7 +247,8 @@ class PruningContext(ArrangedContext):
             stages = kwargs["past_key_values"].kept["stages"]
         elif isinstance(cache := kwargs.get("past_key_values"), LayeredCache):
             cache.kept["stages"] = stages
-        columns = columns_of(layer, stages)
+        stage = max((after for after in stages if after < layer), default=None)
+        columns = None if stage is None else stages[stage]
         if columns is not None:
             kwargs = self.arranged.layer_kwargs(
                 kwargs, columns.index, columns.valid, attention=self.plan.attention, layer=layer, dtype=hidden.dtype
@@ -257,43 +256,44 @@ class PruningContext(ArrangedContext):
         if layer not in self.plan.stages or self.past or not any(self.visual_counts):
             out = call(hidden, **kwargs)
         else:
-            out, stages[layer] = self._rank_and_drop(layer, call, hidden, columns or self.all_columns(), kwargs)
+            out, stages[layer] = self._drop(layer, call, hidden, columns or self._all_columns(), kwargs)
         if layer == self.plan.depth - 1 and not self.past and stages and (left := stages[max(stages)]) is not None:
             # The stack wants back the sequence that it gave (GPT-2), where the text is read from: what was pruned is 0.
             return self._spread(out, left)
         return out
 
-    def _rank_and_drop(
+    def _drop(
         self, layer: int, call: Callable[..., Tensor], hidden: Tensor, before: Columns, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Columns]:
         """A layer's output (B, n, D) at the columns that stay behind it, and these columns."""
-        query = (before.index == self.query[:, None]).int().argmax(1)  # (B,)
-        ranking = Ranking(self.plan.attention.kernel, at=query, columns=before.index, valid=before.valid)
-        with ranking_in(self.plan.layers[layer], ranking):
+        share = self.plan.stages[layer]
+        if share:
+            query = (before.index == self.query[:, None]).int().argmax(1)  # (B,)
+            ranking = Ranking(self.plan.attention.kernel, at=query, columns=before.index, valid=before.valid)
+            with ranking_in(self.plan.layers[layer], ranking):
+                out = call(hidden, **kwargs)
+            assert ranking.scores is not None
+            scores = ranking.scores
+        else:  # none stays: there is nothing to rank
             out = call(hidden, **kwargs)
-        assert ranking.scores is not None
-        counts = [kept_count(count, self.plan.stages[layer]) for count in before.visual_counts]
-        indices, columns = self.pruned(before, ranking.scores, counts)
+            scores = torch.zeros_like(hidden[..., 0])
+        indices, columns = self._pruned(before, scores, share)
         return take(out, indices), columns
 
-    def all_columns(self) -> Columns:
+    def _all_columns(self) -> Columns:
         """Every column of this call: the prompt's, and what was said behind it without a cache."""
         rows = list(zip(self.text_counts, self.visual_counts, strict=True))
         is_padded = len({text + visual for text, visual in rows}) > 1
         index = torch.arange(self.new_tokens, device=self.valid.device).expand(len(rows), -1)
         return Columns(index, self.arranged.valid(self.valid) if is_padded else None, self.visual_counts)
 
-    def pruned(self, before: Columns, scores: Tensor, counts: list[int]) -> tuple[Tensor, Columns]:
-        """Which (B, n) of the columns before stay, and the columns they are.
-
-        Args:
-            scores: (B, n before): of the visual tokens among them, the highest stay.
-            counts: visual tokens that stay in each row.
-        """
+    def _pruned(self, before: Columns, scores: Tensor, share: float) -> tuple[Tensor, Columns]:
+        """Which (B, n) of the columns before stay, and the columns they are."""
         behind = self.arranged.behind
         visual = torch.cat([self.visual, self.visual.new_zeros(len(self.visual), behind)], dim=1)
         visual = take(visual, before.index)  # (B, n before)
         visual = visual if before.valid is None else visual & before.valid
+        counts = [kept_count(count, share) for count in before.visual_counts]
         most = torch.tensor(counts, device="cpu").to(scores.device)[:, None]
         order = scores.masked_fill(~visual, -1.0).argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
