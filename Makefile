@@ -7,7 +7,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab lab-large tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -96,6 +96,15 @@ lab: install ## accuracy against cost: every fusion on scenes and videos (hours 
 	$(call lab-features,video_lavi,data/lab-videos-features)
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --processes 2
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --time --picture docs/lab.png
+
+LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
+
+lab-large: install ## large pictures: LaVi on all tiles, then on those that the question needs (an hour on two cores; stopped, it goes on)
+	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
+	$(call lab-features,large,data/lab-large-features)
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --methods "LaVi of large pictures"
+	$(BIN)/python -m lavi.route_tiles --checkpoint runs/lab/lavi-of-large-pictures/2500-steps/seed-0-* --out runs/lab/tile-router
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --methods "LaVi of large pictures, fewer tiles"
 
 tensorboard: install ## look at all runs
 	@echo "efficiency curves: http://localhost:6006/#custom_scalars"

@@ -29,9 +29,9 @@ from lab_results import (
     NOISE,
     controls_table,
     draw,
+    encoder_cost_table,
     lab_table,
     longest,
-    merging_table,
     records_of,
     write_tensorboard,
 )
@@ -58,6 +58,9 @@ SEEDS = 3
 """Of the methods that the lab is about; what varies them is trained with one."""
 SAVE_EVERY = 500
 """Steps of training that a kill loses at most."""
+TOWER = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
+ROUTER = RUNS / "tile-router"
+"""Of the tiles of large pictures, trained by ``make lab-large``."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
@@ -95,9 +98,18 @@ def in_the_tower(name: str, **merging: Any) -> tuple[str, tuple[str, ...]]:
     """A variant whose vision tower merges tokens between its blocks, on pixels; nothing is trained for it."""
     arguments = ", ".join(f"{key}: {value}" for key, value in merging.items())
     reduction = f"{{_target_: lavi.vision.token_merging.TokenMerging, {arguments}}}"
-    tower = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
-    vision = f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {tower}, reductions: [{reduction}]}}"
+    vision = f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {TOWER}, reductions: [{reduction}]}}"
     return name, (f"data.test={DATA['encoder'].features / 'test'}", f"model.vision={vision}")
+
+
+def on_request(name: str, keep: float, ranking: str, **arguments: Any) -> tuple[str, tuple[str, ...]]:
+    """A variant that encodes a share of the tiles, on pixels; the language model is not trained for it."""
+    given = "".join(f", {key}: {value}" for key, value in arguments.items())
+    vision = (
+        f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, tower: {TOWER}, keep: {keep}, "
+        f"ranking: {{_target_: lavi.vision.{ranking}{given}}}}}"
+    )
+    return name, (f"data.test={DATA['tiles'].features / 'test'}", f"model.vision={vision}")
 
 
 METHODS: dict[str, Method] = {
@@ -158,6 +170,22 @@ METHODS: dict[str, Method] = {
             in_the_tower("16 merged behind each block", per_block=16),
             in_the_tower("32 merged behind the first block", per_block=[32]),
             in_the_tower("32 merged behind the first block, 16 behind the second", per_block=[32, 16]),
+        ),
+    ),
+    "LaVi of large pictures": Method("large", seeds=1, data="large"),
+    "LaVi of large pictures, fewer tiles": Method(
+        "large",
+        of="LaVi of large pictures",
+        data="tiles",
+        seeds=1,
+        variants=(
+            on_request("1 of 4, by the question", 0.25, "tile_router.TileRouter", source=str(ROUTER)),
+            on_request("1 of 4, of most detail", 0.25, "tiles_on_request.Detail"),
+            on_request("1 of 4, any", 0.25, "tiles_on_request.RandomTiles"),
+            on_request("2 of 4, by the question", 0.5, "tile_router.TileRouter", source=str(ROUTER)),
+            on_request("2 of 4, of most detail", 0.5, "tiles_on_request.Detail"),
+            on_request("2 of 4, any", 0.5, "tiles_on_request.RandomTiles"),
+            ("none: the whole picture alone", ("model.tiling=null", f"data.test={DATA['tiles'].features / 'test'}")),
         ),
     ),
     "concatenation of frames": Method("video_concat", seeds=1, data="videos"),
@@ -271,7 +299,7 @@ def _model(record: Record) -> Any:
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(METHODS), help="some of them")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="None: all but those of large pictures")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: as many as each method has")
     parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
@@ -279,12 +307,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
-    if unknown := [name for name in args.methods if name not in METHODS]:
+    names = args.methods or [name for name, method in METHODS.items() if method.data not in ("large", "tiles")]
+    if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)
     there = known(args.out)
     with helpers(0 if args.time else args.processes - 1):
-        for name, seed, share in plan(args.methods, args.seeds, args.shares):
+        for name, seed, share in plan(names, args.seeds, args.shares):
             there |= known(args.out)
             if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
                 there = written({key_of(one): one for one in run_once(name, seed, share, device)}, there, args.out)
@@ -294,8 +323,8 @@ def main() -> None:
         there = written(there, there, args.out)
     for data in DATA:
         records = records_of(list(there.values()), data)
-        if records and data == "encoder":
-            console().print(table("LaVi, merging in the tower", *merging_table(list(there.values()))))
+        if records and (varied := DATA[data].varies):
+            console().print(table(f"{varied}, its encoder", *encoder_cost_table(list(there.values()), data)))
         elif records:
             console().print(table(data, *lab_table(records)))
             console().print(table(f"{data}, controls", *controls_table(records)))

@@ -26,14 +26,16 @@ class LabData:
     """What methods are trained on and scored with.
 
     Args:
-        features: the folder of their cached features; of the encoder's, of the pixels.
+        features: the folder of their cached features; where the encoder is varied, of the pixels.
         levels: easy or hard, of each question family.
         baseline: the method that savings are against.
+        varies: the method whose encoder is varied on them; None: methods are trained on them.
     """
 
     features: Path
     levels: dict[str, str]
     baseline: str
+    varies: str | None = None
 
     @property
     def hard(self) -> list[str]:
@@ -42,7 +44,9 @@ class LabData:
 
 DATA = {
     "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
-    "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation"),
+    "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation", varies="LaVi"),
+    "large": LabData(Path("data/lab-large-features"), scenes.LEVELS, "LaVi of large pictures"),
+    "tiles": LabData(Path("data/lab-large"), scenes.LEVELS, "LaVi of large pictures", varies="LaVi of large pictures"),
     "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
 }
 
@@ -107,19 +111,20 @@ def lab_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def merging_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: what merging in the tower costs in accuracy, and saves with the encoder counted.
+def encoder_cost_table(records: Sequence[Record], data: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: what a smaller encoder costs in accuracy, and saves with the encoder counted.
 
     Args:
-        records: of all data; the first row is LaVi with its whole tower.
+        records: of all data; the first row is the method with its whole encoder.
     """
-    hard = DATA["encoder"].hard
-    columns = ["tower", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
-    columns += ["encoder GFLOPs", "of the whole tower %", "saved, with encoder %"]
-    trained = [of for of in longest(records_of(records, "scenes")) if of[0].knobs["method"] == "LaVi"]
-    baseline = [r for r in records if r.knobs["method"] == DATA["encoder"].baseline]
+    about = DATA[data]
+    hard = about.hard
+    columns = ["encoder", "seeds", "easy %", "hard %", *(f"{family.replace('_', ' ')} %" for family in hard)]
+    columns += ["encoder GFLOPs", "of the whole %", "saved, with encoder %"]
+    trained = [of for of in longest(records) if of[0].knobs["method"] == about.varies]
+    baseline = [r for r in records if r.knobs["method"] == about.baseline]
     rows = []
-    for of in [*trained, *longest(records_of(records, "encoder"))]:
+    for of in [*trained, *longest(records_of(records, data))]:
         groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
         share = f"{100 * encoder_of(of) / encoder_of(trained[0]):.0f}" if trained else "-"
         total, other = (mean(map(without_encoder, some)) + encoder_of(some) if some else nan for some in (of, baseline))

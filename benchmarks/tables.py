@@ -28,7 +28,7 @@ from encoder import encoder_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
-from lab_results import DATA, controls_table, lab_table, merging_table, records_of
+from lab_results import DATA, controls_table, encoder_cost_table, lab_table, records_of
 from norm import norm_table
 from official_metrics import metrics_table
 from prefill import prefill_table
@@ -231,6 +231,11 @@ def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], 
     return markdown(*of(chosen)) if chosen else NOT_YET
 
 
+def encoder_cost(records: list[Record], *, data: str) -> str:
+    """What smaller encoders of a method cost in the lab."""
+    return markdown(*encoder_cost_table(records, data)) if records_of(records, data) else NOT_YET
+
+
 LAB_SHORT = ("method", "seeds", "easy %", "hard %", "saved %")
 LAB_WHOLE_ONLY = ("concatenation, newlines",)
 """What only the whole table has."""
@@ -269,8 +274,9 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "grid_code": grid_code,
     "lab": partial(lab, of=lab_table, data="scenes"),
     "lab.controls": partial(lab, of=controls_table, data="scenes"),
-    "lab.merging": lambda records: markdown(*merging_table(records)) if records_of(records, "encoder") else NOT_YET,
+    "lab.merging": partial(encoder_cost, data="encoder"),
     "lab.short": short_lab,
+    "lab.tiles": partial(encoder_cost, data="tiles"),
     "lab.videos": partial(lab, of=lab_table, data="videos"),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
     "real.short": partial(short_comparison, names=ROWS_OF_REAL),

@@ -12,6 +12,9 @@ without the image stays near chance.
 
 With --even, training conversations ask all families alike and also where things are and how large: for those who train
 until the hard families are learned (recipes/lab). Without it, easy families are asked oftener, for the first minutes.
+
+With --large, pictures are 128 x 128 and things no larger: seen whole by a tower of 64 x 64, their letters are too small
+to be read, and have to be looked for in tiles.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ from datamodules.built_in import (
 from datamodules.shards.write import ShardJob
 from lavi.cli.entry import cli_entry_point
 
-SIDE = 64
+SIDE, LARGE_SIDE = 64, 128
 CELLS = 2
+"""In a row of a picture of :data:`SIDE`; a larger one has more, as large as these."""
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -86,11 +90,6 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
-    @property
-    def corner(self) -> str:
-        """The quarter of the scene that its centre lies in."""
-        return CORNERS[int(self.x >= SIDE // 2), int(self.y >= SIDE // 2)]
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -98,9 +97,10 @@ class Scene:
 
     things: tuple[Thing, ...]
     ground: int
+    side: int = SIDE
 
     @classmethod
-    def draw_from(cls, rng: random.Random) -> Scene:
+    def draw_from(cls, rng: random.Random, *, side: int = SIDE) -> Scene:
         """A random scene of one to four things, in cells of a grid, moved about a little.
 
         Scenes of one thing teach what its look is called, before others teach to find the thing that a question names.
@@ -113,8 +113,9 @@ class Scene:
         shapes = rng.sample(SHAPES, rng.randint(1, 2) if few_shapes else len(SHAPES))
         allowed = [look for look in looks if look[0] in colours and look[1] in shapes]
         chosen = rng.sample(allowed, min(count, len(allowed)))
-        cells = rng.sample([(x, y) for x in range(CELLS) for y in range(CELLS)], len(chosen))
         step = SIDE // CELLS
+        across = range(side // step)
+        cells = rng.sample([(x, y) for x in across for y in across], len(chosen))
         things = []
         for (colour, shape), (cx, cy) in zip(chosen, cells, strict=True):
             size = rng.choice(list(SIZES))
@@ -122,11 +123,15 @@ class Scene:
             x, y = (c * step + step // 2 + rng.randint(-room, room) for c in (cx, cy))
             glyph = rng.choice(GLYPHS) if size == "large" and rng.random() < 0.6 else ""
             things.append(Thing(colour, shape, size, glyph, x, y))
-        return cls(tuple(things), ground=rng.randint(20, 70))
+        return cls(tuple(things), rng.randint(20, 70), side)
+
+    def corner_of(self, thing: Thing) -> str:
+        """The quarter of the picture that its centre lies in."""
+        return CORNERS[int(thing.x >= self.side // 2), int(thing.y >= self.side // 2)]
 
     def image(self) -> Image.Image:
-        """The scene as a (64, 64) RGB image."""
-        image = Image.new("RGB", (SIDE, SIDE), (self.ground,) * 3)
+        """The scene as a (side, side) RGB image."""
+        image = Image.new("RGB", (self.side, self.side), (self.ground,) * 3)
         pen = ImageDraw.Draw(image)
         for thing in self.things:
             _draw(pen, thing)
@@ -207,14 +212,15 @@ def questions(scene: Scene, family: str) -> Iterator[Question]:
                 yield Question(family, f"what is written on the {thing.name}?", thing.glyph, "glyph")
     elif family == "place":
         for thing in scene.things:
-            yield Question(family, f"where is the {thing.name}?", thing.corner, "corner")
+            yield Question(family, f"where is the {thing.name}?", scene.corner_of(thing), "corner")
     elif family == "size":
         for thing in scene.things:
             yield Question(family, f"how large is the {thing.name}?", thing.size, "size")
     elif family == "at":
         for corner in CORNERS.values():
-            there = [thing.name for thing in scene.things if thing.corner == corner]
-            yield Question(family, f"what is {corner}?", there[0] if there else "nothing", "corner")
+            there = [thing.name for thing in scene.things if scene.corner_of(thing) == corner]
+            if len(there) < 2:
+                yield Question(family, f"what is {corner}?", there[0] if there else "nothing", "corner")
 
 
 def questions_of_two(first: Scene, second: Scene) -> Iterator[Question]:
@@ -251,12 +257,15 @@ def _ask(scene: Scene, examiner: Examiner, rng: random.Random, index: int, turns
     return converse(pools, examiner, rng, turns=turns, weights=weights)
 
 
-def make_samples(job: ShardJob, *, split: str, seed: int, turns: int, even: bool = False) -> Iterator[dict[str, Any]]:
+def make_samples(
+    job: ShardJob, *, split: str, seed: int, turns: int, even: bool = False, large: bool = False
+) -> Iterator[dict[str, Any]]:
     """The samples of one shard. Every eighth is about two images."""
     examiner = Examiner(random.Random(f"{seed}/{split}/shard/{job.index}"))
     for index in range(job.start, job.stop):
         rng = random.Random(f"{seed}/{SPLITS[split]}/{index}")
-        scenes = [Scene.draw_from(rng) for _ in range(2 if index % 8 == 7 else 1)]
+        side = LARGE_SIDE if large else SIDE
+        scenes = [Scene.draw_from(rng, side=side) for _ in range(2 if index % 8 == 7 else 1)]
         chosen: list[Question] = []
         if len(scenes) == 2:
             pool = list(questions_of_two(*scenes))
@@ -288,19 +297,22 @@ def sentences(*, even: bool = False) -> Iterator[str]:
             yield question.answer
 
 
-def write_dataset(out: Path, *, even: bool = False, **settings: Any) -> bool:
+def write_dataset(out: Path, *, even: bool = False, large: bool = False, **settings: Any) -> bool:
     """As :func:`datamodules.built_in.write_splits`.
 
     Args:
         even: training conversations ask all families alike, and where things are and how large.
+        large: pictures of twice the side.
     """
+    # The second kind of even data: as many questions about two images as about one.
+    more = ({"even": 2} if even else {}) | ({"large": True} if large else {})
     return write_splits(
         out,
         name="scenes",
         version=3,
-        make_samples=partial(make_samples, even=True) if even else make_samples,
+        make_samples=partial(make_samples, even=even, large=large),
         sentences=partial(sentences, even=even),
-        more={"even": 2} if even else None,  # the second kind: as many questions about two images as about one
+        more=more,
         **settings,
     )
 
@@ -315,7 +327,10 @@ def main() -> None:
         out=Path("data/scenes"),
         counts=counts,
         thing="scene",
-        flags={"even": "training asks all question families alike, and where things are and how large"},
+        flags={
+            "even": "training asks all question families alike, and where things are and how large",
+            "large": f"pictures of {LARGE_SIDE} x {LARGE_SIDE}, things no larger",
+        },
     )
 
 

@@ -198,6 +198,12 @@ class Batch:
         starts = [start for start, _ in self.conversations[slot.row]]
         return slot.row, max(0, bisect_right(starts, slot.column) - 1)
 
+    def before_answers(self, slot: ImageSlot) -> tuple[int, int]:
+        """The columns [start, stop) of an image's conversation that stand before its first answer."""
+        start, stop = self.conversations[slot.row][self.conversation_of(slot)[1]]
+        answers = [one.start for one in self.answers if one.row == slot.row and start <= one.start < stop]
+        return start, min(answers, default=stop)
+
     @property
     def layouts(self) -> list[Layout]:
         """Of each image in turn: how its views belong together."""
@@ -232,11 +238,11 @@ class VisualState:
     pixels: tuple[Tensor, ...]
     """(views, C, H, W) of each, as they were prepared for the vision backbone."""
     features: tuple[Tensor, ...]
-    """(views, N, Dv) of each: of the vision backbone, reduced."""
+    """(views, N, Dv) of each: of the vision backbone, reduced. Empty where it reads what is asked about them."""
 
     def features_of(self, pixels: Tensor, layout: Layout) -> Tensor | None:
         """(views, N, Dv) of an image or a video of just these pixels, laid out like this; None: it holds none."""
-        for own, own_layout, features in zip(self.pixels, self.layouts, self.features, strict=True):
+        for own, own_layout, features in zip(self.pixels, self.layouts, self.features, strict=False):
             if own_layout == layout and own.shape == pixels.shape and bool((own == pixels).all()):
                 return features
         return None

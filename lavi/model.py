@@ -111,26 +111,40 @@ class VisionLanguageModel(nn.Module):
             image_numbers=self.image_numbers,
         )
 
-    def encode(self, pixels: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        """(views, C, H, W) of images of these layouts, one after the other, through the backbone alone."""
-        if self.vision.reads_layouts:
-            features: Tensor = self.vision(pixels, layouts)
+    def encode(
+        self, pixels: Tensor, layouts: Sequence[Layout], questions: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """(views, C, H, W) of images of these layouts, one after the other, through the backbone alone.
+
+        Args:
+            questions: (T, D) of each image, for a backbone that reads them; None: not known.
+        """
+        if self.vision.reads_questions:
+            features: Tensor = self.vision(pixels, layouts, questions)
+        elif self.vision.reads_layouts:
+            features = self.vision(pixels, layouts)
         elif self.vision.native_resolution:
             features = self.vision(pixels, grids_of_views(layouts))
         else:
             features = self.vision(pixels)
         return features
 
-    def features(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
+    def features(
+        self,
+        pixels: Tensor,
+        layouts: Sequence[Layout] = (),
+        questions: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """(views, C, H, W) to (views, N, Dv), reduced; of a frozen tower, without a graph.
 
         Args:
             layouts: of each image in turn; none: each view is an image of its own.
+            questions: as in :meth:`encode`.
         """
         if len(pixels):
             trained = any(parameter.requires_grad for parameter in self.vision.parameters())
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                features = self.encode(pixels, layouts)
+                features = self.encode(pixels, layouts, questions)
         else:
             features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
         return self._reduced(features)
@@ -144,7 +158,14 @@ class VisionLanguageModel(nn.Module):
             return batch.features
         if batch.backbone_features is not None:
             return self._reduced(batch.backbone_features.float())
-        return self.features(batch.pixels, batch.layouts)
+        questions = self._questions(batch) if self.vision.reads_questions else None
+        return self.features(batch.pixels, batch.layouts, questions)
+
+    @torch.no_grad()
+    def _questions(self, batch: Batch) -> list[Tensor | None]:
+        """Of each image the embeddings (T, D) of its conversation before the first answer."""
+        asked = [(slot.row, *batch.before_answers(slot)) for slot in batch.image_slots]
+        return [self.language.embed(batch.input_ids[row, start:stop]) for row, start, stop in asked]
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocabulary) at the text tokens, whatever the fusion put between them.
@@ -305,6 +326,8 @@ class VisionLanguageModel(nn.Module):
         shown = [upright(visual) for visual in visuals]
         views = self.processor.views(shown)
         pixels, layouts = [pixels for pixels, _ in views], [layout for _, layout in views]
+        if self.vision.reads_questions:  # each question has features of its own
+            return VisualState(tuple(shown), tuple(layouts), tuple(pixels), ())
         features = [None if known is None else known.features_of(one, layout) for one, layout in views]
         new = [one for one, its_features in zip(pixels, features, strict=True) if its_features is None]
         if new:  # all in one call
@@ -327,8 +350,11 @@ class VisionLanguageModel(nn.Module):
         samples = [Sample("question", messages, state.visuals) for messages in conversations]
         encoded = [self.processor.encode_seen(sample, state.layouts) for sample in samples]
         batch = self.processor.collate(encoded, pad_left=True)
-        features = torch.cat(state.features * len(samples)) if state.features else None  # (views, N, Dv)
-        return replace(batch, features=features).to(self.language.hf.device)
+        if self.vision.reads_questions and state.pixels:
+            batch = replace(batch, pixels=torch.cat(state.pixels * len(samples)))  # (views, C, H, W)
+        elif state.features:
+            batch = replace(batch, features=torch.cat(state.features * len(samples)))  # (views, N, Dv)
+        return batch.to(self.language.hf.device)
 
     def ask(self, question: str, *visuals: Visual, state: VisualState | None = None, **decoding: Any) -> str:
         """The answer to a question about PIL images and videos.

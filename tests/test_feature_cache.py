@@ -70,9 +70,9 @@ def watch_tower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     views: list[int] = []
     encode = VisionLanguageModel.encode
 
-    def counted(model: VisionLanguageModel, pixels: torch.Tensor, grids: Any) -> torch.Tensor:
+    def counted(model: VisionLanguageModel, pixels: torch.Tensor, *about: Any) -> torch.Tensor:
         views.append(len(pixels))
-        return encode(model, pixels, grids)
+        return encode(model, pixels, *about)
 
     monkeypatch.setattr(VisionLanguageModel, "encode", counted)
     return views

@@ -13,7 +13,16 @@ import pytest
 import torch
 from conftest import answering, small
 from lab import METHODS, RECIPES, SEEDS, key_of, plan, slug
-from lab_results import DATA, LabData, controls_table, draw, lab_table, merging_table, over_seeds, write_tensorboard
+from lab_results import (
+    DATA,
+    LabData,
+    controls_table,
+    draw,
+    encoder_cost_table,
+    lab_table,
+    over_seeds,
+    write_tensorboard,
+)
 from relevance import asked, covered, shares_on
 
 from datamodules.scenes import LEVELS, Thing
@@ -103,7 +112,7 @@ def test_every_method_is_a_recipe(name: str) -> None:
     tokenizer = Path(recipe.settings["model"]["language"]["tokenizer"])
     features = tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
     assert DATA[method.data].features == (tokenizer.parent if method.of else features)  # or pixels
-    assert method.of is None or {"scenes", "encoder"} == {METHODS[method.of].data, method.data}
+    assert method.of == DATA[method.data].varies
     for _, changes in method.variants:
         Recipe.load(RECIPES / f"{method.recipe}.yaml", changes).check()
 
@@ -245,10 +254,10 @@ def test_merging_in_the_tower_stands_beside_what_there_is() -> None:
     merged = record("8 merged", 0, 70.0, gflops=0.2)
     merged.knobs["data"] = "encoder"
     merged.flops_of_samples["vision_encoder"] = 3.5e9
-    columns, rows = merging_table([merged, *RECORDS])
+    columns, rows = encoder_cost_table([merged, *RECORDS], "encoder")
     assert [row[0] for row in rows] == ["whole", "8 merged"]
     cells = dict(zip(columns, rows[1], strict=True))
-    assert (cells["encoder GFLOPs"], cells["of the whole tower %"], cells["hard %"]) == ("3.5000", "50", "70.0")
+    assert (cells["encoder GFLOPs"], cells["of the whole %"], cells["hard %"]) == ("3.5000", "50", "70.0")
     assert cells["saved, with encoder %"] == f"{100 * (1 - 3.7 / 8.0):.1f}"
-    columns, rows = merging_table([merged])
+    columns, rows = encoder_cost_table([merged], "encoder")
     assert rows[0][-2:] == ["-", "-"]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from datamodules.formats.conversations import Conversations
 from datamodules.patches import patch_labels
 from datamodules.scenes import (
+    LARGE_SIDE,
     LEVELS,
     SIDE,
     SIZES,
@@ -191,21 +192,46 @@ def test_training_may_ask_all_families_alike_and_where_things_are(tmp_path: Path
         write_dataset(tmp_path / "even", seed=0, counts=counts, turns=6, workers=1)
 
 
-def test_where_things_are_is_true() -> None:
+@pytest.mark.parametrize("side", [SIDE, LARGE_SIDE])
+def test_where_things_are_is_true(side: int) -> None:
+    asked = set()
     for seed in range(40):
-        scene = Scene.draw_from(random.Random(f"places/{seed}"))
+        scene = Scene.draw_from(random.Random(f"places/{seed}"), side=side)
+        assert scene.image().size == (side, side)
+        half = side // 2
         things = {thing.name: thing for thing in scene.things}
         for question in (q for family in TRAINING_LEVELS for q in questions(scene, family)):
             words = question.text.rstrip("?").split()
             if question.family == "at":
                 rows, columns = words[2], words[3]
                 inside = [
-                    t.name for t in scene.things if (t.y < 32) == (rows == "top") and (t.x < 32) == (columns == "left")
+                    t.name
+                    for t in scene.things
+                    if (t.y < half) == (rows == "top") and (t.x < half) == (columns == "left")
                 ]
-                assert question.answer == (inside[0] if inside else "nothing")
+                assert [question.answer] == (inside or ["nothing"])
+                asked.add(question.answer == "nothing")
                 continue
             thing = things[" ".join(words[-2:])]
             if question.family == "size":
                 assert question.answer == thing.size
             else:
-                assert question.answer == f"{'top' if thing.y < 32 else 'bottom'} {'left' if thing.x < 32 else 'right'}"
+                assert (
+                    question.answer
+                    == f"{'top' if thing.y < half else 'bottom'} {'left' if thing.x < half else 'right'}"
+                )
+    assert asked == {True, False}
+
+
+def test_large_pictures_have_things_of_the_usual_size_none_across_two_tiles(tmp_path: Path) -> None:
+    counts = {"train": 8, "test": 16}
+    write_dataset(tmp_path, seed=0, counts=counts, turns=6, workers=1, large=True)
+    assert {image.size for s in samples(tmp_path / "test") for image in s.images} == {(LARGE_SIDE, LARGE_SIDE)}
+    tiles = set()
+    for seed in range(40):
+        for thing in Scene.draw_from(random.Random(seed), side=LARGE_SIDE).things:
+            across, down = ((at - SIZES[thing.size], at + SIZES[thing.size] - 1) for at in (thing.x, thing.y))
+            assert across[0] // SIDE == across[1] // SIDE
+            assert down[0] // SIDE == down[1] // SIDE
+            tiles.add((across[0] // SIDE, down[0] // SIDE))
+    assert len(tiles) == 4

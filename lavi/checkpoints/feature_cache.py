@@ -152,8 +152,12 @@ def check_features_suffice(model: VisionLanguageModel) -> None:
     """Whether a model needs no more of the vision backbone than its features.
 
     Raises:
-        UserError: its reducer reads more.
+        UserError: its reducer reads more, or its backbone the questions.
     """
+    if model.vision.reads_questions:
+        raise UserError(
+            f"{type(model.vision).__name__} encodes an image anew for each question: name data with pixels."
+        )
     if model.reducer is not None and model.reducer.reads_backbone:
         raise UserError(
             f"{type(model.reducer).__name__} reads the vision backbone at work, and features alone are kept of that: "

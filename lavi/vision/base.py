@@ -42,6 +42,7 @@ class VisionBackbone(nn.Module, ABC):
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
         native_resolution: views have grids of their own, which :meth:`forward` is told (:mod:`lavi.vision.naflex`).
         reads_layouts: :meth:`forward` is told of each image how its views belong together (frames of a video, tiles).
+        reads_questions: :meth:`forward` is told of each image what is asked about it; its features serve that alone.
         variant: what of it neither weights nor pixels tell; cached features of another one are refused.
         preprocessing: one image to the pixels of a view, by the backbone's own mean, deviation, size and interpolation.
     """
@@ -51,6 +52,7 @@ class VisionBackbone(nn.Module, ABC):
     prefix: int = 0
     native_resolution: bool = False
     reads_layouts: bool = False
+    reads_questions: bool = False
     variant: str = ""
     preprocessing: Preprocessing
 

@@ -1,13 +1,15 @@
 """Of a large image only the tiles that promise something are encoded. A method of this library; no paper has it.
 
-    whole image -> tower -> features of the overview --> which tiles? (a share of them, by what the overview shows)
+    whole image -> tower -> features of the overview --> which tiles? (a share of them, by what the overview shows
+                                                                      and, by a ranking that reads it, the question)
     those tiles -> tower -> their features
     the others  --------->  the overview's features, where the tile lies: interpolated, as many as a tile has
 
 What VISOR does to the layers of a decoder, done to the encoder. Each view keeps as many features as before, so it goes
 with every fusion; what is saved is the encoder's work: of ten crops with a quarter of the tiles kept, four are encoded.
-The tile of an image that needs only one shows what the overview shows: it is not encoded. The choice looks at the
-overview alone, so one encoding serves all questions about an image; a choice by the question is not built yet.
+The tile of an image that needs only one shows what the overview shows: it is not encoded. Where the choice looks at the
+overview alone, one encoding serves all questions about an image; by the question (:mod:`lavi.vision.tile_router`) each
+has its own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +30,59 @@ from lavi.config.targets import path_of
 from lavi.config.text import TARGET
 from lavi.config.types import Share
 from lavi.errors import UserError
+from lavi.nn.autocast import without_autocast
 from lavi.vision.base import VisionBackbone, save_part
 from lavi.vision.windows import windows_of_views
 
 
+@dataclass(frozen=True)
+class Overview:
+    """What is known of an image before its tiles are encoded, in fp32."""
+
+    features: Tensor
+    """(N, Dv), of the whole image."""
+    tiles: Tensor
+    """(tiles, N, Dv): of the whole image, at the places of each tile's tokens."""
+    windows: Tensor
+    """(tiles, 4): top, left, height and width of each, in heights and widths of the image."""
+    question: Tensor | None
+    """(T, D): the language model's embeddings of what is asked; None: it is not known."""
+
+
 class TileRanking(ABC):
-    """Says of which tiles most is to be expected. One of one's own has :meth:`rank` and no arguments."""
+    """Says of which tiles most is to be expected. One of one's own has :meth:`rank`; it is exported if it has no
+    arguments, or ``save_pretrained(folder)`` as a backbone has it.
+
+    Attributes:
+        reads_questions: it looks at the question, too.
+        variant: what tells it from others of its class.
+    """
+
+    reads_questions: bool = False
+    variant: str = ""
 
     @abstractmethod
-    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
-        """How much each tile promises.
+    def rank(self, overview: Overview) -> Tensor:
+        """(tiles,): how much each tile promises."""
 
-        Args:
-            overview: (N, Dv): features of the whole image.
-            tiles: (tiles, N, Dv): of the overview, where each tile lies.
-
-        Returns:
-            (tiles,).
-        """
+    def flops(self, tiles: int, per_view: int) -> float:
+        """FLOPs of ranking so many tiles, of ``per_view`` features each."""
+        return 0.0
 
 
 class Detail(TileRanking):
     """Tiles where the overview differs most from place to place: mean squared distance from the tile's own mean."""
 
-    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
-        return (tiles - tiles.mean(1, keepdim=True)).square().mean((1, 2))
+    def rank(self, overview: Overview) -> Tensor:
+        return (overview.tiles - overview.tiles.mean(1, keepdim=True)).square().mean((1, 2))
 
 
 class RandomTiles(TileRanking):
     """Any tiles, the same of each picture: what every other ranking has to be better than."""
 
-    def rank(self, overview: Tensor, tiles: Tensor) -> Tensor:
-        return torch.rand(len(tiles), generator=torch.Generator().manual_seed(0), device="cpu").to(tiles.device)
+    def rank(self, overview: Overview) -> Tensor:
+        count, device = len(overview.tiles), overview.tiles.device
+        return torch.rand(count, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
 
 
 class TilesOnRequest(VisionBackbone):
@@ -80,26 +104,32 @@ class TilesOnRequest(VisionBackbone):
         self.tower, self.keep, self.ranking = tower, keep, ranking or Detail()
         self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
         self.preprocessing, self.reads_layouts = tower.preprocessing, True
-        self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}"
+        self.reads_questions = self.ranking.reads_questions
+        self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{self.ranking.variant}"
 
     def count(self, layout: Layout) -> int:
         """How many tiles of an image are encoded."""
         tiles = layout.views - 1 if layout.tiles is not None else 0
         return tiles if self.keep == 1 else math.ceil(self.keep * tiles - 1e-9) if tiles > 1 else 0
 
-    def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
+    def forward(
+        self, pixels: Tensor, layouts: Sequence[Layout] = (), questions: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """(views, C, H, W) to (views, N, Dv).
 
         Args:
             layouts: of each image; views that none speaks of are images of their own.
+            questions: (T, D) of each of these images, what is asked about it; None: not known.
         """
+        about = [*(questions or [None] * len(layouts))]
         spoken_of = sum(layout.views for layout in layouts)
         layouts = [*layouts, *[Layout()] * (len(pixels) - spoken_of)]
+        about += [None] * (len(layouts) - len(about))
         images = list(pixels.split([layout.views for layout in layouts]))
         whole = [layout if layout.tiles is None else Layout(size=layout.size) for layout in layouts]
         firsts = [image[: layout.views] for image, layout in zip(images, whole, strict=True)]
         overviews = self._encode(torch.cat(firsts), whole).split([layout.views for layout in whole])
-        chosen = [self._chosen(one, layout) for one, layout in zip(overviews, layouts, strict=True)]
+        chosen = [self._chosen(*image) for image in zip(overviews, layouts, about, strict=True)]
         wanted = [image[1:][index] for image, (index, _) in zip(images, chosen, strict=True) if len(index)]
         encoded = iter(())
         if wanted:
@@ -115,22 +145,29 @@ class TilesOnRequest(VisionBackbone):
         features: Tensor = self.tower(pixels, layouts) if self.tower.reads_layouts else self.tower(pixels)
         return features
 
-    def _chosen(self, overview: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _chosen(self, overview: Tensor, layout: Layout, question: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which tiles of an image to encode (k,), and what the overview (1, N, Dv) has of all (tiles, N, Dv)."""
         if layout.tiles is None:
             return torch.empty(0, dtype=torch.long, device=overview.device), overview[:0]
-        tiles = self._from_overview(overview[0], layout)
+        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview.device)  # (tiles, 4)
+        tiles = self.from_overview(overview[0], windows)
         count = self.count(layout)
-        if count == len(tiles):
+        if count in (0, len(tiles)):
             return torch.arange(count, device=overview.device), tiles
-        with torch.no_grad():
-            score = self.ranking.rank(overview[0].float(), tiles.float())
+        with torch.no_grad(), without_autocast(overview):
+            known = Overview(
+                overview[0].float(), tiles.float(), windows, None if question is None else question.float()
+            )
+            score = self.ranking.rank(known)
         return score.argsort(descending=True, stable=True)[:count], tiles
 
-    def _from_overview(self, overview: Tensor, layout: Layout) -> Tensor:
-        """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv)."""
+    def from_overview(self, overview: Tensor, windows: Tensor) -> Tensor:
+        """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv).
+
+        Args:
+            windows: (tiles, 4), as of :class:`Overview`.
+        """
         rows, columns = self.grid
-        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview.device)  # (tiles, 4)
         top, left, height, width = windows.unbind(1)
         down = (torch.arange(rows, device=overview.device) + 0.5) / rows
         right = (torch.arange(columns, device=overview.device) + 0.5) / columns
@@ -151,13 +188,17 @@ class TilesOnRequest(VisionBackbone):
     def flops(self, views: int, layout: Layout | None = None) -> float:
         if layout is None or layout.tiles is None:
             return self.tower.flops(views, layout)
-        return views / layout.views * self.tower.flops(1 + self.count(layout))
+        tiles, count = layout.views - 1, self.count(layout)
+        ranking = self.ranking.flops(tiles, self.tokens) if 0 < count < tiles else 0.0
+        return views / layout.views * (self.tower.flops(1 + count) + ranking)
 
     def save_pretrained(self, folder: Path) -> dict[str, Any]:
-        """Write the tower; returns the arguments that build it again, paths relative to ``folder``.
+        """Write tower and ranking; returns the arguments that build it again, paths relative to ``folder``.
 
         Raises:
             UserError: the tower cannot be saved.
         """
-        ranking = {TARGET: path_of(type(self.ranking))}
+        ranking: dict[str, Any] = {TARGET: path_of(type(self.ranking))}
+        if hasattr(self.ranking, "save_pretrained"):
+            ranking = save_part(self.ranking, folder, "ranking")
         return {"tower": save_part(self.tower, folder, "tower"), "keep": self.keep, "ranking": ranking}
