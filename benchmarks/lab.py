@@ -94,23 +94,26 @@ def ablation(recipe: str, *changes: str) -> Method:
     return Method(recipe, changes, shares=(SHORT,), seeds=1)
 
 
-def in_the_tower(name: str, **merging: Any) -> tuple[str, tuple[str, ...]]:
-    """A variant whose vision tower merges tokens between its blocks, on pixels; nothing is trained for it."""
-    arguments = ", ".join(f"{key}: {value}" for key, value in merging.items())
-    reduction = f"{{_target_: lavi.vision.token_merging.TokenMerging, {arguments}}}"
-    vision = f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {TOWER}, reductions: [{reduction}]}}"
-    return name, (f"data.test={DATA['encoder'].features / 'test'}", f"model.vision={vision}")
+def with_encoder(data: str, name: str, vision: str) -> tuple[str, tuple[str, ...]]:
+    """A variant with another vision backbone, on the pixels of ``data``; nothing is trained for it."""
+    return name, (f"data.test={DATA[data].features / 'test'}", f"model.vision={vision}")
 
 
-def on_request(name: str, keep: float, ranking: str, **arguments: Any) -> tuple[str, tuple[str, ...]]:
-    """A variant that encodes a share of the tiles, on pixels; the language model is not trained for it."""
-    given = "".join(f", {key}: {value}" for key, value in arguments.items())
-    vision = (
-        f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, tower: {TOWER}, keep: {keep}, "
-        f"ranking: {{_target_: lavi.vision.{ranking}{given}}}}}"
-    )
-    return name, (f"data.test={DATA['tiles'].features / 'test'}", f"model.vision={vision}")
+def merging(**arguments: Any) -> str:
+    """The vision tower that merges tokens between its blocks, as a recipe names it."""
+    given = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+    reduction = f"{{_target_: lavi.vision.token_merging.TokenMerging, {given}}}"
+    return f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {TOWER}, reductions: [{reduction}]}}"
 
+
+def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
+    """A backbone that encodes a share of the tiles, as a recipe names it."""
+    given = f"tower: {tower}, keep: {keep}, ranking: {{_target_: lavi.vision.{ranking}}}"
+    return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
+
+
+BY_QUESTION = f"tile_router.TileRouter, source: {ROUTER}"
+DETAIL, ANY = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
 METHODS: dict[str, Method] = {
     "concatenation": Method("concat", shares=(SHORT, 1.0)),
@@ -166,10 +169,12 @@ METHODS: dict[str, Method] = {
         of="LaVi",
         data="encoder",
         variants=(
-            in_the_tower("8 of 64 tokens merged behind each block", per_block=8),
-            in_the_tower("16 merged behind each block", per_block=16),
-            in_the_tower("32 merged behind the first block", per_block=[32]),
-            in_the_tower("32 merged behind the first block, 16 behind the second", per_block=[32, 16]),
+            with_encoder("encoder", "8 of 64 tokens merged behind each block", merging(per_block=8)),
+            with_encoder("encoder", "16 merged behind each block", merging(per_block=16)),
+            with_encoder("encoder", "32 merged behind the first block", merging(per_block=[32])),
+            with_encoder(
+                "encoder", "32 merged behind the first block, 16 behind the second", merging(per_block=[32, 16])
+            ),
         ),
     ),
     "LaVi of large pictures": Method("large", seeds=1, data="large"),
@@ -179,12 +184,18 @@ METHODS: dict[str, Method] = {
         data="tiles",
         seeds=1,
         variants=(
-            on_request("1 of 4, by the question", 0.25, "tile_router.TileRouter", source=str(ROUTER)),
-            on_request("1 of 4, of most detail", 0.25, "tiles_on_request.Detail"),
-            on_request("1 of 4, any", 0.25, "tiles_on_request.RandomTiles"),
-            on_request("2 of 4, by the question", 0.5, "tile_router.TileRouter", source=str(ROUTER)),
-            on_request("2 of 4, of most detail", 0.5, "tiles_on_request.Detail"),
-            on_request("2 of 4, any", 0.5, "tiles_on_request.RandomTiles"),
+            with_encoder("tiles", "2 of 4, by the question", on_request(0.5, BY_QUESTION)),
+            with_encoder("tiles", "2 of 4, of most detail", on_request(0.5, DETAIL)),
+            with_encoder("tiles", "2 of 4, any", on_request(0.5, ANY)),
+            with_encoder("tiles", "1 of 4, by the question", on_request(0.25, BY_QUESTION)),
+            with_encoder("tiles", "1 of 4, of most detail", on_request(0.25, DETAIL)),
+            with_encoder("tiles", "1 of 4, any", on_request(0.25, ANY)),
+            with_encoder("tiles", "all, 16 of 64 tokens merged behind each block", merging(per_block=16)),
+            with_encoder(
+                "tiles",
+                "1 of 4, by the question, 16 merged behind each block",
+                on_request(0.25, BY_QUESTION, merging(per_block=16)),
+            ),
             ("none: the whole picture alone", ("model.tiling=null", f"data.test={DATA['tiles'].features / 'test'}")),
         ),
     ),
@@ -244,7 +255,7 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
             if train(settings, folder, resume_from=last if last.is_file() else None, save_every=SAVE_EVERY):
                 raise KeyboardInterrupt
             last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
-        records, noise = [], NOISE if share >= 1 else ()
+        records, noise = [], NOISE if share >= 1 and method.of is None else ()
         for variant, changes in method.variants or ((name, ()),):
             overrides = list(changes)
             record = score_run(folder, overrides=overrides, trust=False, limit=None, device=device, noise=noise).record

@@ -315,7 +315,7 @@ class VisionLanguageModel(nn.Module):
     def see(self, *visuals: Visual, known: VisualState | None = None) -> VisualState:
         """What depends on images and videos alone, computed once for all that is asked about them.
 
-        Images are read as in :meth:`prompt`.
+        Images are read as in :meth:`prompt`. A backbone that reads questions encodes them when they are asked.
 
         Args:
             known: an earlier state; what it holds of the same pixels, laid out alike, is taken from it.

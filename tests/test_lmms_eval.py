@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from task_files import TASK, dump, pictures
+from vlms import write_vlm
 
 from lavi.evaluation.predictions import read_predictions
 
@@ -33,6 +34,11 @@ metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
 metadata:
   - version: 0.0
+"""
+RELEASED = f"""
+extends: {REPOSITORY}/recipes/baselines/released_llava_onevision_0_5b.yaml
+name: out
+model: {{source: released}}
 """
 UTILS = """
 from PIL import Image
@@ -54,10 +60,17 @@ def test_the_harness_finds_the_adapter_by_its_entry_point() -> None:
 
 
 @pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms-eval")
-def test_the_harness_gets_our_answers_one_by_one_and_in_batches(run: Any, tiny_recipe: Path, tmp_path: Path) -> None:
-    """Of a run with large random weights, whose answers go on and differ."""
-    more = ["model.language.config.initializer_range=0.3", "model.language.config.tie_word_embeddings=false"]
-    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *more)[0] == 0
+@pytest.mark.parametrize("kind", ["run", "llava_onevision", "smolvlm"])
+def test_the_harness_gets_our_answers_one_by_one_and_in_batches(
+    run: Any, tiny_recipe: Path, tmp_path: Path, tokenizer: str, kind: str
+) -> None:
+    """Of a run with large random weights, whose answers go on and differ; and of released models."""
+    if kind == "run":
+        more = ["model.language.config.initializer_range=0.3", "model.language.config.tie_word_embeddings=false"]
+        assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *more)[0] == 0
+    else:
+        write_vlm(kind, Path("released"), tokenizer)
+        Path("out.yaml").write_text(RELEASED)
     folder = tmp_path / "tasks" / "colours"
     pictures(folder, *(f"{n}.jpg" for n in range(4)))
     shapes = ("circle", "square", "triangle", "diamond", "cross")
@@ -69,7 +82,9 @@ def test_the_harness_gets_our_answers_one_by_one_and_in_batches(run: Any, tiny_r
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "colours.yaml").write_text(TASK)
     where = ["--tasks", tmp_path / "colours.yaml", "--data", tmp_path / "tasks", "--out", "ours", "--no-timing"]
-    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    ran = "out" if kind == "run" else "out.yaml"
+    given = {"run": "out", "llava_onevision": "released", "smolvlm": "out.yaml"}[kind]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", ran, *where)
     assert status == 0, problems
     ours = [one.prediction.answer for one in read_predictions(Path("ours/out/colours.jsonl"))[1]]
     assert len(set(ours)) > 1
@@ -78,7 +93,15 @@ def test_the_harness_gets_our_answers_one_by_one_and_in_batches(run: Any, tiny_r
     (included / "colours_here.yaml").write_text(HARNESS_TASK.replace("FOLDER/q.json", str(folder / "q.jsonl")))
     (included / "colours_utils.py").write_text(UTILS)
     for size in (1, 4):
-        command = [sys.executable, "-m", "lmms_eval", "--model", "lavi", "--model_args", "checkpoint=out,device=cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "lmms_eval",
+            "--model",
+            "lavi",
+            "--model_args",
+            f"checkpoint={given},device=cpu",
+        ]
         command += ["--tasks", "colours_here", "--include_path", str(included), "--batch_size", str(size)]
         command += ["--output_path", f"harness-{size}", "--log_samples"]
         environment = os.environ | {

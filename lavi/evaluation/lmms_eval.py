@@ -3,8 +3,9 @@
     pip install 'lavi[lmms-eval]'
     lmms-eval --model lavi --model_args checkpoint=runs/NAME --tasks gqa --batch_size 8
 
-``checkpoint`` is a run folder, or the recipe of a released model (recipes/baselines/released_*.yaml). More arguments:
-``device``, ``frames`` (of a video), ``trust``. Decoding is as the harness's task says.
+``checkpoint`` is a run folder or an export; a released model, by its folder or hub name, or the recipe of one
+(recipes/baselines/released_*.yaml). More arguments: ``device``, ``frames`` (of a video), ``trust``. Decoding is as the
+harness's task says.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from lmms_eval.protocol import ChatMessage, ChatMessages
 from PIL import Image
 
 from lavi.batch import Sample, Video, Visual
+from lavi.checkpoints.load import load
 from lavi.config.devices import device_of
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image, upright_rgb
 from lavi.data.videos import read_video
-from lavi.evaluation.compare_runs import open_run
+from lavi.evaluation.compare_runs import RECIPES, open_run
 from lavi.report import track
 
 MANIFEST = ModelManifest(model_id="lavi", chat_class_path=f"{__name__}.LaviForLmmsEval")
@@ -52,9 +54,11 @@ class LaviForLmmsEval(lmms):
         **_: Any,
     ) -> None:
         super().__init__()
-        recipe, model = open_run(Path(checkpoint), overrides=[], trust=trust)
-        self.settings, self.device = recipe.settings, device_of(device)
-        self.model = model.to(self.device)
+        self.device = device_of(device)
+        if Path(checkpoint).suffix in RECIPES:
+            self.model = open_run(Path(checkpoint), overrides=[], trust=trust)[1].to(self.device)
+        else:
+            self.model = load(checkpoint, device=self.device, trust=trust)
         self.rows = int(batch_size) if str(batch_size).isdigit() else AUTO_ROWS
         self.sampling = FrameSampling(frames=int(frames))
 
