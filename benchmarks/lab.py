@@ -39,7 +39,7 @@ from own_records import parser_of, read
 
 from datamodules import scenes
 from lavi.checkpoints.model_folder import build
-from lavi.checkpoints.run_folder import LAST, TRAINED, lock_run_folder
+from lavi.checkpoints.run_folder import LAST, TRAINED, load_run, lock_run_folder
 from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
@@ -52,15 +52,18 @@ from lavi.evaluation.compare_runs import score_run
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
 from lavi.training.run import train
+from lavi.training.tile_routing import train_tile_router
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
 SEEDS = 3
 """Of the methods that the lab is about; what varies them is trained with one."""
+QUESTIONED = 4000
+"""Conversations that a router of tiles learns from."""
 SAVE_EVERY = 500
 """Steps of training that a kill loses at most."""
 TOWER = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
-ROUTER = RUNS / "tile-router"
-"""Of the tiles of large pictures, trained by ``make lab-large``."""
+RUN, ROUTER = "THE-RUN", "tile-router"
+"""In changes, the folder of the run that is scored; in it, the folder of its router of tiles."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
@@ -112,7 +115,7 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
     return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
 
 
-BY_QUESTION = f"tile_router.TileRouter, source: {ROUTER}"
+BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
 DETAIL, ANY = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
 METHODS: dict[str, Method] = {
@@ -120,7 +123,7 @@ METHODS: dict[str, Method] = {
     "LaVi": Method("lavi", shares=(SHORT, 1.0)),
     "concatenation, more steps": Method("concat", shares=(1.6,)),
     "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=1),
-    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",)),
+    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",), seeds=1),
     "cross-attention": Method("cross_attention", seeds=1),
     "VISOR": Method(
         "visor",
@@ -257,12 +260,22 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
             last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
         records, noise = [], NOISE if share >= 1 and method.of is None else ()
         for variant, changes in method.variants or ((name, ()),):
-            overrides = list(changes)
+            overrides = [change.replace(RUN, str(folder)) for change in changes]
+            if overrides != list(changes) and not (folder / ROUTER).is_dir():
+                train_router(folder, device)
             record = score_run(folder, overrides=overrides, trust=False, limit=None, device=device, noise=noise).record
             record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps, "recipe": digest}
-            record.knobs |= {"changes": overrides, "data": method.data}
+            record.knobs |= {"changes": list(changes), "data": method.data}
             records.append(record)
     return records
+
+
+def train_router(folder: Path, device: torch.device) -> None:
+    """A router of tiles for a run, on its training data."""
+    recipe, model = load_run(folder)
+    data = recipe.build("data", processor=model.processor)
+    for line in train_tile_router(recipe, model, data, folder / ROUTER, split="train", limit=QUESTIONED, device=device):
+        console().print(line)
 
 
 Key = tuple[str, int, float]

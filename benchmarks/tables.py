@@ -237,7 +237,7 @@ def encoder_cost(records: list[Record], *, data: str) -> str:
 
 
 LAB_SHORT = ("method", "seeds", "easy %", "hard %", "saved %")
-LAB_WHOLE_ONLY = ("concatenation, newlines",)
+LAB_WHOLE_ONLY = ("concatenation, newlines", "concatenation, images numbered")
 """What only the whole table has."""
 
 

@@ -179,6 +179,8 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     packed: list[list[tuple[int, int]]] | None = None
     """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
+    asked_from: list[list[int]] = field(default_factory=list)
+    """Of a prompt, the column that the open question of each conversation of each row begins with. Empty: its first."""
     features: Tensor | None = None
     """(views, N, Dv), reduced: what a model has computed of the images before, in the order of pixels, which are then
     left out. None: it has not."""
@@ -198,11 +200,23 @@ class Batch:
         starts = [start for start, _ in self.conversations[slot.row]]
         return slot.row, max(0, bisect_right(starts, slot.column) - 1)
 
-    def before_answers(self, slot: ImageSlot) -> tuple[int, int]:
-        """The columns [start, stop) of an image's conversation that stand before its first answer."""
-        start, stop = self.conversations[slot.row][self.conversation_of(slot)[1]]
-        answers = [one.start for one in self.answers if one.row == slot.row and start <= one.start < stop]
-        return start, min(answers, default=stop)
+    def question_of(self, answer: Answer) -> tuple[int, int]:
+        """The columns [start, stop) of what stands before an answer, behind the one before it in its conversation."""
+        start = max(start for start, _ in self.conversations[answer.row] if start <= answer.start)
+        before = [one.stop for one in self.answers if one.row == answer.row and start < one.stop <= answer.start]
+        return max(before, default=start), answer.start
+
+    def question_about(self, slot: ImageSlot) -> tuple[int, int]:
+        """The columns [start, stop) of what is asked first once an image is shown; of a prompt, what is asked last."""
+        row, number = self.conversation_of(slot)
+        start, stop = self.conversations[row][number]
+        answers = sorted(one for one in self.answers if one.row == row and start <= one.start < stop)
+        behind = [one for one in answers if one.start >= slot.column]
+        if behind:
+            return self.question_of(behind[0])
+        if answers:
+            return answers[-1].stop, stop
+        return (self.asked_from[row][number] if self.asked_from else start), stop
 
     @property
     def layouts(self) -> list[Layout]:
@@ -238,7 +252,8 @@ class VisualState:
     pixels: tuple[Tensor, ...]
     """(views, C, H, W) of each, as they were prepared for the vision backbone."""
     features: tuple[Tensor, ...]
-    """(views, N, Dv) of each: of the vision backbone, reduced. Empty where it reads what is asked about them."""
+    """(views, N, Dv) of each: of the vision backbone, reduced. Empty where the backbone reads questions: then there is
+    one for each question."""
 
     def features_of(self, pixels: Tensor, layout: Layout) -> Tensor | None:
         """(views, N, Dv) of an image or a video of just these pixels, laid out like this; None: it holds none."""

@@ -81,6 +81,11 @@ class VisionLanguageModel(nn.Module):
             )
         self.vision, self.reducer, self.language, self.fusion = vision, reducer, language, fusion
         self.feature_spec = reducer.bind(vision) if reducer is not None else vision.feature_spec
+        if vision.question_width not in (None, language.width):
+            raise UserError(
+                f"{type(vision).__name__} reads questions of width {vision.question_width}, and this language model's "
+                f"have {language.width}: it was trained with another one."
+            )
         if not fusion.keeps_sequence:
             refuse_other_sequence(language.hf, type(fusion).__name__)
         if fusion.own_cache:
@@ -163,8 +168,8 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def _questions(self, batch: Batch) -> list[Tensor | None]:
-        """Of each image the embeddings (T, D) of its conversation before the first answer."""
-        asked = [(slot.row, *batch.before_answers(slot)) for slot in batch.image_slots]
+        """Of each image the embeddings (T, D) of what is asked about it."""
+        asked = [(slot.row, *batch.question_about(slot)) for slot in batch.image_slots]
         return [self.language.embed(batch.input_ids[row, start:stop]) for row, start, stop in asked]
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:

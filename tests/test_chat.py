@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lavi.batch import IGNORE
-from lavi.data.chat import IMAGE, TEMPLATES, Chat
+from lavi.data.chat import TEMPLATES, Chat
+from lavi.data.marks import IMAGE
 from lavi.errors import UserError
 
 TWO_TURNS = [

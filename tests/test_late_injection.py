@@ -163,12 +163,20 @@ def test_the_recipe_has_the_authors_schedule_at_the_same_depths_of_24(build) -> 
     assert [counts[layer + 1] for layer in stages] == [215, 10, 5, 1]
 
 
-def test_where_all_tokens_leave_nothing_is_ranked(build) -> None:  # type: ignore[no-untyped-def]
+def test_where_all_tokens_leave_nothing_is_ranked(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     def ranking(fusion: LateInjection) -> float:
         return build(fusion, num_hidden_layers=5).fusion.costs(7, Layout(), 16)["ranking"].flops
 
     assert ranking(LateInjection(first=1, last=3)) == 0
     assert ranking(LateInjection(first=1, last=3, stages={1: 0.5})) == ranking(LateInjection(first=1, stages={1: 0.5}))
+    model = build(LateInjection(first=1, last=3), num_hidden_layers=5)
+
+    def ranking_in(*_: Any) -> Any:
+        raise AssertionError("a layer ranks")
+
+    monkeypatch.setattr("lavi.fusion.pruning.ranking_in", ranking_in)
+    with torch.no_grad():
+        model(collate(model, SAMPLES))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from conftest import QWEN2, ask, image
 
 from lavi.batch import IGNORE, Answer, ImageSlot, Layout, Sample, Video
+from lavi.checkpoints.model_folder import build as build_model
 from lavi.data.chat import Encoded, Turn
 from lavi.data.collator import EncodedSample
 from lavi.data.image_numbers import number_images
@@ -22,6 +23,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
+from lavi.recipe import Recipe
 from lavi.vision.openclip import OpenCLIPVision
 
 SMALL, LARGE = Layout(size=(4, 4)), Layout(views=2, video=True)
@@ -239,15 +241,21 @@ def part(text: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text}]
 
 
-def test_the_model_reads_the_numbers_of_images(build) -> None:  # type: ignore[no-untyped-def]
+def test_the_model_reads_the_numbers_of_images(build, tiny_recipe: Path) -> None:  # type: ignore[no-untyped-def]
+    """Each before its image, where a recipe says so."""
     plain = build(ConcatFusion()).processor
-    numbered = replace(plain, image_numbers=True)
+    numbered = build_model(Recipe.load(tiny_recipe, ["model.image_numbers=true"])).processor
     sample = ask(1, 2, "which?", answer="red")
-    text = plain.chat.tokenizer.decode(numbered.encode(sample).encoded.ids)
-    assert text.replace("Image 1: Image 2: ", "") == plain.chat.tokenizer.decode(plain.encode(sample).encoded.ids)
-    columns = numbered.encode(sample).encoded.image_columns
-    assert columns[0] < columns[1]  # each stands behind its number
-    assert plain.encode(ask(1, "which?")).encoded == numbered.encode(ask(1, "which?")).encoded
+    encoded = numbered.encode(sample).encoded
+    first, second = encoded.image_columns
+    tokenizer = numbered.chat.tokenizer
+    assert tokenizer.decode(encoded.ids[:first]).endswith("Image 1: ")
+    assert tokenizer.decode(encoded.ids[first:second]) == "Image 2: "
+    assert tokenizer.decode(encoded.ids).replace("Image 1: Image 2: ", "") == tokenizer.decode(
+        plain.encode(sample).encoded.ids
+    )
+    alone = ask(1, "which?")
+    assert plain.encode(alone).encoded == numbered.encode(alone).encoded
 
 
 def of_open_clip(tokenizer: str) -> VisionLanguageModel:

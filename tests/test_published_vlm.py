@@ -30,7 +30,7 @@ from vlms import write_vlm
 from lavi.batch import Sample, Video
 from lavi.checkpoints.load import load
 from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
-from lavi.checkpoints.published_vlm import as_released, published_vlm, start_from_vlm
+from lavi.checkpoints.published_vlm import as_released, published_vlm, start_from_vlm, written_out
 from lavi.checkpoints.transformers_vlm import save_as_transformers
 from lavi.data.tiling import AnyRes
 from lavi.efficiency.measure import build_on, is_concat
@@ -321,6 +321,19 @@ def test_markers_come_for_images_alone(tmp_path: Path, tokenizer: str) -> None:
     model = published_vlm(str(write_vlm("smolvlm", tmp_path / "checkpoint", tokenizer)))
     with pytest.raises(UserError, match="reads no videos"):
         model.ask("what?", Video([Image.new("RGB", (30, 30))]))
+
+
+def test_what_is_said_of_images_goes_along_or_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer))
+    said = {"timestamps": True, "image_numbers": True}
+    model = published_vlm(folder, **said)
+    assert (model.processor.timestamps, model.processor.image_numbers) == (True, True)
+    node = {"_target_": "lavi.checkpoints.published_vlm.published_vlm", "source": folder, **said}
+    counted = written_out(Recipe({"model": node}, {}, "here")).settings["model"]
+    assert said.items() <= counted.items()
+    for key in said:
+        with pytest.raises(UserError, match="its processor says neither"):
+            save_as_transformers(published_vlm(folder, **{key: True}), tmp_path / "back")
 
 
 def test_the_format_of_transformers_is_written_back(published: Published, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ from lavi.batch import Batch, Layout, Sample
 from lavi.checkpoints.feature_cache import check_features_suffice
 from lavi.checkpoints.model_folder import build as build_model
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
-from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
-from lavi.training.tile_routing import TileQuestion, questions_about_tiles, train_tile_router
+from lavi.training.module import VisionLanguageModule
+from lavi.training.tile_routing import TileQuestion, TileRouterTraining, check_encodes_all_tiles, questions_about_tiles
 from lavi.vision.hf import HFVision
 from lavi.vision.tile_router import TileRouter
-from lavi.vision.tiles_on_request import Overview, TileRanking, TilesOnRequest
+from lavi.vision.tiles_on_request import Detail, RankingInput, TileRanking, TilesOnRequest
 
 TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
 Make = Callable[..., VisionLanguageModel]
@@ -84,36 +86,57 @@ class ByQuestion(TileRanking):
     def __init__(self) -> None:
         self.asked: list[Tensor | None] = []
 
-    def rank(self, overview: Overview) -> Tensor:
-        self.asked.append(overview.question)
-        seed = 0 if overview.question is None else int(overview.question.sum() * 1e6) % 1000
-        return torch.rand(len(overview.tiles), generator=torch.Generator().manual_seed(seed))
+    def rank(self, given: RankingInput) -> Tensor:
+        self.asked.append(given.question)
+        seed = 0 if given.question is None else int(given.question.sum() * 1e6) % 1000
+        return torch.rand(len(given.tiles), generator=torch.Generator().manual_seed(seed))
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_each_image_is_ranked_by_what_is_asked_before_the_first_answer(make: Make) -> None:
+def test_an_image_is_ranked_by_what_is_asked_first_once_it_is_shown(make: Make) -> None:
+    """In training; and in a prompt by what waits for its answer, the same tokens as the router learned from."""
     model = make()
+    learned = questions_about_tiles(model, collate(model, [about(1, "what?", "and that?", answers=("red", "blue"))]))
     model.vision = TilesOnRequest(tower=model.vision, keep=0.25, ranking=ByQuestion())
+
+    def asked(samples: list[Sample], **how: Any) -> list[Tensor]:
+        model.vision.ranking.asked.clear()
+        model.features_of(collate(model, samples, **how))
+        return model.vision.ranking.asked[:]
+
+    two = about(1, "what?", "and that?", answers=("red", "blue"))
+    later = ask("hello", answer="yes").messages + two.messages
+    trained = asked([two, ask("no image here", answer="yes"), Sample("later", later, two.images)])
+    open_turns = [Sample("p", two.messages[:count], two.images) for count in (1, 3)]
+    prompts = asked([*open_turns, Sample("p", later[:3], two.images)], prompt=True, pad_left=True)
+    first, second = (one.given.question for one in learned)
+    assert len(trained) == 2
+    for said, expected in zip([*trained, *prompts], [first, None, first, second, None], strict=True):
+        if expected is not None:
+            assert torch.equal(said, expected)
+    assert torch.equal(trained[1], prompts[2])  # behind the answer that was given before the image was shown
+    assert len(trained[1]) < len(later[0]["content"]) + len(first)
+
+
+@torch.no_grad()
+def test_conversations_in_one_row_have_questions_of_their_own(make: Make) -> None:
+    model = make(fusion="lavi.fusion.concat.ConcatFusion")
     samples = [
-        about(1, "what?", "and the colour?", answers=("red", "blue")),
         ask("no image here", answer="yes"),
-        about(2, "is it red?", answers=("no",)),
+        about(1, "what?", answers=("red",)),
+        about(2, "how?", answers=("no",)),
     ]
-    batch = collate(model, samples)
-    model.features_of(batch)
-    prompts = collate(model, [about(1, "what?"), about(2, "is it red?")], prompt=True)
-    asked = model.vision.ranking.asked[:]
-    model.features_of(prompts)
-    again = model.vision.ranking.asked[len(asked) :]
-    assert len(asked) == len(again) == 2
-    for trained, prompt in zip(asked, again, strict=True):
-        assert trained is not None
-        torch.testing.assert_close(trained, prompt)
-    first = batch.answers[0]
-    assert torch.equal(asked[0], model.language.embed(batch.input_ids[0, batch.spans[0][0] : first.start]))
+    encode = model.processor.encode
+    packed = model.processor.collate([[encode(sample) for sample in samples]])
+    together = questions_about_tiles(model, packed)
+    alone = [questions_about_tiles(model, collate(model, [sample])) for sample in samples]
+    assert [len(found) for found in alone] == [0, 1, 1]
+    for here, (there,) in zip(together, alone[1:], strict=True):
+        assert torch.equal(here.given.question, there.given.question)
+        torch.testing.assert_close(here.answer_probability, there.answer_probability, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -158,17 +181,17 @@ def test_features_are_not_kept_for_other_questions(make: Make) -> None:
 # --- the router -------------------------------------------------------------------------------------------------------
 
 
-def overview_of(tiles: int) -> Overview:
+def input_of(tiles: int) -> RankingInput:
     draw = torch.Generator().manual_seed(3)
     shown = torch.randn(tiles, 16, 32, generator=draw)
     windows = torch.rand(tiles, 4, generator=draw)
-    return Overview(shown[0], shown, windows, torch.randn(7, 24, generator=draw))
+    return RankingInput(shown[0], shown, windows, torch.randn(7, 24, generator=draw))
 
 
 @torch.no_grad()
 def test_the_router_matches_words_with_places_by_its_formula() -> None:
-    router = TileRouter(width=32, question_width=24, match_width=8)
-    given = overview_of(3)
+    router = TileRouter.untrained(width=32, question_width=24, match_width=8)
+    given = input_of(3)
     words = router.question(given.question)
     padded = torch.cat([torch.zeros(1, 8), words, torch.zeros(1, 8)])
     weight, bias = router.together.weight, router.together.bias
@@ -184,11 +207,11 @@ def test_the_router_matches_words_with_places_by_its_formula() -> None:
 
 def test_both_counters_agree_on_the_router() -> None:
     tower = HFVision(config=TOWER)
-    router = TileRouter(width=tower.width, question_width=24)
+    router = TileRouter.untrained(width=tower.width, question_width=24)
     vision = TilesOnRequest(tower=tower, keep=0.25, ranking=router)
     shown = torch.randn(4, vision.tokens, tower.width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        router.rank(Overview(shown[0], shown, torch.rand(4, 4), None))
+        router.rank(RankingInput(shown[0], shown, torch.rand(4, 4), None))
     assert router.flops(4, vision.tokens) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert vision.flops(5, TWO_BY_TWO) == tower.flops(2) + router.flops(4, vision.tokens)
     assert vision.flops(1, Layout()) == tower.flops(1)
@@ -197,7 +220,7 @@ def test_both_counters_agree_on_the_router() -> None:
 @torch.no_grad()
 def test_a_model_with_a_router_is_exported_with_it(make: Make, tmp_path: Path) -> None:
     width = make().language.width
-    TileRouter(width=TOWER["hidden_size"], question_width=width).save_pretrained(tmp_path / "router")
+    TileRouter.untrained(width=TOWER["hidden_size"], question_width=width).save_pretrained(tmp_path / "router")
     model = make(routed(tmp_path / "router"))
     assert not any(parameter.requires_grad for parameter in model.vision.ranking.parameters())
     save_pretrained(model, tmp_path / "exported")
@@ -208,15 +231,67 @@ def test_a_model_with_a_router_is_exported_with_it(make: Make, tmp_path: Path) -
     assert again.vision.variant == model.vision.variant
 
 
-def test_what_is_no_router_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has a source"):
-        TileRouter()
+def test_what_is_no_router_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no tile router"):
         TileRouter(source=str(tmp_path))
-    TileRouter(width=32, question_width=24).save_pretrained(tmp_path)
+    TileRouter.untrained(width=TOWER["hidden_size"], question_width=12).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads questions of width 12"):
+        make(routed(tmp_path))
+    TileRouter.untrained(width=7, question_width=24).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trained on features of width 7"):
+        make(routed(tmp_path))
     (tmp_path / "router.json").write_text('{"width": 16, "question_width": 24, "match_width": 64}')
     with pytest.raises(UserError, match="no weights of such a router"):
         TileRouter(source=str(tmp_path))
+
+
+@torch.no_grad()
+def test_a_router_works_in_half_precision_and_without_weights(make: Make, tmp_path: Path) -> None:
+    width = make().language.width
+    TileRouter.untrained(width=TOWER["hidden_size"], question_width=width).save_pretrained(tmp_path)
+    vision = make(routed(tmp_path)).vision.to(torch.bfloat16)
+    shown = torch.randn(5, *vision.pixel_shape).to(torch.bfloat16)
+    for questions in (None, [torch.randn(7, width)]):
+        assert vision(shown, [TWO_BY_TWO], questions).dtype == torch.bfloat16
+    (tmp_path / "router.safetensors").unlink()
+    with torch.device("meta"):
+        on_meta = TilesOnRequest(tower=HFVision(config=TOWER), keep=0.25, ranking=TileRouter(source=str(tmp_path)))
+        assert on_meta(torch.empty(5, *vision.pixel_shape), [TWO_BY_TWO]).shape == (5, vision.tokens, vision.width)
+
+
+def test_the_router_stays_as_it_is_where_the_tower_trains(make: Make, tmp_path: Path) -> None:
+    width = make().language.width
+    TileRouter.untrained(width=TOWER["hidden_size"], question_width=width).save_pretrained(tmp_path)
+    model = make(routed(tmp_path))
+    module = VisionLanguageModule(model=model, learning_rate={"vision": 1e-3, "fusion": 1e-3})
+    assert all(parameter.requires_grad for parameter in model.vision.tower.parameters())
+    assert not any(parameter.requires_grad for parameter in model.vision.ranking.parameters())
+    assert not any("ranking" in name for name in module.part_of)
+
+
+@dataclass
+class Weighted(TileRanking):
+    """With an argument."""
+
+    weight: float
+
+    def rank(self, given: RankingInput) -> Tensor:
+        return self.weight * given.tiles.mean((1, 2))
+
+
+def test_a_ranking_of_ones_own_is_exported_with_its_arguments(tmp_path: Path) -> None:
+    tower = HFVision(config=TOWER)
+    for ranking, said in ((Weighted(0.5), {"weight": 0.5}), (Detail(), {})):
+        saved = TilesOnRequest(tower=tower, keep=0.5, ranking=ranking).save_pretrained(tmp_path)
+        assert {key: value for key, value in saved["ranking"].items() if key != "_target_"} == said
+    TilesOnRequest(tower=tower, keep=0.5, ranking=ByQuestion()).save_pretrained(tmp_path)
+
+    class Silent(Detail):
+        def __init__(self, threshold: float) -> None:
+            self.threshold = threshold
+
+    with pytest.raises(UserError, match="Silent cannot be saved"):
+        TilesOnRequest(tower=tower, keep=0.5, ranking=Silent(0.9)).save_pretrained(tmp_path)
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
@@ -241,22 +316,24 @@ def test_a_tile_is_worth_what_the_answer_is_with_it_alone(make: Make) -> None:
     batch = mixed(model)
     assert [layout.views for layout in batch.layouts][:3] == [5, 3, 2]
     found = questions_about_tiles(model, batch)
-    assert [len(one.likely) for one in found] == [4, 4, 2]
+    assert [len(one.answer_probability) for one in found] == [4, 4, 2]
     for index, one in enumerate(found):
         answer = batch.answers[index]
-        for tile in range(len(one.likely)):
+        for tile in range(len(one.answer_probability)):
             model.vision = TilesOnRequest(tower=model.vision, keep=0.25, ranking=One(tile))
             scores = model.token_scores(batch)
             model.vision = model.vision.tower
             row, column = scores.positions.unbind(1)
             its = (row == answer.row) & (answer.start <= column) & (column < answer.stop)
-            expected = scores.log_probability[its].sum().exp()
-            torch.testing.assert_close(one.likely[tile], expected, atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(one.wanted.sum(), torch.tensor(1.0))
+            expected = scores.log_probability[its].mean().exp()
+            torch.testing.assert_close(one.answer_probability[tile], expected, atol=1e-5, rtol=1e-3)
+        middle = one.answer_probability.mean()
+        assert torch.equal(one.gain > 0, one.answer_probability > middle)
+        torch.testing.assert_close(one.gain.max(), one.answer_probability.max() - middle)
     start, (first, second) = batch.spans[0][0], batch.answers[:2]
     embed = model.language.embed
-    assert torch.equal(found[0].overview.question, embed(batch.input_ids[0, start : first.start]))
-    assert torch.equal(found[1].overview.question, embed(batch.input_ids[0, first.stop : second.start]))
+    assert torch.equal(found[0].given.question, embed(batch.input_ids[0, start : first.start]))
+    assert torch.equal(found[1].given.question, embed(batch.input_ids[0, first.stop : second.start]))
 
 
 class One(TileRanking):
@@ -265,8 +342,8 @@ class One(TileRanking):
     def __init__(self, tile: int) -> None:
         self.tile = tile
 
-    def rank(self, overview: Overview) -> Tensor:
-        return (torch.arange(len(overview.tiles)) == self.tile).float()
+    def rank(self, given: RankingInput) -> Tensor:
+        return (torch.arange(len(given.tiles)) == self.tile).float()
 
 
 @torch.no_grad()
@@ -275,42 +352,65 @@ def test_features_that_were_kept_serve_as_pixels_do(make: Make) -> None:
     batch = mixed(model)
     kept = replace(batch, backbone_features=model.encode(batch.pixels, batch.layouts), pixels=batch.pixels[:0])
     for here, there in zip(questions_about_tiles(model, batch), questions_about_tiles(model, kept), strict=True):
-        torch.testing.assert_close(here.likely, there.likely)
+        torch.testing.assert_close(here.answer_probability, there.answer_probability)
 
 
-def test_a_router_learns_where_what_is_asked_for_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_learns_where_what_is_asked_for_is() -> None:
     """Each question names a direction; one tile, another each time, has features that lie along it."""
-    model = make()
-    draw = torch.Generator().manual_seed(0)
-    directions, words = torch.randn(4, 16, generator=draw), torch.randn(4, model.language.width, generator=draw)
-
-    def questions(model: Any, batch: Any) -> list[TileQuestion]:
+    torch.manual_seed(0)
+    directions, words = torch.randn(4, 16), torch.randn(4, 24)
+    training = TileRouterTraining(TileRouter.untrained(width=16, question_width=24), learning_rate=5e-3)
+    for _ in range(150):
         asked = []
         for _ in range(16):
-            what, where = (int(torch.randint(4, (), generator=draw)) for _ in range(2))
-            tiles = torch.randn(4, 9, 16, generator=draw)
-            tiles[where, int(torch.randint(9, (), generator=draw))] = 3 * directions[what]
-            question = torch.cat([torch.randn(3, model.language.width, generator=draw), words[what : what + 1]])
-            likely = torch.full((4,), 0.05).index_fill(0, torch.tensor([where]), 0.9)
-            asked.append(TileQuestion(Overview(tiles[0], tiles, torch.rand(4, 4), question), likely))
-        return asked
-
-    monkeypatch.setattr("lavi.training.tile_routing.questions_about_tiles", questions)
-    torch.manual_seed(0)
-    batch = mixed(model)
-    figures = [of for _, of in train_tile_router(model, [batch] * 150, device=torch.device("cpu"), learning_rate=5e-3)]
-    assert figures[0]["best"] == pytest.approx(0.9)
-    assert sum(of["likely"] for of in figures[:5]) / 5 < 0.5
-    assert sum(of["likely"] for of in figures[-20:]) / 20 > 0.8
+            what, where = torch.randint(4, (2,)).tolist()
+            tiles = torch.randn(4, 9, 16)
+            tiles[where, int(torch.randint(9, ()))] = 3 * directions[what]
+            question = torch.cat([torch.randn(3, 24), words[what : what + 1]])
+            probability = torch.full((4,), 0.05).index_fill(0, torch.tensor([where]), 0.9)
+            asked.append(TileQuestion(RankingInput(tiles[0], tiles, torch.rand(4, 4), question), probability))
+        training.learn(asked)
+    chosen = [of["chosen"] for of in training.figures]
+    assert training.figures[0]["best"] == pytest.approx(0.9)
+    assert sum(chosen[:5]) / 5 < 0.5
+    assert sum(chosen[-20:]) / 20 > 0.8
+    assert "2,400 questions" in training.summary()
 
 
-def test_data_without_tiles_are_refused(make: Make) -> None:
+def test_where_the_overview_is_enough_nothing_is_learned() -> None:
+    training = TileRouterTraining(TileRouter.untrained(width=32, question_width=24))
+    before = [parameter.clone() for parameter in training.router.parameters()]
+    training.learn([TileQuestion(input_of(4), torch.full((4,), 0.7))] * 3)
+    assert all(map(torch.equal, before, training.router.parameters()))
+
+
+def test_a_model_that_encodes_some_tiles_teaches_nothing(make: Make) -> None:
     model = make()
-    model.tiling = AnyRes(max_grid=1)
-    model.__dict__.pop("processor", None)
-    with pytest.raises(UserError, match="nothing to route"):
-        list(
-            train_tile_router(
-                model, [collate(model, [about(1, "what?", answers=("red",))])], device=torch.device("cpu")
-            )
-        )
+    model.vision = TilesOnRequest(tower=model.vision, keep=0.25)
+    with pytest.raises(UserError, match="a router learns from a model that encodes all tiles"):
+        check_encodes_all_tiles(model)
+    model.vision.keep = 1.0
+    check_encodes_all_tiles(model)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_from_a_run_to_a_router_to_scores(run: Any, tiny_recipe: Path) -> None:
+    tiled = ["model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}"]
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *tiled)[0] == 0
+    status, said, problems = run("lavi.route_tiles", "--checkpoint", "out", "--out", "router", "--samples", "40")
+    assert status == 0, problems
+    assert "with the router's choice" in said
+    override = re.search(r"^(model.vision=.*)$", said, re.MULTILINE)[1]
+    (given,) = [shlex.split(override)[0]]
+    assert "TileRouter, source: router" in given
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", given)
+    assert status == 0, problems
+    status, _, problems = run("lavi.route_tiles", "--checkpoint", "out", "--out", "router")
+    assert status == 2
+    assert "router exists" in problems
+    status, _, problems = run("lavi.route_tiles", "--checkpoint", "out", "--out", "other", "model.tiling=null")
+    assert status == 2
+    assert "there is nothing to choose" in problems
+    assert not Path("other").exists()

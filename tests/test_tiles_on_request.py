@@ -24,7 +24,7 @@ from lavi.vision.base import VisionBackbone
 from lavi.vision.frame_merging import FrameMerging
 from lavi.vision.hf import HFVision
 from lavi.vision.reduced import ReducedTower
-from lavi.vision.tiles_on_request import Overview, RandomTiles, TileRanking, TilesOnRequest
+from lavi.vision.tiles_on_request import RandomTiles, RankingInput, TileRanking, TilesOnRequest
 
 SIDE = 32
 TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
@@ -65,8 +65,8 @@ def tiled_ramp() -> Tensor:
 class InOrder(TileRanking):
     """The last tiles first."""
 
-    def rank(self, overview: Overview) -> Tensor:
-        return torch.arange(float(len(overview.tiles)))
+    def rank(self, given: RankingInput) -> Tensor:
+        return torch.arange(float(len(given.tiles)))
 
 
 def test_what_is_not_encoded_is_what_the_overview_shows_there() -> None:

@@ -66,6 +66,8 @@ def transformers_kind(model: VisionLanguageModel) -> str:
         UserError: there is none, and what of the model it would need to be otherwise.
     """
     fusion, tiling, reducer, tower = model.fusion, model.tiling, model.reducer, model.vision
+    if model.timestamps or model.image_numbers:
+        raise _no_class("model.timestamps=false and model.image_numbers=false: its processor says neither")
     if type(fusion) is not ConcatFusion or not isinstance(tower, HFVision) or tower.image_size is not None:
         raise _no_class("concatenation behind a tower of transformers at its own size")
     if fusion.markers is not None:

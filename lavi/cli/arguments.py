@@ -86,5 +86,12 @@ def share(text: str) -> float:
 
 def without_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The values of an option that takes several, and the changes to a recipe that came behind them."""
-    overrides = [word for word in words if OVERRIDE.match(word) and not path(word).exists()]
+    overrides = [word for word in words if OVERRIDE.match(word) and not _exists(path(word))]
     return [word for word in words if word not in overrides], overrides
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a change to a recipe may be longer than any file's name
+        return False

@@ -21,17 +21,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lavi.batch import IGNORE
+from lavi.data.marks import IMAGE, VIDEO, WORDS, MediaTokens, marks_in, without_marks
 from lavi.data.text import HALF_A_CHARACTER, is_writable
 from lavi.errors import UserError, nearest, one_line
-
-IMAGE = "\ufffc"
-"""Stands for an image in rendered text (Unicode's own object replacement character)."""
-
-WORDS = "\ufdd0"
-"""Stands before what reads like a control token and was written by people (a code point that Unicode gives no text)."""
-
-VIDEO = "\ufdd1"
-"""Stands for a video, where the template writes another token for it than for an image."""
 
 TEMPLATES = {
     "chatml": (
@@ -76,6 +68,8 @@ class Encoded:
     labels: list[int]
     image_columns: list[int]
     turns: list[Turn]
+    asked_from: int = 0
+    """Of a prompt, the token that what waits for its answer begins with: behind the answers that were given."""
 
 
 @dataclass(frozen=True)
@@ -85,67 +79,6 @@ class _Frames:
     answers: list[tuple[int, int, int]]
     """Of each answer: its turn, what stands before it, and what stands before its end."""
     length: int
-
-
-@dataclass(frozen=True)
-class _Media:
-    """The tokens that a template writes where images and videos stand; none: it takes texts, with marks in them."""
-
-    tokens: dict[str, str]
-    """``image`` and ``video`` -> token."""
-    ids: frozenset[int]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> _Media:
-        """Of a tokenizer.
-
-        Raises:
-            UserError: it has no such token.
-        """
-        vocabulary = tokenizer.get_vocab()
-        for kind, token in tokens.items():
-            if token not in vocabulary:
-                raise UserError(
-                    f"the tokenizer of {tokenizer.name_or_path} has no token '{token}', which stands for each {kind}."
-                )
-        return cls(dict(tokens), frozenset(vocabulary[token] for token in tokens.values()))
-
-    def in_parts(self, plain: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-        """Messages as the template takes them: as they are, or their contents as lists of parts."""
-        if not self.tokens:
-            return list(plain)
-        return [message | {"content": list(_parts_of(message["content"]))} for message in plain]
-
-    def marked(self, rendered: str) -> str:
-        """A rendered conversation with a mark instead of each media token that the template wrote."""
-        for kind, token in self.tokens.items():
-            rendered = re.sub(f"(?<!{WORDS}){re.escape(token)}", VIDEO if kind == "video" else IMAGE, rendered)
-        return rendered
-
-    def written(self, text: str) -> tuple[str, list[int]]:
-        """A part of a conversation as the tokenizer gets it, and the index in ``text`` of each of its characters."""
-        out: list[str] = []
-        origin: list[int] = []
-        tokens = {IMAGE: self.tokens.get("image", IMAGE), VIDEO: self.tokens.get("video", VIDEO), WORDS: ""}
-        for index, character in enumerate(text):
-            piece = tokens.get(character, character)
-            out.append(piece)
-            origin += [index] * len(piece)
-        return "".join(out), origin
-
-
-def _marks(text: str) -> str:
-    """Those of images and videos, in order."""
-    return "".join(re.findall(f"[{IMAGE}{VIDEO}]", text))
-
-
-def _parts_of(content: str) -> Iterator[dict[str, str]]:
-    """Text and media of a content with marks, in order."""
-    for piece in re.split(f"([{IMAGE}{VIDEO}])", content):
-        if piece in (IMAGE, VIDEO):
-            yield {"type": "video" if piece == VIDEO else "image"}
-        elif piece:
-            yield {"type": "text", "text": piece}
 
 
 class Chat:
@@ -179,7 +112,7 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose one with "
                 f"model.chat_template={'|'.join(TEMPLATES)}."
             )
-        self._media = _Media.of(tokenizer, {} if template else media_tokens or {})
+        self._media = MediaTokens.of(tokenizer, {} if template else media_tokens or {})
         self._begin = _added_in_front(tokenizer) if template or self._media.tokens else []
         """Ids that the tokenizer puts before each text, such as ``<s>``. Its own template has them, a named one does
         not, and that of a vision-language model may."""
@@ -230,9 +163,20 @@ class Chat:
 
     def encode_prompt(self, messages: Sequence[dict[str, Any]], *, images: int) -> Encoded:
         """A conversation that waits for its next answer."""
-        text = self._render(self._plain(messages, images), prompt=True)
-        ids, _, columns = self._tokenise(text)
-        return Encoded(ids, [IGNORE] * len(ids), columns, [])
+        plain = self._plain(messages, images)
+        text = self._render(plain, prompt=True)
+        ids, offsets, columns = self._tokenise(text)
+        return Encoded(ids, [IGNORE] * len(ids), columns, [], self._behind_answers(plain, text, offsets))
+
+    def _behind_answers(self, plain: list[dict[str, str]], text: str, offsets: Sequence[tuple[int, int]]) -> int:
+        """The first token behind the last answer of a prompt; 0 where there is none, or the template hides it."""
+        if all(message["role"] != "assistant" for message in plain):
+            return 0
+        try:
+            stop = self._answer_spans(plain, text)[-1][2]
+        except UserError:  # what cannot be trained on can be answered
+            return 0
+        return next((token for token, (start, _) in enumerate(offsets) if start >= stop), 0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without special tokens."""
@@ -253,7 +197,7 @@ class Chat:
 
     def _flatten(self, content: str | list[dict[str, Any]]) -> str:
         if isinstance(content, str):
-            return _bare(content)
+            return without_marks(content)
         marks = {"image": IMAGE, "video": VIDEO if "video" in self._media.tokens else IMAGE}
         return "".join(marks.get(part.get("type", ""), "") or _text(part) for part in content)
 
@@ -276,7 +220,7 @@ class Chat:
         except Exception as error:  # noqa: BLE001
             raise UserError(f"the chat template refuses the conversation ({one_line(error)}).") from None
         text = self._media.marked(str(rendered))
-        if _marks(text) != "".join(_marks(message["content"]) for message in plain):
+        if marks_in(text) != "".join(marks_in(message["content"]) for message in plain):
             raise UserError("the chat template writes images and videos otherwise than the conversation has them.")
         return text
 
@@ -436,9 +380,4 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _text(part: dict[str, Any]) -> str:
-    return _bare(str(part.get("text", "")))
-
-
-def _bare(text: str) -> str:
-    """Without the characters that mean something here."""
-    return text.translate(dict.fromkeys(map(ord, (IMAGE, VIDEO, WORDS))))
+    return without_marks(str(part.get("text", "")))

@@ -18,6 +18,11 @@ def answer_probabilities(scores: TokenScores, batch: Batch) -> list[float]:
     return [float(tokens.sum().exp()) for tokens in _by_answer(scores.log_probability, scores, batch)]
 
 
+def token_probabilities(scores: TokenScores, batch: Batch) -> list[float]:
+    """The same by token, the geometric mean: of long answers, too, a number that can be compared."""
+    return [float(tokens.mean().exp()) for tokens in _by_answer(scores.log_probability, scores, batch)]
+
+
 def _by_answer(values: Tensor, scores: TokenScores, batch: Batch) -> list[Tensor]:
     """Of values (n,) of the trained tokens those of each answer, on the host."""
     row, column = scores.positions.cpu().unbind(1)

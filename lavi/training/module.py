@@ -83,7 +83,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         if compile:
             check_compiler("module.compile")
         self.compiled = CompiledLayers(model.language.layers) if compile else None
-        self.part_of = part_of_each(model, learning_rate, {f"language.{name}" for name in model.language.adapters})
+        rates = dict(learning_rate)
+        if isinstance(getattr(model.vision, "ranking", None), nn.Module):  # it ranks without a gradient
+            rates.setdefault("vision.ranking", None)
+        self.part_of = part_of_each(model, rates, {f"language.{name}" for name in model.language.adapters})
         if model.language.quantization is not None and any(inside(name, "language") for name in self.part_of):
             raise UserError(
                 f"weights in {model.language.quantization} stay frozen: leave 'language' out of module.learning_rate."

@@ -1,51 +1,56 @@
-"""Training of a tile router: which tile would have helped the answer, said by a trained model.
+"""Training of a tile router: which tile helps the answer, said by a trained model.
 
     features of all tiles --> for each tile: that one as it is, the overview in the place of the others
-                                --> p(true answer | this tile)  --> normalised over the tiles: what the router learns
+                          --> probability of the true answer, the mean over its tokens (geometric)
+    the router learns to give its score to tiles by how much better the answer is with them than with the mean tile
 
-Of a question that the overview answers all tiles are alike, and nothing is learned. VISOR (arXiv 2603.23495) trains its
+Where the overview is enough, no tile is better than another and nothing is learned. VISOR (arXiv 2603.23495) trains its
 router of layers on such labels; here they need no file, each batch is labelled as it is read.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lavi.batch import Answer, Batch, ImageSlot
+from lavi.batch import Batch, ImageSlot
+from lavi.checkpoints.feature_cache import check_feature_caches, check_features_suffice
+from lavi.checkpoints.model_folder import new_folder
+from lavi.config.targets import path_of
 from lavi.errors import UserError
-from lavi.metrics.teacher_forcing import answer_probabilities
+from lavi.metrics.teacher_forcing import token_probabilities
 from lavi.model import VisionLanguageModel
 from lavi.nn.autocast import without_autocast
+from lavi.recipe import Recipe
+from lavi.report import track
 from lavi.vision.tile_router import TileRouter
-from lavi.vision.tiles_on_request import Overview, TilesOnRequest
+from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest
 from lavi.vision.windows import WHOLE, windows_of_views
-
-FLOOR = 1e-6
-"""Added to each probability: answers that no tile makes likely say nothing."""
 
 
 @dataclass(frozen=True)
 class TileQuestion:
     """A question about a tiled image, and what each tile does for its answer."""
 
-    overview: Overview
-    likely: Tensor
-    """(tiles,): the probability of the true answer, this tile alone encoded."""
+    given: RankingInput
+    answer_probability: Tensor
+    """(tiles,): of the true answer, the geometric mean over its tokens, this tile alone encoded."""
 
     @property
-    def wanted(self) -> Tensor:
-        """(tiles,): how much of the choice each tile should have; sums to 1."""
-        return (self.likely + FLOOR) / (self.likely + FLOOR).sum()
+    def gain(self) -> Tensor:
+        """(tiles,): what each adds to the mean tile; 0 for those that are no better."""
+        return (self.answer_probability - self.answer_probability.mean()).clamp(min=0)
 
 
 @dataclass(frozen=True)
-class _Tiled:
+class _TiledImage:
     """The features of one image's views (1 + tiles, N, Dv), and what the overview has at its tiles (tiles, N, Dv)."""
 
     views: Tensor
@@ -53,7 +58,7 @@ class _Tiled:
     from_overview: Tensor
 
     @classmethod
-    def of(cls, views: Tensor, slot: ImageSlot, vision: TilesOnRequest) -> _Tiled:
+    def of(cls, views: Tensor, slot: ImageSlot, vision: TilesOnRequest) -> _TiledImage:
         """Of an image in its place; one that is not cut has no tiles."""
         windows = windows_of_views(slot.layout, vision.grid) if slot.layout.tiles is not None else [WHOLE]
         of_tiles = torch.tensor(windows[1:], device="cpu").reshape(-1, 4).to(views.device)  # (tiles, 4)
@@ -72,87 +77,154 @@ class _Tiled:
         return shown
 
 
+def check_encodes_all_tiles(model: VisionLanguageModel) -> None:
+    """Whether a router can learn from a model.
+
+    Raises:
+        UserError: it encodes a part of the tiles itself, or its reducer reads more than features.
+    """
+    if isinstance(model.vision, TilesOnRequest) and model.vision.keep < 1:
+        raise UserError(
+            "a router learns from a model that encodes all tiles: name the tower alone, model.vision=THE TOWER OF "
+            "TilesOnRequest, or keep: 1."
+        )
+    check_features_suffice(model)
+
+
 @torch.no_grad()
 def questions_about_tiles(model: VisionLanguageModel, batch: Batch) -> list[TileQuestion]:
     """Each answer of the conversations about one image that has several tiles, of a batch on the model's device.
 
-    Args:
-        model: one whose backbone encodes all tiles.
-
     Raises:
         UserError: a backbone of no one grid.
     """
+    slots = batch.image_slots
+    if not slots:
+        return []
     vision = TilesOnRequest(tower=model.vision, keep=1.0)
     features = batch.backbone_features
     if features is None:
         features = model.encode(batch.pixels, batch.layouts)
-    slots = batch.image_slots
-    of_images = features.split([slot.views for slot in slots]) if slots else ()
-    images = [_Tiled.of(views, slot, vision) for views, slot in zip(of_images, slots, strict=True)]
-    in_row = Counter(slot.row for slot in slots)
-    wanted = {
-        slot.row: (slot, image)
-        for slot, image in zip(slots, images, strict=True)
-        if image.tiles > 1 and in_row[slot.row] == 1
-    }
-    likely = []  # of each tile each answer's
-    for number in range(max((image.tiles for _, image in wanted.values()), default=0)):
+    of_images = features.split([slot.views for slot in slots])
+    images = [_TiledImage.of(views, slot, vision) for views, slot in zip(of_images, slots, strict=True)]
+    of_conversation: dict[tuple[int, int], list[int]] = {}
+    for number, slot in enumerate(slots):
+        of_conversation.setdefault(batch.conversation_of(slot), []).append(number)
+    asked = []  # number of an answer, and of the image that it is about
+    for conversation, (first, *others) in of_conversation.items():
+        if not others and images[first].tiles > 1:
+            start, stop = batch.conversations[conversation[0]][conversation[1]]
+            asked += [
+                (number, first)
+                for number, answer in enumerate(batch.answers)
+                if answer.row == conversation[0] and max(start, slots[first].column) <= answer.start < stop
+            ]
+    with_tile = []  # probability of each answer
+    for number in range(max((images[image].tiles for _, image in asked), default=0)):
         shown = torch.cat([image.with_tile(number) for image in images])
         scores = model.token_scores(replace(batch, pixels=batch.pixels[:0], backbone_features=shown))
-        likely.append(answer_probabilities(scores, batch))
-    found = []
-    for index, answer in enumerate(batch.answers):
-        if answer.row in wanted:
-            slot, image = wanted[answer.row]
-            question = model.language.embed(batch.input_ids[answer.row, slice(*_asked(batch, answer, slot))])  # (T, D)
-            overview = Overview(image.views[0].float(), image.from_overview, image.windows, question.float())
-            of_tiles = torch.tensor([of_tile[index] for of_tile in likely[: image.tiles]], device="cpu")
-            found.append(TileQuestion(overview, of_tiles.to(features.device)))
-    return found
+        with_tile.append(token_probabilities(scores, batch))
+    return [_question(model, batch, answer, images[image], with_tile) for answer, image in asked]
 
 
-def _asked(batch: Batch, answer: Answer, slot: ImageSlot) -> tuple[int, int]:
-    """The columns of what stands before an answer, behind the one before it."""
-    before = [one.stop for one in batch.answers if one.row == answer.row and one.stop <= answer.start]
-    return max(before, default=batch.before_answers(slot)[0]), answer.start
+def _question(
+    model: VisionLanguageModel, batch: Batch, number: int, image: _TiledImage, with_tile: list[list[float]]
+) -> TileQuestion:
+    answer = batch.answers[number]
+    question = model.language.embed(batch.input_ids[answer.row, slice(*batch.question_of(answer))])  # (T, D)
+    probability = torch.tensor([of_tile[number] for of_tile in with_tile[: image.tiles]], device="cpu")
+    given = RankingInput(image.views[0].float(), image.from_overview, image.windows, question.float())
+    return TileQuestion(given, probability.to(question.device))
+
+
+class TileRouterTraining:
+    """A router that learns from questions as they come, and what it is worth so far.
+
+    Args:
+        router: on the device of the questions.
+        learning_rate: of AdamW.
+    """
+
+    LAST = 50
+    """Batches that :meth:`summary` is of."""
+
+    def __init__(self, router: TileRouter, learning_rate: float = 1e-3) -> None:
+        self.router, self.questions = router, 0
+        self.optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.01)
+        self.figures: list[dict[str, float]] = []
+
+    def learn(self, asked: Sequence[TileQuestion]) -> None:
+        """One step. Before it is noted what the router would have chosen: the mean probability of the true answer with
+        the tile of the highest score (``chosen``), with the best one (``best``) and with the mean one (``mean``).
+        """
+        with torch.enable_grad(), without_autocast(asked[0].answer_probability):
+            scores = [self.router.rank(one.given) for one in asked]
+            losses = [-(one.gain * score.log_softmax(0)).sum() for one, score in zip(asked, scores, strict=True)]
+            gain = torch.stack([one.gain.sum() for one in asked]).sum()
+            if gain > 0:
+                self.optimizer.zero_grad()
+                (torch.stack(losses).sum() / gain).backward()
+                self.optimizer.step()
+        of_each = [one.answer_probability for one in asked]
+        self.questions += len(asked)
+        chosen = mean(float(of[score.argmax()]) for of, score in zip(of_each, scores, strict=True))
+        best, middle = (mean(float(pick(of)) for of in of_each) for pick in (torch.amax, torch.mean))
+        self.figures.append({"chosen": chosen, "best": best, "mean": middle})
+
+    def summary(self) -> str:
+        """What the router is worth, of its last batches, before it learned from them."""
+        last = self.figures[-self.LAST :]
+        chosen, best, middle = (100 * mean(of[name] for of in last) for name in ("chosen", "best", "mean"))
+        return (
+            f"{self.questions:,} questions; with one tile encoded, the mean probability of a token of the true answer "
+            f"is {chosen:.1f} % with the router's choice, {best:.1f} with the best tile, {middle:.1f} with any "
+            f"(the last {len(last)} batches, before it learned from them)"
+        )
 
 
 def train_tile_router(
-    model: VisionLanguageModel, batches: Iterable[Batch], *, device: torch.device, learning_rate: float = 1e-3
-) -> Iterator[tuple[TileRouter, dict[str, float]]]:
-    """A router, trained on one pass over the batches; after each batch itself and what it does so far.
+    recipe: Recipe,
+    model: VisionLanguageModel,
+    data: Any,
+    out: Path,
+    *,
+    split: str,
+    limit: int | None,
+    device: torch.device,
+) -> Iterator[str]:
+    """Train a router on one pass over a split and write it, in one step; gives lines that say what came of it.
 
-    Yields:
-        The router, and of its batch ``loss``, the cross-entropy against what was wanted, ``likely``, the mean
-        probability of the true answer with the tile that it would choose, ``best``, with the best one, and ``any``,
-        the mean over the tiles.
+    Args:
+        recipe: the run's; the router is drawn from its seed.
+        out: a new folder.
+        limit: conversations, at most.
 
     Raises:
-        UserError: no image has several tiles.
+        UserError: as :func:`check_encodes_all_tiles`; features of another backbone; no question about an image of
+            several tiles; a folder that exists.
     """
+    check_encodes_all_tiles(model)
+    check_feature_caches(model, data, [split])
     model.to(device).eval()
-    router: TileRouter | None = None
-    for batch in batches:
-        asked = questions_about_tiles(model, batch.to(device))
-        if not asked:
-            continue
-        if router is None:
-            width = asked[0].overview.tiles.shape[-1]
-            router = TileRouter(width=width, question_width=model.language.width).to(device)
-            optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.01)
-        with torch.enable_grad(), without_autocast(asked[0].likely):
-            scores = [router.rank(one.overview) for one in asked]
-            losses = [-(one.wanted * score.log_softmax(0)).sum() for one, score in zip(asked, scores, strict=True)]
-            loss = torch.stack(losses).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        yield router, _figures(asked, [score.detach() for score in scores], float(loss))
-    if router is None:
-        raise UserError("no conversation of these data is about one image of several tiles: there is nothing to route.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.settings.get("seed", 0))
+        router = TileRouter.untrained(width=model.vision.width, question_width=model.language.width)
+    training = TileRouterTraining(router.to(device))
+    batches = data.stream(split, limit=limit)
+    for batch in track(batches, "training the router"):
+        if asked := questions_about_tiles(model, batch.to(device)):
+            training.learn(asked)
+    yield from (f"left out: {count} x {cause}" for cause, count in batches.left_out.items())
+    if not training.questions:
+        raise UserError(f"no conversation of {split} is about one image of several tiles: there is nothing to choose.")
+    with new_folder(out) as part:
+        router.save_pretrained(part)
+    yield training.summary()
+    yield f"written: {out}"
 
 
-def _figures(asked: Sequence[TileQuestion], scores: Sequence[Tensor], loss: float) -> dict[str, float]:
-    chosen = [float(one.likely[score.argmax()]) for one, score in zip(asked, scores, strict=True)]
-    best, of_any = ([float(of(one.likely)) for one in asked] for of in (torch.amax, torch.mean))
-    return {"loss": loss, "likely": mean(chosen), "best": mean(best), "any": mean(of_any)}
+def as_override(recipe: Recipe, folder: Path, keep: float = 0.25) -> str:
+    """The change to a run's recipe by which it encodes what the router in a folder chooses."""
+    tower = json.dumps(recipe.settings["model"]["vision"])
+    ranking = f"{{_target_: {path_of(TileRouter)}, source: {folder}}}"
+    return f"model.vision='{{_target_: {path_of(TilesOnRequest)}, tower: {tower}, keep: {keep}, ranking: {ranking}}}'"

@@ -42,7 +42,9 @@ class VisionBackbone(nn.Module, ABC):
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
         native_resolution: views have grids of their own, which :meth:`forward` is told (:mod:`lavi.vision.naflex`).
         reads_layouts: :meth:`forward` is told of each image how its views belong together (frames of a video, tiles).
-        reads_questions: :meth:`forward` is told of each image what is asked about it; its features serve that alone.
+        reads_questions: :meth:`forward` is told of each image how its views belong together and what is asked about it
+            (``forward(pixels, layouts, questions)``, (T, D) of each image or None); its features serve that alone.
+        question_width: D of the questions that it can read; None: any.
         variant: what of it neither weights nor pixels tell; cached features of another one are refused.
         preprocessing: one image to the pixels of a view, by the backbone's own mean, deviation, size and interpolation.
     """
@@ -53,6 +55,7 @@ class VisionBackbone(nn.Module, ABC):
     native_resolution: bool = False
     reads_layouts: bool = False
     reads_questions: bool = False
+    question_width: int | None = None
     variant: str = ""
     preprocessing: Preprocessing
 

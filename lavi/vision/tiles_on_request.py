@@ -14,10 +14,11 @@ has its own.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,11 @@ from lavi.vision.windows import windows_of_views
 
 
 @dataclass(frozen=True)
-class Overview:
+class RankingInput:
     """What is known of an image before its tiles are encoded, in fp32."""
 
-    features: Tensor
-    """(N, Dv), of the whole image."""
+    overview: Tensor
+    """(N, Dv): features of the whole image."""
     tiles: Tensor
     """(tiles, N, Dv): of the whole image, at the places of each tile's tokens."""
     windows: Tensor
@@ -50,19 +51,24 @@ class Overview:
 
 
 class TileRanking(ABC):
-    """Says of which tiles most is to be expected. One of one's own has :meth:`rank`; it is exported if it has no
-    arguments, or ``save_pretrained(folder)`` as a backbone has it.
+    """Says of which tiles most is to be expected.
+
+    One of one's own has :meth:`rank`. It is exported if it is a dataclass of its arguments, has none, or has
+    ``save_pretrained(folder)`` as a backbone has it.
 
     Attributes:
         reads_questions: it looks at the question, too.
+        width, question_width: Dv and D that it was trained on; None: any.
         variant: what tells it from others of its class.
     """
 
     reads_questions: bool = False
+    width: int | None = None
+    question_width: int | None = None
     variant: str = ""
 
     @abstractmethod
-    def rank(self, overview: Overview) -> Tensor:
+    def rank(self, given: RankingInput) -> Tensor:
         """(tiles,): how much each tile promises."""
 
     def flops(self, tiles: int, per_view: int) -> float:
@@ -73,15 +79,15 @@ class TileRanking(ABC):
 class Detail(TileRanking):
     """Tiles where the overview differs most from place to place: mean squared distance from the tile's own mean."""
 
-    def rank(self, overview: Overview) -> Tensor:
-        return (overview.tiles - overview.tiles.mean(1, keepdim=True)).square().mean((1, 2))
+    def rank(self, given: RankingInput) -> Tensor:
+        return (given.tiles - given.tiles.mean(1, keepdim=True)).square().mean((1, 2))
 
 
 class RandomTiles(TileRanking):
     """Any tiles, the same of each picture: what every other ranking has to be better than."""
 
-    def rank(self, overview: Overview) -> Tensor:
-        count, device = len(overview.tiles), overview.tiles.device
+    def rank(self, given: RankingInput) -> Tensor:
+        count, device = len(given.tiles), given.tiles.device
         return torch.rand(count, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
 
 
@@ -94,7 +100,7 @@ class TilesOnRequest(VisionBackbone):
         ranking: which tiles; by default :class:`Detail`.
 
     Raises:
-        UserError: views of the tower have grids of their own.
+        UserError: views of the tower have grids of their own, or the ranking is of another tower.
     """
 
     def __init__(self, *, tower: VisionBackbone, keep: Share, ranking: TileRanking | None = None) -> None:
@@ -102,9 +108,14 @@ class TilesOnRequest(VisionBackbone):
         if tower.native_resolution or tower.feature_spec.grid is None:
             raise UserError("TilesOnRequest takes a backbone of one grid for all images.")
         self.tower, self.keep, self.ranking = tower, keep, ranking or Detail()
+        if self.ranking.width not in (None, tower.width):
+            raise UserError(
+                f"{type(self.ranking).__name__} was trained on features of width {self.ranking.width}, and "
+                f"{type(tower).__name__}'s have {tower.width}: it is of another model."
+            )
         self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
         self.preprocessing, self.reads_layouts = tower.preprocessing, True
-        self.reads_questions = self.ranking.reads_questions
+        self.reads_questions, self.question_width = self.ranking.reads_questions, self.ranking.question_width
         self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{self.ranking.variant}"
 
     def count(self, layout: Layout) -> int:
@@ -155,7 +166,7 @@ class TilesOnRequest(VisionBackbone):
         if count in (0, len(tiles)):
             return torch.arange(count, device=overview.device), tiles
         with torch.no_grad(), without_autocast(overview):
-            known = Overview(
+            known = RankingInput(
                 overview[0].float(), tiles.float(), windows, None if question is None else question.float()
             )
             score = self.ranking.rank(known)
@@ -196,9 +207,14 @@ class TilesOnRequest(VisionBackbone):
         """Write tower and ranking; returns the arguments that build it again, paths relative to ``folder``.
 
         Raises:
-            UserError: the tower cannot be saved.
+            UserError: one of them cannot be saved.
         """
-        ranking: dict[str, Any] = {TARGET: path_of(type(self.ranking))}
+        return {"tower": save_part(self.tower, folder, "tower"), "keep": self.keep, "ranking": self._saved(folder)}
+
+    def _saved(self, folder: Path) -> dict[str, Any]:
         if hasattr(self.ranking, "save_pretrained"):
-            ranking = save_part(self.ranking, folder, "ranking")
-        return {"tower": save_part(self.tower, folder, "tower"), "keep": self.keep, "ranking": ranking}
+            return save_part(self.ranking, folder, "ranking")
+        kind = type(self.ranking)
+        if not is_dataclass(self.ranking) and inspect.signature(kind).parameters:
+            raise UserError(f"{kind.__name__} cannot be saved: make it a dataclass of its arguments.")
+        return {TARGET: path_of(kind), **(asdict(self.ranking) if is_dataclass(self.ranking) else {})}
