@@ -21,6 +21,7 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.deepstack import DeepStackFusion
 from lavi.fusion.lavi import LaViFusion
+from lavi.fusion.levels import split_levels
 from lavi.fusion.pruning import FastV
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -34,6 +35,8 @@ from lavi.reduction.visionzip import VisionZip
 from lavi.training.module import VisionLanguageModule
 from lavi.vision.base import FeatureSpec
 from lavi.vision.hf import HFVision
+from lavi.vision.reduced import ReducedTower
+from lavi.vision.tiles_on_request import TilesOnRequest
 from lavi.visor.fusion import VisorFusion
 
 REDUCERS = {  # of a 4 x 4 grid: how many tokens are left
@@ -292,9 +295,26 @@ def test_reducers_say_what_they_leave() -> None:
     assert AveragePooling().flops() == RandomTokens(keep=1).flops() == 0.0
 
 
+@torch.no_grad()
+def test_pixel_shuffle_of_several_layers_keeps_them_apart() -> None:
+    """Each level is the shuffle of that layer alone: what stacks levels gets them whole."""
+    tower = HFVision(config=TOWER, layer=[1, 2]).eval()
+    assert tower.levels == 2
+    shuffle = PixelShuffle(factor=2)
+    shuffle.bind(tower)
+    features = tower(torch.randn(3, *tower.pixel_shape))
+    for level, of_layer in zip(split_levels(shuffle(features), 2), split_levels(features, 2), strict=True):
+        alone = PixelShuffle(factor=2)
+        alone.bind(HFVision(config=TOWER))
+        assert torch.equal(level, alone(of_layer))
+    assert TilesOnRequest(tower=tower, keep=0.5).levels == ReducedTower(tower=tower, reductions=[]).levels == 2
+
+
 def test_grids_need_not_be_square() -> None:
     tokens = torch.randn(2, 32, 24)
-    wide: Any = SimpleNamespace(prefix=0, width=24, tokens=32, grid=(4, 8), feature_spec=FeatureSpec(24, 32, (4, 8)))
+    wide: Any = SimpleNamespace(
+        prefix=0, width=24, levels=1, tokens=32, grid=(4, 8), feature_spec=FeatureSpec(24, 32, (4, 8))
+    )
     squares = tokens.reshape(2, 2, 2, 4, 2, 24)
     shuffle, average = PixelShuffle(), AveragePooling()
     for reducer, expected in (

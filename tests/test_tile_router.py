@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavi.batch import Batch, Layout, Sample
+from lavi.batch import Answer, Batch, ImageSlot, Layout, Sample
 from lavi.checkpoints.feature_cache import check_features_suffice
 from lavi.checkpoints.model_folder import build as build_model
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
@@ -119,6 +119,20 @@ def test_an_image_is_ranked_by_what_is_asked_first_once_it_is_shown(make: Make) 
             assert torch.equal(said, expected)
     assert torch.equal(trained[1], prompts[2])  # behind the answer that was given before the image was shown
     assert len(trained[1]) < len(later[0]["content"]) + len(first)
+
+
+def test_a_question_lies_between_answers_of_its_own_conversation() -> None:
+    ids = torch.zeros(1, 20, dtype=torch.long)
+    slots = [ImageSlot(0, 3), ImageSlot(0, 8), ImageSlot(0, 13)]
+    answers = [Answer(0, 1, 3), Answer(0, 9, 11), Answer(0, 12, 13)]
+    packed = [[(0, 6), (6, 16), (16, 20)]]
+    batch = Batch(ids, ids, ids.bool(), torch.empty(0), [(0, 20)], slots, answers, packed=packed)
+    assert [batch.question_of(answer) for answer in answers] == [(0, 1), (6, 9), (11, 12)]
+    # Shown behind the last answer, before all, and behind the last answer of another conversation.
+    assert [batch.question_about(slot) for slot in slots] == [(3, 6), (6, 9), (13, 16)]
+    waiting = replace(batch, answers=[], asked_from=[[2, 10, 17]])
+    assert [waiting.question_about(slot) for slot in slots] == [(2, 6), (10, 16), (10, 16)]
+    assert replace(waiting, asked_from=[]).question_about(slots[1]) == (6, 16)
 
 
 @torch.no_grad()

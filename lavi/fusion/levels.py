@@ -1,8 +1,7 @@
 """Features of several tower layers, which stand side by side in Dv (``model.vision.layer=[8, 16, 24]``), apart again.
 
-A level is what one of them gave. Whatever else stands side by side in equal parts is split alike: behind
-:class:`~lavi.reduction.pixel_shuffle.PixelShuffle` those are the tokens of a square, each with all of its layers, so
-that one layer and as many levels as a square has tokens stack a finer view, and several layers want another reducer.
+A level is what one of them gave, also behind :class:`~lavi.reduction.pixel_shuffle.PixelShuffle`. Whatever else stands
+side by side in equal parts is split alike: the tokens of a square that it made of one layer are levels, too.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from lavi.vision.base import FeatureSpec, VisionBackbone
 
 
 class PixelShuffle(Reducer):
-    """Lays the ``factor`` x ``factor`` tokens of a square side by side in Dv.
+    """Lays the ``factor`` x ``factor`` tokens of a square side by side in Dv: of each tower layer in it, its own.
 
     Raises:
         UserError: the grid is no multiple of ``factor``.
@@ -32,10 +32,12 @@ class PixelShuffle(Reducer):
                 "factor that does, or AveragePooling."
             )
         grid = (rows // self.factor, columns // self.factor)
+        self.levels = vision.levels
         return FeatureSpec(vision.width * self.factor**2, grid[0] * grid[1], grid)
 
     def forward(self, features: Tensor) -> Tensor:
         assert self.after.grid
         rows, columns = self.after.grid
         squares = features.unflatten(1, (rows, self.factor, columns, self.factor))  # (views, rows, f, columns, f, Dv)
-        return squares.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+        layers = squares.unflatten(-1, (self.levels, -1))  # (views, rows, f, columns, f, levels, Dv / levels)
+        return layers.permute(0, 1, 3, 5, 2, 4, 6).flatten(3).flatten(1, 2)

@@ -38,6 +38,7 @@ class VisionBackbone(nn.Module, ABC):
 
     Attributes:
         width: Dv, the width of a feature.
+        levels: how many layers of a tower stand side by side in it, each as wide as the others.
         grid: rows and columns of the feature grid of one view.
         prefix: tokens of one view that stand before its grid: 1 for a class token that was kept. Registers never are.
         native_resolution: views have grids of their own, which :meth:`forward` is told (:mod:`lavi.vision.naflex`).
@@ -50,6 +51,7 @@ class VisionBackbone(nn.Module, ABC):
     """
 
     width: int
+    levels: int = 1
     grid: tuple[int, int]
     prefix: int = 0
     native_resolution: bool = False

@@ -105,7 +105,8 @@ class NaFlexVision(VisionBackbone):
             image_processor.max_num_patches = max_patches
         self.preprocessing = NaFlexPreprocessing(image_processor)
         self.layers = cut_layers(self.tower, layer)
-        self.width = settings.hidden_size * len(self.layers)
+        self.levels = len(self.layers)
+        self.width = settings.hidden_size * self.levels
         self.grid = squarest_grid(self.preprocessing.pixel_shape[1])
         self._flops_by_grid: dict[tuple[int, int], float] = {}
 

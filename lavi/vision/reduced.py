@@ -110,7 +110,7 @@ class ReducedTower(VisionBackbone):
                 "ReducedTower takes a vision transformer of lavi.vision.hf.HFVision or lavi.vision.naflex.NaFlexVision."
             )
         self.tower, self.reductions = tower, list(reductions)
-        self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
+        self.width, self.levels, self.grid, self.prefix = tower.width, tower.levels, tower.grid, tower.prefix
         self.native_resolution, self.preprocessing = tower.native_resolution, tower.preprocessing
         self.reads_layouts = True
         self.variant = repr([one.arguments() if is_dataclass(one) else one for one in self.reductions])

@@ -113,7 +113,7 @@ class TilesOnRequest(VisionBackbone):
                 f"{type(self.ranking).__name__} was trained on features of width {self.ranking.width}, and "
                 f"{type(tower).__name__}'s have {tower.width}: it is of another model."
             )
-        self.width, self.grid, self.prefix = tower.width, tower.grid, tower.prefix
+        self.width, self.levels, self.grid, self.prefix = tower.width, tower.levels, tower.grid, tower.prefix
         self.preprocessing, self.reads_layouts = tower.preprocessing, True
         self.reads_questions, self.question_width = self.ranking.reads_questions, self.ranking.question_width
         self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{self.ranking.variant}"

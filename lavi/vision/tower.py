@@ -55,7 +55,8 @@ class Tower(VisionBackbone):
         if len(grids) > 1:
             raise UserError(f"the layers of this tower have different grids ({sorted(grids)}): choose one layer.")
         self.grid = grids.pop()
-        self.width = sum(grid.shape[1] for _, grid in layers)
+        widths = [grid.shape[1] for _, grid in layers]
+        self.width, self.levels = sum(widths), len(widths) if len(set(widths)) == 1 else 1
         self.standing_before = layers[0][0].shape[1]
         self.prefix = int(class_token)
         if layers[0][0].shape[1] - registers < self.prefix:
