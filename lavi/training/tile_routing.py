@@ -34,9 +34,6 @@ from lavi.vision.tile_router import TileRouter
 from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest
 from lavi.vision.windows import WHOLE, windows_of_views
 
-QUESTIONS = 32
-"""Of a step: many of a batch are about one image."""
-
 
 @dataclass(frozen=True)
 class TileQuestion:
@@ -148,8 +145,8 @@ class TileRouterTraining:
         learning_rate: of AdamW.
     """
 
-    LAST = 100
-    """Steps that :meth:`summary` is of."""
+    LAST = 50
+    """Batches that :meth:`summary` is of."""
 
     def __init__(self, router: TileRouter, learning_rate: float = 1e-3) -> None:
         self.router, self.questions = router, 0
@@ -181,7 +178,7 @@ class TileRouterTraining:
         return (
             f"{self.questions:,} questions; with one tile encoded, the mean probability of a token of the true answer "
             f"is {chosen:.1f} % with the router's choice, {best:.1f} with the best tile, {middle:.1f} with any "
-            f"(the last {len(last)} steps, before it learned from them)"
+            f"(the last {len(last)} batches, before it learned from them)"
         )
 
 
@@ -209,18 +206,14 @@ def train_tile_router(
     check_encodes_all_tiles(model)
     check_feature_caches(model, data, [split])
     model.to(device).eval()
-    seed = recipe.settings.get("seed", 0)
-    order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.settings.get("seed", 0))
         router = TileRouter.untrained(width=model.vision.width, question_width=model.language.width)
     training = TileRouterTraining(router.to(device))
     batches = data.stream(split, limit=limit)
     for batch in track(batches, "training the router"):
-        asked = questions_about_tiles(model, batch.to(device))
-        mixed = [asked[index] for index in torch.randperm(len(asked), generator=order, device="cpu")]
-        for start in range(0, len(mixed), QUESTIONS):
-            training.learn(mixed[start : start + QUESTIONS])
+        if asked := questions_about_tiles(model, batch.to(device)):
+            training.learn(asked)
     yield from (f"left out: {count} x {cause}" for cause, count in batches.left_out.items())
     if not training.questions:
         raise UserError(f"no conversation of {split} is about one image of several tiles: there is nothing to choose.")
