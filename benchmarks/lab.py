@@ -55,7 +55,7 @@ from lavi.training.run import train
 from lavi.training.tile_routing import train_tile_router
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
-SEEDS = 3
+SEEDS = (0, 1, 2)
 """Of the methods that the lab is about; what varies them is trained with one."""
 QUESTIONED = 4000
 """Conversations that a router of tiles learns from."""
@@ -72,8 +72,8 @@ class Method:
     """A recipe of the lab with changes.
 
     Args:
-        shares: of the recipe's steps, the budgets it is trained with; of others than 1 with the first seed alone.
-        seeds: how many it is trained with.
+        shares: of the recipe's steps, the budgets it is trained with; of less than 1 with the first seed alone.
+        seeds: those it is trained with.
         variants: what one trained model is scored as, with the changes of each; by default as it is.
         data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
         of: what is scored are the runs of this method, which are trained if they are not there yet.
@@ -82,7 +82,7 @@ class Method:
     recipe: str
     changes: tuple[str, ...] = ()
     shares: tuple[float, ...] = (1.0,)
-    seeds: int = SEEDS
+    seeds: tuple[int, ...] = SEEDS
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
     data: str = "scenes"
     of: str | None = None
@@ -94,7 +94,7 @@ SHORT = 0.4
 
 def ablation(recipe: str, *changes: str) -> Method:
     """One key of a method changed: for a part of the steps, as the method itself is, too; one seed."""
-    return Method(recipe, changes, shares=(SHORT,), seeds=1)
+    return Method(recipe, changes, shares=(SHORT,), seeds=(0,))
 
 
 def with_encoder(data: str, name: str, vision: str) -> tuple[str, tuple[str, ...]]:
@@ -116,15 +116,15 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
 
 
 BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
-DETAIL, ANY = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
+DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
 METHODS: dict[str, Method] = {
     "concatenation": Method("concat", shares=(SHORT, 1.0)),
     "LaVi": Method("lavi", shares=(SHORT, 1.0)),
-    "concatenation, more steps": Method("concat", shares=(1.6,)),
-    "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=1),
-    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",), seeds=1),
-    "cross-attention": Method("cross_attention", seeds=1),
+    "concatenation, more steps": Method("concat", shares=(1.6,), seeds=(0, 1)),
+    "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=(1,)),
+    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",), seeds=(1,)),
+    "cross-attention": Method("cross_attention", seeds=(0,)),
     "VISOR": Method(
         "visor",
         variants=(
@@ -180,19 +180,19 @@ METHODS: dict[str, Method] = {
             ),
         ),
     ),
-    "LaVi of large pictures": Method("large", seeds=1, data="large"),
+    "LaVi of large pictures": Method("large", seeds=(0,), data="large"),
     "LaVi of large pictures, fewer tiles": Method(
         "large",
         of="LaVi of large pictures",
         data="tiles",
-        seeds=1,
+        seeds=(0,),
         variants=(
             with_encoder("tiles", "2 of 4, by the question", on_request(0.5, BY_QUESTION)),
             with_encoder("tiles", "2 of 4, of most detail", on_request(0.5, DETAIL)),
-            with_encoder("tiles", "2 of 4, any", on_request(0.5, ANY)),
+            with_encoder("tiles", "2 of 4, the same in all pictures", on_request(0.5, SAME)),
             with_encoder("tiles", "1 of 4, by the question", on_request(0.25, BY_QUESTION)),
             with_encoder("tiles", "1 of 4, of most detail", on_request(0.25, DETAIL)),
-            with_encoder("tiles", "1 of 4, any", on_request(0.25, ANY)),
+            with_encoder("tiles", "1 of 4, the same in all pictures", on_request(0.25, SAME)),
             with_encoder("tiles", "all, 16 of 64 tokens merged behind each block", merging(per_block=16)),
             with_encoder(
                 "tiles",
@@ -202,8 +202,8 @@ METHODS: dict[str, Method] = {
             ("none: the whole picture alone", ("model.tiling=null", f"data.test={DATA['tiles'].features / 'test'}")),
         ),
     ),
-    "concatenation of frames": Method("video_concat", seeds=1, data="videos"),
-    "LaVi of frames": Method("video_lavi", seeds=1, data="videos"),
+    "concatenation of frames": Method("video_concat", seeds=(0,), data="videos"),
+    "LaVi of frames": Method("video_lavi", seeds=(0,), data="videos"),
 }
 
 
@@ -394,9 +394,9 @@ def plan(
     runs = [
         (name, seed, share)
         for name in names
-        for seed in (range(METHODS[name].seeds) if seeds is None else seeds)
+        for seed in (METHODS[name].seeds if seeds is None else seeds)
         for share in shares or METHODS[name].shares
-        if seed == 0 or share == 1.0 or shares
+        if seed == METHODS[name].seeds[0] or share >= 1.0 or shares
     ]
     return sorted(runs, key=lambda run: run[1])
 

@@ -179,8 +179,9 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     packed: list[list[tuple[int, int]]] | None = None
     """The columns [start, stop) of each conversation of each row, where rows hold several; None: a row is one."""
-    asked_from: list[list[int]] = field(default_factory=list)
-    """Of a prompt, the column that the open question of each conversation of each row begins with. Empty: its first."""
+    open_questions: list[list[int]] = field(default_factory=list)
+    """Of a prompt, the column that the open question begins with, of each conversation of each row. Empty: the first
+    column of the conversation."""
     features: Tensor | None = None
     """(views, N, Dv), reduced: what a model has computed of the images before, in the order of pixels, which are then
     left out. None: it has not."""
@@ -200,23 +201,23 @@ class Batch:
         starts = [start for start, _ in self.conversations[slot.row]]
         return slot.row, max(0, bisect_right(starts, slot.column) - 1)
 
-    def question_of(self, answer: Answer) -> tuple[int, int]:
+    def question_columns(self, answer: Answer) -> tuple[int, int]:
         """The columns [start, stop) of what stands before an answer, behind the one before it in its conversation."""
         start = max(start for start, _ in self.conversations[answer.row] if start <= answer.start)
         before = [one.stop for one in self.answers if one.row == answer.row and start < one.stop <= answer.start]
         return max(before, default=start), answer.start
 
-    def question_about(self, slot: ImageSlot) -> tuple[int, int]:
+    def asked_columns(self, slot: ImageSlot) -> tuple[int, int]:
         """The columns [start, stop) of what is asked first once an image is shown; of a prompt, what is asked last."""
         row, number = self.conversation_of(slot)
         start, stop = self.conversations[row][number]
         answers = sorted(one for one in self.answers if one.row == row and start <= one.start < stop)
         behind = [one for one in answers if one.start >= slot.column]
         if behind:
-            return self.question_of(behind[0])
+            return self.question_columns(behind[0])
         if answers:
             return answers[-1].stop, stop
-        return (self.asked_from[row][number] if self.asked_from else start), stop
+        return (self.open_questions[row][number] if self.open_questions else start), stop
 
     @property
     def layouts(self) -> list[Layout]:

@@ -169,7 +169,7 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def _questions(self, batch: Batch) -> list[Tensor | None]:
         """Of each image the embeddings (T, D) of what is asked about it."""
-        asked = [(slot.row, *batch.question_about(slot)) for slot in batch.image_slots]
+        asked = [(slot.row, *batch.asked_columns(slot)) for slot in batch.image_slots]
         return [self.language.embed(batch.input_ids[row, start:stop]) for row, start, stop in asked]
 
     def forward(self, batch: Batch, losses: dict[str, Tensor] | None = None) -> Tensor:

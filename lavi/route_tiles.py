@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=path, required=True, metavar="RUN", help="run folder of lavi.fit")
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder to write the router into")
     parser.add_argument("--split", default="train", choices=["train", "validation"], help="whose questions it learns")
-    parser.add_argument("--samples", type=whole_number(1), default=4000, help="at most so many conversations of it")
+    parser.add_argument("--samples", type=whole_number(1), default=4000, help="of its conversations the first so many")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's recipe")

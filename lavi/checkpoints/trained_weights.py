@@ -7,6 +7,7 @@ frozen: the earlier run may be deleted.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ TRAINED = "trained.safetensors"
 """The file of these weights in a run folder."""
 INHERITED, RANKS = "inherited", "ranks"
 """Keys of its header: the names of the inherited weights, and the ranks that trained it."""
+WITHIN = r"((?:^|\.)vision\.)tower\."
+"""In the name of a parameter of a tower that another backbone goes around."""
 NO_RUN = ": give a run folder of `python -m lavi.fit`"
 
 
@@ -56,7 +59,17 @@ def load_trained(module: nn.Module, file: Path) -> None:
         UserError: no such file, not readable, or of another recipe: names or shapes differ.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
-        load_into(_saved_parameters(module, weights), weights, file, reason="belongs to another recipe")
+        parameters = _named_as_in(set(weights.keys()), _saved_parameters(module, weights))
+        load_into(parameters, weights, file, reason="belongs to another recipe")
+
+
+def _named_as_in(stored: set[str], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters by the names they were stored with: a tower may have a backbone around it now that it had not.
+
+    What goes around it (:class:`lavi.vision.reduced.ReducedTower`) has it as ``tower``.
+    """
+    within = {re.sub(WITHIN, r"\1", name, count=1): parameter for name, parameter in parameters.items()}
+    return within if set(parameters) != stored == set(within) else parameters
 
 
 def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
@@ -106,10 +119,13 @@ def load_start(module: nn.Module, run: Path) -> set[str]:
     file = run / TRAINED
     with open_safetensors(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
         for name in weights.keys():  # noqa: SIM118
-            if original_name(name) not in parameters:
+            stands = original_name(name)
+            if stands not in parameters:  # the tower may have a backbone around it now
+                stands = re.sub(r"((?:^|\.)vision\.)", r"\1tower.", stands, count=1)
+            if stands not in parameters:
                 near = "give model.language the same lora." if ".lora_" in name else nearest(name, parameters)
                 raise UserError(f"{run} has trained '{name}', which the model of this recipe lacks: {near}")
-            own_name, parameter = parameters[original_name(name)]
+            own_name, parameter = parameters[stands]
             check_shape(parameter, weights, name, file, reason="is no start for this recipe")
             tensors[own_name] = weights.get_tensor(name)
     with torch.no_grad():

@@ -68,7 +68,7 @@ class Encoded:
     labels: list[int]
     image_columns: list[int]
     turns: list[Turn]
-    asked_from: int = 0
+    open_question: int = 0
     """Of a prompt, the token that what waits for its answer begins with: behind the answers that were given."""
 
 

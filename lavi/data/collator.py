@@ -43,11 +43,11 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
     mask = torch.zeros_like(ids, dtype=torch.bool)
     slots, answers = [], []
     conversations: list[list[tuple[int, int]]] = []
-    asked_from: list[list[int]] = []
+    open_questions: list[list[int]] = []
     for row, pack in enumerate(packs):
         at = width - widths[row] if pad_left else 0
         conversations.append([])
-        asked_from.append([])
+        open_questions.append([])
         for ready in pack:
             stop = at + len(ready.encoded.ids)
             ids[row, at:stop] = torch.tensor(ready.encoded.ids)
@@ -59,7 +59,7 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
                 turns = ready.encoded.turns
                 answers += [Answer(row, at + t.start, at + t.stop, t.family, t.level) for t in turns]
             conversations[-1].append((at, stop))
-            asked_from[-1].append(at + ready.encoded.asked_from)
+            open_questions[-1].append(at + ready.encoded.open_question)
             at = stop
     each = [ready for pack in packs for ready in pack]
     return Batch(
@@ -72,7 +72,7 @@ def collate(rows: Sequence[EncodedSample | Sequence[EncodedSample]], *, pad_id: 
         answers=answers,
         keys=[ready.key for ready in each],
         packed=conversations if len(each) > len(packs) else None,
-        asked_from=asked_from,
+        open_questions=open_questions,
         backbone_features=_features_in_one(each),
     )
 

@@ -4,13 +4,15 @@
                           --> probability of the true answer, the mean over its tokens (geometric)
     the router learns to give its score to tiles by how much better the answer is with them than with the mean tile
 
-Where the overview is enough, no tile is better than another and nothing is learned. VISOR (arXiv 2603.23495) trains its
-router of layers on such labels; here they need no file, each batch is labelled as it is read.
+Where the overview is enough, no tile is better than another by more than :data:`LEAST_GAIN`, and nothing is learned.
+VISOR (arXiv 2603.23495) trains its router of layers on such labels; here they need no file, each batch is labelled as
+it is read.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,9 @@ from torch import Tensor
 from lavi.batch import Batch, ImageSlot
 from lavi.checkpoints.feature_cache import check_feature_caches, check_features_suffice
 from lavi.checkpoints.model_folder import new_folder
+from lavi.checkpoints.published_vlm import written_out
 from lavi.config.targets import path_of
+from lavi.config.text import TARGET
 from lavi.errors import UserError
 from lavi.metrics.teacher_forcing import token_probabilities
 from lavi.model import VisionLanguageModel
@@ -33,6 +37,9 @@ from lavi.report import track
 from lavi.vision.tile_router import TileRouter
 from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest
 from lavi.vision.windows import WHOLE, windows_of_views
+
+LEAST_GAIN = 0.01
+"""Of a probability: less is rounding, or an answer that the overview is enough for."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,9 @@ class TileQuestion:
 
     @property
     def gain(self) -> Tensor:
-        """(tiles,): what each adds to the mean tile; 0 for those that are no better."""
-        return (self.answer_probability - self.answer_probability.mean()).clamp(min=0)
+        """(tiles,): what each adds to the mean tile; 0 for those that are hardly better."""
+        more = self.answer_probability - self.answer_probability.mean()
+        return more * (more > LEAST_GAIN)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def _question(
     model: VisionLanguageModel, batch: Batch, number: int, image: _TiledImage, with_tile: list[list[float]]
 ) -> TileQuestion:
     answer = batch.answers[number]
-    question = model.language.embed(batch.input_ids[answer.row, slice(*batch.question_of(answer))])  # (T, D)
+    question = model.language.embed(batch.input_ids[answer.row, slice(*batch.question_columns(answer))])  # (T, D)
     probability = torch.tensor([of_tile[number] for of_tile in with_tile[: image.tiles]], device="cpu")
     given = RankingInput(image.views[0].float(), image.from_overview, image.windows, question.float())
     return TileQuestion(given, probability.to(question.device))
@@ -160,10 +168,9 @@ class TileRouterTraining:
         with torch.enable_grad(), without_autocast(asked[0].answer_probability):
             scores = [self.router.rank(one.given) for one in asked]
             losses = [-(one.gain * score.log_softmax(0)).sum() for one, score in zip(asked, scores, strict=True)]
-            gain = torch.stack([one.gain.sum() for one in asked]).sum()
-            if gain > 0:
+            if any(bool(one.gain.any()) for one in asked):
                 self.optimizer.zero_grad()
-                (torch.stack(losses).sum() / gain).backward()
+                torch.stack(losses).mean().backward()
                 self.optimizer.step()
         of_each = [one.answer_probability for one in asked]
         self.questions += len(asked)
@@ -216,7 +223,8 @@ def train_tile_router(
             training.learn(asked)
     yield from (f"left out: {count} x {cause}" for cause, count in batches.left_out.items())
     if not training.questions:
-        raise UserError(f"no conversation of {split} is about one image of several tiles: there is nothing to choose.")
+        read = split if limit is None else f"the first {limit:,} of {split}"
+        raise UserError(f"no conversation of {read} is about one image of several tiles: there is nothing to choose.")
     with new_folder(out) as part:
         router.save_pretrained(part)
     yield training.summary()
@@ -224,7 +232,11 @@ def train_tile_router(
 
 
 def as_override(recipe: Recipe, folder: Path, keep: float = 0.25) -> str:
-    """The change to a run's recipe by which it encodes what the router in a folder chooses."""
-    tower = json.dumps(recipe.settings["model"]["vision"])
-    ranking = f"{{_target_: {path_of(TileRouter)}, source: {folder}}}"
-    return f"model.vision='{{_target_: {path_of(TilesOnRequest)}, tower: {tower}, keep: {keep}, ranking: {ranking}}}'"
+    """The change to a run's recipe, quoted for a shell, by which it encodes what the router in a folder chooses."""
+    vision = {
+        TARGET: path_of(TilesOnRequest),
+        "tower": written_out(recipe).settings["model"]["vision"],
+        "keep": keep,
+        "ranking": {TARGET: path_of(TileRouter), "source": str(folder)},
+    }
+    return shlex.quote(f"model.vision={json.dumps(vision)}")

@@ -115,7 +115,8 @@ class TilesOnRequest(VisionBackbone):
             )
         self.width, self.levels, self.grid, self.prefix = tower.width, tower.levels, tower.grid, tower.prefix
         self.preprocessing, self.reads_layouts = tower.preprocessing, True
-        self.reads_questions, self.question_width = self.ranking.reads_questions, self.ranking.question_width
+        self.reads_questions = self.ranking.reads_questions and keep < 1
+        self.question_width = self.ranking.question_width
         self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{self.ranking.variant}"
 
     def count(self, layout: Layout) -> int:
