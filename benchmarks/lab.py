@@ -324,7 +324,7 @@ def _model(record: Record) -> Any:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="None: all but those of large pictures")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: as many as each method has")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: those that each method has")
     parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")

@@ -198,20 +198,29 @@ class Batch:
 
     def conversation_of(self, slot: ImageSlot) -> tuple[int, int]:
         """The row of an image, and the number of its conversation in it."""
-        starts = [start for start, _ in self.conversations[slot.row]]
-        return slot.row, max(0, bisect_right(starts, slot.column) - 1)
+        return self.conversation_at(slot.row, slot.column)
+
+    def conversation_at(self, row: int, column: int) -> tuple[int, int]:
+        """The row, and the number of the conversation in it that a column is of."""
+        starts = [start for start, _ in self.conversations[row]]
+        return row, max(0, bisect_right(starts, column) - 1)
+
+    def answers_in(self, row: int, number: int) -> list[Answer]:
+        """The answers of one conversation of a row, in their order."""
+        start, stop = self.conversations[row][number]
+        return sorted(one for one in self.answers if one.row == row and start <= one.start < stop)
 
     def question_columns(self, answer: Answer) -> tuple[int, int]:
         """The columns [start, stop) of what stands before an answer, behind the one before it in its conversation."""
-        start = max(start for start, _ in self.conversations[answer.row] if start <= answer.start)
-        before = [one.stop for one in self.answers if one.row == answer.row and start < one.stop <= answer.start]
-        return max(before, default=start), answer.start
+        row, number = self.conversation_at(answer.row, answer.start)
+        before = [one.stop for one in self.answers_in(row, number) if one.start < answer.start]
+        return max(before, default=self.conversations[row][number][0]), answer.start
 
     def asked_columns(self, slot: ImageSlot) -> tuple[int, int]:
         """The columns [start, stop) of what is asked first once an image is shown; of a prompt, what is asked last."""
         row, number = self.conversation_of(slot)
         start, stop = self.conversations[row][number]
-        answers = sorted(one for one in self.answers if one.row == row and start <= one.start < stop)
+        answers = self.answers_in(row, number)
         behind = [one for one in answers if one.start >= slot.column]
         if behind:
             return self.question_columns(behind[0])

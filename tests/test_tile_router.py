@@ -242,6 +242,7 @@ def test_both_counters_agree_on_the_router() -> None:
     assert router.flops(4, vision.tokens) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert vision.flops(5, TWO_BY_TWO) == tower.flops(2) + router.flops(4, vision.tokens)
     assert vision.flops(1, Layout()) == tower.flops(1)
+    assert TilesOnRequest(tower=tower, keep=1.0, ranking=router).flops(5, TWO_BY_TWO) == tower.flops(5)
 
 
 @torch.no_grad()
@@ -368,6 +369,20 @@ class One(TileRanking):
 
     def rank(self, given: RankingInput) -> Tensor:
         return (torch.arange(len(given.tiles)) == self.tile).float()
+
+
+@torch.no_grad()
+def test_only_what_is_asked_once_one_image_is_shown_is_about_its_tiles(make: Make) -> None:
+    model = make()
+    model.tiling.tile_several = True
+    two = Sample("two", ask(1, 2, "which?", answer="first").messages, [picture(4), picture(5)])
+    batch = collate(model, [two])
+    assert [layout.views for layout in batch.layouts] == [5, 5]
+    assert questions_about_tiles(model, batch) == []
+    one = about(1, "what?", answers=("red",))
+    later = collate(model, [Sample("later", ask("hello", answer="yes").messages + one.messages, one.images)])
+    assert len(later.answers) == 2
+    assert len(questions_about_tiles(model, later)) == 1
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,24 +116,20 @@ def questions_about_tiles(model: VisionLanguageModel, batch: Batch) -> list[Tile
         features = model.encode(batch.pixels, batch.layouts)
     of_images = features.split([slot.views for slot in slots])
     images = [_TiledImage.of(views, slot, vision) for views, slot in zip(of_images, slots, strict=True)]
-    of_conversation: dict[tuple[int, int], list[int]] = {}
-    for number, slot in enumerate(slots):
-        of_conversation.setdefault(batch.conversation_of(slot), []).append(number)
-    asked = []  # number of an answer, and of the image that it is about
-    for conversation, (first, *others) in of_conversation.items():
-        if not others and images[first].tiles > 1:
-            start, stop = batch.conversations[conversation[0]][conversation[1]]
-            asked += [
-                (number, first)
-                for number, answer in enumerate(batch.answers)
-                if answer.row == conversation[0] and max(start, slots[first].column) <= answer.start < stop
-            ]
+    images_in = Counter(map(batch.conversation_of, slots))
+    asked = [  # number of an answer, and the image that it is about
+        (batch.answers.index(answer), image)
+        for slot, image in zip(slots, images, strict=True)
+        if image.tiles > 1 and images_in[batch.conversation_of(slot)] == 1
+        for answer in batch.answers_in(*batch.conversation_of(slot))
+        if answer.start >= slot.column
+    ]
     with_tile = []  # probability of each answer
-    for number in range(max((images[image].tiles for _, image in asked), default=0)):
+    for number in range(max((image.tiles for _, image in asked), default=0)):
         shown = torch.cat([image.with_tile(number) for image in images])
         scores = model.token_scores(replace(batch, pixels=batch.pixels[:0], backbone_features=shown))
         with_tile.append(token_probabilities(scores, batch))
-    return [_question(model, batch, answer, images[image], with_tile) for answer, image in asked]
+    return [_question(model, batch, answer, image, with_tile) for answer, image in asked]
 
 
 def _question(

@@ -177,7 +177,7 @@ class TilesOnRequest(VisionBackbone):
         """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv).
 
         Args:
-            windows: (tiles, 4), as of :class:`Overview`.
+            windows: (tiles, 4), as of :class:`RankingInput`.
         """
         rows, columns = self.grid
         top, left, height, width = windows.unbind(1)
