@@ -170,18 +170,24 @@ def assert_same(model: VisionLanguageModel, said: torch.Tensor, expected: torch.
         assert torch.equal(said, expected)
 
 
+def likeliest(model: VisionLanguageModel, prompt: Sample, answer: list[int]) -> list[int]:
+    """The likeliest id behind the prompt and behind each of the answer's but the last: by one forward, with no cache
+    and no padding. An answer is the greedy one where it is this."""
+    batch = collate(model, [prompt], prompt=True)
+    start = batch.input_ids.shape[1]
+    ids = torch.cat([batch.input_ids, torch.tensor([answer[:-1]], dtype=torch.long)], dim=1)
+    batch.input_ids, batch.labels, batch.attention_mask = ids, ids, torch.ones_like(ids, dtype=torch.bool)
+    batch.spans, batch.answers = [(0, ids.shape[1])], [Answer(0, start, ids.shape[1])]
+    with torch.no_grad():
+        said: list[int] = model(batch)[0, start - 1 :].argmax(-1).tolist()
+    return said
+
+
 def greedy(model: VisionLanguageModel, prompt: Sample, tokens: int) -> list[int]:
     """The likeliest ids, each by one full forward: no cache, no padding."""
-    alone = collate(model, [prompt], prompt=True)
     ids: list[int] = []
     for _ in range(tokens):
-        longer = copy.deepcopy(alone)
-        longer.input_ids = torch.cat([alone.input_ids, torch.tensor([ids], dtype=torch.long)], dim=1)
-        longer.labels, longer.attention_mask = longer.input_ids, torch.ones_like(longer.input_ids, dtype=torch.bool)
-        longer.spans = [(0, longer.input_ids.shape[1])]
-        longer.answers = [Answer(0, alone.input_ids.shape[1], longer.input_ids.shape[1])]
-        with torch.no_grad():
-            ids.append(int(model(longer)[0, -1].argmax()))
+        ids.append(likeliest(model, prompt, [*ids, 0])[-1])
     return ids
 
 

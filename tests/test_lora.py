@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, TOWER, ask, awaken, collate, greedy, small, summed_loss
+from conftest import FAMILIES, TOWER, ask, awaken, collate, likeliest, small, summed_loss
 from families import EAGER, VARIED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +100,9 @@ def test_both_fusions_work_through_adapters(tokenizer: str, family: str, fusion:
     prompts = [ask(1, "what colour is the circle?"), ask("hello")]
     prompt = collate(adapted, prompts, prompt=True, pad_left=True)
     answers = adapted.generate(prompt, max_new_tokens=4, eos_token_id=None)
-    assert answers == [greedy(adapted, sample, 4) for sample in prompts]
+    for sample, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == 4
+        assert answer == likeliest(adapted, sample, answer)
 
 
 def test_adapters_alone_train_unless_another_part_is_named(tokenizer: str) -> None:

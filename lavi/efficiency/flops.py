@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from lavi.language.sequence import experts_by_operators, looks_up_by_id, recurre
 from lavi.language.surgery import takes_attention_mask
 from lavi.model import VisionLanguageModel
 from lavi.nn.formulas import linear_flops
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -158,25 +161,26 @@ def _keys(cache: Any, past: int, tokens: int) -> int:
 
 
 def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
-    """The same by torch's operator counter, on a model built on the meta device.
+    """The same by torch's operator counter, where the model is; on the meta device nothing is computed.
 
     Returns:
         ``vision_encoder``; ``reducer``; ``language``, the bare model with as many tokens in each layer; ``fusion``,
         what the method adds to it (less its ``uncounted`` part); ``decode``, one token more.
     """
-    batch, features = shape.inputs(model, "meta")
-    pixels, token = shape.pixels(model, "meta"), torch.ones(shape.batch, 1, dtype=torch.long, device="meta")
+    device = model.language.hf.device
+    batch, features = shape.inputs(model, device)
+    pixels, token = shape.pixels(model, device), torch.ones(shape.batch, 1, dtype=torch.long, device=device)
     with torch.no_grad(), experts_by_operators(model.language.hf.config):
-        encoder = _count(lambda: model.encode(pixels, shape.layouts)) if len(pixels) else 0.0
-        out, vision = model.prefill(batch, features)
+        encoder, encoded = _count(lambda: model.encode(pixels, shape.layouts)) if len(pixels) else (0.0, None)
+        prefill, (out, vision) = _count(lambda: model.prefill(batch, features))
         language = _bare(model, shape)
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
             "vision_encoder": encoder,
-            "reducer": _count(lambda: model.features(pixels, shape.layouts)) - encoder if len(pixels) else 0.0,
+            "reducer": _count(partial(model.reducer, encoded))[0] if model.reducer and len(pixels) else 0.0,
             "language": language,
-            "fusion": _count(lambda: model.prefill(batch, features)) - language,
-            "decode": _count(lambda: model.language.hf(input_ids=token, **follow)),
+            "fusion": prefill - language,
+            "decode": _count(lambda: model.language.hf(input_ids=token, **follow))[0],
         }
 
 
@@ -188,7 +192,7 @@ def _bare(model: VisionLanguageModel, shape: PromptShape) -> float:
     name = {id(module): name for name, module in hf.named_modules()}
 
     def run(length: int) -> FlopCounterMode:
-        ids = torch.ones(shape.batch, length, dtype=torch.long, device="meta")
+        ids = torch.ones(shape.batch, length, dtype=torch.long, device=hf.device)
         with FlopCounterMode(display=False) as counter:
             hf(input_ids=ids, use_cache=True, logits_to_keep=1)
         return counter
@@ -204,7 +208,8 @@ def _bare(model: VisionLanguageModel, shape: PromptShape) -> float:
     return head + sum(float(sum(of_layer.values())) for of_layer in counts)
 
 
-def _count(run: Callable[[], object]) -> float:
+def _count(run: Callable[[], Result]) -> tuple[float, Result]:
+    """FLOPs of what runs, and what it gives."""
     with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+        result = run()
+    return float(counter.get_total_flops()), result
