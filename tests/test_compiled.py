@@ -44,9 +44,10 @@ def _traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make(build) -> Callable[..., VisionLanguageModel]:  # type: ignore[no-untyped-def]
     def made(family: str, fusion: str) -> VisionLanguageModel:
-        window = {"sliding_window": 12} if family in ("mistral", "gemma2") else {}
+        sizes = {"sliding_window": 12} if family in ("mistral", "gemma2") else {}
+        sizes["num_hidden_layers"] = 3 if fusion == "deepstack" else 2  # each takes a second to trace
         model: VisionLanguageModel = build(
-            FUSIONS[fusion](), family=family, initializer_range=0.3, tie_word_embeddings=False, **window
+            FUSIONS[fusion](), family=family, initializer_range=0.3, tie_word_embeddings=False, **sizes
         )
         awaken(model.fusion)
         return model
@@ -62,7 +63,7 @@ def answers(model: VisionLanguageModel, *rows: int, **decoding: Any) -> Any:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_compiled_answers_are_those_of_single_steps(make: Any, case: tuple[str, str]) -> None:
     model = make(*case)
-    asked = [(0,), (1,), (0, 1, 2)]
+    asked = [(0,), (0, 1, 2)]
     expected = [answers(model, *rows) for rows in asked]
     model.language.compiled = DecodeCompiler()
     assert [answers(model, *rows) for rows in asked] == expected
@@ -91,10 +92,10 @@ def test_one_graph_serves_all_steps_and_prompts_of_one_shape(make: Any) -> None:
 
 def test_models_of_one_class_do_not_get_each_other_s_graphs(build: Any) -> None:
     """Deeper, wider, in another dtype, with norms modulated elsewhere: what differs is in no tensor that goes in."""
-    drawn = {"initializer_range": 0.3, "tie_word_embeddings": False}
+    drawn = {"initializer_range": 0.3, "tie_word_embeddings": False, "num_hidden_layers": 2}
     models = [
         build(LaViFusion(every=2, generator=small()), **drawn),
-        build(LaViFusion(every=2, generator=small()), num_hidden_layers=6, **drawn),
+        build(LaViFusion(every=2, generator=small()), **drawn | {"num_hidden_layers": 3}),
         build(LaViFusion(every=1, generator=small()), **drawn),
         build(LaViFusion(every=2, generator=small()), dtype="bfloat16", **drawn),
         build(LaViFusion(every=2, generator=small()), hidden_act="relu", **drawn),

@@ -15,31 +15,41 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import LAVI, QWEN2, TOWER, ask, collate
+from processes import fork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer
 
 from datamodules.batches import Position, ReadBatch
+from datamodules.image_text import ImageTextData
+from datamodules.shards.read import Slot
 from lavi import fit
 from lavi.batch import Batch, Sample
 from lavi.checkpoints.run_folder import load_run
 from lavi.checkpoints.trained_weights import TRAINED
+from lavi.data.chat import Chat
 from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
+from lavi.data.tiling import OneView
+from lavi.errors import UserError
 from lavi.metrics.answers import ExactMatch
 from lavi.metrics.base import AnswerMetric, Prediction
 from lavi.metrics.captions import CIDEr
 from lavi.metrics.documents import ANLS
 from lavi.metrics.vqa import VQAAccuracy
 from lavi.metrics.yes_no import MME, YesNo
+from lavi.vision.hf import HFVision
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "yellow")
@@ -267,64 +277,51 @@ def test_another_number_of_ranks_is_refused(single: Single, capsys: pytest.Captu
 
 # --- real data over ranks ---------------------------------------------------------------------------------------------
 
-READS = """
-import json, os, sys
-from dataclasses import replace
-import torch, torch.distributed as dist
-from datamodules.image_text import ImageTextData
-from datamodules.shards.read import Slot
-from lavi.errors import UserError
-from lavi.data.chat import Chat
-from lavi.data.processor import Processor
-from lavi.vision.hf import HFVision
-from transformers import AutoTokenizer
-from conftest import TOWER
-from lavi.data.tiling import OneView
 
-dist.init_process_group("gloo")
-rank, ranks = dist.get_rank(), dist.get_world_size()
-folder, tokenizer, out = sys.argv[1:]
-chat = Chat(AutoTokenizer.from_pretrained(tokenizer))
-processor = Processor(chat, HFVision(config=TOWER), OneView(), lambda _: 0, 256)
+class Rank:
+    """As much of a trainer as the data asks for, of a process in a group."""
 
-class Trainer:
-    training, global_rank, world_size = True, rank, ranks
+    def __init__(self) -> None:
+        self.training, self.global_rank, self.world_size = True, dist.get_rank(), dist.get_world_size()
 
-def everywhere(mine):
-    of_all = [None] * ranks
+
+def everywhere(mine: object) -> list[Any]:
+    of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, mine)
     return of_all
 
-found = {}
-for name in sorted(os.listdir(folder)):
-    for workers in (0, 2):
-        if abs(int(name.removeprefix("of-")) - ranks * max(1, workers)) > 1:
-            continue
-        data = ImageTextData(processor, train=f"{folder}/{name}", validation=f"{folder}/{name}", batch_size=3,
-                             workers=workers, shuffle=7)
-        data.trainer = Trainer()
-        try:
-            loader = iter(data.train_dataloader())
-        except UserError as error:
-            loader, refused = None, str(error)
-        else:
+
+def read_folders(folder: Path, tokenizer: str) -> dict[str, Any]:
+    """What each rank reads of each folder of shards, with and without workers."""
+    processor = Processor(
+        Chat(AutoTokenizer.from_pretrained(tokenizer)), HFVision(config=TOWER), OneView(), lambda _: 0, 256
+    )
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for name in sorted(path.name for path in folder.iterdir()):
+        for workers in (0, 2):
+            if abs(int(name.removeprefix("of-")) - ranks * max(1, workers)) > 1:
+                continue
+            shards = str(folder / name)
+            data = ImageTextData(processor, train=shards, validation=shards, batch_size=3, workers=workers, shuffle=7)
+            data.trainer = Rank()  # type: ignore[assignment]
             refused = None
-        refusals = everywhere(refused)
-        if refused is None:
-            for _ in range(12):
-                read = next(loader)
-                seen = torch.tensor(float(len(read.batch)))
-                dist.all_reduce(seen)  # what a step does: all ranks, or none
-        slots = [Slot(rank, ranks, worker, max(1, workers)) for worker in range(max(1, workers))]
-        (stream,) = data.mixed.streams.values()
-        epoch = [raw["__key__"] for slot in slots for raw in stream.epoch(0, slot)] if refused is None else []
-        held = [[read.batch.keys[answer.row] for answer in read.batch.answers] for read in data.val_dataloader()]
-        found[f"{name} {workers}"] = {"refused": refusals, "epoch": everywhere(epoch), "held": everywhere(held)}
-if rank == 0:
-    open(out, "w").write(json.dumps(found))
-dist.barrier()
-dist.destroy_process_group()
-"""
+            try:
+                loader = iter(data.train_dataloader())
+            except UserError as error:
+                refused = str(error)
+            refusals = everywhere(refused)
+            epoch: list[str] = []
+            if refused is None:
+                for _ in range(12):
+                    seen = torch.tensor(float(len(next(loader).batch)))
+                    dist.all_reduce(seen)  # what a step does: all ranks, or none
+                (stream,) = data.mixed.streams.values()
+                slots = [Slot(rank, ranks, worker, max(1, workers)) for worker in range(max(1, workers))]
+                epoch = [raw["__key__"] for slot in slots for raw in stream.epoch(0, slot)]
+            held = [[read.batch.keys[answer.row] for answer in read.batch.answers] for read in data.val_dataloader()]
+            found[f"{name} {workers}"] = {"refused": refusals, "epoch": everywhere(epoch), "held": everywhere(held)}
+    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -334,8 +331,7 @@ def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Pa
     keys: dict[str, set[str]] = {}
     for count in sorted({ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 1}):
         keys[f"of-{count:02d}"] = write_said(data / f"of-{count:02d}", shards=count)
-    on_ranks(READS, data, tokenizer, tmp_path / "found.json", ranks=ranks)
-    for case, found in json.loads((tmp_path / "found.json").read_text()).items():
+    for case, found in on_ranks(partial(read_folders, data, tokenizer), tmp_path, ranks=ranks)[0].items():
         name, workers = case.split()
         readers = ranks * max(1, int(workers))
         shards = int(name.removeprefix("of-"))
@@ -354,25 +350,6 @@ def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Pa
 
 
 # --- metrics over ranks -----------------------------------------------------------------------------------------------
-
-SCORES = """
-import json, sys
-import torch.distributed as dist
-from test_distributed import METRICS, shares_of
-
-dist.init_process_group("gloo")
-found = []
-for share in shares_of(dist.get_world_size()):
-    for make, predictions in METRICS.values():
-        metric = make()
-        for one in share(predictions, dist.get_rank()):
-            metric.update([one])
-        found.append(metric.compute())
-if dist.get_rank() == 1:
-    open(sys.argv[1], "w").write(json.dumps(found))
-dist.barrier()
-dist.destroy_process_group()
-"""
 
 
 def told(answers: str, references: str, *, questions: int = 2) -> list[Prediction]:
@@ -399,10 +376,21 @@ def shares_of(ranks: int) -> list[Callable[[list[Prediction], int], list[Predict
     return [lambda every, rank: every[rank::ranks], lambda every, rank: every if rank == ranks - 1 else []]
 
 
+def score_shares() -> list[dict[str, float]]:
+    """What each metric computes on a rank that has its share of the predictions."""
+    found = []
+    for share in shares_of(dist.get_world_size()):
+        for make, predictions in METRICS.values():
+            metric = make()
+            for one in share(predictions, dist.get_rank()):
+                metric.update([one])
+            found.append(metric.compute())
+    return found
+
+
 def test_metrics_of_ranks_are_those_of_all_answers(tmp_path: Path) -> None:
     """However the answers are shared out, also where a rank has none."""
-    on_ranks(SCORES, tmp_path / "found.json", ranks=2)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = on_ranks(score_shares, tmp_path, ranks=2)[1]
     assert len(found) == 2 * len(METRICS)
     for of_ranks, (make, predictions) in zip(found, 2 * list(METRICS.values()), strict=True):
         metric = make()
@@ -410,14 +398,21 @@ def test_metrics_of_ranks_are_those_of_all_answers(tmp_path: Path) -> None:
         assert of_ranks == pytest.approx(metric.compute())
 
 
-def on_ranks(code: str, *arguments: object, ranks: int) -> None:
-    """Run Python code in so many processes that can form a group."""
+def on_ranks(run: Callable[[], object], folder: Path, *, ranks: int) -> list[Any]:
+    """What a function returns in each of so many processes, which form a group."""
+
+    def in_group(rank: int) -> None:
+        dist.init_process_group("gloo")
+        (folder / f"rank-{rank}.json").write_text(json.dumps(run()))
+        dist.barrier()
+        dist.destroy_process_group()
+
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(command, env=environment(RANK=str(rank), **shared), **pipes) for rank in range(ranks)]
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, said
+    started = [
+        fork(partial(in_group, rank), folder / f"said-{rank}", shared | {"RANK": str(rank)}) for rank in range(ranks)
+    ]
+    assert [one.wait() for one in started] == [0] * ranks, [one.err for one in started]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def write_said(folder: Path, *, shards: int) -> set[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import yaml
 from conftest import TOWER, ask, collate, refused
 from PIL import Image
+from processes import fork_command
 from safetensors.torch import load, load_file
 from test_data_module import Numbers
 from test_native_resolution import tower
@@ -233,13 +232,13 @@ def test_the_same_command_goes_on_and_another_is_refused(run: Any, frozen: Path)
 
 
 @pytest.mark.parametrize("moment", [1, 3])
-def test_killed_it_goes_on(run: Any, frozen: Path, moment: int) -> None:
-    command = [sys.executable, "-m", "lavi.cache_features", "--recipe", str(frozen), "--out", "features"]
-    process = subprocess.Popen(command)
-    while process.poll() is None and len(list(Path("features").glob("train.part/shard-*.json"))) < moment:
+def test_killed_it_goes_on(run: Any, frozen: Path, tmp_path: Path, moment: int) -> None:
+    started = fork_command(tmp_path / "said", "lavi.cache_features", "--recipe", frozen, "--out", "features")
+    shards = Path("features").glob
+    while started.process.exitcode is None and len(list(shards("train.part/shard-*.json"))) < moment:
         pass
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    started.kill(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
     assert "finished by an earlier run" in cached(run, frozen, "features")
     cached(run, frozen, "whole")
     for shard in sorted(Path("whole/train").iterdir()):

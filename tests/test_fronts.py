@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,13 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from conftest import refused
 from PIL import Image
+from processes import fork_command
 from safetensors import safe_open
 
+from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import LAST
 from lavi.checkpoints.trained_weights import TRAINED
@@ -119,28 +121,17 @@ def test_a_run_folder_is_never_written_over(run, tiny_recipe: Path, trained: Pat
 
 
 def test_resuming_ends_where_one_go_ends_bit_for_bit(run, tiny_recipe: Path, trained: Path, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    kept = tmp_path / "kept"
-    # The schedule knows six steps from the start: the run is cut by copying its checkpoint of step three.
-    assert (
-        run("lavi.fit", "--recipe", tiny_recipe, "--run", half, "--save-every", 3, "trainer.limit_val_batches=0")[0]
-        == 0
-    )
-    code = f"""
-import shutil, lavi.checkpoints.keep_run as c
-save = c.KeepRun._save
-def and_copy(self, trainer):
-    save(self, trainer)
-    if trainer.global_step == 3: shutil.copytree(self.folder, {str(kept)!r})
-c.KeepRun._save = and_copy
-import sys
-sys.argv = ['fit', '--recipe', {str(tiny_recipe)!r}, '--run', {str(tmp_path / "cut")!r}, '--save-every', '3']
-import lavi.fit
-lavi.fit.main()
-"""
-    # As many threads as this process has: sums of another order are other numbers.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, env=environment)
+    """The schedule knows six steps from the start: the run is cut by copying its checkpoint of step three."""
+    kept, save = tmp_path / "kept", KeepRun._save
+
+    def and_copy(self: KeepRun, trainer: pl.Trainer) -> None:
+        save(self, trainer)
+        if trainer.global_step == 3:
+            shutil.copytree(self.folder, kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeepRun, "_save", and_copy)
+        assert run("lavi.fit", "--recipe", tiny_recipe, "--run", tmp_path / "cut", "--save-every", 3)[0] == 0
     status, _, _ = run("lavi.fit", "--resume", kept)
     assert status == 0
     whole, resumed = weights(trained), weights(kept)
@@ -150,37 +141,23 @@ lavi.fit.main()
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "lavi.fit", "--recipe", tiny_recipe, "--run", folder, "trainer.max_steps=100000"]
-    command += ["--save-every", "5", "trainer.val_check_interval=100000"]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    changes = ("trainer.max_steps=100000", "trainer.val_check_interval=100000", "--save-every", 5)
+    started = fork_command(tmp_path / "said", "lavi.fit", "--recipe", tiny_recipe, "--run", folder, *changes)
     for _ in range(600):
-        if (folder / LAST).is_file() or started.poll() is not None:
+        if (folder / LAST).is_file() or started.process.exitcode is not None:
             break
         time.sleep(0.2)
-    started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=60)
-    assert started.returncode == 130, err
-    assert "Traceback" not in err
-    said = " ".join(out.split())
+    started.kill(signal.SIGINT)
+    assert started.wait() == 130, started.err
+    assert "Traceback" not in started.err
+    said = " ".join(started.out.split())
     assert f"python -m lavi.fit --resume {folder}" in said
     step = int(said.split("stopped at step ")[1].split(",")[0])
     assert step > 0
-    resumed = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lavi.fit",
-            "--resume",
-            folder,
-            f"trainer.max_steps={step + 2}",
-            "trainer.limit_val_batches=0",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"after {step + 2} steps" in " ".join(resumed.stdout.split())
+    changes = (f"trainer.max_steps={step + 2}", "trainer.limit_val_batches=0")
+    resumed = fork_command(tmp_path / "resumed", "lavi.fit", "--resume", folder, *changes)
+    assert resumed.wait() == 0, resumed.err
+    assert f"after {step + 2} steps" in " ".join(resumed.out.split())
 
 
 def test_evaluate_puts_noise_on_images_where_it_is_asked_for(run, trained: Path) -> None:  # type: ignore[no-untyped-def]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -436,9 +434,9 @@ def test_a_checkpoint_is_read_once_for_all_of_its_parts(
         torch.testing.assert_close(model(batch), published_vlm(folder)(batch), atol=1e-4, rtol=1e-4)
 
 
-def test_a_released_model_answers_in_the_terminal(tmp_path: Path, tokenizer: str) -> None:
+def test_a_released_model_answers_in_the_terminal(run, tmp_path: Path, tokenizer: str) -> None:  # type: ignore[no-untyped-def]
     folder = write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer)
     picture((40, 30)).save(tmp_path / "a.png")
-    options = ["--checkpoint", str(folder), "--image", str(tmp_path / "a.png"), "--question", "what?"]
-    done = subprocess.run([sys.executable, "-m", "lavi.generate", *options], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == published_vlm(str(folder)).ask("what?", Image.open(tmp_path / "a.png"))
+    status, said, err = run("lavi.generate", "--checkpoint", folder, "--image", "a.png", "--question", "what?")
+    assert status == 0, err
+    assert said.strip() == published_vlm(str(folder)).ask("what?", Image.open(tmp_path / "a.png"))

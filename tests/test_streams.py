@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import random
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import zlib
@@ -17,6 +17,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ from conftest import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import fork
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
 from datamodules.batches import EvalStream, InOrder
@@ -34,7 +36,9 @@ from datamodules.mixture import MixedStream, Mixture
 from datamodules.shards import read
 from datamodules.shards.read import BrokenSample, ShardStream, Slot, StreamPosition, read_shard
 from datamodules.shards.sources import find_shards
-from lavi.batch import IGNORE, Sample, Video
+from lavi import fit
+from lavi.batch import IGNORE, Batch, Sample, Video
+from lavi.checkpoints.keep_run import KeepRun
 from lavi.data.processor import Processor
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
@@ -185,23 +189,27 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
     assert (position.shard, one["__lost__"]) == (0, 10)
 
 
-KILLED = """
-import os, signal, sys
-from lavi.checkpoints.keep_run import KeepRun
-at = int(os.environ["KILL_AT"])
-end = KeepRun.on_train_batch_end
-def and_note(self, trainer, module, outputs, batch, index):
-    loss = float(trainer.callback_metrics["train/loss"])
-    with open(os.environ["NOTES"], "a") as notes:
-        notes.write(f"{trainer.global_step} {' '.join(batch.keys)} {loss!r}\\n")
-    if trainer.global_step == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return end(self, trainer, module, outputs, batch, index)
-KeepRun.on_train_batch_end = and_note
-import lavi.fit
-sys.argv = ["fit", *sys.argv[1:]]
-lavi.fit.main()
-"""
+def killed_behind(step: int, notes: Path, *arguments: object) -> int:
+    """Train in a process of its own, which notes what it met in each step, and dies behind one: its exit status."""
+
+    def train() -> None:
+        end = KeepRun.on_train_batch_end
+
+        def and_note(
+            self: KeepRun, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+        ) -> None:
+            loss = float(trainer.callback_metrics["train/loss"])
+            with notes.open("a") as file:
+                file.write(f"{trainer.global_step} {' '.join(batch.keys)} {loss!r}\n")
+            if trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            end(self, trainer, module, outputs, batch, index)
+
+        KeepRun.on_train_batch_end = and_note  # type: ignore[method-assign]
+        sys.argv = ["lavi.fit", *map(str, arguments), "--save-every", "4"]
+        fit.main()
+
+    return fork(train, notes.with_suffix(".said")).wait()
 
 
 LONG = [pytest.param(workers, 100, 8, marks=pytest.mark.slow) for workers in (0, 2)]
@@ -219,26 +227,19 @@ def test_a_killed_run_sees_the_same_samples_and_losses(
     recipe["trainer"] |= {"max_steps": steps, "limit_val_batches": 0}
     tiny_recipe.write_text(yaml.safe_dump(recipe))
 
-    def fit(notes: Path, kill_at: int, *arguments: object) -> int:
-        import os
-
-        environment = os.environ | {"KILL_AT": str(kill_at), "NOTES": str(notes), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", KILLED, *map(str, arguments), "--save-every", "4"]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
-
-    assert fit(tmp_path / "whole.txt", -1, "--recipe", tiny_recipe, "--run", tmp_path / "whole") == 0
-    run = tmp_path / "cut"
+    assert killed_behind(-1, tmp_path / "whole.txt", "--recipe", tiny_recipe, "--run", tmp_path / "whole") == 0
+    run, notes = tmp_path / "cut", tmp_path / "cut.txt"
     how: tuple[object, ...] = ("--recipe", tiny_recipe, "--run", run)
-    for kill_at in sorted(random.Random(workers).sample(range(5, steps), kills)):
-        assert fit(tmp_path / "cut.txt", kill_at, *how) == -signal.SIGKILL
+    for step in sorted(random.Random(workers).sample(range(5, steps), kills)):
+        assert killed_behind(step, notes, *how) == -signal.SIGKILL
         how = ("--resume", run)
-    assert fit(tmp_path / "cut.txt", -1, *how) == 0
+    assert killed_behind(-1, notes, *how) == 0
 
     whole = (tmp_path / "whole.txt").read_text().splitlines()
     assert len(whole) == steps
     assert len({line.split(" ", 1)[1] for line in whole}) == steps
     # A step that was done twice, before the kill and after it, was the same step.
-    assert set((tmp_path / "cut.txt").read_text().splitlines()) == set(whole)
+    assert set(notes.read_text().splitlines()) == set(whole)
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
