@@ -44,7 +44,7 @@ from lavi.data.processor import Processor
 from lavi.data.tiling import OneView
 from lavi.errors import UserError
 from lavi.metrics.answers import ExactMatch
-from lavi.metrics.base import AnswerMetric, Prediction
+from lavi.metrics.base import AnswerMetric, GroupedMean, Prediction
 from lavi.metrics.captions import CIDEr
 from lavi.metrics.documents import ANLS
 from lavi.metrics.vqa import VQAAccuracy
@@ -371,8 +371,8 @@ METRICS: dict[str, tuple[Callable[[], AnswerMetric], list[Prediction]]] = {
 }
 
 
-def shares_of(ranks: int) -> list[Callable[[list[Prediction], int], list[Prediction]]]:
-    """Which predictions each rank has: every so manyth; or the last rank all of them, and the others none."""
+def shares_of(ranks: int) -> list[Callable[[list[Any], int], list[Any]]]:
+    """Which of all predictions each rank has: every so manyth; or the last rank all of them, and the others none."""
     return [lambda every, rank: every[rank::ranks], lambda every, rank: every if rank == ranks - 1 else []]
 
 
@@ -389,13 +389,35 @@ def score_shares() -> list[dict[str, float]]:
 
 
 def test_metrics_of_ranks_are_those_of_all_answers(tmp_path: Path) -> None:
-    """However the answers are shared out, also where a rank has none."""
-    found = on_ranks(score_shares, tmp_path, ranks=2)[1]
-    assert len(found) == 2 * len(METRICS)
-    for of_ranks, (make, predictions) in zip(found, 2 * list(METRICS.values()), strict=True):
-        metric = make()
-        metric.update(predictions)
-        assert of_ranks == pytest.approx(metric.compute())
+    """On each rank, however the answers are shared out, also where one has none."""
+    found = on_ranks(score_shares, tmp_path, ranks=2)
+    for on_rank in found:
+        for of_all, (make, predictions) in zip(on_rank, 2 * list(METRICS.values()), strict=True):
+            metric = make()
+            metric.update(predictions)
+            assert of_all == pytest.approx(metric.compute())
+
+
+FAMILIES = [(1.0, ("colour", "easy")), (0.0, ("count", "hard")), (1.0, ("shape", "easy")), (0.5, ("relation", "hard"))]
+
+
+def grouped_means() -> list[dict[str, float]]:
+    """Means by family and level on a rank that has its share of the scores."""
+    found = []
+    for share in shares_of(dist.get_world_size()):
+        metric = GroupedMean()
+        for score, group in share(FAMILIES, dist.get_rank()):
+            metric.update([score], [group])
+        found.append(metric.compute())
+    return found
+
+
+def test_each_rank_knows_the_families_of_all(tmp_path: Path) -> None:
+    """Of a family that the others met alone, too."""
+    whole = GroupedMean()
+    whole.update(*zip(*FAMILIES, strict=True))
+    for on_rank in on_ranks(grouped_means, tmp_path, ranks=2):
+        assert on_rank == [pytest.approx(whole.compute())] * 2
 
 
 def on_ranks(run: Callable[[], object], folder: Path, *, ranks: int) -> list[Any]:

@@ -189,9 +189,9 @@ def test_the_last_projection_starts_at_zero_or_as_wide_as_it_is_told(kind: str) 
 
 def test_a_view_is_the_sum_of_its_four_numbers_embeddings() -> None:
     embedding = ViewEmbedding(VISION, images=2, tiles=3, frames=4)
-    for table in (embedding.row, embedding.column, embedding.frame):
+    for table, deviation in ((embedding.row, 0.02), (embedding.column, 0.02), (embedding.frame, 0.5)):
         assert (table.weight[0] == 0).all()
-        assert float(table.weight[1:].std()) == pytest.approx(0.02, rel=0.5)
+        assert float(table.weight[1:].square().mean().sqrt()) == pytest.approx(deviation, rel=0.5)
     assert float(embedding.image.weight.std()) == pytest.approx(0.5, rel=0.5)
     assert [len(table.weight) for table in (embedding.image, embedding.row, embedding.column, embedding.frame)] == [
         2,
@@ -210,6 +210,20 @@ def test_a_view_is_the_sum_of_its_four_numbers_embeddings() -> None:
         torch.testing.assert_close(result[view, 0], expected + embedding.frame.weight[frame])
     result.sum().backward()
     assert (embedding.row.weight.grad[0] == 0).all()  # in no tile nothing is learned
+
+
+@pytest.mark.parametrize("width", [VISION, 33])
+def test_frames_start_as_waves_of_their_number(width: int) -> None:
+    """Each is told from all others, and nearer to the next than to one far away, whether training shows it or not."""
+    frames = ViewEmbedding(width, images=1).frame.weight.detach()[1:]  # (128, Dv)
+    apart = torch.cdist(frames, frames)
+    assert float((apart + 9 * torch.eye(128)).min()) > 0.1
+    beside, far = apart.diagonal(1), apart.diagonal(40)
+    assert float(beside.max()) < float(far.min())
+    assert float(frames.square().mean().sqrt()) == pytest.approx(0.5, rel=0.1)
+    slow = 2 * math.pi * 0.5 / 129
+    expected = 0.5 * math.sqrt(2) * torch.tensor([math.sin(slow * 7), math.cos(slow * 7)])
+    torch.testing.assert_close(frames[6, :2], expected)
 
 
 def code_at(row: float, column: float, code: GridCode) -> list[float]:

@@ -427,9 +427,8 @@ def read_batches(module: ImageTextData, count: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 2, 33, 65])
 @pytest.mark.parametrize("bucket", [1, 7])
-def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers: int, stop: int, bucket: int) -> None:
+def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers: int, bucket: int) -> None:
     """Also behind the end of an epoch (60 batches), in the middle of a bucket, and with readers taking turns."""
     processor = build(LaViFusion(generator=small())).processor
 
@@ -438,10 +437,11 @@ def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers:
         return ImageTextData(processor, train=str(scenes / "train"), **settings)
 
     whole = read_batches(fresh(), 75)
-    first, second = fresh(), fresh()
-    begun = read_batches(first, stop)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_int_keys))
-    assert begun + read_batches(second, 75 - stop) == whole
+    for stop in (1, 2, 33, 65):
+        first, second = fresh(), fresh()
+        assert read_batches(first, stop) == whole[:stop]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_int_keys))
+        assert read_batches(second, min(30, 75 - stop)) == whole[stop : stop + 30]
 
 
 def test_buckets_pad_less_and_lose_nothing(build, scenes: Path) -> None:
