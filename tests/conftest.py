@@ -12,6 +12,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lavi-hub-")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from families import EAGER, FAMILIES, HYBRIDS, LOOKING_UP, QWEN2
+from processes import kill_all
 
 import lavi.efficiency.operators  # noqa: F401  (formulas that torch 2.11 lacks)
 from datamodules.scenes import sentences, write_dataset
@@ -44,6 +46,12 @@ TOWER = {
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +180,7 @@ def assert_same(model: VisionLanguageModel, said: torch.Tensor, expected: torch.
 
 def likeliest(model: VisionLanguageModel, prompt: Sample, answer: list[int]) -> list[int]:
     """The likeliest id behind the prompt and behind each of the answer's but the last: by one forward, with no cache
-    and no padding. An answer is the greedy one where it is this."""
+    and no padding. An answer is the greedy one if it equals this."""
     batch = collate(model, [prompt], prompt=True)
     start = batch.input_ids.shape[1]
     ids = torch.cat([batch.input_ids, torch.tensor([answer[:-1]], dtype=torch.long)], dim=1)

@@ -1,22 +1,32 @@
-"""Other processes for tests, forked from this one: it has imported everything, so that a start takes no time."""
+"""Other processes for tests.
+
+By default they are forked from this one, which has imported everything: they start in no time. A fork has this
+process's seeds of hashes, and of its end nothing is heard (``atexit``, ``__del__``): where that could hide a fault, a
+test spawns a new interpreter, or starts a command as users do.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkProcess
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+RUNNING: list[Started] = []
+"""Of the test at hand: :func:`kill_all` ends what it leaves."""
+
 
 @dataclass
-class Fork:
+class Started:
     """A function that runs in a process of its own.
 
     Args:
@@ -24,7 +34,7 @@ class Fork:
         said: the folder where its output is: ``out`` and ``err``.
     """
 
-    process: ForkProcess
+    process: BaseProcess
     said: Path
 
     @property
@@ -36,43 +46,65 @@ class Fork:
         return (self.said / "err").read_text()
 
     def kill(self, number: signal.Signals) -> None:
+        assert self.process.exitcode is None, f"it has ended already:\n{self.out}\n{self.err}"
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 120) -> int:
-        """The exit status; of one that a signal ended, its number with a minus, as :mod:`subprocess` has it."""
+    def wait(self, seconds: float = 120) -> int | None:
+        """The exit status; of one that a signal ended, its number with a minus, as :mod:`subprocess` has it. None: it
+        still runs."""
         self.process.join(seconds)
-        status = self.process.exitcode
-        if status is None:
-            self.process.kill()
-        assert status is not None, f"it did not end:\n{self.out}\n{self.err}"
-        return status
+        return self.process.exitcode
 
 
-def fork(run: Callable[[], object], said: Path, environment: dict[str, str] | None = None) -> Fork:
-    """Start a function in a process of its own, with one thread; what it prints goes into files in ``said``."""
+def start_process(
+    run: Callable[[], object], said: Path, environment: dict[str, str] | None = None, *, method: str = "fork"
+) -> Started:
+    """Start a function in a process of its own, with one thread; what it prints goes into files in ``said``.
+
+    Args:
+        method: ``fork``, or ``spawn`` for a new interpreter. Beside an accelerator a process that has computed
+            gradients cannot be forked: there all are spawned.
+    """
     said.mkdir(parents=True, exist_ok=True)
-
-    def inside() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)
-        os.environ.update(environment or {})
-        for name, stream in (("out", "stdout"), ("err", "stderr")):
-            file = (said / name).open("w", buffering=1)
-            os.dup2(file.fileno(), 1 if name == "out" else 2)
-            setattr(sys, stream, file)
-        run()
-
-    process = multiprocessing.get_context("fork").Process(target=inside)
+    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else method)
+    process: BaseProcess = context.Process(
+        target=_inside, args=(run, said, environment or {}, multiprocessing.get_start_method())
+    )
     process.start()
-    return Fork(process, said)
+    RUNNING.append(Started(process, said))
+    return RUNNING[-1]
 
 
-def fork_command(said: Path, module: str, *arguments: object, **environment: str) -> Fork:
-    """Start ``python -m MODULE ARGUMENTS`` so."""
+def start_command(said: Path, module: str, *arguments: object) -> Started:
+    """Start the ``main`` of a module with these arguments, as ``python -m MODULE ARGUMENTS`` does, but in a fork."""
+    return start_process(partial(_command, module, [str(argument) for argument in arguments]), said)
 
-    def run() -> None:
-        sys.argv = [module, *map(str, arguments)]
-        importlib.import_module(module).main()
 
-    return fork(run, said, environment)
+def kill_all() -> None:
+    """End what a test has left running, so that it does not keep this process from ending."""
+    for one in RUNNING:
+        if one.process.exitcode is None:
+            one.process.kill()
+            one.process.join()
+    RUNNING.clear()
+
+
+def _command(module: str, arguments: list[str]) -> None:
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+
+
+def _inside(run: Callable[[], object], said: Path, environment: dict[str, str], workers: str) -> None:
+    """``workers``: how data workers start, which in a spawned process would be spawned."""
+    multiprocessing.set_start_method(workers, force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger().handlers.clear()  # pytest's, which would keep what is logged
+    torch.set_num_threads(1)
+    torch.seed()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        file = (said / name).open("w", buffering=1)
+        os.dup2(file.fileno(), number)
+        setattr(sys, f"std{name}", file)
+    run()

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from conftest import LAVI, QWEN2, TOWER, ask, collate
-from processes import fork
+from processes import start_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
@@ -324,14 +324,15 @@ def read_folders(folder: Path, tokenizer: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "method"), [(2, "spawn"), (4, "fork")])
+def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Path, ranks: int, method: str) -> None:
     """One shard fewer than readers is refused on all ranks alike; as many, and one more, are read once each."""
     data = tmp_path / "data"
     keys: dict[str, set[str]] = {}
     for count in sorted({ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 1}):
         keys[f"of-{count:02d}"] = write_said(data / f"of-{count:02d}", shards=count)
-    for case, found in on_ranks(partial(read_folders, data, tokenizer), tmp_path, ranks=ranks)[0].items():
+    read = partial(read_folders, data, tokenizer)
+    for case, found in on_ranks(read, tmp_path, ranks=ranks, method=method)[0].items():
         name, workers = case.split()
         readers = ranks * max(1, int(workers))
         shards = int(name.removeprefix("of-"))
@@ -420,21 +421,26 @@ def test_each_rank_knows_the_families_of_all(tmp_path: Path) -> None:
         assert on_rank == [pytest.approx(whole.compute())] * 2
 
 
-def on_ranks(run: Callable[[], object], folder: Path, *, ranks: int) -> list[Any]:
+def in_group(run: Callable[[], object], file: Path) -> None:
+    """Run a function in a process that forms a group with others; what it returns is written down."""
+    dist.init_process_group("gloo")
+    file.write_text(json.dumps(run()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(run: Callable[[], object], folder: Path, *, ranks: int, method: str = "fork") -> list[Any]:
     """What a function returns in each of so many processes, which form a group."""
-
-    def in_group(rank: int) -> None:
-        dist.init_process_group("gloo")
-        (folder / f"rank-{rank}.json").write_text(json.dumps(run()))
-        dist.barrier()
-        dist.destroy_process_group()
-
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    files = [folder / f"rank-{rank}.json" for rank in range(ranks)]
     started = [
-        fork(partial(in_group, rank), folder / f"said-{rank}", shared | {"RANK": str(rank)}) for rank in range(ranks)
+        start_process(
+            partial(in_group, run, file), folder / f"said-{rank}", shared | {"RANK": str(rank)}, method=method
+        )
+        for rank, file in enumerate(files)
     ]
     assert [one.wait() for one in started] == [0] * ranks, [one.err for one in started]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return [json.loads(file.read_text()) for file in files]
 
 
 def write_said(folder: Path, *, shards: int) -> set[str]:

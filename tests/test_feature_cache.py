@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import TOWER, ask, collate, refused
 from PIL import Image
-from processes import fork_command
+from processes import start_command
 from safetensors.torch import load, load_file
 from test_data_module import Numbers
 from test_native_resolution import tower
@@ -233,7 +233,7 @@ def test_the_same_command_goes_on_and_another_is_refused(run: Any, frozen: Path)
 
 @pytest.mark.parametrize("moment", [1, 3])
 def test_killed_it_goes_on(run: Any, frozen: Path, tmp_path: Path, moment: int) -> None:
-    started = fork_command(tmp_path / "said", "lavi.cache_features", "--recipe", frozen, "--out", "features")
+    started = start_command(tmp_path / "said", "lavi.cache_features", "--recipe", frozen, "--out", "features")
     shards = Path("features").glob
     while started.process.exitcode is None and len(list(shards("train.part/shard-*.json"))) < moment:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -68,17 +69,17 @@ FUSIONS = {
     "concat": ConcatFusion,
 }
 KINDS = ("weight", "bias")
-IN_SEQUENCE = ["concat", "cross-attention", "visor", "fastv"]
-"""Beside LaVi on each family that differs from the others, and in turn on those that differ little."""
+IN_TURN = ["concat", "cross-attention", "visor", "fastv"]
+"""With LaVi, tried on each family that differs from the others; on those that differ little, one of them in turn."""
 VISUAL_LAYERS = ["late-injection", "shortv", "vica"]
 # What makes the deltas does not know the family, so the other generators are tried on the kinds of families alone.
 SOME = ("olmo2", "gemma3_text", "gpt2", "phi")
 CASES = [("qwen2", name) for name in FUSIONS]
 CASES += [(family, "lavi-attention") for family in FAMILIES if family != "qwen2"]
-CASES += [(family, name) for family in VARIED if family != "qwen2" for name in IN_SEQUENCE]
+CASES += [(family, name) for family in VARIED if family != "qwen2" for name in IN_TURN]
 # ViCA and ShortV stand on one mechanism, which tests/test_visual_layers.py tries on every family.
 CASES += [(family, VISUAL_LAYERS[i % 3]) for i, family in enumerate(f for f in VARIED if f != "qwen2")]
-CASES += [(family, IN_SEQUENCE[i % 4]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
+CASES += [(family, IN_TURN[i % 4]) for i, family in enumerate(f for f in FAMILIES if f not in VARIED)]
 CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
 CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop", "casa")]
 CASES += [(family, "deepstack") for family in SOME]
@@ -92,18 +93,21 @@ def name_of(case: tuple[str, str]) -> str:
 
 @pytest.fixture(params=CASES, ids=name_of)
 def fresh(build, request: pytest.FixtureRequest) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
-    """Every fusion on every family, as training starts."""
+    """A fusion on a family, as training starts."""
     family, name = request.param
     return build(FUSIONS[name](), family=family)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=name_of)
-def model(build, request: pytest.FixtureRequest) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
+def model(build, request: pytest.FixtureRequest) -> Iterator[VisionLanguageModel]:  # type: ignore[no-untyped-def]
     """The same away from the zero start: one for all tests, which leave it as it is."""
     family, name = request.param
     made = build(FUSIONS[name](), family=family)
     awaken(made.fusion)
-    return made
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    yield made
+    assert not made.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
 
 
 SAMPLES = [
@@ -149,6 +153,7 @@ def test_the_start_is_the_language_model_bit_for_bit(build, case: tuple[str, str
 def test_without_an_image_the_language_model_answers(model: VisionLanguageModel) -> None:
     batch = collate(model, SAMPLES).without_images()
     with torch.no_grad():
+        model.fusion.route_counts.clear()
         alone, bare = model(batch), bare_logits(model, batch)
         exact = len(model.fusion.route_counts) < 2  # rows that are run in groups round in another order
         for index in range(len(SAMPLES)):

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
+from functools import partial
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from conftest import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import fork
+from processes import start_process
 from test_shards import GOOD, bomb, png, read_batches, sample, write_tar
 
 from datamodules.batches import EvalStream, InOrder
@@ -189,35 +190,31 @@ def test_shards_that_cannot_be_read_are_told_before_a_block_is_full(tmp_path: Pa
     assert (position.shard, one["__lost__"]) == (0, 10)
 
 
-def killed_behind(step: int, notes: Path, *arguments: object) -> int:
-    """Train in a process of its own, which notes what it met in each step, and dies behind one: its exit status."""
+def train_and_note(step: int, notes: Path, arguments: list[str]) -> None:
+    """Train, note what is met in each step, and die behind one."""
+    end = KeepRun.on_train_batch_end
 
-    def train() -> None:
-        end = KeepRun.on_train_batch_end
+    def and_note(
+        self: KeepRun, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        loss = float(trainer.callback_metrics["train/loss"])
+        with notes.open("a") as file:
+            file.write(f"{trainer.global_step} {' '.join(batch.keys)} {loss!r}\n")
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        end(self, trainer, module, outputs, batch, index)
 
-        def and_note(
-            self: KeepRun, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
-        ) -> None:
-            loss = float(trainer.callback_metrics["train/loss"])
-            with notes.open("a") as file:
-                file.write(f"{trainer.global_step} {' '.join(batch.keys)} {loss!r}\n")
-            if trainer.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            end(self, trainer, module, outputs, batch, index)
-
-        KeepRun.on_train_batch_end = and_note  # type: ignore[method-assign]
-        sys.argv = ["lavi.fit", *map(str, arguments), "--save-every", "4"]
-        fit.main()
-
-    return fork(train, notes.with_suffix(".said")).wait()
+    KeepRun.on_train_batch_end = and_note  # type: ignore[method-assign]
+    sys.argv = ["lavi.fit", *arguments, "--save-every", "4"]
+    fit.main()
 
 
-LONG = [pytest.param(workers, 100, 8, marks=pytest.mark.slow) for workers in (0, 2)]
+LONG = [pytest.param(workers, 100, 8, "spawn", marks=pytest.mark.slow) for workers in (0, 2)]
 
 
-@pytest.mark.parametrize(("workers", "steps", "kills"), [(0, 24, 1), (2, 24, 2), *LONG])
+@pytest.mark.parametrize(("workers", "steps", "kills", "method"), [(0, 24, 1, "spawn"), (2, 24, 2, "fork"), *LONG])
 def test_a_killed_run_sees_the_same_samples_and_losses(
-    tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int, steps: int, kills: int
+    tiny_recipe: Path, scenes: Path, tmp_path: Path, workers: int, steps: int, kills: int, method: str
 ) -> None:
     """SIGKILL between two checkpoints: the steps after the last of them are what one go has there, bit for bit."""
     recipe = yaml.safe_load(tiny_recipe.read_text())
@@ -227,13 +224,18 @@ def test_a_killed_run_sees_the_same_samples_and_losses(
     recipe["trainer"] |= {"max_steps": steps, "limit_val_batches": 0}
     tiny_recipe.write_text(yaml.safe_dump(recipe))
 
-    assert killed_behind(-1, tmp_path / "whole.txt", "--recipe", tiny_recipe, "--run", tmp_path / "whole") == 0
+    def ends(step: int, notes: Path, *arguments: object, status: int = 0) -> None:
+        train = partial(train_and_note, step, notes, [str(argument) for argument in arguments])
+        started = start_process(train, notes.with_suffix(".said"), method=method)
+        assert started.wait() == status, started.err
+
+    ends(-1, tmp_path / "whole.txt", "--recipe", tiny_recipe, "--run", tmp_path / "whole")
     run, notes = tmp_path / "cut", tmp_path / "cut.txt"
     how: tuple[object, ...] = ("--recipe", tiny_recipe, "--run", run)
     for step in sorted(random.Random(workers).sample(range(5, steps), kills)):
-        assert killed_behind(step, notes, *how) == -signal.SIGKILL
+        ends(step, notes, *how, status=-signal.SIGKILL)
         how = ("--resume", run)
-    assert killed_behind(-1, notes, *how) == 0
+    ends(-1, notes, *how)
 
     whole = (tmp_path / "whole.txt").read_text().splitlines()
     assert len(whole) == steps

@@ -1,4 +1,4 @@
-"""FLOPs by component, twice: counted on the meta device, and in closed form. 1 multiply-add = 2 FLOPs.
+"""FLOPs by component, twice: counted operator by operator, and in closed form. 1 multiply-add = 2 FLOPs.
 
 Norms, softmax, rotary embeddings and gates count as 0 in both. What a method adds and no operator counter sees (LaVi's
 ``dgamma * xhat + dbeta``) is added by formula, in a component of its own. Attention is counted in full (as every
@@ -161,7 +161,10 @@ def _keys(cache: Any, past: int, tokens: int) -> int:
 
 
 def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
-    """The same by torch's operator counter, where the model is; on the meta device nothing is computed.
+    """The same by torch's operator counter, on the model's device.
+
+    On the meta device nothing is computed, and what chooses by its input (a router, patches that repeat) does what it
+    does unless it is told; elsewhere it chooses for zeros as pixels and ones as text.
 
     Returns:
         ``vision_encoder``; ``reducer``; ``language``, the bare model with as many tokens in each layer; ``fusion``,
@@ -177,7 +180,7 @@ def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
         follow = {"past_key_values": out.past_key_values, "use_cache": True, "vision": vision}
         return {
             "vision_encoder": encoder,
-            "reducer": _count(partial(model.reducer, encoded))[0] if model.reducer and len(pixels) else 0.0,
+            "reducer": _count(partial(model.reducer, encoded))[0] if model.reducer is not None and len(pixels) else 0.0,
             "language": language,
             "fusion": prefill - language,
             "decode": _count(lambda: model.language.hf(input_ids=token, **follow))[0],
