@@ -86,7 +86,7 @@ real: install ## a released language model learns to see photographs: fetch, tra
 	$(BIN)/python benchmarks/real.py --out benchmarks/results/real.jsonl
 
 LAB_SCENES := --train 40000 --validation 400 --test 1600 --turns 8 --even
-LAB_VIDEOS := --train 12000 --validation 200 --test 1600 --turns 6
+LAB_VIDEOS := --train 24000 --validation 200 --test 1600 --turns 6
 lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits train validation test
 
 lab: install ## accuracy against cost: every fusion on scenes and videos (hours on two cores; stopped, it goes on)
