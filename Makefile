@@ -30,7 +30,7 @@ lint: install ## check format and style
 typecheck: install ## check types
 	$(BIN)/mypy
 
-test: install ## run the tests (seven to fifteen minutes on two cores)
+test: install ## run the tests (ten to twenty minutes on two cores)
 	$(BIN)/pytest -n 2
 
 test-all: install ## run the tests that train, too
