@@ -163,8 +163,8 @@ def _keys(cache: Any, past: int, tokens: int) -> int:
 def counted(model: VisionLanguageModel, shape: PromptShape) -> dict[str, float]:
     """The same by torch's operator counter, on the model's device.
 
-    On the meta device nothing is computed, and what chooses by its input (a router, patches that repeat) does what it
-    does unless it is told; elsewhere it chooses for zeros as pixels and ones as text.
+    On the meta device nothing is computed, and nothing is chosen by what is seen: a router takes the configuration of
+    its fusion, and no patch repeats another. Elsewhere they choose, of pixels that are 0 and tokens that are 1.
 
     Returns:
         ``vision_encoder``; ``reducer``; ``language``, the bare model with as many tokens in each layer; ``fusion``,

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lavi.nn.waves import waves
+
 
 class GridCode(nn.Module):
     """Sines and cosines of a token's row and column in its image, each channel with a learned amplitude.
@@ -65,10 +67,7 @@ class GridCode(nn.Module):
         """
         middles = torch.arange(most, device=window.device) + 0.5
         position = window[:, :1] + window[:, 1:] * middles / cells[:, None]  # (views, most)
-        slowest, fastest = (math.log(2 * math.pi * cycles) for cycles in self.CYCLES)
-        frequencies = torch.linspace(slowest, fastest, self._frequencies, device=window.device).exp()
-        phase = position.float()[..., None] * frequencies  # (views, most, Dv / 4)
-        return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)
+        return waves(position, self.CYCLES, self._frequencies)
 
 
 def grid_of_tokens(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lavi.nn.waves import waves
+
 
 class ViewEmbedding(nn.Module):
     """Learned embeddings of the image's number, the tile's row and column and the frame (chosen here).
@@ -29,8 +31,9 @@ class ViewEmbedding(nn.Module):
     all other hard questions above 94 %; and which of two things appears first in a video: 78 % of
     recipes/lab/video_lavi.yaml on half of its videos, 88 % as it is now (one seed each). Of tiles there are many that
     training may never show: they keep what they start with, and must not be louder than what is seen. The same holds
-    for frames (the 20th, where there were 8); they start as waves, so that each is near to those beside it. What was
-    trained on images alone has seen none of them, and they are as loud.
+    for frames (the 20th, where there were 8); they start as waves of their number, the slowest half a cycle over all of
+    them, so that each is near to those beside it. What was trained on images alone has seen none of them, and they are
+    as loud.
     """
 
     def __init__(self, width: int, *, images: int, tiles: int = 6, frames: int = 128) -> None:
@@ -41,8 +44,10 @@ class ViewEmbedding(nn.Module):
         )
         for table in (self.image, self.row, self.column):
             nn.init.normal_(table.weight, std=self.OF_IMAGE if table is self.image else self.OF_TILE)
+        number = torch.arange(1 + frames, device="cpu")
+        of_frame = waves(number, (0.5 / len(number), 1 / 4), -(-width // 2))[:, :width]  # (1 + frames, Dv)
         with torch.no_grad():
-            self.frame.weight.copy_(self.OF_FRAME * math.sqrt(2) * waves(1 + frames, width))
+            self.frame.weight.copy_(self.OF_FRAME * math.sqrt(2) * of_frame)
             for table in (self.row, self.column, self.frame):
                 table.weight[0].zero_()
 
@@ -52,11 +57,3 @@ class ViewEmbedding(nn.Module):
         last = torch.tensor([table.num_embeddings - 1 for table in tables], device="cpu").to(numbers.device)
         columns = numbers.minimum(last).unbind(1)
         return torch.stack([table(n) for table, n in zip(tables, columns, strict=True)]).sum(0)[:, None]
-
-
-def waves(count: int, width: int) -> Tensor:
-    """Sines and cosines (count, width) of 0, 1, 2 and so on, with periods from twice ``count`` down to 4."""
-    number = torch.arange(count, dtype=torch.float32, device="cpu")
-    slowest, fastest = (math.log(2 * math.pi * cycles) for cycles in (0.5 / count, 1 / 4))
-    phase = number[:, None] * torch.linspace(slowest, fastest, -(-width // 2), device="cpu").exp()  # (count, width / 2)
-    return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)[:, :width]
