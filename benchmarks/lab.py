@@ -115,6 +115,19 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
     return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
 
 
+def fewer_tiles(of: str, data: str, *others: tuple[str, tuple[str, ...]], trained: str = "") -> Method:
+    """A method's runs, scored with a part of the tiles encoded; ``trained`` ends the names of what is scored."""
+    rankings = {"by the question": BY_QUESTION, "of most detail": DETAIL}
+    variants = [
+        with_encoder(data, f"{count} of 4, {name}{trained}", on_request(count / 4, ranking))
+        for count in (2, 1)
+        for name, ranking in rankings.items()
+    ]
+    alone = ("model.tiling=null", f"data.test={DATA[data].features / 'test'}")
+    variants += [*others, (f"none: the whole picture alone{trained}", alone)]
+    return Method("large", of=of, data=data, seeds=(0,), variants=tuple(variants))
+
+
 BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
 DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
@@ -181,26 +194,23 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "LaVi of large pictures": Method("large", seeds=(0,), data="large"),
-    "LaVi of large pictures, fewer tiles": Method(
-        "large",
-        of="LaVi of large pictures",
-        data="tiles",
-        seeds=(0,),
-        variants=(
-            with_encoder("tiles", "2 of 4, by the question", on_request(0.5, BY_QUESTION)),
-            with_encoder("tiles", "2 of 4, of most detail", on_request(0.5, DETAIL)),
-            with_encoder("tiles", "2 of 4, the same in all pictures", on_request(0.5, SAME)),
-            with_encoder("tiles", "1 of 4, by the question", on_request(0.25, BY_QUESTION)),
-            with_encoder("tiles", "1 of 4, of most detail", on_request(0.25, DETAIL)),
-            with_encoder("tiles", "1 of 4, the same in all pictures", on_request(0.25, SAME)),
-            with_encoder("tiles", "all, 16 of 64 tokens merged behind each block", merging(per_block=16)),
-            with_encoder(
-                "tiles",
-                "1 of 4, by the question, 16 merged behind each block",
-                on_request(0.25, BY_QUESTION, merging(per_block=16)),
-            ),
-            ("none: the whole picture alone", ("model.tiling=null", f"data.test={DATA['tiles'].features / 'test'}")),
+    "LaVi of large pictures, fewer tiles": fewer_tiles(
+        "LaVi of large pictures",
+        "tiles",
+        with_encoder("tiles", "2 of 4, the same in all pictures", on_request(0.5, SAME)),
+        with_encoder("tiles", "1 of 4, the same in all pictures", on_request(0.25, SAME)),
+        with_encoder("tiles", "all, 16 of 64 tokens merged behind each block", merging(per_block=16)),
+        with_encoder(
+            "tiles",
+            "1 of 4, by the question, 16 merged behind each block",
+            on_request(0.25, BY_QUESTION, merging(per_block=16)),
         ),
+    ),
+    "LaVi of large pictures, tiles dropped": Method("large", ("module.tile_dropout=0.5",), seeds=(0,), data="large"),
+    "LaVi of large pictures, tiles dropped, fewer tiles": fewer_tiles(
+        "LaVi of large pictures, tiles dropped",
+        "dropped",
+        trained=", tiles dropped in training",
     ),
     "concatenation of frames": Method("video_concat", seeds=(0,), data="videos"),
     "LaVi of frames": Method("video_lavi", seeds=(0,), data="videos"),
@@ -331,7 +341,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
-    names = args.methods or [name for name, method in METHODS.items() if method.data not in ("large", "tiles")]
+    names = args.methods or [
+        name for name, method in METHODS.items() if method.data not in ("large", "tiles", "dropped")
+    ]
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)

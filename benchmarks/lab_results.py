@@ -47,6 +47,12 @@ DATA = {
     "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation", varies="LaVi"),
     "large": LabData(Path("data/lab-large-features"), scenes.LEVELS, "LaVi of large pictures"),
     "tiles": LabData(Path("data/lab-large"), scenes.LEVELS, "LaVi of large pictures", varies="LaVi of large pictures"),
+    "dropped": LabData(
+        Path("data/lab-large"),
+        scenes.LEVELS,
+        "LaVi of large pictures",
+        varies="LaVi of large pictures, tiles dropped",
+    ),
     "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
 }
 

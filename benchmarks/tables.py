@@ -274,6 +274,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "grid_code": grid_code,
     "lab": partial(lab, of=lab_table, data="scenes"),
     "lab.controls": partial(lab, of=controls_table, data="scenes"),
+    "lab.dropped": partial(encoder_cost, data="dropped"),
     "lab.merging": partial(encoder_cost, data="encoder"),
     "lab.short": short_lab,
     "lab.tiles": partial(encoder_cost, data="tiles"),

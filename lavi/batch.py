@@ -96,6 +96,11 @@ def visual_part(visual: Visual | CachedVisual) -> dict[str, Any]:
     return {"type": "video" if is_video(visual) else "image"}
 
 
+def question_about(visuals: Sequence[Visual], question: str) -> list[dict[str, Any]]:
+    """The message of a question behind images and videos, in their order."""
+    return [{"role": "user", "content": [*map(visual_part, visuals), {"type": "text", "text": question}]}]
+
+
 def text_of(content: str | list[dict[str, Any]]) -> str:
     """The words of a message's content."""
     if isinstance(content, str):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch, Layout, Sample, Video, Visual, VisualState, grids_of_views, visual_part
+from lavi.batch import Batch, Layout, Sample, Video, Visual, VisualState, grids_of_views, question_about
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
 from lavi.data.images import upright_rgb
@@ -146,25 +146,30 @@ class VisionLanguageModel(nn.Module):
             layouts: of each image in turn; none: each view is an image of its own.
             questions: as in :meth:`encode`.
         """
-        if len(pixels):
-            trained = any(parameter.requires_grad for parameter in self.vision.parameters())
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                features = self.encode(pixels, layouts, questions)
-        else:
-            features = pixels.new_zeros(0, self.vision.tokens, self.vision.width)
-        return self._reduced(features)
+        return self._reduced(self._not_reduced(pixels, layouts, questions))
+
+    def _not_reduced(
+        self, pixels: Tensor, layouts: Sequence[Layout], questions: Sequence[Tensor | None] | None
+    ) -> Tensor:
+        if not len(pixels):
+            return pixels.new_zeros(0, self.vision.tokens, self.vision.width)
+        trained = any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.encode(pixels, layouts, questions)
 
     def _reduced(self, features: Tensor) -> Tensor:
         return features if self.reducer is None else cast(Tensor, self.reducer(features))
 
     def features_of(self, batch: Batch) -> Tensor:
         """(views, N, Dv), reduced: what a batch brings with it, or else :meth:`features` of its pixels."""
-        if batch.features is not None:
-            return batch.features
+        return batch.features if batch.features is not None else self._reduced(self.backbone_features_of(batch))
+
+    def backbone_features_of(self, batch: Batch) -> Tensor:
+        """The same before they are reduced."""
         if batch.backbone_features is not None:
-            return self._reduced(batch.backbone_features.float())
+            return batch.backbone_features.float()
         questions = self._questions(batch) if self.vision.reads_questions else None
-        return self.features(batch.pixels, batch.layouts, questions)
+        return self._not_reduced(batch.pixels, batch.layouts, questions)
 
     @torch.no_grad()
     def _questions(self, batch: Batch) -> list[Tensor | None]:
@@ -443,8 +448,3 @@ def check_native_resolution(
 def upright(visual: Visual) -> Visual:
     """An image as :func:`lavi.data.images.open_image` would give it; a video as it is."""
     return visual if isinstance(visual, Video) else upright_rgb(visual)
-
-
-def question_about(visuals: Sequence[Visual], question: str) -> Messages:
-    """A question behind images and videos, in their order."""
-    return [{"role": "user", "content": [*map(visual_part, visuals), {"type": "text", "text": question}]}]

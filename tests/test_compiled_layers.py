@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ask, awaken, collate
-from test_oracles import FUSIONS
+from conftest import ask, awaken, collate, small
 from torch._dynamo.utils import counters
 
 import lavi.training.compiled_layers as compiled_layers
+from lavi.fusion.concat import ConcatFusion
+from lavi.fusion.cross_attention import CrossAttentionFusion
+from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.shortv import ShortV
 from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.module import VisionLanguageModule, checkpoint_layers
@@ -42,19 +44,22 @@ def gradients(model: Any) -> list[list[torch.Tensor]]:
     return found
 
 
-COMPILED = [("qwen2", "lavi-attention"), ("gemma2", "lavi-mlp"), ("qwen2", "concat"), ("qwen2", "cross-attention")]
-COMPILED += [("qwen2", "reading-late")]
-LATE = {"reading-late": lambda: ShortV(layers=[1])}
-RECOMPUTED = [("qwen2", "lavi-attention"), ("qwen2", "concat")]
+# Each layer takes seconds to compile: of one, all of what the fusion adds is in it.
+ONE = {
+    "lavi": lambda: LaViFusion(every=1, generator=small()),
+    "lavi-mlp": lambda: LaViFusion(every=1, generator=small("mlp")),
+    "cross-attention": lambda: CrossAttentionFusion(every=1),
+    "concat": ConcatFusion,
+    "reading-late": lambda: ShortV(layers=[1]),
+}
+CASES = [("qwen2", "lavi", True), ("gemma2", "lavi-mlp", False), ("qwen2", "cross-attention", False)]
+CASES += [("qwen2", "concat", True)]
+LONG = [pytest.param("qwen2", "reading-late", False, marks=pytest.mark.slow)]  # two layers, with breaks
 
 
-@pytest.mark.parametrize(
-    ("family", "fusion", "checkpointing"),
-    [*((*case, False) for case in COMPILED), *((*case, True) for case in RECOMPUTED)],
-)
+@pytest.mark.parametrize(("family", "fusion", "checkpointing"), [*CASES, *LONG])
 def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str, checkpointing: bool) -> None:
-    # Two layers, one of which does what the fusion adds: each is compiled alone, and takes seconds.
-    model = build((FUSIONS | LATE)[fusion](), family=family, num_hidden_layers=2)
+    model = build(ONE[fusion](), family=family, num_hidden_layers=2 if fusion == "reading-late" else 1)
     awaken(model.fusion)
     if checkpointing:
         checkpoint_layers(model.language.hf)
@@ -70,6 +75,7 @@ def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str,
     for ours, plain in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"]
+    assert fusion == "reading-late" or not counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]
     gradients(model)  # a size that was met once may be compiled once more, for all sizes
     assert counters["stats"]["unique_graphs"] <= graphs + len(model.language.layers)
@@ -99,7 +105,7 @@ def test_a_run_compiles_its_steps_and_nothing_else(
 
 
 def test_a_step_that_failed_leaves_no_compiled_layers_to_answers(build: Any) -> None:
-    model = build(FUSIONS["concat"]())
+    model = build(ConcatFusion())
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3}, compile=True)
     assert module.compiled is not None
     module.compiled.start()

@@ -1,7 +1,7 @@
 """Two processes on the CPU train as one does on both their batches: under DDP and FSDP2, stopped and resumed.
 
-They are started as users start them: DDP by ``python -m lavi.fit``, which starts the second process itself; FSDP2 as
-two processes from outside, as a cluster does. The single one runs inside this process.
+DDP is started as users start it, by ``python -m lavi.fit``, which starts the second process itself; FSDP2 as two
+processes from outside, as a cluster does, in forks. The single one runs inside this process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from conftest import LAVI, QWEN2, TOWER, ask, collate
+from lightning.pytorch.utilities import rank_zero_only
 from processes import start_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -208,19 +209,25 @@ def ddp(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     return [(done.returncode, done.stdout, done.stderr)]
 
 
-def fsdp2(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
+def fsdp2(folder: Path, *arguments: object) -> list[tuple[int | None, str, str]]:
     """The same of two commands at once, one a rank."""
-    port = free_port()
-    command = [sys.executable, "-m", "lavi.fit", *map(str, arguments), "trainer.devices=2"]
-    command += ["trainer.strategy={_target_: lavi.training.sharding.FSDP2}"]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
-    ranks = [subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), **pipes) for rank in range(2)]
-    done = [rank.communicate(timeout=120) for rank in ranks]
-    return [(rank.returncode, *said) for rank, said in zip(ranks, done, strict=True)]
+    words = [*map(str, arguments), "trainer.devices=2", "trainer.strategy={_target_: lavi.training.sharding.FSDP2}"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    ranks = [
+        start_process(partial(fit_in, folder, words), folder / f"said-{rank}", shared | {"LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    return [(rank.wait(), rank.out, rank.err) for rank in ranks]
 
 
-def has_stopped(ranks: list[tuple[int, str, str]], *, step: int) -> None:
+def fit_in(folder: Path, words: list[str]) -> None:
+    os.chdir(folder)
+    rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]  # a new interpreter reads it itself
+    sys.argv = ["lavi.fit", *words]
+    fit.main()
+
+
+def has_stopped(ranks: list[tuple[int | None, str, str]], *, step: int) -> None:
     """All ranks stopped together after ``step``; the first alone says so."""
     assert [status for status, *_ in ranks] == [130, 0][: len(ranks)], ranks
     said = " ".join(ranks[0][1].split())
@@ -324,15 +331,16 @@ def read_folders(folder: Path, tokenizer: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(2, "spawn"), (4, "fork")])
-def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Path, ranks: int, method: str) -> None:
+@pytest.mark.parametrize("methods", [("fork", "spawn"), ("fork",) * 4], ids=["2", "4"])
+def test_ranks_share_shards_without_loss_or_waiting(tokenizer: str, tmp_path: Path, methods: tuple[str, ...]) -> None:
     """One shard fewer than readers is refused on all ranks alike; as many, and one more, are read once each."""
     data = tmp_path / "data"
     keys: dict[str, set[str]] = {}
+    ranks = len(methods)
     for count in sorted({ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 1}):
         keys[f"of-{count:02d}"] = write_said(data / f"of-{count:02d}", shards=count)
     read = partial(read_folders, data, tokenizer)
-    for case, found in on_ranks(read, tmp_path, ranks=ranks, method=method)[0].items():
+    for case, found in on_ranks(read, tmp_path, methods)[0].items():
         name, workers = case.split()
         readers = ranks * max(1, int(workers))
         shards = int(name.removeprefix("of-"))
@@ -391,7 +399,7 @@ def score_shares() -> list[dict[str, float]]:
 
 def test_metrics_of_ranks_are_those_of_all_answers(tmp_path: Path) -> None:
     """On each rank, however the answers are shared out, also where one has none."""
-    found = on_ranks(score_shares, tmp_path, ranks=2)
+    found = on_ranks(score_shares, tmp_path)
     for on_rank in found:
         for of_all, (make, predictions) in zip(on_rank, 2 * list(METRICS.values()), strict=True):
             metric = make()
@@ -417,7 +425,7 @@ def test_each_rank_knows_the_families_of_all(tmp_path: Path) -> None:
     """Of a family that the others met alone, too."""
     whole = GroupedMean()
     whole.update(*zip(*FAMILIES, strict=True))
-    for on_rank in on_ranks(grouped_means, tmp_path, ranks=2):
+    for on_rank in on_ranks(grouped_means, tmp_path):
         assert on_rank == [pytest.approx(whole.compute())] * 2
 
 
@@ -429,17 +437,17 @@ def in_group(run: Callable[[], object], file: Path) -> None:
     dist.destroy_process_group()
 
 
-def on_ranks(run: Callable[[], object], folder: Path, *, ranks: int, method: str = "fork") -> list[Any]:
-    """What a function returns in each of so many processes, which form a group."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
-    files = [folder / f"rank-{rank}.json" for rank in range(ranks)]
+def on_ranks(run: Callable[[], object], folder: Path, methods: Sequence[str] = ("fork", "fork")) -> list[Any]:
+    """What a function returns in each of the processes, which form a group and start so."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(methods))}
+    files = [folder / f"rank-{rank}.json" for rank in range(len(methods))]
     started = [
         start_process(
             partial(in_group, run, file), folder / f"said-{rank}", shared | {"RANK": str(rank)}, method=method
         )
-        for rank, file in enumerate(files)
+        for rank, (file, method) in enumerate(zip(files, methods, strict=True))
     ]
-    assert [one.wait() for one in started] == [0] * ranks, [one.err for one in started]
+    assert [one.wait() for one in started] == [0] * len(methods), [one.err for one in started]
     return [json.loads(file.read_text()) for file in files]
 
 

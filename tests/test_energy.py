@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_timing import measured_together  # a recipe and its twin
+from test_timing import clock, measured_together  # noqa: F401  (a fixture; a recipe and its twin)
 
 from lavi.efficiency import measure
 from lavi.efficiency.energy import EnergyMeter
@@ -60,6 +60,7 @@ def test_a_gpu_without_a_counter_has_no_meter(monkeypatch: pytest.MonkeyPatch) -
     assert meter.millijoules() == 7
 
 
+@pytest.mark.usefixtures("clock")
 def test_records_have_the_joules_of_what_a_user_waits_for(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Meter:
         def joules(self, run: Any) -> float:

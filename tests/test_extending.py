@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from lavi.checkpoints.trained_weights import TRAINED
 
@@ -48,10 +48,21 @@ def test_each_kind_of_part_is_shown_and_short() -> None:
         assert len(lines) <= LONGEST[name], name
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_part_of_ones_own_trains_and_answers(run, tiny_recipe: Path, my_parts: None, name: str) -> None:  # type: ignore[no-untyped-def]
-    (text,) = blocks(PARTS[name], "yaml")
-    changes: dict[str, Any] = yaml.safe_load(text)
+TOGETHER = [
+    ["A delta generator", "A vision backbone", "A metric", "A format"],
+    ["A projector", "A reducer", "A data module"],
+    ["A fusion"],
+]
+"""Parts that one recipe can have."""
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
+def test_parts_of_ones_own_train_and_answer(run, tiny_recipe: Path, my_parts: None, names: list[str]) -> None:  # type: ignore[no-untyped-def]
+    assert sorted(name for each in TOGETHER for name in each) == sorted(PARTS)
+    texts = [text for name in names for text in blocks(PARTS[name], "yaml")]
+    assert len(texts) == len(names)
+    changes = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, texts)))
+    assert isinstance(changes, dict)
     trainer = {"max_steps": 3, "val_check_interval": 3, "limit_val_batches": 1}
     callbacks = {"samples": {"_target_": "callbacks.samples.Samples", "count": 2}}
     child = tiny_recipe.with_name("child.yaml")

@@ -341,7 +341,7 @@ def test_a_run_is_scored_on_features(run: Any, frozen: Path, monkeypatch: pytest
     cached(run, frozen, "features", "--splits", "test", "--dtype", "float32")
     scores = []
     for test in ([], ["data.test=features/test", "data.train=gone"]):
-        status, _, err = run("lavi.evaluate", "--checkpoint", "trained", "--out", "scores.jsonl", *test)
+        status, _, err = run("lavi.evaluate", "--checkpoint", "trained", "--out", "scores.jsonl", "--limit", 16, *test)
         assert status == 0, err
         scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
     assert scores[0]["accuracy"] == scores[1]["accuracy"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lavi.cli.arguments import path
 from lavi.config.text import Loader, override
 from lavi.errors import UserError
 from lavi.recipe import Recipe
+from lavi.vision.shape_flops import forward_on_meta
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "recipes" / "tasks"  # read as what they are by test_tasks.py
@@ -37,7 +40,23 @@ FULL_SIZE = [
 ]
 
 
-@pytest.mark.usefixtures("hub")
+@pytest.fixture(scope="module")
+def _each_tower_once() -> Iterator[None]:
+    """Recipes share a few towers, and to infer the shapes of one takes a second: they are kept."""
+    known: dict[str, Any] = {}
+
+    def remembered(module: Any, shape: Any) -> Any:
+        key = f"{module} {shape} {[getattr(module.tower, name, None) for name in ('layers', 'final_norm')]}"
+        if key not in known:
+            known[key] = forward_on_meta(module, shape)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lavi.vision.tower.forward_on_meta", remembered)
+        yield
+
+
+@pytest.mark.usefixtures("hub", "_each_tower_once")
 @pytest.mark.parametrize("file", FULL_SIZE, ids=lambda f: f.stem)
 def test_a_recipe_of_published_checkpoints_builds_on_meta(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -78,7 +78,7 @@ def test_what_is_there_is_kept(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_answers_are_balanced_so_that_guessing_is_chance(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", seed=3, counts={"train": 4000, "validation": 8, "test": 8}, turns=6, workers=2)
+    write_dataset(tmp_path / "d", seed=3, counts={"train": 2000, "validation": 8, "test": 8}, turns=6, workers=2)
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples(tmp_path / "d" / "train"):
         for said in sample.messages[1::2]:

@@ -9,17 +9,21 @@ import pytest
 import torch
 from conftest import TOWER, ask, collate
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavi.batch import Layout, Sample
 from lavi.checkpoints.model_folder import build as build_model
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.data.preprocessing import SquareResize
 from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
+from lavi.reduction.visionzip import VisionZip
+from lavi.training.tile_dropout import TileDropout
 from lavi.vision.base import VisionBackbone
 from lavi.vision.frame_merging import FrameMerging
 from lavi.vision.hf import HFVision
@@ -213,3 +217,82 @@ def test_a_backbone_in_a_backbone_in_a_backbone_is_exported(tiny_recipe: Path, t
         pixels = torch.randn(3, *model.vision.pixel_shape)
         layouts = [Layout(views=3, video=True)]
         assert torch.equal(again.features(pixels, layouts), model.features(pixels, layouts))
+
+
+# --- training on fewer tiles ------------------------------------------------------------------------------------------
+
+WIDE, VIDEO = Layout(views=4, tiles=(1, 3), size=(30, 90)), Layout(views=3, video=True)
+
+
+class Kept(TileRanking):
+    """These tiles first."""
+
+    def __init__(self, tiles: list[int]) -> None:
+        self.tiles = tiles
+
+    def rank(self, given: RankingInput) -> Tensor:
+        return torch.zeros(len(given.tiles)).index_fill(0, torch.tensor(self.tiles, dtype=torch.long), 1.0)
+
+
+@torch.no_grad()
+def test_what_stands_for_a_tile_in_training_is_what_stands_for_it_on_request() -> None:
+    """Of a picture any number of tiles goes, each of them at some time; frames and pictures of one view stay."""
+    tower = Places()
+    pixels, layouts = torch.randn(13, 3, SIDE, SIDE), [TWO_BY_TWO, Layout(), WIDE, VIDEO]
+    features, drop = tower(pixels), TileDropout(1.0, tower)
+    met = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        seen = drop(features, layouts)
+        stays = (seen == features).flatten(1).all(1).tolist()
+        assert stays[0]
+        assert all(stays[5:7] + stays[10:])
+        kept = [number for number in range(4) if stays[1 + number]]
+        met.add(tuple(kept))
+        if kept:
+            on_request = TilesOnRequest(tower=tower, keep=len(kept) / 4, ranking=Kept(kept))
+            assert torch.equal(seen[:5], on_request(pixels[:5], [TWO_BY_TWO]))
+    assert {len(kept) for kept in met} == {0, 1, 2, 3}
+    assert {tile for kept in met for tile in kept} == {0, 1, 2, 3}
+
+
+def test_its_share_of_the_pictures_loses_tiles() -> None:
+    features, drop = torch.randn(5, 16, 3), TileDropout(0.3, Places())
+    torch.manual_seed(0)
+    lost = sum(not torch.equal(drop(features, [TWO_BY_TWO]), features) for _ in range(1000))
+    assert 250 < lost < 350
+
+
+@pytest.mark.parametrize("reads", ["one grid", "features alone"])
+def test_models_whose_tiles_cannot_be_dropped_are_refused(reads: str) -> None:
+    tower, reducer = Places(), None
+    tower.native_resolution = reads == "one grid"
+    if reads == "features alone":
+        reducer = VisionZip(dominant=4, contextual=2)
+    with pytest.raises(UserError, match=reads):
+        TileDropout(0.5, tower, reducer)
+
+
+def test_a_run_trains_on_fewer_tiles_and_is_scored_on_all(
+    run: Any, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From cached features it learns what it learns from pixels."""
+    whole: list[bool] = []
+    read = VisionLanguageModel.backbone_features_of
+
+    def looking(self: VisionLanguageModel, batch: Any) -> Tensor:
+        if batch.backbone_features is not None and len(batch.pixels):  # what was dropped, beside the pixels it is of
+            whole.append(torch.equal(batch.backbone_features, self.encode(batch.pixels, batch.layouts)))
+        return read(self, batch)
+
+    monkeypatch.setattr(VisionLanguageModel, "backbone_features_of", looking)
+    tiled = ["model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}", "module.tile_dropout=1.0"]
+    fit = ("lavi.fit", "--recipe", tiny_recipe)
+    assert run(*fit, "--run", "whole", *tiled)[0] == 0
+    assert whole == [False] * 6  # the steps of training, and none of validation
+    assert run("lavi.cache_features", *fit[1:], "--out", "features", "--dtype", "float32", *tiled[:1])[0] == 0
+    status, _, problems = run(*fit, "--run", "cached", *tiled, "data.train=features/train")
+    assert status == 0, problems
+    weights = {name: load_file(Path(name) / TRAINED) for name in ("whole", "cached")}
+    for name, weight in weights["whole"].items():
+        torch.testing.assert_close(weights["cached"][name], weight, atol=1e-6, rtol=1e-5)

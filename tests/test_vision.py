@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import QWEN2, ask, collate, small
 from PIL import Image
+from timm.models import eva, fastvit, register_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessor
@@ -50,6 +51,18 @@ HF: dict[str, dict[str, Any]] = {
     "convnext": STAGES,
     "convnextv2": STAGES,
 }
+
+
+@register_model
+def small_eva(pretrained: bool = False, **settings: Any) -> nn.Module:
+    return eva.eva02_tiny_patch14_224(pretrained, img_size=56, embed_dim=24, depth=3, num_heads=2, **settings)
+
+
+@register_model
+def small_fastvit(pretrained: bool = False, **settings: Any) -> nn.Module:
+    return fastvit.fastvit_mci0(pretrained, layers=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), **settings)
+
+
 VIT = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 8, "image_size": 32}
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "ViT": VIT,
@@ -57,11 +70,11 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
     "timm ViT": {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None},
     "timm registers": {"timm_model_name": "test_vit2", "image_size": 160},
     "timm SigLIP": {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map", "timm_proj": "none"},
-    "EVA": {"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224, "timm_pool": "token", "timm_proj": None},
+    "EVA": {"timm_model_name": "small_eva", "image_size": 56, "timm_pool": "token", "timm_proj": None},
     "ConvNeXt": {"timm_model_name": "test_convnext", "image_size": 64},
     "EfficientNet": {"timm_model_name": "test_efficientnet", "image_size": 160},
     "MobileNet": {"timm_model_name": "mobilenetv4_conv_small", "image_size": 64, "timm_pool": "", "timm_proj": None},
-    "FastViT": {"timm_model_name": "fastvit_mci0", "image_size": 64, "timm_proj": None},
+    "FastViT": {"timm_model_name": "small_fastvit", "image_size": 64, "timm_proj": None},
     "ResNet": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
 }
 TOWER_NAMES = [*HF, *OPEN_CLIP]
@@ -412,7 +425,7 @@ FULL = {
 }
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 MODELS = ["ViT-L-14-336", "ViT-SO400M-14-SigLIP-384", "EVA02-B-16", "convnext_base_w_320", "ViTamin-S", "RN50"]
-MODELS += ["MobileCLIP-S1", "MobileCLIP2-S0", "MobileCLIP2-B", "PE-Core-T-16-384"]
+MODELS += ["MobileCLIP2-S0", "MobileCLIP2-B", "PE-Core-T-16-384"]
 
 
 def counted(vision: Tower, views: int) -> float:

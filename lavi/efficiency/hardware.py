@@ -141,9 +141,9 @@ def this_cpu() -> Device:
 
 
 def _shortest(run: Callable[[], object], *, repeat: int = 1) -> float:
-    """Seconds of the shortest of some runs."""
-    times = []
-    for _ in range(7):
+    """Seconds of the shortest of two to seven runs; of those that take long, fewer."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 7 and repeat * sum(times) < 1):
         began = time.perf_counter()
         for _ in range(repeat):
             run()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavi.batch import Batch, Sample, Visual
+from lavi.batch import Batch, Sample, Visual, question_about
 from lavi.fusion.arrangement import group_views_by_row
 from lavi.inspection.probes import Target, linear_cka, reading, relevance
-from lavi.model import VisionLanguageModel, question_about
+from lavi.model import VisionLanguageModel
 from lavi.nn.grid_code import grid_of_tokens
 
 

@@ -10,6 +10,8 @@ from torch import nn
 BACKEND = "inductor"
 GRAPHS = 4
 """Of each layer, at most: of one shape, of any shape, with and without what a batch may lack."""
+AGAIN = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+"""Torch's switch, in the versions that have it, without which no recomputed layer with deltas is compiled."""
 
 
 class CompiledLayers:
@@ -23,6 +25,9 @@ class CompiledLayers:
         limit = torch._dynamo.config.recompile_limit
         # Graphs of one layer count against the next: all run the same code.
         torch._dynamo.config.recompile_limit = max(limit, GRAPHS * len(self.layers))
+        # A norm's deltas are bound to it for the time of a call: a step back through it has nothing to bind again.
+        if hasattr(torch._dynamo.config, AGAIN):
+            setattr(torch._dynamo.config, AGAIN, True)
         for layer in self.layers:
             layer.compile(backend=BACKEND)
         self.calls = [layer._compiled_call_impl for layer in self.layers]

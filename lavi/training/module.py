@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.published_vlm import start_from_vlm
 from lavi.checkpoints.trained_weights import StartsFromRun, load_start
 from lavi.config.paths import home_path
-from lavi.config.types import Positive, PositiveOrZero, ShareOrZero
+from lavi.config.types import Positive, PositiveOrZero, Share, ShareOrZero
 from lavi.errors import UserError
 from lavi.language.compiled import check_compiler
 from lavi.loading.vlm import names_vlm
@@ -25,6 +26,7 @@ from lavi.model import VisionLanguageModel
 from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.optim import MuonAdamW, adamw, inside, parameter_groups, part_of_each, rate_at_share, rate_at_step
 from lavi.training.sharding import shard
+from lavi.training.tile_dropout import TileDropout
 
 
 class VisionLanguageModule(StartsFromRun, pl.LightningModule):
@@ -54,9 +56,11 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
         compile: compile the decoder layers (:mod:`lavi.training.compiled_layers`): the first steps take minutes, those
             behind them run fused operators. Validation is not compiled.
+        tile_dropout: the share of tiled images in which what the overview shows stands in the place of some tiles
+            (:mod:`lavi.training.tile_dropout`); None: all tiles are as they are encoded.
 
     Raises:
-        UserError: an unknown part, or nothing that trains.
+        UserError: an unknown part, or nothing that trains; tiles that :class:`TileDropout` refuses.
     """
 
     # A checkpoint holds the trained weights, and the recipe names where the others are from; the exact set of names is
@@ -74,6 +78,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         start_from: str | None = None,
         checkpointing: bool = False,
         compile: bool = False,
+        tile_dropout: Share | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,6 +88,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         if compile:
             check_compiler("module.compile")
         self.compiled = CompiledLayers(model.language.layers) if compile else None
+        self.tile_dropout = None if tile_dropout is None else TileDropout(tile_dropout, model.vision, model.reducer)
         rates = dict(learning_rate)
         if isinstance(getattr(model.vision, "ranking", None), nn.Module):  # it ranks without a gradient
             rates.setdefault("vision.ranking", None)
@@ -191,6 +197,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
+        if self.tile_dropout is not None:
+            features = self.model.backbone_features_of(batch)
+            batch = replace(batch, backbone_features=self.tile_dropout(features, batch.layouts))
         scores = self.model.token_scores(batch, added)
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))

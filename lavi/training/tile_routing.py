@@ -36,8 +36,7 @@ from lavi.nn.autocast import without_autocast
 from lavi.recipe import Recipe
 from lavi.report import track
 from lavi.vision.tile_router import TileRouter
-from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest
-from lavi.vision.windows import WHOLE, windows_of_views
+from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest, tiles_from_overview
 
 LEAST_GAIN = 0.01
 """Of a probability: less is rounding, or an answer that the overview is enough for."""
@@ -68,10 +67,8 @@ class _TiledImage:
 
     @classmethod
     def of(cls, views: Tensor, slot: ImageSlot, vision: TilesOnRequest) -> _TiledImage:
-        """Of an image in its place; one that is not cut has no tiles."""
-        windows = windows_of_views(slot.layout, vision.grid) if slot.layout.tiles is not None else [WHOLE]
-        of_tiles = torch.tensor(windows[1:], device="cpu").reshape(-1, 4).to(views.device)  # (tiles, 4)
-        return cls(views, of_tiles, vision.from_overview(views[0].float(), of_tiles))
+        """Of an image in its place."""
+        return cls(views, *tiles_from_overview(views[0].float(), slot.layout, vision.grid, vision.prefix))
 
     @property
     def tiles(self) -> int:

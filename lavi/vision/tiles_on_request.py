@@ -91,6 +91,39 @@ class RandomTiles(TileRanking):
         return torch.rand(count, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
 
 
+def tiles_from_overview(
+    overview: Tensor, layout: Layout, grid: tuple[int, int], prefix: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The overview's features (N, Dv) at the places of each tile's tokens, interpolated.
+
+    Args:
+        layout: of the image; one that is not cut has no tiles.
+        grid: rows and columns of the tokens of one view, behind ``prefix`` others.
+
+    Returns:
+        Where each tile lies (tiles, 4), as of :class:`RankingInput`, and its features (tiles, N, Dv).
+    """
+    of_tiles = windows_of_views(layout, grid)[1:] if layout.tiles is not None else []
+    windows = torch.tensor(of_tiles, device="cpu").reshape(-1, 4).to(overview.device)  # (tiles, 4)
+    rows, columns = grid
+    top, left, height, width = windows.unbind(1)
+    down = (torch.arange(rows, device=overview.device) + 0.5) / rows
+    right = (torch.arange(columns, device=overview.device) + 0.5) / columns
+    coordinates = torch.stack(
+        [
+            (left[:, None] + width[:, None] * right)[:, None, :].expand(-1, rows, -1),
+            (top[:, None] + height[:, None] * down)[:, :, None].expand(-1, -1, columns),
+        ],
+        dim=-1,
+    )  # (tiles, rows, columns, 2): from 0 to 1, across and down
+    # In fp32: in half precision places would be far from where they are.
+    cells = overview[prefix:].float().T.unflatten(1, grid)  # (Dv, rows, columns)
+    cells = cells.expand(len(windows), -1, -1, -1)
+    places = grid_sample(cells, 2 * coordinates - 1, padding_mode="border", align_corners=False)
+    before = overview[:prefix].expand(len(windows), -1, -1)
+    return windows, torch.cat([before, places.flatten(2).transpose(1, 2).to(overview.dtype)], dim=1)
+
+
 class TilesOnRequest(VisionBackbone):
     """A backbone that encodes whole images, frames, and a share of the tiles.
 
@@ -161,8 +194,7 @@ class TilesOnRequest(VisionBackbone):
         """Which tiles of an image to encode (k,), and what the overview (1, N, Dv) has of all (tiles, N, Dv)."""
         if layout.tiles is None:
             return torch.empty(0, dtype=torch.long, device=overview.device), overview[:0]
-        windows = torch.tensor(windows_of_views(layout, self.grid)[1:], device="cpu").to(overview.device)  # (tiles, 4)
-        tiles = self.from_overview(overview[0], windows)
+        windows, tiles = tiles_from_overview(overview[0], layout, self.grid, self.prefix)
         count = self.count(layout)
         if count in (0, len(tiles)):
             return torch.arange(count, device=overview.device), tiles
@@ -172,30 +204,6 @@ class TilesOnRequest(VisionBackbone):
             )
             score = self.ranking.rank(known)
         return score.argsort(descending=True, stable=True)[:count], tiles
-
-    def from_overview(self, overview: Tensor, windows: Tensor) -> Tensor:
-        """The overview's features (N, Dv) at the places of each tile's tokens: (tiles, N, Dv).
-
-        Args:
-            windows: (tiles, 4), as of :class:`RankingInput`.
-        """
-        rows, columns = self.grid
-        top, left, height, width = windows.unbind(1)
-        down = (torch.arange(rows, device=overview.device) + 0.5) / rows
-        right = (torch.arange(columns, device=overview.device) + 0.5) / columns
-        coordinates = torch.stack(
-            [
-                (left[:, None] + width[:, None] * right)[:, None, :].expand(-1, rows, -1),
-                (top[:, None] + height[:, None] * down)[:, :, None].expand(-1, -1, columns),
-            ],
-            dim=-1,
-        )  # (tiles, rows, columns, 2): from 0 to 1, across and down
-        # In fp32: in half precision places would be far from where they are.
-        grid = overview[self.prefix :].float().T.unflatten(1, self.grid).expand(len(windows), -1, -1, -1)
-        # (tiles, Dv, rows, columns)
-        places = grid_sample(grid, 2 * coordinates - 1, padding_mode="border", align_corners=False)
-        before = overview[: self.prefix].expand(len(windows), -1, -1)
-        return torch.cat([before, places.flatten(2).transpose(1, 2).to(overview.dtype)], dim=1)
 
     def flops(self, views: int, layout: Layout | None = None) -> float:
         if layout is None or layout.tiles is None:
