@@ -116,7 +116,7 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
 
 
 def fewer_tiles(of: str, data: str, *others: tuple[str, tuple[str, ...]], trained: str = "") -> Method:
-    """A method's runs, scored with a part of the tiles encoded; ``trained`` ends the names of what is scored."""
+    """A method's runs, scored with a part of the tiles encoded; ``trained`` is appended to each name."""
     rankings = {"by the question": BY_QUESTION, "of most detail": DETAIL}
     variants = [
         with_encoder(data, f"{count} of 4, {name}{trained}", on_request(count / 4, ranking))
@@ -341,9 +341,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
-    names = args.methods or [
-        name for name, method in METHODS.items() if method.data not in ("large", "tiles", "dropped")
-    ]
+    names = args.methods or [name for name, method in METHODS.items() if "large" not in DATA[method.data].features.name]
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)

@@ -20,12 +20,12 @@ from own_records import keep, parser_of, read
 from torch import Tensor
 
 from datamodules.scenes import SIDE, SIZES, Scene, Thing, questions
-from lavi.batch import Sample
+from lavi.batch import Sample, question_about
 from lavi.checkpoints.load import load
 from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.inspection.answer import Inspection, inspect_batch
-from lavi.model import VisionLanguageModel, question_about
+from lavi.model import VisionLanguageModel
 from lavi.report import console, table, track
 
 SPLIT = "relevance"

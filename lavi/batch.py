@@ -129,6 +129,11 @@ class Layout(NamedTuple):
     """Rows and columns of the features of each view, where each image has its own (native resolution); they are the
     first of a view's features, what follows is padding."""
 
+    @property
+    def tile_count(self) -> int:
+        """How many of the views are tiles."""
+        return 0 if self.tiles is None else self.views - 1
+
     def tokens_of_view(self, per_view: int) -> int:
         """Of the ``per_view`` features of a view, those that are not padding."""
         return per_view if self.grid is None else self.grid[0] * self.grid[1]

@@ -146,9 +146,9 @@ class VisionLanguageModel(nn.Module):
             layouts: of each image in turn; none: each view is an image of its own.
             questions: as in :meth:`encode`.
         """
-        return self._reduced(self._not_reduced(pixels, layouts, questions))
+        return self._reduced(self._backbone_features(pixels, layouts, questions))
 
-    def _not_reduced(
+    def _backbone_features(
         self, pixels: Tensor, layouts: Sequence[Layout], questions: Sequence[Tensor | None] | None
     ) -> Tensor:
         if not len(pixels):
@@ -165,11 +165,11 @@ class VisionLanguageModel(nn.Module):
         return batch.features if batch.features is not None else self._reduced(self.backbone_features_of(batch))
 
     def backbone_features_of(self, batch: Batch) -> Tensor:
-        """The same before they are reduced."""
+        """(views, N, Dv), not reduced yet: what a batch brings with it, or else the backbone's of its pixels."""
         if batch.backbone_features is not None:
             return batch.backbone_features.float()
         questions = self._questions(batch) if self.vision.reads_questions else None
-        return self._not_reduced(batch.pixels, batch.layouts, questions)
+        return self._backbone_features(batch.pixels, batch.layouts, questions)
 
     @torch.no_grad()
     def _questions(self, batch: Batch) -> list[Tensor | None]:

@@ -44,29 +44,33 @@ def gradients(model: Any) -> list[list[torch.Tensor]]:
     return found
 
 
-# Each layer takes seconds to compile: of one, all of what the fusion adds is in it.
-ONE = {
-    "lavi": lambda: LaViFusion(every=1, generator=small()),
-    "lavi-mlp": lambda: LaViFusion(every=1, generator=small("mlp")),
-    "cross-attention": lambda: CrossAttentionFusion(every=1),
-    "concat": ConcatFusion,
-    "reading-late": lambda: ShortV(layers=[1]),
+# And how many layers, each of which takes seconds to compile: one with deltas beside a plain one, and of the others one
+# with all that they add.
+FUSIONS = {
+    "lavi": (lambda: LaViFusion(every=2, generator=small()), 2),
+    "lavi-mlp": (lambda: LaViFusion(every=1, generator=small("mlp")), 1),
+    "cross-attention": (lambda: CrossAttentionFusion(every=1), 1),
+    "concat": (ConcatFusion, 1),
+    "reading-late": (lambda: ShortV(layers=[1]), 2),
 }
 CASES = [("qwen2", "lavi", True), ("gemma2", "lavi-mlp", False), ("qwen2", "cross-attention", False)]
 CASES += [("qwen2", "concat", True)]
-LONG = [pytest.param("qwen2", "reading-late", False, marks=pytest.mark.slow)]  # two layers, with breaks
+WITH_BREAKS = [
+    pytest.param("qwen2", "reading-late", recomputed, marks=pytest.mark.slow) for recomputed in (False, True)
+]
 
 
-@pytest.mark.parametrize(("family", "fusion", "checkpointing"), [*CASES, *LONG])
+@pytest.mark.parametrize(("family", "fusion", "checkpointing"), [*CASES, *WITH_BREAKS])
 def test_losses_and_gradients_are_the_same(build: Any, family: str, fusion: str, checkpointing: bool) -> None:
-    model = build(ONE[fusion](), family=family, num_hidden_layers=2 if fusion == "reading-late" else 1)
+    make, count = FUSIONS[fusion]
+    model = build(make(), family=family, num_hidden_layers=count)
     awaken(model.fusion)
     if checkpointing:
         checkpoint_layers(model.language.hf)
         for layer in model.language.layers:
             layer.training = True
     expected = gradients(model)
-    layers = CompiledLayers(model.language.layers)
+    layers = CompiledLayers(model.language.layers, recomputed=checkpointing)
     assert not counters["stats"]["unique_graphs"]
     for before, plain in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(before, plain)

@@ -83,8 +83,9 @@ CASES += [(family, IN_TURN[i % 4]) for i, family in enumerate(f for f in FAMILIE
 CASES += [(family, f"lavi-{kind}") for family in SOME for kind in ("mlp", "conv", "pooled")]
 CASES += [(family, name) for family in SOME for name in ("visor-routed", "visor-modulation", "pyramid-drop", "casa")]
 CASES += [(family, "deepstack") for family in SOME]
-# What no mask, position or cache of a family decides: each family once, each fusion on the kinds of families.
-FEW = [case for case in CASES if case[1] == "lavi-attention" or case[0] in ("qwen2", *SOME)]
+# For models that are trained or answer by beams: LaVi on each family, on those that differ also a fusion with visual
+# tokens in some layers, and each fusion on the kinds of families.
+ONCE = [case for case in CASES if case[1] in ("lavi-attention", *VISUAL_LAYERS) or case[0] in ("qwen2", *SOME)]
 BESIDE = [case for case in CASES if case[1].startswith(("lavi", "cross", "casa"))]
 """The fusions that leave the sequence as it is."""
 
@@ -93,7 +94,7 @@ def name_of(case: tuple[str, str]) -> str:
     return "-".join(case)
 
 
-@pytest.fixture(params=FEW, ids=name_of)
+@pytest.fixture(params=ONCE, ids=name_of)
 def fresh(build, request: pytest.FixtureRequest) -> VisionLanguageModel:  # type: ignore[no-untyped-def]
     """A fusion on a family, as training starts."""
     family, name = request.param

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +41,36 @@ FULL_SIZE = [
 
 
 @pytest.fixture(scope="module")
-def _each_tower_once() -> Iterator[None]:
-    """Recipes share a few towers, and to infer the shapes of one takes a second: they are kept."""
+def keep_shapes_of() -> Iterator[Callable[[object], None]]:
+    """Keeps the shapes of towers, which take a second to infer, for all recipes of the same vision section."""
     known: dict[str, Any] = {}
+    section = ""
+
+    def call(vision: object) -> None:
+        nonlocal section
+        section = str(vision)
 
     def remembered(module: Any, shape: Any) -> Any:
-        key = f"{module} {shape} {[getattr(module.tower, name, None) for name in ('layers', 'final_norm')]}"
+        key = f"{section} {module} {shape}"
         if key not in known:
             known[key] = forward_on_meta(module, shape)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lavi.vision.tower.forward_on_meta", remembered)
-        yield
+        yield call
 
 
-@pytest.mark.usefixtures("hub", "_each_tower_once")
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("file", FULL_SIZE, ids=lambda f: f.stem)
 def test_a_recipe_of_published_checkpoints_builds_on_meta(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_shapes_of: Callable[[object], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/visor").mkdir(parents=True)  # what VISOR's offline steps write
     Path("data/visor/viable.json").write_text('{"viable": [[], [4, 9]]}')
     recipe = Recipe.load(file)
+    keep_shapes_of(recipe.settings["model"].get("vision"))
     with torch.device("meta"):
         model = recipe.build("model")
         module = recipe.build("module", model=model)

@@ -28,7 +28,7 @@ def mesh() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["generate", "prefill"])
+@pytest.mark.parametrize("method", ["generate", "prefill", "backbone_features_of"])
 def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> None:  # type: ignore[no-untyped-def]
     """By each method besides forward, called first: after another call the root's weights are whole in any case."""
     model = build(LaViFusion(every=2)).eval()
@@ -38,6 +38,8 @@ def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> Non
         features = model.features(batch.pixels)
 
         def answer() -> Tensor:
+            if method == "backbone_features_of":
+                return model.backbone_features_of(batch)
             if method == "generate":
                 return torch.tensor(model.generate(batch, max_new_tokens=4))
             return model.prefill(batch, features)[0].logits

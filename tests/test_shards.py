@@ -437,7 +437,7 @@ def test_a_resumed_stream_goes_on_where_it_stopped(build, scenes: Path, workers:
         return ImageTextData(processor, train=str(scenes / "train"), **settings)
 
     whole = read_batches(fresh(), 75)
-    for stop, more in ((2, 73), (33, 30)) if workers else ((1, 74), (2, 20), (33, 42), (65, 10)):
+    for stop, more in ((33, 42), (65, 10)) if workers else ((1, 74), (2, 20), (33, 42), (65, 10)):
         first, second = fresh(), fresh()
         assert read_batches(first, stop) == whole[:stop]
         second.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_int_keys))

@@ -456,9 +456,10 @@ def test_a_model_that_encodes_some_tiles_teaches_nothing(make: Make) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_from_a_run_to_a_router_to_scores(run: Any, tiny_recipe: Path) -> None:
+@pytest.mark.parametrize("trained", [[], ["module.learning_rate.vision=1e-4"]], ids=["frozen", "trained"])
+def test_from_a_run_to_a_router_to_scores(run: Any, tiny_recipe: Path, trained: list[str]) -> None:
     """A tower that was trained is found within the backbone that goes around it; less is encoded."""
-    tiled = ["model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}", "module.learning_rate.vision=1e-4"]
+    tiled = ["model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}", *trained]
     assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *tiled)[0] == 0
     router = "it's, a router"
     status, said, problems = run("lavi.route_tiles", "--checkpoint", "out", "--out", router, "--samples", "40")

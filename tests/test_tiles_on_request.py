@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from lavi.checkpoints.model_folder import build as build_model
 from lavi.checkpoints.model_folder import from_pretrained, save_pretrained
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.data.preprocessing import SquareResize
-from lavi.data.tiling import AnyRes
+from lavi.data.tiling import AnyRes, OneView
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
@@ -234,12 +235,17 @@ class Kept(TileRanking):
         return torch.zeros(len(given.tiles)).index_fill(0, torch.tensor(self.tiles, dtype=torch.long), 1.0)
 
 
+def dropout(share: float, vision: VisionBackbone, **parts: Any) -> TileDropout:
+    about: Any = SimpleNamespace(**{"vision": vision, "reducer": None, "tiling": AnyRes()} | parts)
+    return TileDropout(share, about)
+
+
 @torch.no_grad()
 def test_what_stands_for_a_tile_in_training_is_what_stands_for_it_on_request() -> None:
     """Of a picture any number of tiles goes, each of them at some time; frames and pictures of one view stay."""
     tower = Places()
     pixels, layouts = torch.randn(13, 3, SIDE, SIDE), [TWO_BY_TWO, Layout(), WIDE, VIDEO]
-    features, drop = tower(pixels), TileDropout(1.0, tower)
+    features, drop = tower(pixels), dropout(1.0, tower)
     met = set()
     for seed in range(60):
         torch.manual_seed(seed)
@@ -254,26 +260,44 @@ def test_what_stands_for_a_tile_in_training_is_what_stands_for_it_on_request() -
             assert torch.equal(seen[:5], on_request(pixels[:5], [TWO_BY_TWO]))
     assert {len(kept) for kept in met} == {0, 1, 2, 3}
     assert {tile for kept in met for tile in kept} == {0, 1, 2, 3}
+    assert drop(features[:0], []).shape == (0, *features.shape[1:])
+
+
+def test_a_tower_that_trains_gets_the_gradient_at_the_overview() -> None:
+    """With a class token before the grid, which is the overview's own for each tile."""
+    config = TOWER | {"model_type": "clip_vision_model"}
+    tower = HFVision(config=config, class_token=True).train()
+    pixels = torch.randn(5, *tower.pixel_shape).requires_grad_()
+    torch.manual_seed(6)
+    features = dropout(1.0, tower)(tower(pixels), [TWO_BY_TWO])
+    lost = [bool(torch.equal(view[0], features[0][0])) for view in features[1:]]
+    assert 0 < sum(lost) < 4
+    features[1:].square().sum().backward()
+    reached = (pixels.grad.abs().amax((1, 2, 3)) > 0).tolist()
+    assert reached == [True, *(not gone for gone in lost)]
 
 
 def test_its_share_of_the_pictures_loses_tiles() -> None:
-    features, drop = torch.randn(5, 16, 3), TileDropout(0.3, Places())
+    features, drop = torch.randn(5, 16, 3), dropout(0.3, Places())
     torch.manual_seed(0)
     lost = sum(not torch.equal(drop(features, [TWO_BY_TWO]), features) for _ in range(1000))
     assert 250 < lost < 350
 
 
-@pytest.mark.parametrize("reads", ["one grid", "features alone"])
+@pytest.mark.parametrize("reads", ["one grid", "features alone", "not cut into any"])
 def test_models_whose_tiles_cannot_be_dropped_are_refused(reads: str) -> None:
-    tower, reducer = Places(), None
+    tower = Places()
     tower.native_resolution = reads == "one grid"
-    if reads == "features alone":
-        reducer = VisionZip(dominant=4, contextual=2)
+    parts = {
+        "one grid": {},
+        "features alone": {"reducer": VisionZip(dominant=4, contextual=2)},
+        "not cut into any": {"tiling": OneView()},
+    }
     with pytest.raises(UserError, match=reads):
-        TileDropout(0.5, tower, reducer)
+        dropout(0.5, tower, **parts[reads])
 
 
-def test_a_run_trains_on_fewer_tiles_and_is_scored_on_all(
+def test_a_run_trains_on_fewer_tiles_and_is_scored_as_it_is_asked_to_be(
     run: Any, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From cached features it learns what it learns from pixels."""
@@ -290,6 +314,7 @@ def test_a_run_trains_on_fewer_tiles_and_is_scored_on_all(
     fit = ("lavi.fit", "--recipe", tiny_recipe)
     assert run(*fit, "--run", "whole", *tiled)[0] == 0
     assert whole == [False] * 6  # the steps of training, and none of validation
+    assert run("lavi.evaluate", "--checkpoint", "whole", "--limit", 4, "model.tiling=null")[0] == 0
     assert run("lavi.cache_features", *fit[1:], "--out", "features", "--dtype", "float32", *tiled[:1])[0] == 0
     status, _, problems = run(*fit, "--run", "cached", *tiled, "data.train=features/train")
     assert status == 0, problems

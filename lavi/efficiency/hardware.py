@@ -141,7 +141,8 @@ def this_cpu() -> Device:
 
 
 def _shortest(run: Callable[[], object], *, repeat: int = 1) -> float:
-    """Seconds of the shortest of two to seven runs; of those that take long, fewer."""
+    """Seconds of the shortest of two to seven runs behind a first one; of those that take long, fewer."""
+    run()
     times: list[float] = []
     while len(times) < 2 or (len(times) < 7 and repeat * sum(times) < 1):
         began = time.perf_counter()

@@ -56,11 +56,11 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         checkpointing: recompute the decoder layers in the backward pass instead of keeping their activations.
         compile: compile the decoder layers (:mod:`lavi.training.compiled_layers`): the first steps take minutes, those
             behind them run fused operators. Validation is not compiled.
-        tile_dropout: the share of tiled images in which what the overview shows stands in the place of some tiles
-            (:mod:`lavi.training.tile_dropout`); None: all tiles are as they are encoded.
+        tile_dropout: the share of tiled images in which, in training, what the overview shows stands in the place of
+            some tiles (:mod:`lavi.training.tile_dropout`); None: all tiles are as they are encoded.
 
     Raises:
-        UserError: an unknown part, or nothing that trains; tiles that :class:`TileDropout` refuses.
+        UserError: an unknown part, or nothing that trains.
     """
 
     # A checkpoint holds the trained weights, and the recipe names where the others are from; the exact set of names is
@@ -87,8 +87,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         self.start_from, self.checkpointing = start_from, checkpointing
         if compile:
             check_compiler("module.compile")
-        self.compiled = CompiledLayers(model.language.layers) if compile else None
-        self.tile_dropout = None if tile_dropout is None else TileDropout(tile_dropout, model.vision, model.reducer)
+        self.compiled = CompiledLayers(model.language.layers, recomputed=checkpointing) if compile else None
+        self.tile_dropout = tile_dropout
+        self._drop_tiles: TileDropout | None = None
         rates = dict(learning_rate)
         if isinstance(getattr(model.vision, "ranking", None), nn.Module):  # it ranks without a gradient
             rates.setdefault("vision.ranking", None)
@@ -109,8 +110,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
-            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; as :meth:`load_start`; data
-                whose features are not those of the model.
+            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; as :meth:`load_start` and
+                :class:`TileDropout`; data whose features are not those of the model.
         """
         quantization = self.model.language.quantization
         if stage == "fit" and quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
@@ -124,6 +125,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         self._inherits_later = bool(self.inherited)  # of a run that goes on: they come with its checkpoint
         if stage == "fit":
             self.load_start()
+            if self.tile_dropout is not None:
+                self._drop_tiles = TileDropout(self.tile_dropout, self.model)
         if not self._inherits_later:
             self._check_features()
 
@@ -197,9 +200,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
-        if self.tile_dropout is not None:
+        if self._drop_tiles is not None:
             features = self.model.backbone_features_of(batch)
-            batch = replace(batch, backbone_features=self.tile_dropout(features, batch.layouts))
+            batch = replace(batch, backbone_features=self._drop_tiles(features, batch.layouts))
         scores = self.model.token_scores(batch, added)
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))

@@ -35,8 +35,9 @@ from lavi.model import VisionLanguageModel
 from lavi.nn.autocast import without_autocast
 from lavi.recipe import Recipe
 from lavi.report import track
+from lavi.vision.base import VisionBackbone
 from lavi.vision.tile_router import TileRouter
-from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest, tiles_from_overview
+from lavi.vision.tiles_on_request import RankingInput, TilesOnRequest, check_one_grid, tiles_from_overview
 
 LEAST_GAIN = 0.01
 """Of a probability: less is rounding, or an answer that the overview is enough for."""
@@ -66,7 +67,7 @@ class _TiledImage:
     from_overview: Tensor
 
     @classmethod
-    def of(cls, views: Tensor, slot: ImageSlot, vision: TilesOnRequest) -> _TiledImage:
+    def of(cls, views: Tensor, slot: ImageSlot, vision: VisionBackbone) -> _TiledImage:
         """Of an image in its place."""
         return cls(views, *tiles_from_overview(views[0].float(), slot.layout, vision.grid, vision.prefix))
 
@@ -107,12 +108,9 @@ def questions_about_tiles(model: VisionLanguageModel, batch: Batch) -> list[Tile
     slots = batch.image_slots
     if not slots:
         return []
-    vision = TilesOnRequest(tower=model.vision, keep=1.0)
-    features = batch.backbone_features
-    if features is None:
-        features = model.encode(batch.pixels, batch.layouts)
-    of_images = features.split([slot.views for slot in slots])
-    images = [_TiledImage.of(views, slot, vision) for views, slot in zip(of_images, slots, strict=True)]
+    check_one_grid(model.vision, "a router of tiles")
+    of_images = model.backbone_features_of(batch).split([slot.views for slot in slots])
+    images = [_TiledImage.of(views, slot, model.vision) for views, slot in zip(of_images, slots, strict=True)]
     images_in = Counter(map(batch.conversation_of, slots))
     asked = [  # number of an answer, and the image that it is about
         (batch.answers.index(answer), image)

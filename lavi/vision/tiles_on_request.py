@@ -91,6 +91,19 @@ class RandomTiles(TileRanking):
         return torch.rand(count, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
 
 
+def check_one_grid(vision: VisionBackbone, what: str) -> None:
+    """That an overview's features can be interpolated.
+
+    Raises:
+        UserError: images have grids of their own, or features lie on none.
+    """
+    if vision.native_resolution or vision.feature_spec.grid is None:
+        raise UserError(
+            f"{what} takes a backbone of one grid for all images, and {type(vision).__name__} as it is set has none: "
+            "take another, or leave it out."
+        )
+
+
 def tiles_from_overview(
     overview: Tensor, layout: Layout, grid: tuple[int, int], prefix: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -138,8 +151,7 @@ class TilesOnRequest(VisionBackbone):
 
     def __init__(self, *, tower: VisionBackbone, keep: Share, ranking: TileRanking | None = None) -> None:
         super().__init__()
-        if tower.native_resolution or tower.feature_spec.grid is None:
-            raise UserError("TilesOnRequest takes a backbone of one grid for all images.")
+        check_one_grid(tower, "TilesOnRequest")
         self.tower, self.keep, self.ranking = tower, keep, ranking or Detail()
         if self.ranking.width not in (None, tower.width):
             raise UserError(
@@ -154,7 +166,7 @@ class TilesOnRequest(VisionBackbone):
 
     def count(self, layout: Layout) -> int:
         """How many tiles of an image are encoded."""
-        tiles = layout.views - 1 if layout.tiles is not None else 0
+        tiles = layout.tile_count
         return tiles if self.keep == 1 else math.ceil(self.keep * tiles - 1e-9) if tiles > 1 else 0
 
     def forward(
@@ -208,7 +220,7 @@ class TilesOnRequest(VisionBackbone):
     def flops(self, views: int, layout: Layout | None = None) -> float:
         if layout is None or layout.tiles is None:
             return self.tower.flops(views, layout)
-        tiles, count = layout.views - 1, self.count(layout)
+        tiles, count = layout.tile_count, self.count(layout)
         ranking = self.ranking.flops(tiles, self.tokens) if 0 < count < tiles else 0.0
         return views / layout.views * (self.tower.flops(1 + count) + ranking)
 
