@@ -99,11 +99,12 @@ lab: install ## accuracy against cost: every fusion on scenes and videos (hours 
 
 LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
 
-lab-large: install ## large pictures: LaVi on all tiles, then on those that the question needs (an hour on two cores; stopped, it goes on)
+lab-large: install ## large pictures: LaVi on all tiles, then on those that the question needs (two hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl \
-	  --methods "LaVi of large pictures" "LaVi of large pictures, fewer tiles"
+	  --methods "LaVi of large pictures" "LaVi of large pictures, fewer tiles" \
+	  "LaVi of large pictures, tiles dropped" "LaVi of large pictures, tiles dropped, fewer tiles"
 
 tensorboard: install ## look at all runs
 	@echo "efficiency curves: http://localhost:6006/#custom_scalars"
