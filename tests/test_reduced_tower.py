@@ -14,6 +14,8 @@ from test_native_resolution import CONFIG as NAFLEX
 from test_vision import CONVOLUTIONAL, HF, OPEN_CLIP, clip, hf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lavi.batch import Layout
 from lavi.checkpoints.feature_cache import fingerprint
@@ -223,7 +225,7 @@ class Dropped(TokenReduction):
 
 @pytest.mark.parametrize("name", MERGEABLE)
 @torch.no_grad()
-def test_tokens_keep_their_places(name: str) -> None:
+def test_tokens_keep_their_places(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left sees what it would see if the others were masked: with the rotations of its own place."""
     places = (0, 3, 5, 6, 11)
     vision, fewer = hf(name), reduced(name, Dropped(places))
@@ -232,15 +234,22 @@ def test_tokens_keep_their_places(name: str) -> None:
     seen = torch.ones(2, 1, count, count, dtype=torch.bool)
     seen[..., [vision.standing_before + place for place in places]] = False
 
-    def mask(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args[:1], kwargs | {"attention_mask": seen}
+    layers = next(m for m in vision.tower.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)
+    masked = {id(module) for layer in layers[1:] for module in layer.modules()}
 
-    for layer in next(m for m in vision.tower.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)[1:]:
-        attention = next(m for key, m in layer.named_modules() if key in ("self_attn", "attention", "attn"))
-        attention.register_forward_pre_hook(mask, with_kwargs=True)
-        assert not attention.training
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        assert not module.training
+        return sdpa_attention_forward(
+            module, query, key, value, seen if id(module) in masked else mask, *args, **kwargs
+        )
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "masked", attend)
     left = [at for at in range(16) if at not in places]
-    torch.testing.assert_close(fewer(pixels)[:, left], vision(pixels)[:, left], atol=1e-5, rtol=1e-4)
+    expected = fewer(pixels)[:, left]
+    vision.tower.config._attn_implementation = "masked"
+    torch.testing.assert_close(expected, vision(pixels)[:, left], atol=1e-5, rtol=1e-4)
 
 
 # --- batches, costs, and the way through the library ------------------------------------------------------------------

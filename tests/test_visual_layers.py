@@ -278,8 +278,9 @@ def test_reading_costs_what_it_computes(build, family: str) -> None:
     assert fusion.cached_by_layer(16, 4) == [16, 0, 16, 16]
     shape = Scenario(text=50, visual_tokens=64).shape_for(model)
     closed, by_operator = closed_form(model, shape), counted(model, shape)
-    assert closed.language == pytest.approx(by_operator["language"] + by_operator["fusion"], rel=1e-6)
-    assert sum(closed.decode.values()) == pytest.approx(by_operator["decode"], rel=1e-6)
+    # Older transformers multiply matrices for the angles of positions, which no formula counts.
+    assert closed.language == pytest.approx(by_operator["language"] + by_operator["fusion"], rel=2e-4)
+    assert sum(closed.decode.values()) == pytest.approx(by_operator["decode"], rel=2e-4)
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
