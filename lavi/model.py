@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from lavi.batch import Batch, Layout, Sample, Video, Visual, VisualState, grids_of_views, question_about
+from lavi.batch import Batch, Layout, Sample, Visual, VisualState, grids_of_views, question_about
 from lavi.config.types import Check, Count
 from lavi.data.chat import Chat, check_template
-from lavi.data.images import upright_rgb
+from lavi.data.images import upright
 from lavi.data.processor import Processor
 from lavi.data.tiling import OneView, Tiling
 from lavi.errors import UserError
@@ -170,6 +170,10 @@ class VisionLanguageModel(nn.Module):
             return batch.backbone_features.float()
         questions = self._questions(batch) if self.vision.reads_questions else None
         return self._backbone_features(batch.pixels, batch.layouts, questions)
+
+    def with_backbone_features(self, batch: Batch) -> Batch:
+        """A batch that brings them with it."""
+        return replace(batch, backbone_features=self.backbone_features_of(batch))
 
     @torch.no_grad()
     def _questions(self, batch: Batch) -> list[Tensor | None]:
@@ -443,8 +447,3 @@ def check_native_resolution(
             f"{what}, and {type(fusion).__name__} as it is set needs one for all: take, for example, concatenation, "
             "cross-attention, or LaVi with its attention generator."
         )
-
-
-def upright(visual: Visual) -> Visual:
-    """An image as :func:`lavi.data.images.open_image` would give it; a video as it is."""
-    return visual if isinstance(visual, Video) else upright_rgb(visual)

@@ -13,11 +13,13 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
 import lavi.training.compiled_layers as compiled_layers
+from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.compiled import DecodeCompiler
 from lavi.training.compiled_layers import CompiledLayers
 from lavi.training.sharding import shard
+from lavi.training.tile_dropout import TileDropout
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def mesh() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["generate", "prefill", "backbone_features_of"])
+@pytest.mark.parametrize("method", ["generate", "prefill", "with_backbone_features"])
 def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> None:  # type: ignore[no-untyped-def]
     """By each method besides forward, called first: after another call the root's weights are whole in any case."""
     model = build(LaViFusion(every=2)).eval()
@@ -38,8 +40,8 @@ def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> Non
         features = model.features(batch.pixels)
 
         def answer() -> Tensor:
-            if method == "backbone_features_of":
-                return model.backbone_features_of(batch)
+            if method == "with_backbone_features":
+                return model.with_backbone_features(batch).backbone_features
             if method == "generate":
                 return torch.tensor(model.generate(batch, max_new_tokens=4))
             return model.prefill(batch, features)[0].logits
@@ -49,6 +51,31 @@ def test_a_sharded_model_answers_as_before(build, mesh: Any, method: str) -> Non
         shard(model, mesh)  # a second time changes nothing
         assert DecodeCompiler().serves(model.language.hf) is False
         torch.testing.assert_close(answer(), before)
+
+
+def test_tiles_are_dropped_alike_where_weights_are_sharded(build: Any, mesh: Any) -> None:
+    """Two calls in one step, the tower trained along: losses and gradients of two steps."""
+    found = []
+    for sharded in (False, True):
+        model = build(LaViFusion(every=2))
+        awaken(model.fusion)
+        model.tiling = AnyRes(max_grid=2)
+        if sharded:
+            shard(model, mesh)
+        batch = collate(model, [ask(1, "what colour?", answer="red"), ask("hello", answer="yes")])
+        drop = TileDropout(1.0, model)
+        for step in range(2):
+            torch.manual_seed(step)
+            model.zero_grad()
+            loss = model.token_scores(drop(model.with_backbone_features(batch))).loss
+            loss.backward()
+            whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            found.append({name: getattr(g, "full_tensor", g.clone)() for name, g in whole.items()} | {"loss": loss})
+    assert any("vision" in name for name in found[0])
+    for plain, ours in zip(found[:2], found[2:], strict=True):
+        assert ours.keys() == plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_compiled_layers_learn_the_same_when_they_are_sharded(

@@ -245,7 +245,7 @@ def test_what_stands_for_a_tile_in_training_is_what_stands_for_it_on_request() -
     """Of a picture any number of tiles goes, each of them at some time; frames and pictures of one view stay."""
     tower = Places()
     pixels, layouts = torch.randn(13, 3, SIDE, SIDE), [TWO_BY_TWO, Layout(), WIDE, VIDEO]
-    features, drop = tower(pixels), dropout(1.0, tower)
+    features, drop = tower(pixels), dropout(1.0, tower).dropped
     met = set()
     for seed in range(60):
         torch.manual_seed(seed)
@@ -269,7 +269,7 @@ def test_a_tower_that_trains_gets_the_gradient_at_the_overview() -> None:
     tower = HFVision(config=config, class_token=True).train()
     pixels = torch.randn(5, *tower.pixel_shape).requires_grad_()
     torch.manual_seed(6)
-    features = dropout(1.0, tower)(tower(pixels), [TWO_BY_TWO])
+    features = dropout(1.0, tower).dropped(tower(pixels), [TWO_BY_TWO])
     lost = [bool(torch.equal(view[0], features[0][0])) for view in features[1:]]
     assert 0 < sum(lost) < 4
     features[1:].square().sum().backward()
@@ -278,7 +278,7 @@ def test_a_tower_that_trains_gets_the_gradient_at_the_overview() -> None:
 
 
 def test_its_share_of_the_pictures_loses_tiles() -> None:
-    features, drop = torch.randn(5, 16, 3), dropout(0.3, Places())
+    features, drop = torch.randn(5, 16, 3), dropout(0.3, Places()).dropped
     torch.manual_seed(0)
     lost = sum(not torch.equal(drop(features, [TWO_BY_TWO]), features) for _ in range(1000))
     assert 250 < lost < 350

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lavi.batch import Video, Visual
 from lavi.errors import UserError
 
 MAX_PIXELS = 100_000_000
@@ -124,6 +125,11 @@ def _formats() -> list[str]:
     """All that Pillow reads, but for EPS: that would run Ghostscript on it."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
+
+
+def upright(visual: Visual) -> Visual:
+    """An image as :func:`open_image` would give it; a video as it is."""
+    return visual if isinstance(visual, Video) else upright_rgb(visual)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -201,8 +200,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """
         added: dict[str, Tensor] = {}
         if self._drop_tiles is not None:
-            features = self.model.backbone_features_of(batch)
-            batch = replace(batch, backbone_features=self._drop_tiles(features, batch.layouts))
+            batch = self._drop_tiles(self.model.with_backbone_features(batch))
         scores = self.model.token_scores(batch, added)
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))

@@ -62,5 +62,5 @@ def shard(model: VisionLanguageModel, mesh: Any) -> None:
     for layer in model.language.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("token_scores", "generate", "prefill", "backbone_features_of"):
+    for method in ("token_scores", "generate", "prefill", "with_backbone_features"):
         register_fsdp_forward_method(model, method)

@@ -9,11 +9,12 @@ faster. A method of this library; no paper has it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lavi.batch import Layout
+from lavi.batch import Batch, Layout
 from lavi.data.tiling import OneView
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
@@ -45,7 +46,12 @@ class TileDropout:
             )
         self.share, self.grid, self.prefix = share, model.vision.grid, model.vision.prefix
 
-    def __call__(self, features: Tensor, layouts: Sequence[Layout]) -> Tensor:
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch that brings the backbone's features with it, tiles in them replaced."""
+        assert batch.backbone_features is not None
+        return replace(batch, backbone_features=self.dropped(batch.backbone_features, batch.layouts))
+
+    def dropped(self, features: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Features (views, N, Dv) of images of these layouts; overviews, frames and images of one view stay."""
         result = [features[:0]]  # of no image, too, there is something to join
         for image, layout in zip(features.split([layout.views for layout in layouts]), layouts, strict=True):
