@@ -115,6 +115,10 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
     return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
 
 
+BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
+DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
+
+
 def fewer_tiles(of: str, data: str, *others: tuple[str, tuple[str, ...]], trained: str = "") -> Method:
     """A method's runs, scored with a part of the tiles encoded; ``trained`` is appended to each name."""
     rankings = {"by the question": BY_QUESTION, "of most detail": DETAIL}
@@ -127,9 +131,6 @@ def fewer_tiles(of: str, data: str, *others: tuple[str, tuple[str, ...]], traine
     variants += [*others, (f"none: the whole picture alone{trained}", alone)]
     return Method("large", of=of, data=data, seeds=(0,), variants=tuple(variants))
 
-
-BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
-DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
 METHODS: dict[str, Method] = {
     "concatenation": Method("concat", shares=(SHORT, 1.0)),

@@ -172,7 +172,7 @@ class VisionLanguageModel(nn.Module):
         return self._backbone_features(batch.pixels, batch.layouts, questions)
 
     def with_backbone_features(self, batch: Batch) -> Batch:
-        """A batch that brings them with it."""
+        """A batch that brings what :meth:`backbone_features_of` gives of it."""
         return replace(batch, backbone_features=self.backbone_features_of(batch))
 
     @torch.no_grad()

@@ -63,6 +63,7 @@ def test_tiles_are_dropped_alike_where_weights_are_sharded(build: Any, mesh: Any
         if sharded:
             shard(model, mesh)
         batch = collate(model, [ask(1, "what colour?", answer="red"), ask("hello", answer="yes")])
+        assert [layout.tile_count for layout in batch.layouts] == [4]
         drop = TileDropout(1.0, model)
         for step in range(2):
             torch.manual_seed(step)

@@ -228,9 +228,9 @@ def test_a_killed_run_sees_the_same_samples_and_losses(
     recipe["trainer"] |= {"max_steps": steps, "limit_val_batches": 0}
     tiny_recipe.write_text(yaml.safe_dump(recipe))
 
-    def ends(step: int, notes: Path, *arguments: object, status: int = 0, method: str = "fork") -> None:
+    def ends(step: int, notes: Path, *arguments: object, status: int = 0, start: str = "fork") -> None:
         train = partial(train_and_note, step, notes, [str(argument) for argument in arguments])
-        started = start_process(train, notes.with_suffix(".said"), method=method)
+        started = start_process(train, notes.with_suffix(".said"), method=start)
         assert started.wait() == status, started.err
 
     ends(-1, tmp_path / "whole.txt", "--recipe", tiny_recipe, "--run", tmp_path / "whole")
@@ -239,7 +239,7 @@ def test_a_killed_run_sees_the_same_samples_and_losses(
     for step in sorted(random.Random(workers).sample(range(5, steps), kills)):
         ends(step, notes, *how, status=-signal.SIGKILL)
         how = ("--resume", run)
-    ends(-1, notes, *how, method=method)
+    ends(-1, notes, *how, start=method)
 
     whole = (tmp_path / "whole.txt").read_text().splitlines()
     assert len(whole) == steps

@@ -33,6 +33,8 @@ from lavi.vision.tiles_on_request import RandomTiles, RankingInput, TileRanking,
 
 SIDE = 32
 TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
+WIDE, SINGLE = Layout(views=4, tiles=(1, 3), size=(30, 90)), Layout(views=2, tiles=(1, 1), size=(20, 30))
+VIDEO = Layout(views=3, video=True)
 
 
 @pytest.fixture(autouse=True)
@@ -135,9 +137,7 @@ def test_all_of_them_kept_the_tower_is_itself() -> None:
 
 def test_an_image_is_what_it_is_alone() -> None:
     """Beside others with more tiles, none, or frames; with a ranking by chance, too."""
-    video, wide = Layout(views=3, video=True), Layout(views=4, tiles=(1, 3), size=(30, 90))
-    single = Layout(views=2, tiles=(1, 1), size=(20, 30))
-    layouts = [Layout(), TWO_BY_TWO, video, wide, single]
+    layouts = [Layout(), TWO_BY_TWO, VIDEO, WIDE, SINGLE]
     merging = ReducedTower(tower=HFVision(config=TOWER), reductions=[FrameMerging(keep=0.5, behind=0)])
     for tower in (HFVision(config=TOWER), merging):
         for ranking in (None, RandomTiles()):
@@ -154,9 +154,7 @@ def test_an_image_is_what_it_is_alone() -> None:
 def test_both_counters_agree_on_the_tiles_that_are_encoded() -> None:
     tower = HFVision(config=TOWER)
     vision = TilesOnRequest(tower=tower, keep=0.5)
-    wide = Layout(views=4, tiles=(1, 3), size=(30, 90))
-    single = Layout(views=2, tiles=(1, 1), size=(20, 30))
-    for layout, encoded in ((TWO_BY_TWO, 3), (wide, 3), (single, 1), (Layout(), 1), (Layout(views=3, video=True), 3)):
+    for layout, encoded in ((TWO_BY_TWO, 3), (WIDE, 3), (SINGLE, 1), (Layout(), 1), (VIDEO, 3)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             vision(torch.randn(layout.views, *vision.pixel_shape), [layout])
         assert vision.flops(layout.views, layout) == tower.flops(encoded)
@@ -216,13 +214,11 @@ def test_a_backbone_in_a_backbone_in_a_backbone_is_exported(tiny_recipe: Path, t
         save_pretrained(model, tmp_path / str(number))
         again = from_pretrained(tmp_path / str(number))
         pixels = torch.randn(3, *model.vision.pixel_shape)
-        layouts = [Layout(views=3, video=True)]
+        layouts = [VIDEO]
         assert torch.equal(again.features(pixels, layouts), model.features(pixels, layouts))
 
 
 # --- training on fewer tiles ------------------------------------------------------------------------------------------
-
-WIDE, VIDEO = Layout(views=4, tiles=(1, 3), size=(30, 90)), Layout(views=3, video=True)
 
 
 class Kept(TileRanking):

@@ -104,9 +104,7 @@ def check_one_grid(vision: VisionBackbone, what: str) -> None:
         )
 
 
-def tiles_from_overview(
-    overview: Tensor, layout: Layout, grid: tuple[int, int], prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+def tiles_from_overview(overview: Tensor, layout: Layout, grid: tuple[int, int], prefix: int) -> tuple[Tensor, Tensor]:
     """The overview's features (N, Dv) at the places of each tile's tokens, interpolated.
 
     Args:
