@@ -23,9 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
+from lavi.language import fused_cross_entropy
 from lavi.language.attention_widths import AttentionWidths
 from lavi.language.compiled import DecodeCompiler
 from lavi.language.context import DecoderInput, HeadAlone
+from lavi.language.fused_cross_entropy import is_plain_linear
 from lavi.language.lora import LoRA, add_lora, merged_state
 from lavi.language.sequence import recurrent_layers, refuse_recurrent
 from lavi.language.surgery import decoder_of
@@ -200,7 +202,7 @@ class LanguageModel(nn.Module):
             UserError: as :meth:`forward`.
         """
         chunk = max(1, most_logits // self.hf.config.vocab_size)
-        return score_tokens(self.head, self.hidden(inputs), labels, chunk=chunk)
+        return score_tokens(self._linear_head or self.head, self.hidden(inputs), labels, chunk=chunk)
 
     def hidden(self, inputs: DecoderInput) -> Tensor:
         """(B, T, D): behind the final norm, at the text tokens; what :meth:`head` reads.
@@ -216,6 +218,22 @@ class LanguageModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, D) to logits (n, vocabulary), scaled and capped as the family does it."""
         return self.hf(inputs_embeds=hidden[None], vision=HeadAlone(), use_cache=False).logits[0]
+
+    @property
+    def _linear_head(self) -> nn.Linear | None:
+        """The head as a layer whose cross-entropy a kernel may take; nothing where none is installed."""
+        head = self.hf.get_output_embeddings()
+        if fused_cross_entropy.IS_INSTALLED and is_plain_linear(head) and self._logits_are_the_layers:
+            return head
+        return None
+
+    @cached_property
+    def _logits_are_the_layers(self) -> bool:
+        """Whether the family neither scales nor caps what its output layer gives."""
+        layer = self.hf.get_output_embeddings()
+        far = torch.linspace(-100, 100, self.width).to(layer.weight)[None]  # (1, D): where a cap would show
+        with torch.no_grad():
+            return torch.equal(self.head(far), layer(far))
 
     def _check_conversations(self, inputs: DecoderInput) -> None:
         """Of rows that hold several: that the decoder keeps them apart.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavi.batch import IGNORE
+from lavi.language import fused_cross_entropy
 
 MOST_LOGITS = 2**26
 """Logits of a chunk: 256 MiB of float32, 441 tokens of a vocabulary of 152,000. Softmax and gradient are as large."""
@@ -44,7 +45,7 @@ def score_tokens(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tenso
         hidden: (B, T, D).
         labels: (B, T), ``IGNORE`` where nothing is trained; a row's first token is never scored.
         chunk: logits of at most so many tokens stand in memory; where there are more of them, they are computed anew
-            in the backward pass.
+            in the backward pass, by a kernel where ``head`` is a plain linear layer and one is installed.
     """
     positions = (labels[:, 1:] != IGNORE).nonzero() + torch.tensor([0, 1], device=labels.device)  # (n, 2)
     row, column = positions.unbind(1)
@@ -62,6 +63,8 @@ def score_parts(
         truth: (n,), the tokens.
     """
     recompute = len(before) > chunk and torch.is_grad_enabled()
+    if recompute and fused_cross_entropy.is_plain_linear(head) and fused_cross_entropy.runs_kernel(before):
+        return fused_cross_entropy.fused_scores(head, before, truth)
     parts = [
         checkpoint(_score, head, *part, use_reentrant=False) if recompute else _score(head, *part)
         for part in zip(before.split(chunk), truth.split(chunk), strict=True)
