@@ -193,7 +193,7 @@ def test_requests_are_answered_in_batches_as_they_arrive() -> None:
     assert sum(done) == 9
     assert set(done) <= {1, 2, 4}
     assert served["p50"] <= served["p90"] <= served["p99"]
-    record = {"method": "lavi", "share": 0.5, **served}
+    record = {"method": "lavi", "share": 0.5, "capacity": 2.0, **served}
     columns, rows = serving.serving_table([record])
     assert [len(row) for row in rows] == [len(columns)]
 

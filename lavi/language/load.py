@@ -202,7 +202,9 @@ class LanguageModel(nn.Module):
             UserError: as :meth:`forward`.
         """
         chunk = max(1, most_logits // self.hf.config.vocab_size)
-        return score_tokens(self._linear_head or self.head, self.hidden(inputs), labels, chunk=chunk)
+        hidden = self.hidden(inputs)
+        linear = self._linear_head if fused_cross_entropy.runs_kernel(hidden) else None
+        return score_tokens(linear or self.head, hidden, labels, chunk=chunk)
 
     def hidden(self, inputs: DecoderInput) -> Tensor:
         """(B, T, D): behind the final norm, at the text tokens; what :meth:`head` reads.
@@ -221,11 +223,9 @@ class LanguageModel(nn.Module):
 
     @property
     def _linear_head(self) -> nn.Linear | None:
-        """The head as a layer whose cross-entropy a kernel may take; nothing where none is installed."""
+        """The head as a layer whose cross-entropy a kernel may take, where it is no more than that."""
         head = self.hf.get_output_embeddings()
-        if fused_cross_entropy.IS_INSTALLED and is_plain_linear(head) and self._logits_are_the_layers:
-            return head
-        return None
+        return head if is_plain_linear(head) and self._logits_are_the_layers else None
 
     @cached_property
     def _logits_are_the_layers(self) -> bool:
