@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import importlib.util
 import os
@@ -44,6 +45,16 @@ TOWER = {
 }
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the garbage collector need not walk through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries complain of what they find alive at the end
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -81,33 +92,37 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def build(tokenizer: str):  # type: ignore[no-untyped-def]
     """A small model: the same weights whenever the seed is the same, but for the fusion's own."""
-    # By seed and device: a tower, and the random numbers that follow it.
-    towers: dict[tuple[int, torch.device], tuple[HFVision, torch.Tensor]] = {}
+    # A tower and a language model, and the random numbers that follow them.
+    built: dict[tuple[object, ...], tuple[HFVision, LanguageModel, torch.Tensor]] = {}
 
-    def tower(seed: int) -> HFVision:
-        key = (seed, torch.get_default_device())
-        if key not in towers:
+    def parts(family: str, seed: int, dtype: str, config: dict[str, Any]) -> tuple[HFVision, LanguageModel]:
+        key = (family, seed, dtype, repr(config), torch.get_default_device())
+        if key not in built:
             torch.manual_seed(seed)
-            towers[key] = HFVision(config=TOWER), torch.get_rng_state()
-        vision, state = towers[key]
+            vision = HFVision(config=TOWER)
+            language = LanguageModel(
+                config=(FAMILIES | HYBRIDS | LOOKING_UP)[family] | config,
+                tokenizer=tokenizer,
+                dtype=dtype,  # type: ignore[arg-type]
+                attention="eager" if family in EAGER else "sdpa",
+            )
+            # Random norms: with all weights at 1 a wrong affine part would go unseen.
+            with torch.no_grad():
+                for name, parameter in language.hf.named_parameters():
+                    if "norm" in name:
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+            built[key] = vision, language, torch.get_rng_state()
+        *originals, state = built[key]
         torch.set_rng_state(state)
-        return copy.deepcopy(vision)  # ten times as fast as building one
+        # A copy is several times as fast as a new one; tokenizers stay as they are.
+        words = originals[1].tokenizer
+        vision, language = copy.deepcopy(originals, {id(words): words})
+        return vision, language
 
     def make(
         fusion: Fusion, *, family: str = "qwen2", seed: int = 0, dtype: str = "float32", **config: Any
     ) -> VisionLanguageModel:
-        vision = tower(seed)
-        language = LanguageModel(
-            config=(FAMILIES | HYBRIDS | LOOKING_UP)[family] | config,
-            tokenizer=tokenizer,
-            dtype=dtype,  # type: ignore[arg-type]
-            attention="eager" if family in EAGER else "sdpa",
-        )
-        # Random norms: with all weights at 1 a wrong affine part would go unseen.
-        with torch.no_grad():
-            for name, parameter in language.hf.named_parameters():
-                if "norm" in name:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
+        vision, language = parts(family, seed, dtype, config)
         return VisionLanguageModel(vision=vision, language=language, fusion=fusion).eval()
 
     return make
