@@ -139,13 +139,12 @@ def _capacity(answer: Answer, device: torch.device) -> float:
 def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows."""
     columns = ["rate, of what concatenation can do", "method", "p50 s", "p90 s", "p99 s", "answered a second", "batch"]
-    columns.append("in full batches, a second")
+    columns += ["in full batches, a second"]
     rows = []
     for record in records:
         figures = [f"{record[name]:.2f}" for name in ("p50", "p90", "p99", "rate")]
-        rows.append(
-            [f"{record['share']:g}", record["method"], *figures, f"{record['rows']:.1f}", f"{record['capacity']:.1f}"]
-        )
+        figures += [f"{record[name]:.1f}" for name in ("rows", "capacity")]
+        rows.append([f"{record['share']:g}", record["method"], *figures])
     return columns, rows
 
 

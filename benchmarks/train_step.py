@@ -36,7 +36,7 @@ ALL, SOME, FUSED = "logits of all tokens", "logits of trained tokens", "the same
 
 
 def head_and_loss(device: torch.device, vocabulary: int, width: int) -> dict[str, Callable[[], Tensor]]:
-    """The ways: each runs forward and backward once and gives the loss; both look for the likeliest tokens, too."""
+    """The ways: each runs forward and backward once and gives the loss; all look for the likeliest tokens, too."""
     torch.manual_seed(0)
     head = nn.Linear(width, vocabulary, bias=False, device=device).requires_grad_(False)
     hidden = torch.randn(ROWS, TOKENS, width, device=device, requires_grad=True)

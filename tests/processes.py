@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,15 @@ def start_process(
 def start_command(said: Path, module: str, *arguments: object) -> Started:
     """Start the ``main`` of a module with these arguments, as ``python -m MODULE ARGUMENTS`` does, but in a fork."""
     return start_process(partial(_command, module, [str(argument) for argument in arguments]), said)
+
+
+def run_in_triton_s_interpreter(code: str) -> None:
+    """Run a check in a new interpreter of Python, where Triton's kernels run on the CPU, line by line."""
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join(str(root / folder) for folder in ("", "tests", "benchmarks"))
+    settings = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def kill_all() -> None:

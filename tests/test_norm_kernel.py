@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import norm as benchmark
 import pytest
 import torch
 from conftest import awaken, small
+from processes import run_in_triton_s_interpreter
 from torch import Tensor
 
 import lavi.nn.norm_kernel as kernel
@@ -115,18 +112,12 @@ for width in (24, 64, 130):
             for one, true in zip(got, torch.autograd.grad(exact, wanted, grad.double()), strict=True):
                 bf16 = torch.bfloat16 in (one.dtype, *dtypes)
                 torch.testing.assert_close(one.double(), true, rtol=2e-2 if bf16 else 1e-4, atol=3e-2 if bf16 else 1e-4)
-print("all the same")
 """
 
 
 @pytest.mark.skipif(not kernel.HAS_TRITON, reason="Triton is not on this machine")
 def test_the_kernel_in_triton_s_interpreter() -> None:
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join(str(root / folder) for folder in ("", "tests", "benchmarks"))
-    settings = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", CHECK]
-    done = subprocess.run(command, env=settings, cwd=root, capture_output=True, text=True, check=False)
-    assert "all the same" in done.stdout, done.stderr
+    run_in_triton_s_interpreter(CHECK)
 
 
 def test_lavi_asks_for_it_away_from_the_cpu(build: Any) -> None:

@@ -55,25 +55,11 @@ def fused_scores(head: nn.Linear, hidden: Tensor, truth: Tensor) -> tuple[Tensor
 
 @lru_cache
 def _is_equal(device: str, dtype: torch.dtype) -> bool:
-    """Whether losses and gradients of the kernel are those of the plain formula here."""
-    generator = torch.Generator().manual_seed(0)
-    head = nn.utils.skip_init(nn.Linear, 64, 500, device=device, dtype=dtype)  # no draw that a training would miss
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    hidden = torch.randn(80, 64, generator=generator).to(device, dtype).requires_grad_()
-    truth = torch.randint(500, (80,), generator=generator).to(device)
-    weights = torch.randn(80, generator=generator).to(device)
-    wanted = [hidden, *head.parameters()]
-
-    def losses_and_gradients(log_probability: Tensor) -> list[Tensor]:
-        return [log_probability.detach(), *torch.autograd.grad((weights * log_probability).sum(), wanted)]
-
+    """Whether losses and gradients of the kernel are those of the plain formula here; tried once."""
     try:
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
-            ours = losses_and_gradients(fused_scores(head, hidden, truth)[0])
-            plain = -nn.functional.cross_entropy(head(hidden).float(), truth, reduction="none")
-            theirs = losses_and_gradients(plain)
+        # The first to ask may be a validation, whose tensors have no gradients.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            ours, theirs = _losses_and_gradients(device, dtype)
     except Exception as error:  # noqa: BLE001  (whatever another's kernel raises, plain code serves)
         warnings.warn(f"Liger's fused cross-entropy does not run here, plain code is used: {error}", stacklevel=2)
         return False
@@ -82,3 +68,22 @@ def _is_equal(device: str, dtype: torch.dtype) -> bool:
         return True
     warnings.warn("Liger's fused cross-entropy gives other gradients here: plain code is used.", stacklevel=2)
     return False
+
+
+def _losses_and_gradients(device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the kernel and of the plain formula, on one small input."""
+    generator = torch.Generator().manual_seed(0)
+    head = nn.utils.skip_init(nn.Linear, 64, 500, device=device, dtype=dtype)  # no draw that a training would miss
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    hidden = torch.randn(80, 64, generator=generator).to(device, dtype).requires_grad_()  # (n, D)
+    truth = torch.randint(500, (80,), generator=generator).to(device)  # (n,)
+    weights = torch.randn(80, generator=generator).to(device)  # (n,)
+    fused, _ = fused_scores(head, hidden, truth)
+    plain = -nn.functional.cross_entropy(head(hidden).float(), truth, reduction="none")
+    ours, theirs = (
+        [said.detach(), *torch.autograd.grad((weights * said).sum(), [hidden, *head.parameters()])]
+        for said in (fused, plain)
+    )
+    return ours, theirs
