@@ -93,11 +93,11 @@ def test_heads_that_scale_or_cap_stay_with_plain_code(
     awaken(model.fusion)
     batch = collate(model, SAMPLES)
     tokens = int((batch.labels[:, 1:] != -100).sum())
+    drawn = torch.get_rng_state()
     with torch.no_grad():
         expected = model.token_scores(batch)
     assert asked == []  # nothing would be computed anew in a backward pass
     model.requires_grad_()
-    drawn = torch.get_rng_state()
     scores = model.language.token_scores(model._arranged(batch), batch.labels, most_logits=1)
     assert asked == [tokens] * served
     assert torch.equal(torch.get_rng_state(), drawn)  # a training draws what it would draw without the kernel
