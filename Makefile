@@ -93,18 +93,19 @@ lab: install ## accuracy against cost: every fusion on scenes and videos (hours 
 	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,lavi,data/lab-features)
+	$(call lab-features,merged,data/lab-merged-features)
 	$(call lab-features,video_lavi,data/lab-videos-features)
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --processes 2
 	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --time --picture docs/lab.png
 
 LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
 
-lab-large: install ## large pictures: LaVi on all tiles, then on those that the question needs (two hours on two cores; stopped, it goes on)
+lab-large: install ## large pictures: LaVi and VISOR on all tiles, then with encoders that cost less (four hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
-	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl \
-	  --methods "LaVi of large pictures" "LaVi of large pictures, fewer tiles" \
-	  "LaVi of large pictures, tiles dropped" "LaVi of large pictures, tiles dropped, fewer tiles"
+	$(call lab-features,large_levels,data/lab-large-levels-features)
+	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --large
+	$(BIN)/python benchmarks/hybrids.py --out benchmarks/results/hybrids.jsonl --picture docs/hybrids.png
 
 tensorboard: install ## look at all runs
 	@echo "efficiency curves: http://localhost:6006/#custom_scalars"

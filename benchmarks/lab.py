@@ -17,13 +17,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from lab_methods import METHODS, ROUTER, RUN, method_of_variant, variants_of
 from lab_results import (
     DATA,
     NOISE,
@@ -55,182 +55,15 @@ from lavi.training.run import train
 from lavi.training.tile_routing import train_tile_router
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
-SEEDS = (0, 1, 2)
-"""Of the methods that the lab is about; what varies them is trained with one."""
 QUESTIONED = 4000
 """Conversations that a router of tiles learns from."""
 SAVE_EVERY = 500
 """Steps of training that a kill loses at most."""
-TOWER = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
-RUN, ROUTER = "THE-RUN", "tile-router"
-"""In changes, the folder of the run that is scored; in it, the folder of its router of tiles."""
-GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A recipe of the lab with changes.
-
-    Args:
-        shares: of the recipe's steps, the budgets it is trained with; of less than 1 with the first seed alone.
-        seeds: those it is trained with.
-        variants: what one trained model is scored as, with the changes of each; by default as it is.
-        data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
-        of: what is scored are the runs of this method, which are trained if they are not there yet.
-    """
-
-    recipe: str
-    changes: tuple[str, ...] = ()
-    shares: tuple[float, ...] = (1.0,)
-    seeds: tuple[int, ...] = SEEDS
-    variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    data: str = "scenes"
-    of: str | None = None
-
-
-SHORT = 0.4
-"""The share of the steps of what is tried with one seed: while methods still learn, what helps them is seen best."""
-
-
-def ablation(recipe: str, *changes: str) -> Method:
-    """One key of a method changed: for a part of the steps, as the method itself is, too; one seed."""
-    return Method(recipe, changes, shares=(SHORT,), seeds=(0,))
-
-
-def with_encoder(data: str, name: str, vision: str) -> tuple[str, tuple[str, ...]]:
-    """A variant with another vision backbone, on the pixels of ``data``; nothing is trained for it."""
-    return name, (f"data.test={DATA[data].features / 'test'}", f"model.vision={vision}")
-
-
-def merging(**arguments: Any) -> str:
-    """The vision tower that merges tokens between its blocks, as a recipe names it."""
-    given = ", ".join(f"{key}: {value}" for key, value in arguments.items())
-    reduction = f"{{_target_: lavi.vision.token_merging.TokenMerging, {given}}}"
-    return f"{{_target_: lavi.vision.reduced.ReducedTower, tower: {TOWER}, reductions: [{reduction}]}}"
-
-
-def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
-    """A backbone that encodes a share of the tiles, as a recipe names it."""
-    given = f"tower: {tower}, keep: {keep}, ranking: {{_target_: lavi.vision.{ranking}}}"
-    return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
-
-
-BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
-DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
-
-
-def fewer_tiles(of: str, data: str, *others: tuple[str, tuple[str, ...]], trained: str = "") -> Method:
-    """A method's runs, scored with a part of the tiles encoded; ``trained`` is appended to each name."""
-    rankings = {"by the question": BY_QUESTION, "of most detail": DETAIL}
-    variants = [
-        with_encoder(data, f"{count} of 4, {name}{trained}", on_request(count / 4, ranking))
-        for count in (2, 1)
-        for name, ranking in rankings.items()
-    ]
-    alone = ("model.tiling=null", f"data.test={DATA[data].features / 'test'}")
-    variants += [*others, (f"none: the whole picture alone{trained}", alone)]
-    return Method("large", of=of, data=data, seeds=(0,), variants=tuple(variants))
-
-
-METHODS: dict[str, Method] = {
-    "concatenation": Method("concat", shares=(SHORT, 1.0)),
-    "LaVi": Method("lavi", shares=(SHORT, 1.0)),
-    "concatenation, more steps": Method("concat", shares=(1.6,), seeds=(0, 1)),
-    "concatenation, newlines": Method("concat", ("model.fusion.newline=true",), seeds=(1,)),
-    "concatenation, images numbered": Method("concat", ("model.image_numbers=true",), seeds=(1,)),
-    "cross-attention": Method("cross_attention", seeds=(0,)),
-    "VISOR": Method(
-        "visor",
-        variants=(
-            ("VISOR, both refining", ()),
-            ("VISOR, layer 2 refining", ("model.fusion.configuration=[2]",)),
-            ("VISOR, none refining", ("model.fusion.configuration=none",)),
-        ),
-    ),
-    "LaVi, MLP": ablation("lavi", GENERATOR.format("MLPDeltas", 32)),
-    "LaVi, convolutions": ablation("lavi", GENERATOR.format("ConvDeltas", 32)),
-    "LaVi, pooled": ablation("lavi", GENERATOR.format("PooledDeltas", 32)),
-    "LaVi, scale alone": ablation("lavi", "model.fusion.parameters=scale"),
-    "LaVi, shift alone": ablation("lavi", "model.fusion.parameters=shift"),
-    "LaVi, attention's norms": ablation("lavi", "model.fusion.targets=[attention]"),
-    "LaVi, feed-forward's norms": ablation("lavi", "model.fusion.targets=[ffn]"),
-    "LaVi, every second layer": ablation("lavi", "model.fusion.every=2"),
-    "LaVi, bottleneck 16": ablation("lavi", GENERATOR.format("AttentionDeltas", 16)),
-    "LaVi, not from zero": ablation("lavi", "model.fusion.generator.initial_std=0.02"),
-    "ViCA, layers 0 and 2 reading": ablation(
-        "concat", "model.fusion={_target_: lavi.fusion.vica.ViCA, layers: [0, 2]}"
-    ),
-    "ShortV, layers 0 and 3 reading": ablation(
-        "concat", "model.fusion={_target_: lavi.fusion.shortv.ShortV, layers: [0, 3]}"
-    ),
-    "late injection, from layer 2": ablation(
-        "concat", "model.fusion={_target_: lavi.fusion.late_injection.LateInjection, first: 2}"
-    ),
-    "concatenation, pooled 2 x 2": ablation(
-        "concat", "model.reducer={_target_: lavi.reduction.pooling.AveragePooling, factor: 2}"
-    ),
-    "concatenation, random quarter": ablation(
-        "concat", "model.reducer={_target_: lavi.reduction.controls.RandomTokens, keep: 16}"
-    ),
-    "concatenation, DivPrune quarter": ablation(
-        "concat", "model.reducer={_target_: lavi.reduction.diverse.DivPrune, keep: 16}"
-    ),
-    "concatenation, CDPruner quarter": ablation(
-        "concat", "model.reducer={_target_: lavi.reduction.diverse.CDPruner, keep: 16}"
-    ),
-    "concatenation, DART quarter": ablation(
-        "concat", "model.reducer={_target_: lavi.reduction.diverse.DART, keep: 16}"
-    ),
-    "LaVi, merging in the tower": Method(
-        "lavi",
-        of="LaVi",
-        data="encoder",
-        variants=(
-            with_encoder("encoder", "8 of 64 tokens merged behind each block", merging(per_block=8)),
-            with_encoder("encoder", "16 merged behind each block", merging(per_block=16)),
-            with_encoder("encoder", "32 merged behind the first block", merging(per_block=[32])),
-            with_encoder(
-                "encoder", "32 merged behind the first block, 16 behind the second", merging(per_block=[32, 16])
-            ),
-        ),
-    ),
-    "LaVi of large pictures": Method("large", seeds=(0,), data="large"),
-    "LaVi of large pictures, fewer tiles": fewer_tiles(
-        "LaVi of large pictures",
-        "tiles",
-        with_encoder("tiles", "2 of 4, the same in all pictures", on_request(0.5, SAME)),
-        with_encoder("tiles", "1 of 4, the same in all pictures", on_request(0.25, SAME)),
-        with_encoder("tiles", "all, 16 of 64 tokens merged behind each block", merging(per_block=16)),
-        with_encoder(
-            "tiles",
-            "1 of 4, by the question, 16 merged behind each block",
-            on_request(0.25, BY_QUESTION, merging(per_block=16)),
-        ),
-    ),
-    "LaVi of large pictures, tiles dropped": Method("large", ("module.tile_dropout=0.5",), seeds=(0,), data="large"),
-    "LaVi of large pictures, tiles dropped, fewer tiles": fewer_tiles(
-        "LaVi of large pictures, tiles dropped",
-        "dropped",
-        trained=", tiles dropped in training",
-    ),
-    "concatenation of frames": Method("video_concat", seeds=(0,), data="videos"),
-    "LaVi of frames": Method("video_lavi", seeds=(0,), data="videos"),
-}
 
 
 def slug(name: str) -> str:
     """A name as that of a folder."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-").replace("--", "-")
-
-
-def variants_of(name: str) -> list[str]:
-    """What a method is scored as."""
-    return [variant for variant, _ in METHODS[name].variants] or [name]
-
-
-def method_of_variant() -> dict[str, str]:
-    """The method that each variant is of."""
-    return {variant: name for name in METHODS for variant in variants_of(name)}
 
 
 def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
@@ -335,6 +168,7 @@ def _model(record: Record) -> Any:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="None: all but those of large pictures")
+    parser.add_argument("--large", action="store_true", help="without --methods: all those of large pictures")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: those that each method has")
     parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
@@ -342,7 +176,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
-    names = args.methods or [name for name, method in METHODS.items() if "large" not in DATA[method.data].features.name]
+    names = args.methods or [name for name, method in METHODS.items() if DATA[method.data].large == args.large]
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
     device = device_of(args.device)

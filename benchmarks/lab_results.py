@@ -30,12 +30,19 @@ class LabData:
         levels: easy or hard, of each question family.
         baseline: the method that savings are against.
         varies: the method whose encoder is varied on them; None: methods are trained on them.
+        beside: the data, in the same table, of what was trained with such an encoder.
     """
 
     features: Path
     levels: dict[str, str]
     baseline: str
     varies: str | None = None
+    beside: str | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether they are of large pictures."""
+        return "large" in self.features.name
 
     @property
     def hard(self) -> list[str]:
@@ -44,7 +51,8 @@ class LabData:
 
 DATA = {
     "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
-    "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation", varies="LaVi"),
+    "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation", varies="LaVi", beside="merged"),
+    "merged": LabData(Path("data/lab-merged-features"), scenes.LEVELS, "concatenation"),
     "large": LabData(Path("data/lab-large-features"), scenes.LEVELS, "LaVi of large pictures"),
     "tiles": LabData(Path("data/lab-large"), scenes.LEVELS, "LaVi of large pictures", varies="LaVi of large pictures"),
     "dropped": LabData(
@@ -52,6 +60,19 @@ DATA = {
         scenes.LEVELS,
         "LaVi of large pictures",
         varies="LaVi of large pictures, tiles dropped",
+    ),
+    "levels": LabData(Path("data/lab-large-levels-features"), scenes.LEVELS, "LaVi of large pictures"),
+    "levels tiles": LabData(
+        Path("data/lab-large"),
+        scenes.LEVELS,
+        "LaVi of large pictures",
+        varies="LaVi of large pictures, levels of the tower",
+    ),
+    "VISOR tiles": LabData(
+        Path("data/lab-large"),
+        scenes.LEVELS,
+        "LaVi of large pictures",
+        varies="VISOR of large pictures, layer 2 refining",
     ),
     "videos": LabData(Path("data/lab-videos-features"), moving.LEVELS, "concatenation of frames"),
 }
@@ -130,7 +151,8 @@ def encoder_cost_table(records: Sequence[Record], data: str) -> tuple[list[str],
     trained = [of for of in longest(records) if of[0].knobs["method"] == about.varies]
     baseline = [r for r in records if r.knobs["method"] == about.baseline]
     rows = []
-    for of in [*trained, *longest(records_of(records, data))]:
+    varied = [r for r in records if r.knobs["data"] in (data, about.beside)]
+    for of in [*trained, *longest(varied)]:
         groups = ["level/easy", "level/hard", *(f"family/{family}" for family in hard)]
         share = f"{100 * encoder_of(of) / encoder_of(trained[0]):.0f}" if trained else "-"
         total, other = (mean(map(without_encoder, some)) + encoder_of(some) if some else nan for some in (of, baseline))

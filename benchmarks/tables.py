@@ -28,6 +28,7 @@ from encoder import encoder_table
 from estimates import estimates_table
 from generator_cost import generator_table
 from grid_code import grid_code_table
+from hybrids import hybrids_table
 from lab_results import DATA, controls_table, encoder_cost_table, lab_table, records_of
 from norm import norm_table
 from official_metrics import metrics_table
@@ -272,6 +273,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "busy": busy,
     "generators": generators,
     "grid_code": grid_code,
+    "hybrids": lambda records: markdown(*hybrids_table(records, read_records(LAB))),
     "lab": partial(lab, of=lab_table, data="scenes"),
     "lab.controls": partial(lab, of=controls_table, data="scenes"),
     "lab.dropped": partial(encoder_cost, data="dropped"),

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import lab
+import lab_methods
 import pytest
 import torch
 from conftest import answering, small
-from lab import METHODS, RECIPES, SEEDS, key_of, plan, slug
+from lab import RECIPES, key_of, plan, slug
+from lab_methods import METHODS, SEEDS, Method, ablation, variants_of
 from lab_results import (
     DATA,
     LabData,
@@ -110,24 +112,58 @@ def test_every_method_is_a_recipe(name: str) -> None:
     method = METHODS[name]
     recipe = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes)
     tokenizer = Path(recipe.settings["model"]["language"]["tokenizer"])
-    features = tokenizer.parent.with_name(f"{tokenizer.parent.name}-features")
-    assert DATA[method.data].features == (tokenizer.parent if method.of else features)  # or pixels
-    assert method.of == DATA[method.data].varies
+    folder = DATA[method.data].features
+    if method.of:
+        assert folder == tokenizer.parent  # pixels
+        assert DATA[method.data].varies in variants_of(method.of)
+        assert METHODS[method.of].recipe == method.recipe
+    else:
+        assert folder.name.startswith(tokenizer.parent.name)
+        assert folder.name.endswith("-features")
     for _, changes in method.variants:
         Recipe.load(RECIPES / f"{method.recipe}.yaml", changes).check()
 
 
+def test_features_are_read_by_methods_of_one_encoder() -> None:
+    """The tower, the tiling and the data of a folder of features are those of all methods that are trained on it."""
+    encoders: dict[Path, list[Any]] = {}
+    for method in METHODS.values():
+        if not method.of:
+            settings = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes).settings
+            seen = [settings["model"].get(key) for key in ("vision", "tiling")] + [settings["data"]["train"]]
+            encoders.setdefault(DATA[method.data].features, []).append(seen)
+    assert all(one == of[0] for of in encoders.values() for one in of)
+    different = [of[0] for of in encoders.values()]
+    assert len({str(one) for one in different}) == len(different)
+
+
+def test_what_was_trained_with_a_reduced_encoder_stands_beside_what_was_not() -> None:
+    whole = record("LaVi", 0, 90.0, gflops=0.2)
+    reduced, trained = record("half merged", 0, 70.0, gflops=0.2), record("half merged, trained", 0, 85.0, gflops=0.2)
+    reduced.knobs["data"], trained.knobs["data"] = "encoder", "merged"
+    other = record("LaVi of large pictures", 0, 60.0, gflops=0.2)
+    other.knobs["data"] = "large"
+    columns, rows = encoder_cost_table([whole, reduced, trained, other], "encoder")
+    hard = columns.index("hard %")
+    assert [(row[0], row[hard]) for row in rows] == [
+        ("whole", "90.0"),
+        ("half merged", "70.0"),
+        ("half merged, trained", "85.0"),
+    ]
+
+
 TINY = {
-    "concatenation": lab.Method("tiny", ("model.fusion={_target_: lavi.fusion.concat.ConcatFusion}",), seeds=(0,)),
-    "LaVi": lab.Method("tiny", shares=(0.5, 1.0), seeds=(0,), variants=(("LaVi, as it is", ()), ("LaVi, late", LATE))),
-    "LaVi, shift alone": lab.ablation("tiny", "model.fusion.parameters=shift"),
+    "concatenation": Method("tiny", ("model.fusion={_target_: lavi.fusion.concat.ConcatFusion}",), seeds=(0,)),
+    "LaVi": Method("tiny", shares=(0.5, 1.0), seeds=(0,), variants=(("LaVi, as it is", ()), ("LaVi, late", LATE))),
+    "LaVi, shift alone": ablation("tiny", "model.fusion.parameters=shift"),
 }
 
 
 @pytest.fixture
 def tiny_lab(run: Any, tiny_recipe: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The lab, of three small methods; timing says 3 ms of each model that can be built."""
-    monkeypatch.setattr(lab, "METHODS", TINY)
+    for module in (lab, lab_methods):
+        monkeypatch.setattr(module, "METHODS", TINY)
     monkeypatch.setattr(lab, "RECIPES", tmp_path)
     monkeypatch.setitem(DATA, "scenes", LabData(scenes, LEVELS, "concatenation"))
 
