@@ -73,7 +73,7 @@ def fewer_tiles(of: str, data: str, *others: tuple[str, str], suffix: str = "", 
     """A method's runs, scored with a part of the tiles encoded.
 
     Args:
-        of: the method; what its one variant changes, these change, too.
+        of: the method; what its first variant changes, these change, too.
         others: more encoders, by name.
         suffix: appended to each name.
         tower: the method's own.
@@ -197,7 +197,7 @@ METHODS |= {
         "VISOR of large pictures", "VISOR tiles", *merged(), suffix=", VISOR"
     ),
 }
-"""What is scored with encoders that others of them were not trained with."""
+"""Methods of :data:`METHODS` with encoders that they were not trained with."""
 
 
 def variants_of(name: str) -> list[str]:

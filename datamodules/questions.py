@@ -29,7 +29,7 @@ from lavi.config.types import Count, Positive
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image
 from lavi.data.videos import VIDEO_TYPES, read_video
-from lavi.errors import UserError, nearest
+from lavi.errors import UserError, nearest, one_line
 from lavi.evaluation.tasks import QuestionSource, UnreadableError
 
 Record = dict[str, Any]
@@ -158,7 +158,8 @@ class QuestionFile(QuestionSource):
         return {_field(record, self.annotations_key, self.annotations): record for record in records}
 
     def _references(self, record: Record) -> list[str]:
-        found = [str(one) for one in _listed(_field(record, self.answer, self.file)) if one is not None]
+        answers = _field(record, self.answer, self.file)  # a text in brackets is an answer, not a list of them
+        found = [str(one) for one in (answers if isinstance(answers, list | tuple) else [answers]) if one is not None]
         if not found:
             raise UserError(f"question {record[NUMBER]} has no '{self.answer}': leave it out by 'where'.")
         return found
@@ -171,7 +172,9 @@ class QuestionFile(QuestionSource):
             listed = _listed(_field(record, self.options, self.file))
         else:
             listed = [_field(record, name, self.file) for name in self.options]
-        options = [str(one) for one in listed if not _is_nothing(one)]
+        options = ["" if _is_nothing(one) else str(one) for one in listed]
+        while options and not options[-1]:  # before others an empty one keeps its letter
+            options.pop()
         answer = _field(record, self.answer, self.file)
         return Parts(options, _letter(answer, options, self.answer_is)) if options else None
 
@@ -284,12 +287,16 @@ def _table(file: Path, delimiter: str) -> Iterator[Record]:
 
 def _parquet(file: Path) -> Iterator[Record]:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
         raise UserError("parquet files need the package `datasets`: pip install 'lavi[datasets]'.") from None
     read_head(file, "a parquet file")
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-        yield from batch.to_pylist()
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file} cannot be read to its end ({one_line(error)}).") from None
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------
@@ -357,9 +364,10 @@ def _is_nothing(value: Any) -> bool:
 
 def _lettered(options: Sequence[str]) -> str:
     """``A. a cat`` and so on, one a line; options that have letters already keep them."""
-    if all(option.startswith(f"{letter}. ") for letter, option in zip(LETTERS, options, strict=False)):
-        return "\n".join(options)
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    lettered = [(letter, option) for letter, option in zip(LETTERS, options, strict=False) if option]
+    if all(option.startswith(f"{letter}. ") for letter, option in lettered):
+        return "\n".join(option for _, option in lettered)
+    return "\n".join(f"{letter}. {option}" for letter, option in lettered)
 
 
 def _letter(answer: Any, options: Sequence[str], answer_is: str) -> str:
@@ -369,12 +377,16 @@ def _letter(answer: Any, options: Sequence[str], answer_is: str) -> str:
         UserError: the answer names none of them.
     """
     text = str(answer).strip()
-    if answer_is == "index" and text.isdigit() and int(text) < len(options):
-        return LETTERS[int(text)]
-    if answer_is == "letter" and len(text) == 1 and text.upper() in LETTERS[: len(options)]:
-        return text.upper()
-    if answer_is == "text" and text in [option.strip() for option in options]:
-        return LETTERS[[option.strip() for option in options].index(text)]
+    texts = dict(zip(LETTERS, (option.strip() for option in options), strict=False))
+    letter = ""
+    if answer_is == "index" and text.isdigit() and int(text) < len(texts):
+        letter = LETTERS[int(text)]
+    elif answer_is == "letter":
+        letter = text.upper()
+    elif answer_is == "text":
+        letter = next((one for one, of in texts.items() if of == text), "")
+    if texts.get(letter):
+        return letter
     raise UserError(f"the answer {answer!r} is no {answer_is} of the options {', '.join(map(repr, options))}.")
 
 

@@ -28,22 +28,54 @@ from lavi.config.devices import device_of
 if TYPE_CHECKING:  # a command that a mistake ends does not wait for it
     import torch
 
+OF_OWN_SPLIT = ("noise", "text", "max_new_tokens")
+OF_TASKS = ("data", "processes", "again", "no_timing")
+"""Options that say nothing of the other kind of evaluation."""
 CHECKPOINTS = "run folders of lavi.fit, or recipes of released models (recipes/baselines/released_*.yaml)"
 
 
 @cli_entry_point
 def main() -> None:
+    parser = _parser()
+    args = parser.read()
+    names, behind = without_overrides(args.checkpoint)
+    folders = list(map(path, names))
+    if not folders:
+        parser.error("--checkpoint needs a run folder")
+    device = device_of(args.device)
+    words, of_noise = without_overrides(args.noise)
+    noise, overrides = deviations_of(words, parser), behind + of_noise
+    unused, where = (OF_OWN_SPLIT, "a run's own test split, not with ") if args.tasks else (OF_TASKS, "")
+    if named := [name for name in unused if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{named[0].replace('_', '-')} goes with {where}--tasks")
+    if args.tasks:
+        score_tasks(args, folders, overrides, device)
+    else:
+        score_own_splits(args, folders, overrides, device, noise)
+
+
+def _parser() -> Parser:
     parser = Parser(prog="python -m lavi.evaluate", description=__doc__)
     parser.add_argument("--checkpoint", nargs="+", action="extend", required=True, metavar="RUN", help=CHECKPOINTS)
     parser.add_argument("--limit", type=whole_number(1), help="score at most this many test samples, or questions")
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help="questions answered at a time (None: 128; of --tasks 32)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument(
         "--out", type=path, metavar="FILE", help="append the records to this file, too; of --tasks: the folder"
     )
-    parser.add_argument(
+    own = parser.add_argument_group("a run's own test split")
+    own.add_argument(
+        "--max-new-tokens", type=whole_number(1), metavar="N", help="of answers that the metric reads whole (None: 64)"
+    )
+    own.add_argument(
         "--text", type=path, metavar="FILE", help="also the language models' perplexity on its texts, without images"
     )
-    parser.add_argument(
+    own.add_argument(
         "--noise",
         nargs="+",
         action="extend",
@@ -54,7 +86,6 @@ def main() -> None:
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--tasks", nargs="+", action="extend", metavar="NAME", help="tasks, or files of one's own")
     tasks.add_argument("--data", type=path, default=path("data/tasks"), help="a folder with one of each task")
-    tasks.add_argument("--batch-size", type=whole_number(1), default=32, help="questions answered at a time")
     tasks.add_argument("--processes", type=whole_number(1), default=1, help="that answer; on GPUs one each")
     tasks.add_argument("--again", action="store_true", help="answer anew what was answered before")
     tasks.add_argument("--no-timing", action="store_true", help="scores and FLOPs alone")
@@ -62,32 +93,27 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipes, such as data.test=FOLDER"
     )
-    args = parser.read()
-    names, behind = without_overrides(args.checkpoint)
-    folders = list(map(path, names))
-    if not folders:
-        parser.error("--checkpoint needs a run folder")
-    device = device_of(args.device)
-    words, of_noise = without_overrides(args.noise)
-    behind += of_noise
-    noise = deviations_of(words, parser)
-    if args.tasks:
-        if noise:
-            parser.error("--noise goes with a run's own test split, not with --tasks")
-        score_tasks(args, folders, behind, device)
-        return
-    from lavi.evaluation.compare_runs import compare_runs
+    return parser
 
-    overrides = args.overrides + behind
+
+def score_own_splits(
+    args: Namespace, folders: list[Path], overrides: list[str], device: torch.device, noise: list[float]
+) -> None:
+    """Score runs on their test splits."""
+    from lavi.evaluation.compare_runs import compare_runs
+    from lavi.evaluation.scoring import AnswerLimits
+
+    given = {name: getattr(args, name) for name in AnswerLimits._fields if getattr(args, name)}
     compare_runs(
         folders,
-        overrides=overrides,
+        overrides=args.overrides + overrides,
         trust=args.trust,
         limit=args.limit,
         device=device,
         out=args.out,
         text=args.text,
         noise=noise,
+        limits=AnswerLimits(**given),
     )
 
 
@@ -110,7 +136,7 @@ def score_tasks(args: Namespace, folders: list[Path], overrides: list[str], devi
         overrides=(*args.overrides, *overrides, *behind),
         trust=args.trust,
         limit=args.limit,
-        batch_size=args.batch_size,
+        **({"batch_size": args.batch_size} if args.batch_size else {}),
         processes=args.processes,
         device=device,
         again=args.again,

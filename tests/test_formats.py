@@ -262,7 +262,7 @@ def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d\.csv has the columns question, x: question and answer"):
         read_table(tmp_path / "d.csv", {})
     (tmp_path / "d.csv").write_bytes(b"question,answer\n\xff,b\n")
-    with pytest.raises(UserError, match=r"d\.csv cannot be read behind line 0|is not a table of text"):
+    with pytest.raises(UserError, match=r"d\.csv is no text in UTF-8 \(invalid start byte at byte 16\)"):
         list(read_table(tmp_path / "d.csv", {}).items)
 
 

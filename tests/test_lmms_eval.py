@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import TASK, dump, pictures
+from task_files import TASK, dump, pictures, videos
 from vlms import write_vlm
 
 from lavi.evaluation.predictions import read_predictions
@@ -45,7 +45,8 @@ from PIL import Image
 
 
 def picture(doc):
-    return [Image.open(doc["image"])]
+    name = doc["image"]
+    return [name if name.endswith(".mp4") else Image.open(name)]
 
 
 def question(doc, lmms_eval_specific_kwargs=None):
@@ -73,21 +74,49 @@ def test_the_harness_gets_our_answers_one_by_one_and_in_batches(
         Path("out.yaml").write_text(RELEASED)
     folder = tmp_path / "tasks" / "colours"
     pictures(folder, *(f"{n}.jpg" for n in range(4)))
-    shapes = ("circle", "square", "triangle", "diamond", "cross")
+    shapes = ("circle", "square", "triangle", "diamond", "circle " * 20_000)  # the last fills any context
     rows = [
         {"question": shapes[n % 5], "answers": ["red"], "kind": "x", "image": str(folder / f"{n % 4}.jpg")}
         for n in range(10)
     ]
+    (tmp_path / "colours.yaml").write_text(TASK)
+    given = {"run": "out", "llava_onevision": "released", "smolvlm": "out.yaml"}[kind]
+    ours = asked_by_us(run, "out" if kind == "run" else "out.yaml", folder, rows)
+    assert len(set(ours)) > 2
+    assert ours[4] == ours[9] == ""
+    assert_the_harness_gets(ours, given, folder)
+
+
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms-eval")
+def test_the_harness_gets_our_answers_about_videos(run: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    more = ["model.language.config.initializer_range=0.3", "model.language.config.tie_word_embeddings=false"]
+    assert run("lavi.fit", "--recipe", tiny_recipe, "--run", "out", *more)[0] == 0
+    folder = tmp_path / "tasks" / "colours"
+    videos(folder, "0.mp4", "1.mp4")
+    rows = [
+        {"question": shape, "answers": ["red"], "kind": "x", "image": str(folder / f"{n % 2}.mp4")}
+        for n, shape in enumerate(("circle", "square", "triangle"))
+    ]
+    of_videos = 'video: "{image}"\n  frames: {_target_: lavi.data.frame_sampling.FrameSampling, frames: 4}'
+    (tmp_path / "colours.yaml").write_text(TASK.replace('image: "{image}"', of_videos))
+    ours = asked_by_us(run, "out", folder, rows)
+    assert len(set(ours)) > 1
+    assert_the_harness_gets(ours, "out,frames=4", folder)
+
+
+def asked_by_us(run: Any, checkpoint: str, folder: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """What ``lavi.evaluate`` gets for the questions, which are written into the folder."""
     dump(folder / "q.json", rows)
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "colours.yaml").write_text(TASK)
-    where = ["--tasks", tmp_path / "colours.yaml", "--data", tmp_path / "tasks", "--out", "ours", "--no-timing"]
-    ran = "out" if kind == "run" else "out.yaml"
-    given = {"run": "out", "llava_onevision": "released", "smolvlm": "out.yaml"}[kind]
-    status, _, problems = run("lavi.evaluate", "--checkpoint", ran, *where)
+    where = ["--tasks", "colours.yaml", "--data", folder.parent, "--out", "ours", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", checkpoint, *where)
     assert status == 0, problems
-    ours = [one.prediction.answer for one in read_predictions(Path("ours/out/colours.jsonl"))[1]]
-    assert len(set(ours)) > 1
+    return [one.prediction.answer for one in read_predictions(Path("ours/out/colours.jsonl"))[1]]
+
+
+def assert_the_harness_gets(ours: list[str], given: str, folder: Path) -> None:
+    """The same answers, one by one and in batches."""
+    tmp_path = folder.parents[1]
     included = tmp_path / "harness"
     included.mkdir()
     (included / "colours_here.yaml").write_text(HARNESS_TASK.replace("FOLDER/q.json", str(folder / "q.jsonl")))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import lavi.metrics.judged as judged_module
 from lavi.errors import UserError
 from lavi.evaluation.intervals import figure_intervals, paired_difference
 from lavi.metrics.answers import ContainsAnswer, ExactMatch
@@ -93,7 +94,24 @@ def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain
         ("U.S.", None),
         ("D.C.", None),
         ("The answer is B", "B"),
+        ("The answer is B because it is red", "B"),
         ("Answer: (B) a cat", "B"),
+        ("Answer: B", "B"),
+        ("Answer: b.", "B"),
+        ("ANSWER IS B.", "B"),
+        ("Option B", "B"),
+        ("**B.** a red cat", "B"),
+        ("B. Vitamin C.", "B"),
+        ("The answer is A", "A"),
+        ("The answer is A.", "A"),
+        ("The answer is A: a cat", "A"),
+        ("Option A is right", "A"),
+        ("The answer is A cat.", None),
+        ("The answer: A man", None),
+        ("The answer is I think B", None),
+        ("The answer is A or B", None),
+        ("The answer is B and C.", None),
+        ("A. a cat or B. a dog", None),
         ("I think (B)", "B"),
         ("A cat.", None),
         ("option C or option D", None),
@@ -115,6 +133,12 @@ def test_an_option_may_be_named_by_its_text_and_nothing_is_guessed() -> None:
 def test_an_option_that_looks_like_a_letter_is_told_by_its_text() -> None:
     metric = OptionLetter()
     assert [metric.score(said, ("B", "U.S.")) for said in ("U.S.", "the U.S.", "B", "D.C.")] == [1, 0, 1, 0]
+
+
+def test_an_option_that_is_a_number_is_told_by_its_text_a_letter_is_an_option() -> None:
+    metric = OptionLetter()
+    assert [metric.score(said, ("C", "3")) for said in ("3", "3.", "C", "B", "2")] == [1, 1, 1, 0, 0]
+    assert [metric.score(said, ("C", "a")) for said in ("A", "a", "C")] == [0, 0, 1]
 
 
 def test_circular_choices_are_right_where_every_copy_is() -> None:
@@ -146,6 +170,7 @@ def test_pope_by_hand() -> None:
     assert figures["f1"] == pytest.approx(40.0)
     assert figures["recall, answered"] == figures["f1, answered"] == pytest.approx(50.0)
     assert figures["says yes"] == pytest.approx(40.0)
+    assert figures["says neither"] == pytest.approx(20.0)
     metric.update(yes_no("yy", "popular"))
     figures = metric.compute()
     assert figures["f1/random"] == pytest.approx(40.0)
@@ -243,8 +268,14 @@ def test_a_judge_is_named_with_its_scores() -> None:
         ("No. Score: 0", Verdict(False, 0)),
         ("Score: 4, yes", Verdict(True, 4)),
         ("No, there are 5 dogs. 0", Verdict(False, 0)),
-        ("yes", Verdict(False, 0)),
-        ("yes, 10", Verdict(False, 0)),
+        ("yes", Verdict(True, 0)),
+        ("yes, 10", Verdict(True, 0)),
+        ("yes, 4/5", Verdict(True, 4)),
+        ("no, 0 out of 5", Verdict(False, 0)),
+        ("Yes. Score: 3 (out of 5)", Verdict(True, 3)),
+        ("{'pred': 'yes', 'score': 4.8}", Verdict(True, 4.8)),
+        ("yes, 5.0", Verdict(True, 5)),
+        ("yes, 5.5", Verdict(True, 0)),
         ("perhaps", Verdict(False, 0)),
     ],
 )
@@ -254,6 +285,25 @@ def test_a_language_model_judges_in_a_form(said: str, verdict: Verdict, monkeypa
     monkeypatch.setattr(judge, "_say", lambda prompt: asked.append(prompt) or said)
     assert judge.judge("what colour?", "red", "crimson") == verdict
     assert all(word in asked[0] for word in ("what colour?", "red", "crimson"))
+    before = judge.name
+    assert before.startswith("models/judge, prompt ")
+    monkeypatch.setattr(judged_module, "PROMPT", "Another: {question} {truth} {answer}")
+    assert judge.name != before  # its scores cannot be compared with those of the other prompt
+
+
+def test_a_judge_works_where_its_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def pipeline(task: str, **given: Any) -> Any:
+        made.append(given)
+        return lambda messages, **_: [{"generated_text": "yes, 5"}]
+
+    monkeypatch.setattr("transformers.pipeline", pipeline)
+    assert LanguageModelJudge(source="a").judge("what?", "red", "red") == Verdict(True, 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    LanguageModelJudge(source="a").judge("what?", "red", "red")
+    assert [given["device"] for given in made] == [-1, 3]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

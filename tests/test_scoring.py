@@ -15,7 +15,7 @@ from lavi.batch import Batch, Layout, Sample
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.evaluation.controls import SHUFFLED
-from lavi.evaluation.scoring import PromptSizes, Scorer, Scores
+from lavi.evaluation.scoring import AnswerLimits, PromptSizes, Scorer, Scores
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.answers import ExactMatch
 
@@ -71,7 +71,7 @@ def scorer(build: Any) -> Scorer:
         answer=answer,
         batches=batches,
     )
-    return Scorer(model, ExactMatch(), torch.device("cpu"), ExactMatch(), batch_size=2)
+    return Scorer(model, ExactMatch(), torch.device("cpu"), ExactMatch(), limits=AnswerLimits(batch_size=2))
 
 
 def test_prompts_are_answered_so_many_at_a_time_and_padded_on_the_left(scorer: Scorer) -> None:
@@ -104,7 +104,21 @@ def test_answers_that_may_still_become_right_are_not_cut(scorer: Scorer) -> None
     scorer.metric = StartsRight()
     scorer.add(ask("what?", answer="red"))
     scorer.finish()
-    assert {tokens for _, tokens in scorer.model.batches} == {16}  # type: ignore[union-attr]
+    assert {tokens for _, tokens in scorer.model.batches} == {64}  # type: ignore[union-attr]
+    scorer.limits = AnswerLimits(max_new_tokens=200)
+    scorer.add(ask("what?", answer="red"))
+    scorer.finish()
+    assert scorer.model.batches[-1][1] == 100  # type: ignore[union-attr]  # what the context has room for
+
+
+def test_an_answer_is_as_long_as_the_true_one_however_long_that_is(scorer: Scorer) -> None:
+    """What is longer than usual is not wrong from the start."""
+    truth = "red square " * 20
+    scorer.add(ask("what?", answer=truth))
+    scorer.finish()
+    length = len(scorer.model.processor.chat.tokenizer(truth)["input_ids"])
+    assert length > 30
+    assert {tokens for _, tokens in scorer.model.batches} == {length + 4}  # type: ignore[union-attr]
 
 
 def test_what_cannot_be_asked_is_counted_by_cause(scorer: Scorer) -> None:

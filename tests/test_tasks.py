@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,57 @@ def test_what_an_answer_is_is_said_and_not_guessed(
     assert sample.messages[-1]["references"][0] == letter
 
 
+@pytest.mark.parametrize(
+    ("options", "answer", "answer_is", "shown", "letter"),
+    [
+        (["x", None, "y", "nan"], "C", "letter", "A. x\nC. y", "C"),
+        (["x", None, "y", "nan"], "2", "index", "A. x\nC. y", "C"),
+        (["", "x", "y"], "y", "text", "B. x\nC. y", "C"),
+        (["x", "y", None, None], "B", "letter", "A. x\nB. y", "B"),
+    ],
+)
+def test_an_empty_option_leaves_the_others_their_letters(
+    options: list[Any], answer: str, answer_is: str, shown: str, letter: str, tmp_path: Path
+) -> None:
+    dump(tmp_path / "q.json", [{"answer": answer, "options": options}])
+    source = question_file(image=None, options="options", prompt="{options}", answer_is=answer_is)
+    (sample,) = [source.sample(record, tmp_path) for record in source.records(tmp_path)]
+    assert sample.messages[0]["content"][0]["text"] == shown
+    assert sample.messages[-1]["references"][0] == letter
+
+
+def test_an_option_that_is_not_there_is_not_the_right_one(tmp_path: Path) -> None:
+    dump(tmp_path / "q.json", [{"answer": "B", "options": ["x", None, "y"]}])
+    source = question_file(image=None, options="options", prompt="{options}")
+    with pytest.raises(UserError, match="'B' is no letter of the options"):
+        source.sample(next(iter(source.records(tmp_path))), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references"),
+    [("[2006, 2010]", ["[2006, 2010]"]), (["red", "blue"], ["red", "blue"]), ("[red", ["[red"]), (3, ["3"])],
+)
+def test_an_answer_in_brackets_is_one_answer(answer: Any, references: list[str], tmp_path: Path) -> None:
+    dump(tmp_path / "q.json", [{"question": "when?", "answer": answer}])
+    source = question_file(image=None)
+    (sample,) = [source.sample(record, tmp_path) for record in source.records(tmp_path)]
+    assert sample.messages[-1]["references"] == references
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.csv", "q.tsv", "q.parquet"])
+def test_a_file_of_questions_that_was_cut_or_is_no_text_is_a_sentence(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if file.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list([{"question": "what?" * 50, "answer": str(n)} for n in range(500)]).to_parquet(file)
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        file.write_bytes(b'{"question": "\xff\xfe", "answer": "\xff"}\n')
+    with pytest.raises(UserError, match=rf"q\{file.suffix} (cannot be read to its end|is no text in UTF-8)"):
+        list(question_file(file=name, image=None).records(tmp_path))
+
+
 def test_files_that_are_missing_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         list(question_file().records(tmp_path / "none"))
@@ -269,7 +321,7 @@ def test_what_was_answered_is_not_answered_again(run: Any, trained: Path, colour
         "--out", "scored", "--no-timing", "--limit", 4,
     )  # fmt: skip
     assert status == 2
-    assert "answers of another limit: answer anew with --again" in problems
+    assert "answers of before --limit changed (from None to 4): answer anew with --again" in problems
     evaluate(run, colours, "--limit", 4, "--again")
     assert len(read_predictions(file)[1]) == 4
 
@@ -295,7 +347,7 @@ def test_other_questions_are_another_task(run: Any, trained: Path, colours: Path
     where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
     status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
     assert status == 2
-    assert "answers of another questions" in problems
+    assert "answers of before the files of questions changed" in problems
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_above_them() -> None:
@@ -339,13 +391,48 @@ def test_a_batch_that_was_cut_short_is_answered_again_whole(tmp_path: Path) -> N
         assert routes_of(kept.answered()) == {"both": 2}
 
 
+def test_an_answer_is_kept_before_why_there_was_none(tmp_path: Path) -> None:
+    """Whichever part they are in: a repaired picture may be asked about by another process than before."""
+    kept = PredictionFile(tmp_path / "a.jsonl", {})
+    failed = Answered(0, Prediction("", ("y",), "0", score=0.0), "", 0, error="it was missing")
+    said = Answered(0, Prediction("y", ("y",), "0", score=1.0), "p", 3)
+    kept.part(0).add([said])
+    kept.part(1).add([failed])
+    assert kept.answered() == [said]
+    other = PredictionFile(tmp_path / "b.jsonl", {})
+    other.part(0).add([failed])
+    other.part(1).add([said])
+    assert other.answered() == [said]
+
+
+def test_routes_are_kept_with_an_answer_that_is_not_given_again(
+    build: Any, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that could not be asked is asked again: what it held would be lost."""
+    model, counts = build(LaViFusion(every=2, generator=small())), Counter[str]()
+    monkeypatch.setattr(LaViFusion, "route_counts", counts)
+
+    def answer(batch: Any, *, max_new_tokens: int) -> list[str]:
+        counts["one"] += len(batch)
+        return ["red"] * len(batch)
+
+    monkeypatch.setattr(model, "answer", answer)
+    task, part = Task.load(str(colours / "colours.yaml")), Part(colours / "a.part-0.jsonl", {})
+    folder = colours / "tasks" / "colours"
+    answer_task(model, task, folder, part, done=set(), device=torch.device("cpu"), batch_size=2)
+    answered = PredictionFile(colours / "a.jsonl", {}).answered()
+    assert [one.index for one in answered if one.error] == [6, 13, 20]
+    assert not any(one.routes for one in answered if one.error)
+    assert routes_of(answered) == {"one": 19}
+
+
 def test_another_prompt_is_another_task(run: Any, trained: Path, colours: Path) -> None:
     evaluate(run, colours)
     (colours / "colours.yaml").write_text(TASK.replace("what colour is", "which colour has"))
     where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
     status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
     assert status == 2
-    assert "answers of another task" in problems
+    assert "answers of before the task's own file changed" in problems
 
 
 def test_a_prompt_that_fills_the_context_shortens_no_other_answer(build: Any, colours: Path) -> None:
@@ -447,5 +534,5 @@ def test_a_damaged_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.part-0\.jsonl:2 is no answer"):
         file.answered()
     (tmp_path / "a.part-0.jsonl").write_text(json.dumps({"task": "b"}) + "\n")
-    with pytest.raises(UserError, match="answers of another task"):
+    with pytest.raises(UserError, match=r"before the task's own file changed \(from b to a\)"):
         file.answered()

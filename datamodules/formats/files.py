@@ -35,7 +35,7 @@ def reading(file: Path) -> Iterator[None]:
     """While a file is read: what the system refuses is an error of the user's.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: there is no such file, it cannot be read, or it is no text.
     """
     try:
         yield
@@ -43,6 +43,8 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"there is no {file}.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
 
 
 def allow_long_cells() -> None:

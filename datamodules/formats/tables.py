@@ -119,7 +119,7 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Source:
     try:
         with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream, delimiter=_delimiter(file)), [])
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise UserError(f"{file} is not a table of text ({error}).") from None
     if not any(header):
         raise UserError(f"{file} has no header: its first line names the columns.")

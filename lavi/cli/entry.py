@@ -49,8 +49,8 @@ def mendable(error: Exception) -> str | None:
     ):
         return (
             f"the memory is too small ({'. '.join(message.split('. ')[:2]) or 'of this machine'}): lower "
-            "data.batch_size, set module.checkpointing=true, or take smaller images, a shorter context or a smaller "
-            "model."
+            "data.batch_size (of an evaluation --batch-size), set module.checkpointing=true, or take smaller images, a "
+            "shorter context or a smaller model."
         )
     if (full := os.strerror(errno.ENOSPC)) in message:  # as other libraries pass it on
         return f"{full}: {REMEDIES[errno.ENOSPC]}."

@@ -64,6 +64,8 @@ def answer_task(
         limit: of the task, the first so many questions.
         report_done: told after each batch how many questions are answered.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a metric that has a model of its own takes it there
     done = set(done)
     records = islice(task.questions.records(folder), limit)
     for number, batch in enumerate(_batches(enumerate(records), batch_size)):
@@ -108,7 +110,8 @@ def _answers(
         ]
     answered.sort(key=lambda one: one.index)
     if routes := sorted(model.fusion.route_counts.items(), key=str):
-        answered[0] = replace(answered[0], routes=routes)
+        first = next(number for number, one in enumerate(answered) if not one.error)  # errors are asked again
+        answered[first] = replace(answered[first], routes=routes)
     return answered
 
 

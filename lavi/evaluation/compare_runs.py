@@ -22,7 +22,7 @@ from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
-from lavi.evaluation.scoring import Scores, evaluate
+from lavi.evaluation.scoring import USUAL_LIMITS, AnswerLimits, Scores, evaluate
 from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
@@ -63,6 +63,7 @@ def compare_runs(
     out: Path | None,
     text: Path | None = None,
     noise: Sequence[float] = (),
+    limits: AnswerLimits = USUAL_LIMITS,
 ) -> list[Record]:
     """Score runs one after the other, time them in turns, write their records and print the comparison.
 
@@ -80,10 +81,8 @@ def compare_runs(
     for file in [*([out] if out else []), *(folder / RECORDS for folder in folders if folder.is_dir())]:
         check_writable(file)
     texts = read_texts(text) if text else []
-    runs = [
-        score_run(folder, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts, noise=noise)
-        for folder in folders
-    ]
+    score = partial(score_run, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts)
+    runs = [score(folder, noise=noise, limits=limits) for folder in folders]
     records = [run.record for run in runs]
     try:
         measure([run.measurement for run in runs], device=device, track=partial(track, description="timing in turns"))
@@ -106,6 +105,7 @@ def score_run(
     device: torch.device,
     texts: Sequence[str] = (),
     noise: Sequence[float] = (),
+    limits: AnswerLimits = USUAL_LIMITS,
 ) -> ScoredRun:
     """Score a run on its test split, count the FLOPs of its typical prompt, and print one line of both.
 
@@ -118,7 +118,7 @@ def score_run(
     check_feature_caches(model, data, ["test"])
     samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{run_name(folder)}: answering", total=samples.expected)
-    scores = evaluate(model, watched, metric=data.metric, device=device, noise=noise)
+    scores = evaluate(model, watched, metric=data.metric, device=device, noise=noise, limits=limits)
     record = count(recipe, model, scores.typical, scores.route_counts)
     note_mean_flops(record, model, scores.prompts, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
@@ -127,6 +127,8 @@ def score_run(
         record.knobs["perplexity"] = asdict(compare_perplexity(recipe, model, list(texts)))
     record.knobs |= {"run": run_name(folder), "test_samples": scores.samples, "answers": scores.answers}
     record.knobs["metric"] = scores.metric
+    if data.metric.wants_whole_answers:
+        record.knobs["max_new_tokens"] = limits.max_new_tokens
     if left_out := samples.left_out + scores.left_out:
         record.knobs["left_out"] = dict(left_out)
     usual = max(scores.route_counts, key=scores.route_counts.__getitem__, default=None)

@@ -10,6 +10,8 @@ harness's task says.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -24,12 +26,15 @@ from PIL import Image
 from lavi.batch import Sample, Video, Visual
 from lavi.checkpoints.load import load
 from lavi.config.devices import device_of
+from lavi.data.collator import EncodedSample
 from lavi.data.frame_sampling import FrameSampling
 from lavi.data.images import open_image, upright_rgb
 from lavi.data.videos import read_video
+from lavi.errors import UserError, one_line
 from lavi.evaluation.compare_runs import RECIPES, open_run
 from lavi.report import track
 
+log = logging.getLogger("lavi")
 MANIFEST = ModelManifest(model_id="lavi", chat_class_path=f"{__name__}.LaviForLmmsEval")
 
 AUTO_ROWS = 8
@@ -68,8 +73,13 @@ class LaviForLmmsEval(lmms):
         return self.rows
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answers, in the order of the requests; those that decode alike go together."""
+        """The answers, in the order of the requests; those that decode alike go together.
+
+        What cannot be asked, since its image cannot be read or it is too long, is answered by nothing and said at the
+        end.
+        """
         answers: dict[int, str] = {}
+        left_out: Counter[str] = Counter()
         order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[2]))
         batches = [
             batch[start : start + self.rows]
@@ -78,10 +88,16 @@ class LaviForLmmsEval(lmms):
             for start in range(0, len(batch), self.rows)
         ]
         for batch in track(batches, "lavi: answering", total=len(batches)):
-            said = self._answer([self._sample(requests[index].args) for index in batch], requests[batch[0]].args[2])
-            for index, answer in zip(batch, said, strict=True):
-                answers[index] = answer
-                self.cache_hook.add_partial("generate_until", requests[index].args[:1], answer)
+            encoded = {index: self._encoded(requests[index].args, left_out) for index in batch}
+            asked = {index: prompt for index, prompt in encoded.items() if prompt is not None}
+            said = self._answer(list(asked.values()), requests[batch[0]].args[2]) if asked else []
+            answers |= dict.fromkeys(batch, "") | dict(zip(asked, said, strict=True))
+            for index in batch:
+                self.cache_hook.add_partial("generate_until", requests[index].args[:1], answers[index])
+        for cause, count in left_out.items():
+            log.warning(
+                "%d of %d questions could not be asked, their answers are empty: %s", count, len(answers), cause
+            )
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -89,6 +105,14 @@ class LaviForLmmsEval(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("lavi answers single rounds: choose a task whose output_type is generate_until.")
+
+    def _encoded(self, arguments: Sequence[Any], left_out: Counter[str]) -> EncodedSample | None:
+        """A prompt; None: it cannot be asked, and ``left_out`` counts why."""
+        try:
+            return self.model.processor.encode(self._sample(arguments), prompt=True)
+        except (UserError, OSError) as error:
+            left_out[one_line(error)] += 1
+            return None
 
     def _sample(self, arguments: Sequence[Any]) -> Sample:
         _, to_messages, _, number, task, split = arguments
@@ -110,20 +134,20 @@ class LaviForLmmsEval(lmms):
 
     def _visual(self, part: Any) -> Visual:
         if part.type == "video":
-            clip = None if part.start_time is None or part.end_time is None else (part.start_time, part.end_time)
+            start, stop = (getattr(part, name, None) for name in ("start_time", "end_time"))  # 0.7 has no clips
+            clip = None if start is None or stop is None else (float(start), float(stop))
             return read_video(part.url, self.sampling, clip=clip)
         if part.type != "image":
             raise NotImplementedError(f"lavi sees images and videos, no {part.type}.")
         return upright_rgb(part.url) if isinstance(part.url, Image.Image) else open_image(part.url)
 
     @torch.no_grad()
-    def _answer(self, samples: Sequence[Sample], wanted: dict[str, Any]) -> list[str]:
-        encoded = [self.model.processor.encode(sample, prompt=True) for sample in samples]
+    def _answer(self, prompts: Sequence[EncodedSample], wanted: dict[str, Any]) -> list[str]:
         longest = int(wanted.get("max_new_tokens", LONGEST))
-        room = min(self.model.room_behind(one.length) for one in encoded)
-        if room < longest and len(samples) > 1:  # one that fills the context shortens no other answer
-            return [answer for sample in samples for answer in self._answer([sample], wanted)]
-        batch = self.model.processor.collate(encoded, pad_left=True).to(self.device)
+        room = min(self.model.room_behind(one.length) for one in prompts)
+        if room < longest and len(prompts) > 1:  # one that fills the context shortens no other answer
+            return [answer for prompt in prompts for answer in self._answer([prompt], wanted)]
+        batch = self.model.processor.collate(list(prompts), pad_left=True).to(self.device)
         decoding: dict[str, Any] = {"max_new_tokens": min(longest, room)}
         if float(wanted.get("temperature") or 0) > 0 and wanted.get("do_sample", True):
             decoding |= {"do_sample": True, "temperature": float(wanted["temperature"])}

@@ -67,6 +67,30 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+HEAD_WORDS = {
+    "computes": "the device or the precision",
+    "decoding": "the decoding",
+    "limit": "--limit",
+    "metric": "the metric",
+    "overrides": "the changes to the recipe",
+    "questions": "the files of questions",
+    "run": "the run",
+    "task": "the task's own file",
+    "versions": "an installed version",
+    "weights": "the weights",
+}
+"""What a head has, in a sentence."""
+
+
+def _from_to(before: Any, now: Any) -> str:
+    """Two values of a head, where they are short; of two mappings what differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        differ = [key for key in before | now if before.get(key) != now.get(key)]
+        before, now = ({key: of.get(key) for key in differ} for of in (before, now))
+    words = f" (from {before} to {now})"
+    return words if len(words) <= 120 else ""
+
+
 class PredictionFile:
     """The answers to a task, and the parts of it that processes have written so far."""
 
@@ -84,8 +108,11 @@ class PredictionFile:
         Raises:
             UserError: a file is of other weights, another task or other decoding.
         """
-        files = [self.file] if self.is_complete else sorted(self._parts())
-        by_index = {one.index: one for file in files for one in self._read(file)}
+        by_index: dict[int, Answered] = {}
+        for file in [self.file] if self.is_complete else sorted(self._parts()):
+            for one in self._read(file):  # an answer, and not why there was none before, in whatever part it is
+                if not one.error or one.index not in by_index or by_index[one.index].error:
+                    by_index[one.index] = one
         return [by_index[index] for index in sorted(by_index)]
 
     def lines(self) -> int:
@@ -117,10 +144,13 @@ class PredictionFile:
         if not lines:
             return
         head = json.loads(lines[0])
-        if changed := sorted(key for key in head | self.head if head.get(key) != self.head.get(key)):
-            raise UserError(
-                f"{file} holds answers of another {changed[0]}: answer anew with --again, or name another --out."
-            )
+        for key in sorted(head | self.head):
+            before, now = head.get(key), self.head.get(key)
+            if before != now:
+                raise UserError(
+                    f"{file} holds answers of before {HEAD_WORDS.get(key, key)} changed{_from_to(before, now)}: answer "
+                    "anew with --again, or name another --out."
+                )
         yield from _answers(file, lines)
 
 

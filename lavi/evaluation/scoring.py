@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -38,6 +39,17 @@ from lavi.model import VisionLanguageModel
 RGB = 3
 BEHIND_TRUTH = 4
 """Tokens that an answer may have behind a true one before it is cut: blanks, or what makes it another one."""
+
+
+class AnswerLimits(NamedTuple):
+    """How many prompts are answered at a time, and how far."""
+
+    batch_size: int = 128
+    max_new_tokens: int = 64
+    """Of an answer that the metric reads to its end; others are cut behind the longest true one."""
+
+
+USUAL_LIMITS = AnswerLimits()
 
 
 class Expected(NamedTuple):
@@ -76,8 +88,7 @@ class Scorer:
     device: torch.device
     metric_without_images: AnswerMetric | None = None
     noise: float = 0.0
-    batch_size: int = 128
-    max_new_tokens: int = 16
+    limits: AnswerLimits = USUAL_LIMITS
     route_counts: Counter[Hashable] = field(default_factory=Counter)
     """How many samples took each route through the decoder, as they were answered with their images."""
     prompts: int = 0
@@ -86,7 +97,8 @@ class Scorer:
     sizes: PromptSizes = field(default_factory=lambda: PromptSizes())
     samples: int = 0
     """Added so far, and left out: their numbers tell them apart, since keys may begin anew in each shard."""
-    _waiting: list[tuple[EncodedSample, Expected, int]] = field(default_factory=list)
+    _waiting: list[tuple[EncodedSample, Expected, int, int]] = field(default_factory=list)
+    """With the number of their sample and the tokens that their answer may need."""
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
@@ -102,12 +114,13 @@ class Scorer:
         for prompt, expected in encoded:
             self.sizes.add(prompt)
             self.prompts += 1
-            fills_context = self._answer_room(prompt) < self.max_new_tokens
+            needed = self._needed(expected)
+            fills_context = self.model.room_behind(prompt.length) < needed
             if fills_context:  # alone: it leaves the others as much room for their answers as they had
                 self.finish()
-            self._waiting.append((prompt, expected, number))
+            self._waiting.append((prompt, expected, number, needed))
             size = sum(tensor_bytes(waiting) for waiting, *_ in self._waiting)
-            if fills_context or len(self._waiting) == self.batch_size or size > LARGEST_WINDOW:
+            if fills_context or len(self._waiting) >= self.limits.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         return True
 
@@ -116,24 +129,20 @@ class Scorer:
         of_a_view = (cells[0], cells[1]) if channels == RGB else None  # at native resolution views are patches
         return with_noise(sample, self.noise, seed=number, cells=of_a_view)
 
-    def _answer_room(self, prompt: EncodedSample) -> int:
-        """Tokens of the longest answer to a prompt."""
-        return min(self.max_new_tokens, self.model.room_behind(prompt.length))
-
-    def _longest_right_answer(self, expected: Sequence[Expected]) -> int:
-        """Tokens after which none of the answers can still become right, or the most that there may be."""
+    def _needed(self, expected: Expected) -> int:
+        """Tokens after which an answer cannot become right any more, or the most that there may be."""
         if self.metric.wants_whole_answers:
-            return self.max_new_tokens
+            return self.limits.max_new_tokens
         tokenizer = self.model.processor.chat.tokenizer
-        truths = [truth for e in expected for truth in e.references]
-        return max(len(tokenizer(truth, add_special_tokens=False)["input_ids"]) for truth in truths) + BEHIND_TRUTH
+        tokens = [len(tokenizer(truth, add_special_tokens=False)["input_ids"]) for truth in expected.references]
+        return max(tokens) + BEHIND_TRUTH
 
     def finish(self) -> None:
         """Answer the prompts that are waiting."""
         if not self._waiting:
             return
-        prompts, expected, samples = zip(*self._waiting, strict=True)
-        tokens = min(*map(self._answer_room, prompts), self._longest_right_answer(expected))
+        prompts, expected, samples, needed = zip(*self._waiting, strict=True)
+        tokens = min(max(needed), *(self.model.room_behind(prompt.length) for prompt in prompts))
         batch = self.model.processor.collate(list(prompts), pad_left=True)
         self._waiting = []
         self.model.fusion.route_counts.clear()
@@ -257,6 +266,7 @@ def evaluate(
     metric: AnswerMetric,
     device: torch.device,
     noise: Sequence[float] = (),
+    limits: AnswerLimits = USUAL_LIMITS,
 ) -> Scores:
     """Score a model on samples and on the controls: their images exchanged among them, none at all, noisy ones.
 
@@ -267,9 +277,11 @@ def evaluate(
     Raises:
         UserError: there is not one question.
     """
-    plain = Scorer(model, deepcopy(metric), device, metric_without_images=deepcopy(metric))
-    shuffled = Scorer(model, deepcopy(metric), device)
-    noisy = {deviation: Scorer(model, deepcopy(metric), device, noise=deviation) for deviation in noise}
+
+    scorer_of = partial(Scorer, model, device=device, limits=limits)
+    plain = scorer_of(metric=deepcopy(metric), metric_without_images=deepcopy(metric))
+    shuffled = scorer_of(metric=deepcopy(metric))
+    noisy = {deviation: scorer_of(metric=deepcopy(metric), noise=deviation) for deviation in noise}
     count = 0
 
     def scored() -> Iterator[Sample]:

@@ -12,19 +12,28 @@ from numpy.typing import NDArray
 
 from lavi.metrics.base import AnswerMetric, Figures, Prediction
 
-_SEVERAL = re.compile(r"^\W*[A-Za-z]\W*(?:,|/|&|\bor\b|\band\b)\W*[A-Za-z]\b\W*$")
+_AND = r"\W*(?:,|/|&|\bor\b|\band\b)\W*"
+_NAME = r"\b(?i:answer|option|choice)\b(?i:\s+is)?\s*:?\s*\(?"
+_SEVERAL = (
+    re.compile(rf"(?:^\W*[A-Za-z]|{_NAME}\b[A-Z]){_AND}[A-Za-z]\b\W*$"),  # A or B; The answer is A or B
+    re.compile(rf"^\W*[A-Z][).:\]]\s.*{_AND}[A-Z][).:\]]\s", re.DOTALL),  # A. a cat or B. a dog
+)
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
 _FIRST = re.compile(r"^\W*(?:([A-Za-z])[).:\]](?=\s|$)|([A-Z])\s*\n)")
-_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*\(?\b([A-Z])\b(?!')|\banswer\s*:\s*([a-z])\W*$")
+_ENDS = r"(?=\s*(?:[).:,;!\]\n]|$)|\s+(?:is|because)\b)"
+_NAMED = re.compile(rf"{_NAME}\b(?:([B-HJ-Z])\b(?!')|([AI]){_ENDS})|\b(?i:answer)\s*:\s*([a-z])\W*$")
+"""*A* and *I* are words, too: *The answer is A cat.* names none, *The answer is A.* does."""
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+_EMPHASIS = str.maketrans("", "", "*`")
 
 
 def option_letter(answer: str) -> str | None:
-    """The letter that an answer chooses: ``B``, ``(B) a cat``, ``B. a cat``, ``The answer is B``.
+    """The letter that an answer chooses: ``B``, ``(B) a cat``, ``**B.** a cat``, ``Answer: B``, ``The answer is B``.
 
     None if it names none, or several: nothing is guessed, and the first word of *A cat.* is no letter.
     """
-    if _SEVERAL.match(answer) or len(set(_IN_BRACKETS.findall(answer))) > 1:
+    answer = answer.translate(_EMPHASIS)
+    if any(form.search(answer) for form in _SEVERAL) or len(set(_IN_BRACKETS.findall(answer))) > 1:
         return None
     for form in (_ALONE, _FIRST, _NAMED, _IN_BRACKETS):
         letters = {next(filter(None, found.groups())).upper() for found in form.finditer(answer)}
@@ -42,7 +51,9 @@ class OptionLetter(AnswerMetric):
     label = "right"
 
     def score(self, answer: str, references: Sequence[str]) -> float:
-        if len(_plain(answer)) > 1 and _plain(answer) in map(_plain, references):
+        plain = _plain(answer)
+        is_letter = len(plain) == 1 and plain.isalpha()
+        if plain and not is_letter and plain in map(_plain, references):
             return 1.0
         return float(option_letter(answer) == references[0].strip().upper())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lavi.metrics.base import AnswerMetric, Figures, Prediction
@@ -22,7 +24,7 @@ class Verdict(NamedTuple):
     """What a judge says of an answer."""
 
     right: bool
-    grade: int
+    grade: float
     """From 0 to 5."""
 
 
@@ -35,13 +37,14 @@ class Judge(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The model and its version: scores of different judges cannot be compared."""
+        """The model and its prompt: scores of different judges cannot be compared."""
 
     @abstractmethod
     def judge(self, question: str, truth: str, answer: str) -> Verdict:
         """The verdict on one answer; where the judge said nothing that is one: wrong, graded 0."""
 
 
+# Chosen here, shorter than Video-ChatGPT's; its checksum is a part of the judge's name.
 PROMPT = """Question: {question}
 Correct answer: {truth}
 Predicted answer: {answer}
@@ -49,7 +52,8 @@ Does the predicted answer mean the same as the correct one? Reply with yes or no
 well they match, in the form: yes, 4"""
 
 _RIGHT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-_GRADE = re.compile(r"(?<![\d.])[0-5](?![\d.]*\d)")
+_GRADE = re.compile(r"(?<![\d.])(?:[0-4](?:\.\d+)?|5(?:\.0+)?)(?!\.?\d)")
+_OUT_OF = re.compile(r"(?:/|\bout of)\s*5\b", re.IGNORECASE)
 
 
 class LanguageModelJudge(Judge):
@@ -65,23 +69,27 @@ class LanguageModelJudge(Judge):
 
     @property
     def name(self) -> str:
-        return self.source
+        return f"{self.source}, prompt {hashlib.sha256(PROMPT.encode()).hexdigest()[:8]}"
 
     def judge(self, question: str, truth: str, answer: str) -> Verdict:
         said = self._say(PROMPT.format(question=question, truth=truth, answer=answer))
-        right, grades = _RIGHT.search(said), _GRADE.findall(said)
-        if right is None or not grades:
+        right, grades = _RIGHT.search(said), _GRADE.findall(_OUT_OF.sub("", said))
+        if right is None:
             log.warning(
                 "the judge %s said %r, which is no verdict such as 'yes, 4': counted as wrong.", self.name, said
             )
-            return Verdict(False, 0)
-        return Verdict(right[1].lower() == "yes", int(grades[-1]))
+            return Verdict(False, 0.0)
+        if not grades:
+            log.warning("the judge %s said %r, which has no score from 0 to 5: graded 0.", self.name, said)
+        return Verdict(right[1].lower() == "yes", float(grades[-1]) if grades else 0.0)
 
     def _say(self, prompt: str) -> str:
         from transformers import pipeline
 
         if self._pipeline is None:
-            self._pipeline = pipeline("text-generation", model=self.source)
+            # Where this process works: of several each has a GPU of its own.
+            device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+            self._pipeline = pipeline("text-generation", model=self.source, device=device)
         (said,) = self._pipeline(
             [{"role": "user", "content": prompt}], max_new_tokens=16, do_sample=False, return_full_text=False
         )

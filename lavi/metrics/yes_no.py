@@ -19,7 +19,7 @@ class YesNo(AnswerMetric):
 
     Every figure is given over all answers, for each family (POPE's random, popular and adversarial questions), and as
     the mean of the families: papers report either. An answer that is neither yes nor no is wrong, *yes.* and *yes, a
-    dog* too, as lmms-eval compares them; the prompt asks for a single word.
+    dog* too, as lmms-eval compares them; the prompt asks for a single word. ``says neither`` is the share of those.
     """
 
     label = "right"
@@ -57,6 +57,7 @@ def _of_yes(said: NDArray[np.str_], true: NDArray[np.str_], weights: NDArray[np.
         "recall, answered": 100 * answered,
         "f1, answered": 100 * _f1(precision, answered),
         "says yes": 100 * _share(says_yes, float(weights.sum())),
+        "says neither": 100 * _share(count((said != "yes") & (said != "no")), float(weights.sum())),
     }
 
 
