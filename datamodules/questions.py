@@ -13,8 +13,10 @@ import base64
 import binascii
 import csv
 import json
+import math
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +68,8 @@ class QuestionFile(QuestionSource):
             ``images``, or the images themselves (bytes, base64).
         images: folder of the images, below the task's.
         video: template of the video's file, or of a folder of its frames; where there is none of that ending, another
-            that can be read is taken. ``clip``: the fields with the seconds from which and to which it is seen;
+            that can be read is taken. ``clip``: the fields with the seconds from which and to which it is seen, or to
+            its end where it is shorter;
             ``frames_per_second``: of folders.
         frames: which frames of videos are seen.
         about: template of what answers are about, which are not independent; by default the image or video, or the
@@ -116,13 +119,21 @@ class QuestionFile(QuestionSource):
         self.frames_per_second, self.copies_apart = frames_per_second, copies_apart
         self.about, self.family, self.level = about, family, level
 
-    def records(self, folder: Path) -> Iterable[Record]:
+    def records(self, folder: Path) -> Iterator[Record]:
+        return self._records(folder)
+
+    def count(self, folder: Path, limit: int | None = None) -> int:
+        needed = [*self.where, *([self.key] if self.annotations else [])]  # no images
+        return sum(1 for _ in islice(self._records(folder, [path.partition(".")[0] for path in needed]), limit))
+
+    def _records(self, folder: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+        """The records, or of parquet files these columns alone."""
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: the task's files belong there (its own file says which).")
         more = self._annotations(folder)
         index = 0
         for file in _files(folder, self.file):
-            for record in _read(file, self.within):
+            for record in _read(file, self.within, columns):
                 if more is not None:
                     record = record | more.get(_field(record, self.key, str(file)), {})
                 if all(_is(record, name, value, str(file)) for name, value in self.where.items()):
@@ -197,7 +208,7 @@ class QuestionFile(QuestionSource):
         file = _readable(folder / _filled(self.video, record))
         if file.is_dir():
             return [_video_of_frames(file, self.frames, self.frames_per_second, clip)]
-        return [read_video(file, self.frames, clip=clip)]
+        return [read_video(file, self.frames, clip=clip, clip_slack=math.inf)]  # as their own scripts have it
 
     def _level(self, record: Record) -> str:
         if self.copies_apart is None:
@@ -223,11 +234,11 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return files
 
 
-def _read(file: Path, within: str | None) -> Iterator[Record]:
-    """The records of a file, by its ending."""
+def _read(file: Path, within: str | None, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of a file, by its ending; of a parquet file these columns alone."""
     ending = file.suffix.lower()
     if ending == ".parquet":
-        yield from _parquet(file)
+        yield from _parquet(file, columns)
     elif ending in (".csv", ".tsv"):
         yield from _table(file, "\t" if ending == ".tsv" else ",")
     elif ending == ".jsonl":
@@ -285,7 +296,7 @@ def _table(file: Path, delimiter: str) -> Iterator[Record]:
         raise UserError(f"{file} is no table of text ({error}).") from None
 
 
-def _parquet(file: Path) -> Iterator[Record]:
+def _parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -293,7 +304,7 @@ def _parquet(file: Path) -> Iterator[Record]:
         raise UserError("parquet files need the package `datasets`: pip install 'lavi[datasets]'.") from None
     read_head(file, "a parquet file")
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file} cannot be read to its end ({one_line(error)}).") from None

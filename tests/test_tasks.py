@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import answering, small
 from PIL import Image
-from task_files import TASK, WRITERS, dump, pictures
+from task_files import TASK, WRITERS, dump, pictures, videos
 
 from datamodules.questions import QuestionFile
 from lavi.batch import Sample, Video, text_of
@@ -152,6 +152,19 @@ def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path: Path) ->
     assert [frame.getpixel((0, 0))[0] for frame in video.frames] == [20 * number for number in range(12)]
 
 
+def test_a_clip_that_ends_behind_its_video_ends_with_it(tmp_path: Path) -> None:
+    """MVBench has such; one that begins behind it cannot be seen."""
+    videos(tmp_path, "a.mp4")  # two seconds
+    dump(tmp_path / "q.json", [{"question": "?", "answer": "red", "start": start, "end": 9} for start in (1, 5)])
+    source = question_file(image=None, video="a.mp4", clip=["start", "end"])
+    seen, not_seen = source.records(tmp_path)
+    (video,) = source.sample(seen, tmp_path).images
+    assert isinstance(video, Video)
+    assert (video.duration, min(video.seconds)) == (pytest.approx(1.0), pytest.approx(1.0, abs=0.13))
+    with pytest.raises(UnreadableError, match="lies outside"):
+        source.sample(not_seen, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "words"), [("gone.jpg", "gone.jpg"), ("q.json", "is not an image")])
 def test_a_picture_that_cannot_be_read_leaves_its_question(name: str, words: str, tmp_path: Path) -> None:
     """It is asked of nobody, and still counts: with what would have been right."""
@@ -224,6 +237,20 @@ def test_a_file_of_questions_that_was_cut_or_is_no_text_is_a_sentence(name: str,
         file.write_bytes(b'{"question": "\xff\xfe", "answer": "\xff"}\n')
     with pytest.raises(UserError, match=rf"q\{file.suffix} (cannot be read to its end|is no text in UTF-8)"):
         list(question_file(file=name, image=None).records(tmp_path))
+
+
+def test_questions_are_counted_without_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of scienceqa those with a picture, of mme all: as many as are asked; a limit is not exceeded."""
+    for name in WRITERS:
+        WRITERS[name](tmp_path / name)
+        source = Task.load(name).questions
+        asked = len(list(source.records(tmp_path / name)))
+        assert source.count(tmp_path / name) == asked
+        assert source.count(tmp_path / name, limit=1) == 1
+    read: list[Any] = []
+    monkeypatch.setattr("datamodules.questions._parquet", lambda file, columns: read.append(columns) or iter([{}]))
+    Task.load("mme").questions.count(tmp_path / "mme")
+    assert read == [[]]
 
 
 def test_files_that_are_missing_are_a_sentence(tmp_path: Path) -> None:

@@ -66,18 +66,20 @@ def read_video(
     *,
     clip: tuple[float, float] | None = None,
     name: str | None = None,
+    clip_slack: float = CLIP_SLACK,
 ) -> Video:
     """Decode the frames that ``sampling`` keeps, to upright RGB.
 
     Of mp4 (mov), webm, mkv and gif: the first video stream that is no cover picture; sound is not decoded, and no file
     or address that the video may refer to is opened. A file cut short or damaged is used if each frame chosen of the
     *whole* of it is there; where a stream does not say how long it is (live webm, fragments), a cut between two frames
-    cannot be seen. A clip's end up to :data:`CLIP_SLACK` seconds behind the video is the video's end.
+    cannot be seen.
 
     Args:
         source: a file, or its bytes.
         clip: from which second to which; by default all.
         name: what an error calls it; by default the file.
+        clip_slack: up to so many seconds behind the video a clip's end is the video's end.
 
     Returns:
         F frames with the seconds from the start of the file at which they are shown, and the duration in seconds of the
@@ -92,7 +94,7 @@ def read_video(
         raise UserError(f"the clip {_span(*clip)} of {called} is none: it runs from a second to a later one.")
     with _file(source) as file:
         table = _scanned(file, called, until=clip[1] if clip else None)
-        start, stop = _cut_to(clip, table, called)
+        start, stop = _cut_to(clip, table, called, clip_slack)
         chosen = sampling.pick(table.seconds, start, stop, keys=table.keys)
         if not chosen:
             raise UserError(f"{called} has no key frame in {_span(start, stop)}: sample it how=uniform, or how=fps.")
@@ -122,12 +124,12 @@ class _Table:
         return next((i for i in range(index, 0, -1) if self.keys[i]), 0)
 
 
-def _cut_to(clip: tuple[float, float] | None, table: _Table, called: str) -> tuple[float, float]:
+def _cut_to(clip: tuple[float, float] | None, table: _Table, called: str, slack: float) -> tuple[float, float]:
     """The seconds from which frames are taken."""
     if clip is None:
         return 0.0, table.length
     start, stop = clip
-    if start >= table.length or stop > table.length + CLIP_SLACK:
+    if start >= table.length or stop > table.length + slack:
         raise UserError(f"the clip {_span(start, stop)} lies outside {called}, which lasts {table.length:.2f} seconds.")
     return start, min(stop, table.length)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +192,7 @@ def _answers(
         console().print(f"{run_name(run)}, {task.name}: answered before ({kept.file})")
         return before
     folder = settings.data / task.name
-    total = sum(1 for _ in islice(task.questions.records(folder), settings.limit))
+    total = task.questions.count(folder, settings.limit)
     done = {one.index for one in before if not one.error}  # a picture that was missing may be there now
     with progress(f"{run_name(run)}, {task.name}: answering", total=total, done=len(done)) as report_done:
         if settings.processes == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class QuestionSource(ABC):
         Raises:
             UserError: a file is missing or is something else.
         """
+
+    def count(self, folder: Path, limit: int | None = None) -> int:
+        """How many records there are, or the limit where there are more."""
+        return sum(1 for _ in islice(self.records(folder), limit))
 
     def fingerprint(self, folder: Path) -> str:
         """What the files of the questions are, by which answers are told from those to other files."""
