@@ -24,6 +24,7 @@ from PIL import Image
 
 from datamodules.formats.entries import natural_order
 from datamodules.formats.files import allow_long_cells, load_json, read_head, reading
+from datamodules.formats.frames import OpenedWhenAsked, from_frames
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import Sample, Video, Visual
 from lavi.config.files import sha256_of
@@ -206,9 +207,10 @@ class QuestionFile(QuestionSource):
         ends = [float(record[name]) for name in self.clip or () if not _is_nothing(record.get(name))]
         clip = (ends[0], ends[1]) if len(ends) == 2 else None
         file = _readable(folder / _filled(self.video, record))
+        seen: dict[str, Any] = {"clip": clip, "clip_slack": math.inf}  # to the end, as their own scripts have it
         if file.is_dir():
-            return [_video_of_frames(file, self.frames, self.frames_per_second, clip)]
-        return [read_video(file, self.frames, clip=clip, clip_slack=math.inf)]  # as their own scripts have it
+            return [from_frames(_frames_in(file), self.frames, fps=self.frames_per_second, **seen)]
+        return [read_video(file, self.frames, **seen)]
 
     def _level(self, record: Record) -> str:
         if self.copies_apart is None:
@@ -418,20 +420,17 @@ def _readable(file: Path) -> Path:
     return next((other for other in others if other.exists()), file)
 
 
-def _video_of_frames(folder: Path, sampling: FrameSampling, rate: float, clip: tuple[float, float] | None) -> Video:
-    """The frames that are seen of a folder of images, which stand ``1 / rate`` seconds each, in order of their names.
+def _frames_in(folder: Path) -> Sequence[Image.Image]:
+    """The images of a folder, in order of their names.
 
     Raises:
-        UserError: it has no images, or one cannot be read.
+        UserError: it has none.
     """
     images = (file for file in folder.iterdir() if file.suffix.lower().lstrip(".") in IMAGE_TYPES)
     files = sorted(images, key=lambda file: natural_order(file.name))
     if not files:
         raise UserError(f"{folder} has no frames.")
-    seconds = [number / rate for number in range(len(files))]
-    start, stop = clip or (0.0, len(files) / rate)
-    kept = sampling.pick(seconds, start, min(stop, len(files) / rate))
-    return Video([open_image(files[number]) for number in kept], [seconds[number] for number in kept], stop - start)
+    return OpenedWhenAsked(files, open_image)
 
 
 def _image(value: Any, folder: Path) -> Image.Image:

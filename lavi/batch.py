@@ -27,7 +27,7 @@ class Video:
 
     frames: list[Image.Image]
     seconds: list[float] = field(default_factory=list)
-    """When each is shown, from the start of the file; empty: not known."""
+    """When each is shown, from the start of the video, or of the clip; empty: not known."""
     duration: float | None = None
     """Of the whole video, or of the clip that the frames are from, in seconds."""
 

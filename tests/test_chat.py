@@ -88,6 +88,19 @@ def test_answers_are_found_whatever_was_encoded_before(tokenizer: str) -> None:
             assert used.encode(messages, images=0) == new.encode(messages, images=0), (question, answer)
 
 
+def test_an_end_is_trained_whatever_was_encoded_before(tokenizer: str) -> None:
+    """A blank behind one answer and one behind a later question are as many characters; the end token stays trained."""
+    used, new = (Chat(AutoTokenizer.from_pretrained(tokenizer)) for _ in range(2))
+    used.template = new.template = TRIMS
+
+    def turns(*contents: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": c} for role, c in zip(["user", "assistant"] * 2, contents, strict=True)]
+
+    used.encode(turns("what?", "a dog. ", "and?", "a cat."), images=0)
+    second = turns("what?", "a fox.", "and?\n", "a cat.")
+    assert used.encode(second, images=0) == new.encode(second, images=0)
+
+
 def test_words_that_look_like_an_image_are_words(chat: Chat) -> None:
     encoded = chat.encode(
         [{"role": "user", "content": f"a <image> {IMAGE}"}, {"role": "assistant", "content": "b"}], images=0

@@ -26,6 +26,7 @@ from lavi.checkpoints.trained_weights import TRAINED
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.recipe import Recipe
+from lavi.training.module import VisionLanguageModule
 
 LORA = "model.language.lora={rank: 4, dropout: 0.5}"
 SAMPLES = [ask(1, "what colour is the circle?", answer="red"), ask("is there a square?", answer="yes")]
@@ -112,7 +113,8 @@ def test_adapters_start_around_what_was_trained_before(train, monkeypatch: pytes
     assert not frozen & adapters
 
 
-def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch: pytest.MonkeyPatch) -> None:
+def whole_and_half(train, monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:  # type: ignore[no-untyped-def]
+    """Two runs of four steps: ``whole`` in one go, ``half`` as the same stood after two of them."""
     save = KeepRun._save
 
     def and_copy(self: KeepRun, trainer: Any) -> None:
@@ -120,13 +122,86 @@ def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch:
         if trainer.global_step == 2:
             shutil.copytree(self.folder, "half")
 
-    monkeypatch.setattr(KeepRun, "_save", and_copy)
-    assert train("whole", LORA, "trainer.max_steps=4", "--save-every", "2") == 0
-    monkeypatch.setattr(KeepRun, "_save", save)
+    with monkeypatch.context() as patched:
+        patched.setattr(KeepRun, "_save", and_copy)
+        assert train("whole", *changes, "trainer.max_steps=4", "--save-every", "2") == 0
+
+
+def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_and_half(train, monkeypatch, LORA)
     assert names("half") == names("whole")
     assert train("half", options=("--resume",)) == 0
     whole, half = load_file(f"whole/{TRAINED}"), load_file(f"half/{TRAINED}")
     assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+NORMED = [
+    "model.vision={_target_: lavi.vision.timm.TimmVision, name: test_efficientnet, image_size: 64, pretrained: false}",
+    "module.learning_rate.vision=1e-3",
+]
+
+
+def test_the_statistics_of_a_trained_batch_norm_are_kept(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no parameters: a run, one that goes on and one that starts from it have them, as they were learned."""
+    whole_and_half(train, monkeypatch, *NORMED)
+    two = load_file(f"half/{TRAINED}")
+    assert train("half", options=("--resume",)) == 0
+    whole, half = load_file(f"whole/{TRAINED}"), load_file(f"half/{TRAINED}")
+    statistics = [name for name in whole if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) > 10
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert all(not torch.equal(whole[name], two[name]) for name in statistics)
+    state = load_run(Path("whole"))[1].state_dict()
+    assert all(torch.equal(state[name.removeprefix("model.")], whole[name]) for name in statistics)
+    frozen = [NORMED[0], "module.learning_rate.vision=null", "module.start_from=whole"]
+    assert train("later", *frozen) == 0
+    later = load_file(f"later/{TRAINED}")
+    assert all(torch.equal(later[name], whole[name]) for name in statistics)
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(
+    train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss may be finite, and the gradient not; what can be gone on from is the checkpoint before."""
+    step = VisionLanguageModule.on_before_optimizer_step
+
+    def broken(self: VisionLanguageModule, optimizer: Any) -> None:
+        step(self, optimizer)
+        if self.global_step == 3:
+            next(p for p in self.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+    monkeypatch.setattr(VisionLanguageModule, "on_before_optimizer_step", broken)
+    assert train("one", "trainer.max_steps=4", "trainer.gradient_clip_val=null", "--save-every", "2") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "after step 4 the weight model." in said
+    assert "is not finite, and is not saved: lower module.learning_rate" in said
+    assert "one/last.ckpt of step 2 is intact" in said
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(f"one/{TRAINED}").values())
+    monkeypatch.setattr(VisionLanguageModule, "on_before_optimizer_step", step)
+    assert train("one", "trainer.max_steps=4", options=("--resume",)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("module.learning_rate.fusion=1e-5", "module.learning_rate cannot change"),
+        ("module.weight_decay=0.3", "module.weight_decay cannot change"),
+        (
+            "module.muon=2.0",
+            "module.muon cannot change (it was None): begin anew from its weights with module.start_from",
+        ),
+    ],
+)
+def test_what_the_optimizer_s_state_would_undo_is_refused(
+    train, capsys: pytest.CaptureFixture[str], change: str, words: str
+) -> None:
+    """A run that is resumed has its old rates: it must not say and write down that it has others."""
+    assert train("one") == 0
+    before = Path("one/recipe.yaml").read_text()
+    assert train("one", change, "trainer.max_steps=3", options=("--resume",)) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert Path("one/recipe.yaml").read_text() == before
+    assert train("one", "module.warmup=0.5", "trainer.max_steps=3", options=("--resume",)) == 0
 
 
 def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Broken(Numbers):
 
 class AllBroken(Broken):
     all_broken = True
+
+
+class NoSamples(Numbers):
+    def samples(self, split: str) -> Iterator[Sample]:
+        return iter(())
 
 
 class NoContract(pl.LightningDataModule):
@@ -99,6 +105,14 @@ def test_training_batches_go_through_the_samples_again_and_again(processor: Any)
     assert keys == [f"train-{number % 10}" for number in range(20)]
 
 
+def test_an_epoch_goes_on_where_the_one_before_it_stopped(processor: Any) -> None:
+    """Of a trainer that counts so many batches an epoch; else it would see the first samples alone."""
+    loader = Numbers(processor, batch_size=2).train_dataloader()
+    epochs = [[batch.keys for batch in islice(iter(loader), 2)] for _ in range(3)]
+    keys = [key for epoch in epochs for batch in epoch for key in batch]
+    assert keys == [f"train-{number % 10}" for number in range(12)]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_samples_and_get_as_many_batches(processor: Any, ranks: int) -> None:
     data = Broken(processor, batch_size=1)
@@ -134,6 +148,16 @@ def test_what_cannot_be_encoded_is_counted(processor: Any, caplog: pytest.LogCap
 def test_where_nothing_can_be_used_it_is_said_and_why(processor: Any) -> None:
     with pytest.raises(UserError, match=r"none of the training samples can be used: 10 x longer than the context"):
         next(iter(AllBroken(processor).train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("AllBroken", "10 x longer than the context"), ("NoSamples", "there is none")]
+)
+def test_a_run_without_usable_samples_says_so(run: Any, own_recipe: Path, kind: str, why: str) -> None:
+    settings = yaml.safe_load(own_recipe.read_text())
+    settings["data"]["_target_"] = f"test_data_module.{kind}"
+    own_recipe.write_text(yaml.safe_dump(settings))
+    refused(run("lavi.fit", "--recipe", own_recipe, "--run", "own"), "none of the training samples can be used", why)
 
 
 def test_samples_are_limited_and_read_anew(processor: Any) -> None:

@@ -65,10 +65,10 @@ def read_lines(file: Path) -> Source:
     return Source(file.name, items())
 
 
-def image_of(kind: str) -> bytes:
+def image_of(kind: str, colour: Any = "red") -> bytes:
     stream = io.BytesIO()
     more = {"save_all": True, "append_images": [Image.new("RGB", (9, 5))]} if kind == "MPO" else {}
-    Image.new("RGB", (9, 5), "red").save(stream, kind, **more)
+    Image.new("RGB", (9, 5), colour).save(stream, kind, **more)
     return stream.getvalue()
 
 
@@ -415,6 +415,55 @@ def test_a_caption_of_a_video_asks_for_it_and_gets_its_sampled_frames() -> None:
     (video,) = sample.images
     assert isinstance(video, Video)
     assert len(video.frames) == 4
+
+
+def test_images_and_videos_stand_where_each_is_asked_for() -> None:
+    """Whichever comes first among the members: each kind is in its own order."""
+    parts = [{"type": kind} for kind in ("video", "image", "video")]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
+    clips = [mp4([Image.new("RGB", (16, 16), (n, n, n)) for _ in range(4)]) for n in (0, 200)]
+    raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode()}
+    raw |= {"0.png": png(2), "1.mp4": clips[0], "2.mp4": clips[1]}
+    first, picture, second = Conversations().decode(raw).images
+    assert isinstance(first, Video)
+    assert isinstance(second, Video)
+    assert isinstance(picture, Image.Image)
+    assert [round(video.frames[0].getpixel((0, 0))[0], -2) for video in (first, second)] == [0, 200]  # type: ignore[index]
+
+
+def test_a_clip_of_extracted_frames_is_those_frames() -> None:
+    messages = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "a"}]
+    pictures = {f"{n}.png": image_of("PNG", (n, n, n)) for n in range(10)}
+
+    def video(**record: Any) -> Video:
+        told = {"messages": messages, "frames": [10], "clip": [5, 8]} | record
+        raw = {"__key__": "k", "json": json.dumps(told).encode(), **pictures}
+        (shown,) = Conversations(video=FrameSampling(frames=10)).decode(raw).images
+        assert isinstance(shown, Video)
+        return shown
+
+    seen = video(fps=1)
+    assert [frame.getpixel((0, 0))[0] for frame in seen.frames] == [5, 6, 7]  # type: ignore[index]
+    assert (seen.seconds, seen.duration) == ([0.0, 1.0, 2.0], 3.0)
+    with pytest.raises(BrokenSample, match="give its 'fps'"):
+        video()
+    with pytest.raises(BrokenSample, match="lies outside its frames, which last 10"):
+        video(fps=1, clip=[5, 30])
+    with pytest.raises(BrokenSample, match="lies outside"):
+        video(fps=1, clip=[12, 13])
+
+
+@pytest.mark.parametrize("numbers", [(1, 0), (0, 0), (1, 2)])
+def test_parts_that_number_their_images_otherwise_than_they_stand_are_refused(numbers: tuple[int, int]) -> None:
+    """The list of images has the order in which they are shown; another order would show each in another's place."""
+    parts = [{"type": "image", "index": number} for number in numbers]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
+    raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode(), "0.png": png(2), "1.png": png(2)}
+    with pytest.raises(BrokenSample, match="its parts number their images"):
+        Conversations().decode(raw)
+    parts[0]["index"], parts[1]["index"] = 0, 1
+    raw["json"] = json.dumps({"messages": messages}).encode()
+    assert len(Conversations().decode(raw).images) == 2
 
 
 def test_image_members_are_of_a_few_formats_whatever_their_names_say() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from datamodules.formats.conversations import Conversations
 from datamodules.shards.read import BrokenSample
 from lavi.data import images
-from lavi.data.images import open_image
+from lavi.data.images import BROKEN, open_image, upright_rgb
 from lavi.errors import UserError
 
 decode = Conversations().decode
@@ -205,6 +205,29 @@ def test_files_that_are_not_there_or_no_files(tmp_path: Path) -> None:
         open_image(tmp_path / "gone.jpg")
     with pytest.raises(UserError, match="cannot be read as an image"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "GIF"])
+def test_a_damaged_picture_is_no_picture(kind: str) -> None:
+    """What Pillow refuses to decode is refused, wherever it is damaged: nothing black or torn is trained on."""
+    noise = Image.effect_noise((64, 64), 60).convert("RGB")
+    settings = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+    data = bytearray(encoded(noise, kind, **settings))
+    middle = slice(len(data) // 2, len(data) // 2 + 40)
+    data[middle] = bytes(255 - value for value in data[middle])
+    refused = 0
+    for damaged in (bytes(data), bytes(data[: len(data) // 2]), bytes(data[: len(data) * 9 // 10])):
+        try:
+            Image.open(io.BytesIO(damaged)).load()
+        except UnidentifiedImageError:
+            continue
+        except BROKEN:
+            refused += 1
+            with pytest.raises(UserError, match="not an image that opens"):
+                open_image(damaged)
+            with pytest.raises(UserError, match="is damaged"):
+                upright_rgb(Image.open(io.BytesIO(damaged)))
+    assert refused
 
 
 def test_no_damage_escapes_as_another_error() -> None:

@@ -316,6 +316,18 @@ def test_all_ranks_stop_where_one_has_no_finite_loss(build, monkeypatch: pytest.
         module.training_step(batch, 0)
 
 
+def test_a_step_without_a_trained_token_is_refused(build) -> None:
+    """Its loss is 0 / 0: the weights would be no numbers after it, and nothing would have said so."""
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
+    batch = collate(module.model, [ask(1, "what?", answer="red")])
+    batch.labels.fill_(IGNORE)
+    module.trainer = SimpleNamespace(world_size=1, global_step=0)  # type: ignore[assignment]
+    with pytest.raises(
+        UserError, match="step 0 has no trained token on any rank, in samples s: a training sample needs"
+    ):
+        module.training_step(batch, 0)
+
+
 def test_accuracy_counts_whole_answers_by_family(build) -> None:
     model = build(ConcatFusion())
     batch = collate(model, [ask(1, "what?", answer="red"), ask(2, "what?", answer="the first of all")])

@@ -11,7 +11,6 @@ import json
 import mimetypes
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from PIL import Image
 
 from datamodules.formats.base import SampleFormat
 from datamodules.formats.features import MEMBER, read_features
-from datamodules.formats.frames import clip_of, extracted
+from datamodules.formats.frames import OpenedWhenAsked, clip_of, extracted
 from datamodules.shards.read import IMAGE_TYPES, MEDIA, BrokenSample, Raw, check_intact, damage_of
 from lavi.batch import Sample, Visual, text_of, visual_parts
 from lavi.data import images
@@ -188,6 +187,22 @@ def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def check_indices(messages: Any) -> None:
+    """Whether parts that number their images do so in the order in which they are shown, which is that of the images.
+
+    Raises:
+        UserError: they do not.
+    """
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    for kind in ("image", "video"):
+        numbers = [part["index"] for part in parts if part.get("type") == kind and part.get("index") is not None]
+        if numbers and numbers != list(range(len(numbers))):
+            raise UserError(
+                f"its parts number their {kind}s {numbers}, not 0, 1, 2 ... in the order in which they stand"
+            )
+
+
 def plain_parts(content: list[Any]) -> list[Any]:
     """The parts of a message's content without keys that no template reads; what is no part stays as it is."""
     keys = {"text": ("type", "text"), "image": ("type",), "video": ("type",)}
@@ -203,6 +218,7 @@ def _with_parts(messages: Any) -> Any:
     """Messages with the marks inside plain texts as parts, as other libraries write ``messages``."""
     if not isinstance(messages, list):
         return messages
+    check_indices(messages)
     contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
     parts = [
         _parts(content) if isinstance(content, str) else plain_parts(content) if isinstance(content, list) else None
@@ -311,33 +327,28 @@ def visual_members(raw: Raw) -> list[str]:
 
 def _visuals(raw: Raw, record: dict[str, Any], messages: list[dict[str, Any]], sampling: FrameSampling) -> list[Visual]:
     names = visual_members(raw)
-    frames = record.get("frames")
-    if frames is None and _are_frames([part["type"] for part in visual_parts(messages)], names):
+    frames, clip = record.get("frames"), clip_of(record.get("clip"))
+    marks = [part["type"] for part in visual_parts(messages)]
+    if frames is None and _are_frames(marks, names):
         frames = [len(names)]
     if frames is not None:
-        return list(extracted(_Opened(raw, names), frames, record.get("fps"), sampling))
-    clip = clip_of(record.get("clip"))
+        images = OpenedWhenAsked(names, lambda name: open_image(raw[name], name))
+        return list(extracted(images, frames, record.get("fps"), sampling, clip=clip))
     return [
         read_video(raw[name], sampling, clip=clip, name=f"its member '{name}'")
         if is_video(name)
         else open_image(raw[name], name)
-        for name in names
+        for name in _as_marked(names, marks)
     ]
 
 
-class _Opened(Sequence[Image.Image]):
-    """Images, each opened when it is asked for: of a thousand frames a few are kept."""
-
-    def __init__(self, raw: Raw, names: Sequence[str]) -> None:
-        self.raw, self.names = raw, names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Opened(self.raw, self.names[index])
-        return open_image(self.raw[self.names[index]], self.names[index])
+def _as_marked(names: list[str], marks: list[str]) -> list[str]:
+    """The members in the order in which messages ask for images and videos, each kind in its own order."""
+    of_kind = {"image": [n for n in names if not is_video(n)], "video": [n for n in names if is_video(n)]}
+    if any(len(of) != marks.count(kind) for kind, of in of_kind.items()):
+        return names  # without marks; or of another kind than these say, such as an animation that is shown as a video
+    left = {kind: iter(of) for kind, of in of_kind.items()}
+    return [next(left[kind]) for kind in marks]
 
 
 def open_image(data: bytes, name: str) -> Image.Image:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
-from datamodules.formats.conversations import as_text, messages_of, plain_parts
+from datamodules.formats.conversations import as_text, check_indices, messages_of, plain_parts
 from datamodules.formats.frames import is_number
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import text_of
@@ -185,6 +185,10 @@ def _conversation(index: int, item: Item, files: dict[str, list[Any]], called: s
 
 def _messages(turns: list[Any], called: str) -> list[dict[str, Any]]:
     try:
+        check_indices(turns)
+    except UserError as error:
+        raise BadEntry(called, "numbers its images in another order than it shows them", f": {error}") from None
+    try:
         return [
             _of_parts(turn, called)
             if isinstance(turn, dict) and isinstance(turn.get("content"), list)
@@ -231,6 +235,8 @@ def _media(
             raise BadEntry(called, "has the frames of a video beside other images or videos")
         groups = [_frames(folders, file, called) for _, file in files_of_kinds]
         more |= {"frames": [len(group) for group in groups]} | _fps(item, called)
+        if "clip" in more and "fps" not in more:
+            raise BadEntry(called, "has a clip of extracted frames, and no 'fps' that says how many are a second")
         located = [located for group in groups for located in group]
     else:
         located = [_located(kind, file, folders, called) for kind, file in files_of_kinds]

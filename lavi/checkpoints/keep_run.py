@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -24,7 +25,7 @@ from lavi.checkpoints.trained_weights import (
     TRAINED,
     check_trained,
     inherited_names,
-    saved_parameter_names,
+    saved_tensors,
     step_of_trained,
 )
 from lavi.checkpoints.weight_files import save_state
@@ -36,6 +37,10 @@ log = logging.getLogger("lavi")
 
 DATA = "data_of_ranks"
 """Key of a checkpoint: the state of each rank's data module."""
+
+
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "muon")
+"""Settings of a module that a checkpoint brings back with the optimizer's state."""
 
 
 class KeepRun(Checkpoint):
@@ -53,6 +58,8 @@ class KeepRun(Checkpoint):
         self.asked_to_stop = False
         self.saved_step = resumed_step
         """The step that the checkpoint in the folder is of; None: there is none."""
+        self._broken: str | None = None
+        """A weight of the checkpoint that is being written that is not finite."""
         self._seen_step = 0
         self._stopping = self._ending = self._trains = False
         self._keys: list[str] = []
@@ -146,19 +153,32 @@ class KeepRun(Checkpoint):
         if self.saved_step == trainer.global_step:
             return
         trainer.save_checkpoint(self.folder / LAST)
+        if broken := trainer.strategy.broadcast(self._broken):
+            raise UserError(
+                f"after step {trainer.global_step} the weight {broken} is not finite, and is not saved: lower "
+                "module.learning_rate, clip gradients (trainer.gradient_clip_val), or train in fp32."
+            )
         self._refuse(trainer, self._io.failure, f"the checkpoint of step {trainer.global_step}")
         self.saved_step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        keep = saved_parameter_names(module)
-        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
+        keep = saved_tensors(module)
+        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
+        weights = [name for name, _ in module.named_parameters() if name in state]
+        self._broken = next((name for name in weights if not torch.isfinite(state[name]).all()), None)
+        checkpoint["state_dict"] = state
         checkpoint["recipe"] = self.recipe.yaml()
         checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(inherited_names(module))
         if (data := _data_of(trainer)) is not None:
             checkpoint[DATA] = _of_every_rank(data.state_dict())
 
     def _write(self, checkpoint: dict[str, Any]) -> None:
-        """Write both files of a checkpoint; each replaces the one before when it is whole, :data:`TRAINED` first."""
+        """Write both files of a checkpoint; each replaces the one before when it is whole, :data:`TRAINED` first.
+
+        With a weight that is not finite nothing is written: the checkpoint before is what a run can go on from.
+        """
+        if self._broken is not None:
+            return
         header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
         header[INHERITED] = json.dumps(checkpoint[INHERITED])
         with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
@@ -167,7 +187,17 @@ class KeepRun(Checkpoint):
                 torch.save(checkpoint, stream)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Give each rank its own position in the data back; Lightning knows that of the first rank only."""
+        """Give each rank its own position in the data back; Lightning knows that of the first rank only.
+
+        Raises:
+            UserError: the recipe changes what the optimizer's state brings back as it was.
+        """
+        before, now = (yaml.safe_load(text)["module"] for text in (checkpoint["recipe"], self.recipe.yaml()))
+        if changed := [key for key in OF_OPTIMIZER if before.get(key) != now.get(key)]:
+            raise UserError(
+                f"--resume goes on with the run's own optimizer, and module.{changed[0]} cannot change (it was "
+                f"{before.get(changed[0])}): begin anew from its weights with module.start_from={self.folder}."
+            )
         states, data = checkpoint.get(DATA), _data_of(trainer)
         if states is not None and data is not None:
             data.load_state_dict(states[trainer.global_rank])

@@ -34,22 +34,46 @@ class StartsFromRun:
     start_from: str | None = None
     """Folder of that run."""
     inherited: frozenset[str] = frozenset()
-    """Names of the parameters whose weights it brought."""
+    """Names of what it brought."""
 
     def inherit(self, names: Iterable[str]) -> None:
-        """Note which parameters have their weights from the run that this one started from."""
+        """Note which parameters and buffers are from the run that this one started from."""
         self.inherited = frozenset(names)
 
 
 def inherited_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters whose weights another run brought."""
+    """Names of the parameters and buffers that another run brought."""
     return module.inherited if isinstance(module, StartsFromRun) else frozenset()
 
 
-def saved_parameter_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that a checkpoint keeps, each shared one once (tied embeddings have two names)."""
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return trained | inherited_names(module)
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps, by name: parameters that train or that another run brought, and buffers beside them.
+
+    Each shared parameter comes once (tied embeddings have two names). Buffers, such as the statistics of a batch norm,
+    change where the tower, the fusion or the language model that has them trains.
+    """
+    inherited = inherited_names(module)
+    kept = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad or name in inherited
+    }
+    training = {_part_of(name) for name, parameter in kept.items() if parameter.requires_grad}
+    buffers = saved_buffers(module)
+    return kept | {name: b for name, b in buffers.items() if _part_of(name) in training or name in inherited}
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state, by name."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, child in module.named_modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
+
+
+def _part_of(name: str) -> tuple[str, ...]:
+    """``model.vision`` of ``model.vision.tower.weight``."""
+    return tuple(name.split(".")[:2])
 
 
 def load_trained(module: nn.Module, file: Path) -> None:
@@ -59,17 +83,17 @@ def load_trained(module: nn.Module, file: Path) -> None:
         UserError: no such file, not readable, or of another recipe: names or shapes differ.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
-        parameters = _named_as_in(set(weights.keys()), _saved_parameters(module, weights))
-        load_into(parameters, weights, file, reason="belongs to another recipe")
+        tensors = _named_as_in(set(weights.keys()), _saved_in(module, weights))
+        load_into(tensors, weights, file, reason="belongs to another recipe")
 
 
-def _named_as_in(stored: set[str], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters by the names they were stored with: a tower may have a backbone around it now that it had not.
+def _named_as_in(stored: set[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names they were stored with: a tower may have a backbone around it now that it had not.
 
     What goes around it (:class:`lavi.vision.reduced.ReducedTower`) has it as ``tower``.
     """
-    within = {re.sub(WITHIN, r"\1", name, count=1): parameter for name, parameter in parameters.items()}
-    return within if set(parameters) != stored == set(within) else parameters
+    within = {re.sub(WITHIN, r"\1", name, count=1): tensor for name, tensor in tensors.items()}
+    return within if set(tensors) != stored == set(within) else tensors
 
 
 def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
@@ -79,7 +103,7 @@ def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
         UserError: as :func:`load_trained`, or the run was trained by other ``ranks``.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
-        check_compatible(_saved_parameters(module, weights), weights, file, reason="belongs to another recipe")
+        check_compatible(_saved_in(module, weights), weights, file, reason="belongs to another recipe")
         theirs = _header(weights).get(RANKS, ranks)
     if theirs != ranks:
         raise UserError(
@@ -88,12 +112,11 @@ def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
         )
 
 
-def _saved_parameters(module: nn.Module, weights: Any) -> dict[str, Tensor]:
-    """The parameters of ``module`` that an open file should hold; those it inherited are named in the header."""
+def _saved_in(module: nn.Module, weights: Any) -> dict[str, Tensor]:
+    """The tensors of ``module`` that an open file should hold; those it inherited are named in the header."""
     if isinstance(module, StartsFromRun) and module.start_from is not None:
         module.inherit(json.loads(_header(weights).get(INHERITED, "[]")))
-    names = saved_parameter_names(module)
-    return {name: parameter for name, parameter in module.named_parameters() if name in names}
+    return saved_tensors(module)
 
 
 def step_of_trained(file: Path) -> str | None:
@@ -107,29 +130,29 @@ def _header(weights: Any) -> dict[str, str]:
 
 
 def load_start(module: nn.Module, run: Path) -> set[str]:
-    """Load the weights of another run into the parameters of ``module``; the names of these parameters.
+    """Load the weights of another run into ``module``; the names of what was loaded.
 
     Adapters do not matter to the names: a run that trained a language model is a start for adapters around it.
 
     Raises:
         UserError: not a run folder, or ``module`` has no such parameter, or one of another shape.
     """
-    parameters = {original_name(name): (name, parameter) for name, parameter in module.named_parameters()}
+    state = dict(module.named_parameters()) | saved_buffers(module)
+    own = {original_name(name): (name, tensor) for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     file = run / TRAINED
     with open_safetensors(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
         for name in weights.keys():  # noqa: SIM118
             stands = original_name(name)
-            if stands not in parameters:  # the tower may have a backbone around it now
+            if stands not in own:  # the tower may have a backbone around it now
                 stands = re.sub(r"((?:^|\.)vision\.)", r"\1tower.", stands, count=1)
-            if stands not in parameters:
-                near = "give model.language the same lora." if ".lora_" in name else nearest(name, parameters)
+            if stands not in own:
+                near = "give model.language the same lora." if ".lora_" in name else nearest(name, own)
                 raise UserError(f"{run} has trained '{name}', which the model of this recipe lacks: {near}")
-            own_name, parameter = parameters[stands]
-            check_shape(parameter, weights, name, file, reason="is no start for this recipe")
+            own_name, tensor = own[stands]
+            check_shape(tensor, weights, name, file, reason="is no start for this recipe")
             tensors[own_name] = weights.get_tensor(name)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in tensors:
-                parameter.copy_(tensors[name])
+        for name, loaded in tensors.items():
+            state[name].copy_(loaded)
     return set(tensors)

@@ -76,8 +76,8 @@ class Encoded:
 class _Frames:
     """What a template puts around the words of a conversation of certain roles and media, in characters."""
 
-    answers: list[tuple[int, int, int]]
-    """Of each answer: its turn, what stands before it, and what stands before its end."""
+    answers: list[tuple[int, int, int, str]]
+    """Of each answer: its turn, what stands before it and before its end, and the end."""
     length: int
 
 
@@ -292,16 +292,28 @@ class Chat:
         frames = self._frames.get(kinds)
         if frames is not None:
             spans = [
-                (turn, before + offsets[turn], after + offsets[turn + 1]) for turn, before, after in frames.answers
+                (turn, before + offsets[turn], after + offsets[turn + 1]) for turn, before, after, _ in frames.answers
             ]
-            fits = all(text.startswith(plain[turn]["content"], start) for turn, start, _ in spans)
+            fits = all(
+                text[start:stop] == plain[turn]["content"] + end
+                for (turn, start, stop), (*_, end) in zip(spans, frames.answers, strict=True)
+            )
             if fits and len(text) == frames.length + offsets[-1]:
                 return spans
         spans = [
             (turn, *self._answer_span(plain, turn, text)) for turn, role in enumerate(roles) if role == "assistant"
         ]
-        answers = [(turn, start - offsets[turn], stop - offsets[turn + 1]) for turn, start, stop in spans]
-        self._frames[kinds] = _Frames(answers, len(text) - offsets[-1])
+        if all(message["content"] == message["content"].strip() for message in plain):  # templates may strip them
+            answers = [
+                (
+                    turn,
+                    start - offsets[turn],
+                    stop - offsets[turn + 1],
+                    text[start + len(plain[turn]["content"]) : stop],
+                )
+                for turn, start, stop in spans
+            ]
+            self._frames[kinds] = _Frames(answers, len(text) - offsets[-1])
         return spans
 
     def _answer_span(self, plain: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:

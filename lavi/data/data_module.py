@@ -143,12 +143,18 @@ class EvaluationBatches(SampleBatches):
 
 
 class TrainingBatches(SampleBatches):
-    """Batches without end: one pass over the samples after the other. Each rank takes every ``ranks``-th sample."""
+    """Batches without end: one pass over the samples after the other. Each rank takes every ``ranks``-th sample.
+
+    Who iterates anew, as a trainer does that counts epochs, goes on where the last one stopped.
+    """
+
+    _batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        encoded = self._encoded()
-        while True:
-            yield self.encode.processor.collate(list(itertools.islice(encoded, self.batch_size)))
+        if self._batches is None:
+            encoded, collate = self._encoded(), self.encode.processor.collate
+            self._batches = (collate(list(itertools.islice(encoded, self.batch_size))) for _ in itertools.count())
+        return self._batches
 
     def _encoded(self) -> Iterator[EncodedSample]:
         while True:
@@ -158,8 +164,13 @@ class TrainingBatches(SampleBatches):
                     usable += 1
                     yield encoded
             if not usable:
-                causes = "; ".join(f"{count} x {cause}" for cause, count in self.encode.left_out.most_common(3))
-                raise UserError(f"none of the training samples can be used: {causes or 'there is none'}.")
+                raise no_training_samples(self.encode.left_out)
+
+
+def no_training_samples(left_out: Counter[str]) -> UserError:
+    """An error that says why, by the causes for which samples were left out."""
+    causes = "; ".join(f"{count} x {cause}" for cause, count in left_out.most_common(3))
+    return UserError(f"none of the training samples can be used: {causes or 'there is none'}.")
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def open_image(
         formats: of Pillow's, those that may be; None: all but EPS.
 
     Raises:
-        UserError: no such file, not an image, one cut short, or one of more than :data:`MAX_PIXELS`.
+        UserError: no such file, not an image, one cut short or damaged, or one of more than :data:`MAX_PIXELS`.
     """
     called = name or ("this" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _read(Path(source))
@@ -43,6 +43,7 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats or _formats())
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{called} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} decoded.")
+        image.load()  # before the EXIF, whose damage is forgiven: of a picture loaded again nothing is said
         _turn_upright(image)
         return _rgb(image)
     except Image.DecompressionBombError:
@@ -133,7 +134,15 @@ def upright(visual: Visual) -> Visual:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image that is open already, as :func:`open_image` would give it; the image itself is not changed."""
+    """An image that is open already, as :func:`open_image` would give it; the image itself is not changed.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        image.load()
+    except BROKEN as error:
+        raise UserError(f"the image is damaged ({error}).") from None
     with suppress(*BROKEN):
         image = ImageOps.exif_transpose(image)
     return _rgb(image)

@@ -82,8 +82,8 @@ def read_video(
         clip_slack: up to so many seconds behind the video a clip's end is the video's end.
 
     Returns:
-        F frames with the seconds from the start of the file at which they are shown, and the duration in seconds of the
-        clip or of the video.
+        F frames with the seconds at which they are shown, and the duration: of the clip, where there is one, else of
+        the video.
 
     Raises:
         UserError: no such file; not a video, or one of more than :data:`MAX_PIXELS`; no frames; it is cut short or
@@ -91,16 +91,16 @@ def read_video(
     """
     called = name or ("this" if isinstance(source, bytes) else str(source))
     if clip is not None and not 0 <= clip[0] < clip[1] < math.inf:
-        raise UserError(f"the clip {_span(*clip)} of {called} is none: it runs from a second to a later one.")
+        raise UserError(f"the clip {span(*clip)} of {called} is none: it runs from a second to a later one.")
     with _file(source) as file:
         table = _scanned(file, called, until=clip[1] if clip else None)
         start, stop = _cut_to(clip, table, called, clip_slack)
         chosen = sampling.pick(table.seconds, start, stop, keys=table.keys)
         if not chosen:
-            raise UserError(f"{called} has no key frame in {_span(start, stop)}: sample it how=uniform, or how=fps.")
+            raise UserError(f"{called} has no key frame in {span(start, stop)}: sample it how=uniform, or how=fps.")
         _check_all_there(sampling, table, start, stop, called)
         frames = _decoded(file, table, chosen, called)
-    return Video(frames, [max(0.0, table.seconds[i]) for i in chosen], stop - start)
+    return Video(frames, [max(0.0, table.seconds[i] - start) for i in chosen], stop - start)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _cut_to(clip: tuple[float, float] | None, table: _Table, called: str, slack:
         return 0.0, table.length
     start, stop = clip
     if start >= table.length or stop > table.length + slack:
-        raise UserError(f"the clip {_span(start, stop)} lies outside {called}, which lasts {table.length:.2f} seconds.")
+        raise UserError(f"the clip {span(start, stop)} lies outside {called}, which lasts {table.length:.2f} seconds.")
     return start, min(stop, table.length)
 
 
@@ -143,7 +143,8 @@ def _check_all_there(sampling: FrameSampling, table: _Table, start: float, stop:
         raise UserError(f"{called} is cut short: its frames end after {table.end:.2f}{whole} seconds.")
 
 
-def _span(start: float, stop: float) -> str:
+def span(start: float, stop: float) -> str:
+    """Two times as an error has them."""
     return f"[{start:g}, {stop:g}]"
 
 

@@ -211,6 +211,11 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 if not torch.isfinite(loss)
                 else f"the loss is not finite on another rank at step {self.global_step}."
             )
+        if not total:  # the loss of nothing is no number
+            raise UserError(
+                f"step {self.global_step} has no trained token on any rank, in samples {', '.join(batch.keys[:8])}: a "
+                "training sample needs an answer (a message of role 'assistant') that is not cut off."
+            )
         # Gradients are averaged over ranks: times their number, each token of the global batch weighs the same.
         loss = loss * (self.trainer.world_size / total) + self._touch_tower()
         for name, value in added.items():

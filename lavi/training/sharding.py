@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
-from lavi.checkpoints.trained_weights import saved_parameter_names
+from lavi.checkpoints.trained_weights import saved_tensors
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 
@@ -28,12 +29,12 @@ class FSDP2(ModelParallelStrategy):
         """The weights that a checkpoint keeps, whole, on the first rank; the rest is never gathered."""
         state = {}
         assert self.lightning_module is not None
-        saved = saved_parameter_names(self.lightning_module)
-        for name, parameter in self.lightning_module.named_parameters():
-            if name in saved:
-                whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
-                if self.is_global_zero:
-                    state[name] = whole.cpu()
+        for name, tensor in saved_tensors(self.lightning_module).items():
+            whole = tensor.detach()
+            if isinstance(whole, DTensor):  # buffers are whole on each rank
+                whole = whole.full_tensor()
+            if self.is_global_zero:
+                state[name] = whole.cpu()
         return state
 
 

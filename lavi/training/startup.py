@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, cast
@@ -14,6 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from lavi.batch import IGNORE, Batch
+from lavi.data.data_module import no_training_samples
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
 from lavi.report import Lines, table
@@ -136,9 +138,11 @@ def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> Renderab
     """The first conversation as the model is trained on it: the trained tokens stand out.
 
     Raises:
-        UserError: no answer of the first batch ends with an end token: answers would never stop.
+        UserError: there is no batch; or no answer of the first ends with an end token: answers would never stop.
     """
-    batch = next(iter(batches))
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise no_training_samples(Counter(getattr(batches, "left_out", ())))
     start, stop = batch.spans[0]
     tokenizer = model.chat.tokenizer
     images = [slot.column for slot in batch.image_slots if slot.row == 0]
