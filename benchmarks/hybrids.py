@@ -155,21 +155,22 @@ def hybrids_table(records: Sequence[Record], lab: Sequence[Record]) -> tuple[lis
 
 
 def draw(hybrids: Sequence[Hybrid]) -> Figure:
-    """Right answers against FLOPs with the encoder; the frontier is a line."""
+    """Right answers against FLOPs with the encoder: a shape for each fusion, a colour for each encoder."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
-    for name, marker in zip(FUSIONS, ("o", "s", "^"), strict=True):
-        own = [one for one in hybrids if one.fusion == name]
-        axes.plot([one.teraflops for one in own], [one.hard for one in own], marker, markersize=7, label=name)
+    shapes, colours = dict(zip(FUSIONS, "os^", strict=True)), {name: f"C{n}" for n, name in enumerate(ENCODERS)}
     best = frontier(hybrids)
-    costs, scores = ([getattr(one, key) for one in best] for key in ("teraflops", "hard"))
+    costs, scores = [one.teraflops for one in best], [one.hard for one in best]
     axes.step(costs, scores, where="post", color="grey", linestyle="--", linewidth=1, label="frontier")
-    for one in best:
-        place = {"xytext": (5, -5), "textcoords": "offset points", "rotation": -30, "rotation_mode": "anchor"}
-        axes.annotate(one.encoder, (one.teraflops, one.hard), fontsize=8, ha="left", va="top", **place)
+    for one in hybrids:
+        axes.plot(one.teraflops, one.hard, shapes[one.fusion], color=colours[one.encoder], markersize=8, alpha=0.8)
+    for name, shape in shapes.items():
+        axes.plot([], [], shape, color="black", label=name)
+    for name, colour in colours.items():
+        axes.plot([], [], "s", color=colour, label=name)
     axes.set(xscale="log", xlabel="TFLOPs of a prompt at full size, with the vision encoder")
     axes.set(ylabel="right answers to hard questions (%)", title="Large pictures with small letters")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -4,6 +4,9 @@
     python -m lavi.fit --recipe recipes/quickstart.yaml trainer.max_steps=50 change any key of the recipe
     python -m lavi.fit --resume runs/NAME                                    go on where a run stopped
 
+A run that goes on has the optimizer it had: with another learning rate it begins anew from the weights of the first,
+with module.start_from=runs/NAME.
+
 Watch it with `tensorboard --logdir runs`.
 """
 

@@ -247,7 +247,7 @@ class VisionLanguageModel(nn.Module):
             ids_alone=inputs.input_ids is not None,
             device=hf.device.type,
         )
-        settings, sequence = plan.for_transformers, inputs.sequence()
+        settings, sequence = plan.for_transformers([start for start, _ in batch.spans]), inputs.sequence()
         if inputs.input_ids is None:  # embeddings are read once
             settings["use_cache"] = True
         if cache is not None and settings["use_cache"]:
@@ -256,7 +256,7 @@ class VisionLanguageModel(nn.Module):
         if compiled is not None and cache is None and plan.may_compile and compiled.serves(hf):
             columns = inputs.attention_mask.shape[1] + settings["max_new_tokens"]
             settings |= compiled.settings(hf, rows=len(batch) * plan.copies, columns=columns)
-        if "stop_strings" in settings:
+        if settings["stop_strings"]:
             settings.setdefault("tokenizer", self.chat.tokenizer)
         # Penalties, stop strings and streamers read the prompt's ids, also where the decoder reads embeddings. Prompt
         # lookup would add drafts to the ids before the embeddings are read, which have no room for them.

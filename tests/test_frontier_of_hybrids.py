@@ -75,5 +75,5 @@ def test_merging_costs_the_same_share_of_the_encoder_as_in_the_lab() -> None:
 
 
 def test_they_are_drawn(tmp_path: Path) -> None:
-    draw([hybrid("a", 60, 1), hybrid("b", 70, 2)]).savefig(tmp_path / "hybrids.png")
+    draw([hybrid(WHOLE, 60, 1), hybrid(ALONE, 70, 2)]).savefig(tmp_path / "hybrids.png")
     assert (tmp_path / "hybrids.png").stat().st_size > 10_000

@@ -207,6 +207,25 @@ def test_what_scores_tokens_sees_the_whole_text(case: Case) -> None:
         assert torch.equal(so_far, torch.cat([case.batch().input_ids, answers[:, :step]], dim=1))
 
 
+def test_a_penalty_counts_the_words_of_each_prompt_and_no_padding(case: Case) -> None:
+    """Also beside a prompt with more images, which the sequence has and the text has not. Below 1 it is a reward."""
+    for more in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+        together = case.generate(repetition_penalty=0.02, **more)
+        assert together == [a for row in (0, 1) for a in case.generate(row, repetition_penalty=0.02, **more)]
+        assert together != case.generate(**more)
+
+
+def test_a_checkpoint_s_own_settings_do_not_change_the_likeliest_answer(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many penalize repetition; who wants that names it."""
+    own = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(40)), "top_k": 3}
+    own |= {"bad_words_ids": [[token] for token in case.answers[0]], "min_new_tokens": 3, "temperature": 0.5}
+    monkeypatch.setattr(case.model.language.hf, "generation_config", GenerationConfig(**own))
+    assert case.generate() == case.answers
+    assert case.generate(no_repeat_ngram_size=1) != case.answers or all(len(set(a)) == len(a) for a in case.answers)
+
+
 def test_a_streamer_gets_the_prompts_and_every_row(case: Case) -> None:
     streamed = Streamed()
     case.generate(streamer=streamed)

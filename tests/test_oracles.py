@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lavi.batch import Batch, Sample
-from lavi.checkpoints.trained_weights import load_trained, saved_parameter_names
+from lavi.checkpoints.trained_weights import load_trained, saved_tensors
 from lavi.checkpoints.weight_files import write_state
 from lavi.fusion.arrangement import last_prompt_columns
 from lavi.fusion.base import Fusion
@@ -417,7 +417,7 @@ def test_saved_and_loaded_it_says_the_same(build, case: tuple[str, str], tmp_pat
     model = build(FUSIONS[name](), family=family)
     awaken(model.fusion)
     module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
-    kept = {key: tensor for key, tensor in module.state_dict().items() if key in saved_parameter_names(module)}
+    kept = {key: tensor for key, tensor in module.state_dict().items() if key in saved_tensors(module)}
     if (kind := name.removeprefix("lavi-")) in LOOKS:
         own = {"vision_norm.weight", "vision_norm.bias", "deltas.weight", "deltas.bias"} | LOOKS[kind]
         expected = {f"model.fusion.generators.{layer}.{key}" for layer in (1, 3) for key in own}

@@ -13,15 +13,52 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Cache, GenerationConfig, StaticCache, TextStreamer
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    TextStreamer,
+)
 
 from lavi.errors import UserError, nearest
 
 DEFAULTS = {"max_new_tokens": 32, "num_beams": 1, "num_return_sequences": 1, "do_sample": False, "use_cache": True}
 """The likeliest answer, of at most 32 tokens."""
+
+UNLESS_NAMED: dict[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "watermarking_config": None,
+}
+"""What a checkpoint's own generation settings must not change where nobody asked for it.
+
+Qwen2-Instruct penalizes repetition, and with it the words of the question: its answers would not be the likeliest ones.
+How much is drawn from (``temperature``, ``top_p``, ``top_k``) stays the checkpoint's, and matters with ``do_sample``.
+"""
 
 COUNTS = {
     "max_new_tokens": 1,
@@ -93,6 +130,24 @@ OF_THE_IDS = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "pre
 """What takes the ids of a prompt for all of it."""
 
 
+class TextRepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
+    """transformers' repetition penalty, of the words of the prompt and the answer; padding is neither.
+
+    Args:
+        starts: the column at which the text of each row begins.
+    """
+
+    def __init__(self, penalty: float, starts: Sequence[int]) -> None:
+        self.plain, self.starts = RepetitionPenaltyLogitsProcessor(penalty), starts
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        starts = torch.tensor(self.starts, device="cpu").to(input_ids.device)[:, None]  # (B, 1)
+        is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) < starts  # (B, T)
+        words = torch.where(is_padding, input_ids.gather(1, starts), input_ids)  # (B, T): a word of the prompt instead
+        penalized: Tensor = self.plain(words, scores)
+        return penalized
+
+
 @dataclass(frozen=True)
 class Decoding:
     """The arguments of one call, as transformers names them, with the defaults of what it leaves out."""
@@ -124,12 +179,23 @@ class Decoding:
         _check_values(settings)
         return cls(settings)
 
-    @property
-    def for_transformers(self) -> dict[str, Any]:
-        """The settings as its ``generate`` takes them."""
+    def for_transformers(self, starts: Sequence[int]) -> dict[str, Any]:
+        """The settings as its ``generate`` takes them.
+
+        Args:
+            starts: the column at which the text of each row begins, behind its padding.
+        """
         ends = self.settings["eos_token_id"]
         # With no list at all it would not pad a row that stops for another reason; beam search takes no empty one.
-        return self.settings | {"eos_token_id": ends or (None if self.settings["num_beams"] > 1 else [])}
+        settings = (
+            UNLESS_NAMED | self.settings | {"eos_token_id": ends or (None if self.settings["num_beams"] > 1 else [])}
+        )
+        penalty = settings["repetition_penalty"]
+        if penalty not in (None, 1):  # transformers takes the padding from the mask, which has the visual tokens, too
+            settings["repetition_penalty"] = 1.0
+            own = TextRepetitionPenalty(penalty, [start for start in starts for _ in range(self.copies)])
+            settings["logits_processor"] = LogitsProcessorList([own, *(settings.get("logits_processor") or ())])
+        return settings
 
     @property
     def copies(self) -> int:
