@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 MIB = 2**20
 
@@ -41,7 +42,9 @@ def _tensors(state: Any) -> Iterable[Tensor]:
 
 
 def _mib(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+    """Of what this rank holds: of a sharded tensor its own part."""
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in own) / MIB
 
 
 def resident() -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ThroughputMonitor
 
-from lavi.batch import Batch, ImageSlot
+from lavi.batch import IGNORE, Batch, ImageSlot
 from lavi.config.types import Count
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.scenario import PromptShape
@@ -21,7 +22,8 @@ class Throughput(ThroughputMonitor):
     Logs ``train/device/samples_per_sec``, ``train/device/items_per_sec`` (text tokens), FLOPs a second and, where the
     device's peak is known, ``mfu``; and ``train/data_wait``, the share of the time since the last log that was spent
     waiting for data. FLOPs of training are those of the forward pass three times where weights train, twice where
-    gradients only pass through, once in a frozen tower. On a GPU each step waits for the device, as a clock has to.
+    gradients only pass through (also beside adapters), once in a frozen tower; none in a tower whose features are read.
+    The head is that of the trained tokens. On a GPU each step waits for the device, as a clock has to.
 
     Args:
         window: steps that rates are averaged over; before so many there are none.
@@ -29,7 +31,7 @@ class Throughput(ThroughputMonitor):
 
     def __init__(self, *, window: Count = 20) -> None:
         super().__init__(batch_size_fn=len, length_fn=text_tokens, window_size=window)
-        self._known: dict[tuple[Any, ...], float] = {}
+        self._known: dict[tuple[Any, ...], dict[str, float]] = {}
         self._ended = self._waited = self._since = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -60,18 +62,40 @@ class Throughput(ThroughputMonitor):
         rows: list[list[ImageSlot]] = [[] for _ in range(len(batch))]
         for slot in batch.image_slots:
             rows[slot.row].append(slot)
-        return sum(self._row(model, batch.input_ids.shape[1], slots) for slots in rows)
+        of_rows = [self._row(model, batch.input_ids.shape[1], slots) for slots in rows]
+        passes = _passes(model, encodes=batch.backbone_features is None)
+        head = closed_form(model, PromptShape(1)).prefill["head"] * int((batch.labels != IGNORE).sum())
+        return passes["head"] * head + sum(
+            passes[name] * flops for row in of_rows for name, flops in row.items() if name != "head"
+        )
 
-    def _row(self, model: VisionLanguageModel, text: int, slots: list[ImageSlot]) -> float:
+    def _row(self, model: VisionLanguageModel, text: int, slots: list[ImageSlot]) -> dict[str, float]:
+        """FLOPs of the forward pass by component."""
         key = (text, *(slot.layout._replace(size=(0, 0)) for slot in slots))
         if key not in self._known:
-            trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in model.named_children()}
-            counted = [closed_form(model, _point(text, slot, model)) for slot in slots]
-            bare = closed_form(model, PromptShape(text)).language
-            vision = sum(flops.prefill["vision_encoder"] for flops in counted)
-            rest = bare + sum(flops.language - bare for flops in counted)
-            self._known[key] = (3 if trains["vision"] else 1) * vision + (3 if trains["language"] else 2) * rest
+            bare = closed_form(model, PromptShape(text)).prefill
+            row = Counter(bare)
+            for slot in slots:
+                seeing = closed_form(model, _point(text, slot, model)).prefill
+                row.update({name: flops - bare.get(name, 0.0) for name, flops in seeing.items()})  # type: ignore[misc]
+            self._known[key] = dict(row)
         return self._known[key]
+
+
+OF_LANGUAGE = ("text_attention", "text_ffn", "visual_attention", "visual_ffn", "head")
+"""Components whose weights are the language model's; others are the fusion's and the reducer's, or the tower's."""
+
+
+def _passes(model: VisionLanguageModel, *, encodes: bool) -> defaultdict[str, int]:
+    """How many forward passes a training step is worth, by component."""
+    adapters = {f"language.{name}" for name in model.language.adapters}
+    trains = {
+        name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad and name not in adapters
+    }
+    fusion = 3 if trains & {"fusion", "reducer"} else 2
+    passes = defaultdict(lambda: fusion, dict.fromkeys(OF_LANGUAGE, 3 if "language" in trains else 2))
+    passes["vision_encoder"] = (3 if "vision" in trains else 1) if encodes else 0
+    return passes
 
 
 def _point(text: int, slot: ImageSlot, model: VisionLanguageModel) -> PromptShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from conftest import ask, collate, image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.samples import colour_of, draw, first_question
-from callbacks.throughput import Throughput
-from lavi.batch import Sample, Video
+from callbacks.throughput import OF_LANGUAGE, Throughput
+from lavi.batch import IGNORE, Sample, Video
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.lavi import LaViFusion
@@ -107,11 +108,18 @@ def test_training_flops_are_three_forwards_where_weights_train(build) -> None:  
     width, flops = batch.input_ids.shape[1], Throughput().flops(module, batch)
     seeing = closed_form(model, Scenario(width, image=(40, 40)).shape_for(model))
     blind = closed_form(model, Scenario(width).shape_for(model))
-    expected = seeing.prefill["vision_encoder"] + 3 * (seeing.language + blind.language)
-    assert flops == pytest.approx(expected)
+    head, trained = blind.prefill["head"], int((batch.labels != IGNORE).sum())
+    assert trained > 2
+    language = seeing.language + blind.language + (trained - 2) * head  # the head is of the trained tokens
+    vision = seeing.prefill["vision_encoder"]
+    assert flops == pytest.approx(vision + 3 * language)
     frozen = VisionLanguageModule(build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})
-    ratio = Throughput().flops(frozen, batch) - seeing.prefill["vision_encoder"]
-    assert ratio == pytest.approx((expected - seeing.prefill["vision_encoder"]) * 2 / 3)
+    parts = [*seeing.prefill.items(), *blind.prefill.items()]
+    own = sum(flops for name, flops in parts if name not in (*OF_LANGUAGE, "vision_encoder"))
+    assert own > 0
+    assert Throughput().flops(frozen, batch) == pytest.approx(vision + 2 * language + own)
+    read = replace(batch, backbone_features=model.backbone_features_of(batch))
+    assert Throughput().flops(module, read) == pytest.approx(3 * language)  # the tower computes nothing
 
 
 def test_samples_are_counted_by_source_and_go_on_counting(tiny_recipe: Path, scenes: Path, tmp_path: Path) -> None:

@@ -321,7 +321,16 @@ def test_visor_from_search_to_router(run, tiny_recipe: Path, scenes: Path, tmp_p
     assert run(*search, "--out", viable)[0] == 0
     assert json.loads(viable.read_text()) == scored
     refused(run(*search[:-1], 12, "--out", viable), "another samples")
+    refused(run(*search, "--out", viable, "data.batch_size=2"), "another batch_size")  # its batches would be others
+    refused(run(*search, "--out", viable, f"data.validation={scenes / 'test'}"), "another data")
+    before = viable.read_bytes()
+    refused(run(*label[:-1], viable), "viable.json holds no labels, and is left as it is")
+    assert viable.read_bytes() == before
     refused(run(*label), "have several")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("{}\n{}\n")
+    refused(run(*label[:5], lines, *label[6:]), "lines.jsonl does not hold the scores of a search")
+    refused(run(*search, "--out", lines), "lines.jsonl does not hold the scores of a search")
     labels.unlink()
     label += (f"data.train={scenes / 'validation'}",)
     status, _, err = run(*label)
@@ -353,3 +362,17 @@ def test_commands_about_shards_start_without_torch(command: str) -> None:
     """Loading it takes seconds, in each process that writes: longer than most of what they do."""
     code = f"import sys, datamodules.{command}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_adapters_are_counted_as_merged(run: Any, tiny_recipe: Path) -> None:
+    """A model answers with the weights that they are merged into; its floor has none either."""
+    records = {}
+    for name, more in (("plain", ()), ("adapted", ("model.language.lora={rank: 8}",))):
+        assert run("lavi.fit", "--recipe", tiny_recipe, "--run", name, *more)[0] == 0
+        assert run("lavi.evaluate", "--checkpoint", name, "--limit", 4)[0] == 0
+        (records[name],) = read_records(Path(name) / "evaluation.jsonl")
+    plain, adapted = records["plain"], records["adapted"]
+    assert (adapted.flops, adapted.flops_floor) == (plain.flops, plain.flops_floor)
+    assert adapted.flops_of_samples == plain.flops_of_samples
+    assert adapted.decode_flops == plain.decode_flops
+    assert adapted.milliseconds.keys() == plain.milliseconds.keys()

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from callbacks.throughput import Throughput
+from lavi.efficiency.flops import closed_form
+from lavi.efficiency.scenario import PromptShape
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -173,3 +176,15 @@ def test_dropout_is_on_the_adapters_in_training_only(tokenizer: str) -> None:
 def test_what_is_wrong_is_said(tokenizer: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         language_model(tokenizer, "qwen2", lora=settings)
+
+
+def test_weights_beside_adapters_do_not_train_and_are_not_counted_so(tokenizer: str) -> None:
+    """Gradients pass through them: two forward passes' worth, where weights that train are three's."""
+    steps = []
+    for settings in ({"lora": SETTINGS}, {}):
+        model = whole(tokenizer, "qwen2", "lavi", **settings)
+        module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-3})
+        batch = collate(model, [ask(1, "what colour?", answer="red")])
+        steps.append(Throughput().flops(module, batch) - closed_form(model, PromptShape(0)).prefill["vision_encoder"])
+    adapted, trained = steps
+    assert 0.6 < adapted / trained < 0.9

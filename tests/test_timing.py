@@ -29,7 +29,8 @@ from lavi.efficiency.figures import curve_values, sweep_rows, turns_rows, waitin
 from lavi.efficiency.latency import LONGEST, MOST, WARMUP, Clock, Contestant, half_the_threads, time_in_turns
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count
 from lavi.efficiency.record import Record, check_writable
-from lavi.efficiency.scenario import Scenario
+from lavi.efficiency.scenario import PromptShape, Scenario
+from lavi.efficiency.steps import Steps
 from lavi.efficiency.sweep import Sweep, sweep_records
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
@@ -223,6 +224,24 @@ def test_every_run_of_decode_finds_a_cache_of_the_same_length(build, fusion: Cal
                 contestant.stages["decode"]()
         assert lengths == [lengths[0]] * 4
         assert lengths[0] >= PROMPT.text
+
+
+@pytest.mark.parametrize("fusion", [LaViFusion, ConcatFusion], ids=["lavi", "concat"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@torch.no_grad()
+def test_a_step_behind_a_full_window_is_undone(build, family: str, fusion: Callable[[], Any]) -> None:  # type: ignore[no-untyped-def]
+    """Of a prompt longer than the sliding window each run of decode reads the same token behind the same cache."""
+    model = build(fusion(), family=family, sliding_window=8, initializer_range=0.3)
+    batch, features = PromptShape(text=12).inputs(model, "cpu")
+    steps = Steps(model.language.hf, lambda cache: model.prefill(batch, features, cache), rows=1)
+    steps.begin()
+    steps.allow_undo()
+    logits = []
+    for _ in range(3):
+        logits.append(steps.step(torch.ones(1, 1, dtype=torch.long)))
+        steps.undo_step()
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @pytest.fixture

@@ -247,6 +247,7 @@ def model_and_floor(
         length = None if model.language.compiled is None else columns + max((1, *outputs))
         steps, answers = (Steps(hf, start, rows=shape.batch, length=length) for _ in range(2))
         steps.begin()
+        steps.allow_undo()
 
         def decode() -> None:
             steps.step(token)

@@ -51,6 +51,11 @@ class Steps:
             out = self.compiler.step(self.hf, token, self.mask, self.vision)
         return out.logits  # type: ignore[no-any-return]
 
+    def allow_undo(self) -> None:
+        """From here on keep what a step displaces from a sliding window, for :meth:`undo_step` to bring it back."""
+        if self.compiler is None:
+            self.cache.activate_past_recording()
+
     def undo_step(self) -> None:
         """As if the last step had not been."""
         if self.compiler is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,9 @@ def score_run(
     samples = data.sample_stream("test", limit=limit)
     watched = track(samples, f"{run_name(folder)}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device, noise=noise, limits=limits)
-    record = count(recipe, model, scores.typical, scores.route_counts)
-    note_mean_flops(record, model, scores.prompts, scores.route_counts)
+    counted, build_timed = as_deployed(recipe, model, device)
+    record = count(recipe, counted, scores.typical, scores.route_counts)
+    note_mean_flops(record, counted, scores.prompts, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
     record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
     if texts:
@@ -140,9 +141,21 @@ def score_run(
     return ScoredRun(
         folder=folder,
         scores=scores,
-        measurement=Measurement(record, scores.typical, partial(model.to, device), usual),
+        measurement=Measurement(record, scores.typical, build_timed, usual),
         twin=twin_record(recipe, scores.typical, scores.prompts),
     )
+
+
+def as_deployed(
+    recipe: Recipe, model: VisionLanguageModel, device: torch.device
+) -> tuple[VisionLanguageModel, Callable[[], VisionLanguageModel]]:
+    """The model to count, and what gives the one to time: where adapters can be merged, without them.
+
+    What merged weights cost is what the recipe costs without adapters, whatever the weights are.
+    """
+    if not model.language.adapters or model.language.quantization is not None:
+        return model, partial(model.to, device)
+    return build_on(recipe, "meta"), partial(build_on, recipe, device)
 
 
 def twin_record(recipe: Recipe, typical: Scenario, prompts: Counter[Prompt]) -> Record:

@@ -19,7 +19,7 @@ from lavi.efficiency.measure import Measurement, count, measure, note_mean_flops
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import ProcessShare, answer_task
-from lavi.evaluation.compare_runs import CountedRun, open_run, run_name, twin_record
+from lavi.evaluation.compare_runs import CountedRun, as_deployed, open_run, run_name, twin_record
 from lavi.evaluation.intervals import Difference, paired_difference
 from lavi.evaluation.predictions import Answered, PredictionFile, routes_of
 from lavi.evaluation.scoring import PromptSizes, metric_intervals
@@ -143,9 +143,10 @@ def _score(
     if not kept.is_complete:
         kept.finish([replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)])
     typical = sizes.typical(model.vision.tokens)
-    record = count(recipe, model, typical, routes)
+    counted, _ = as_deployed(recipe, model, settings.device)
+    record = count(recipe, counted, typical, routes)
     if sizes.prompts:
-        note_mean_flops(record, model, sizes.prompts, routes)
+        note_mean_flops(record, counted, sizes.prompts, routes)
     record.accuracy, record.accuracy_intervals = metric.compute(), metric_intervals(metric)
     unreadable = [one.error for one in answers if one.error]
     record.knobs |= {"run": name, "task": task.name, "metric": metric.name, "headline": metric.headline}
@@ -163,7 +164,8 @@ def _score(
 
 def _opened_again(run: Path, settings: Settings) -> VisionLanguageModel:
     """A run's model, when it is to be timed: until then only one model is held at a time."""
-    return open_run(run, overrides=list(settings.overrides), trust=settings.trust)[1]
+    recipe, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
+    return as_deployed(recipe, model, settings.device)[1]()
 
 
 def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, settings: Settings) -> dict[str, Any]:

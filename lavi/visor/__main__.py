@@ -35,10 +35,12 @@ def main() -> None:
     data = recipe.build("data", processor=model.processor)
     check_feature_caches(model, data, [args.split])
     batches = data.stream(args.split, limit=args.samples)
-    about = {"run": offline.fingerprint(args.checkpoint), "split": args.split}
+    read = {key: value for key, value in recipe.settings["data"].items() if key not in ("workers", "batch_size")}
+    about = {"run": offline.fingerprint(args.checkpoint), "split": args.split, "data": read}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.step == "search":
-        about |= {"samples": args.samples}
+        # A search goes on behind the last of its batches: they must hold what they held.
+        about |= {"samples": args.samples, "batch_size": data.batch_size}
         result = offline.search(model, batches, args.out, about=about, keep=args.keep, most=args.most, device=device)
         rows = [
             [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lavi.errors import UserError
 
@@ -20,10 +21,25 @@ def read_viable(file: Path) -> list[list[int]]:
     """
     if not file.exists():
         raise UserError(f"there is no file {file}: make it with python -m lavi.visor search.")
-    content = json.loads(file.read_text())
+    content = read_json(file, "the scores of a search")
     if "viable" not in content:
         raise UserError(f"the search in {file} is not finished: run python -m lavi.visor search once more, it goes on.")
     return list(content["viable"])
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold {what}, and is left as it is: name another file.")
+    return content
 
 
 def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from lavi.language.token_scores import TokenScores
 from lavi.metrics.teacher_forcing import answer_probabilities, correct_under_teacher_forcing
 from lavi.model import VisionLanguageModel
 from lavi.report import track
-from lavi.visor.files import Configuration
+from lavi.visor.files import Configuration, read_json
 from lavi.visor.fusion import VisorFusion
 
 
@@ -119,7 +119,7 @@ def search(
     result: dict[str, Any] = {"about": about, "batches": 0, "samples": 0, "answers": 0}
     result["right"] = dict.fromkeys(names, 0)
     if out.exists():
-        result = json.loads(out.read_text())
+        result = read_json(out, "the scores of a search")
     _same(result.get("about"), about, out)
     if "scores" not in result:
         for number, batch in enumerate(track(batches, description="scoring configurations"), start=1):
@@ -199,10 +199,13 @@ def _labelled(out: Path, about: dict[str, Any]) -> dict[str, Configuration]:
         out.write_text(json.dumps({"about": about}) + "\n")
         return {}
     whole = text[: text.rfind("\n") + 1]
+    try:
+        header, *lines = [json.loads(line) for line in whole.splitlines()]
+        _same(header.get("about"), about, out)
+    except (ValueError, AttributeError):
+        raise UserError(f"{out} holds no labels, and is left as it is: choose another --out.") from None
     if whole != text:
         out.write_text(whole)
-    header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
-    _same(header.get("about"), about, out)
     return {record["key"]: tuple(record["configuration"]) for record in lines}
 
 
