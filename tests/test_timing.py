@@ -234,8 +234,7 @@ def test_a_step_behind_a_full_window_is_undone(build, family: str, fusion: Calla
     model = build(fusion(), family=family, sliding_window=8, initializer_range=0.3)
     batch, features = PromptShape(text=12).inputs(model, "cpu")
     steps = Steps(model.language.hf, lambda cache: model.prefill(batch, features, cache), rows=1)
-    steps.begin()
-    steps.allow_undo()
+    steps.begin(undoable=True)
     logits = []
     for _ in range(3):
         logits.append(steps.step(torch.ones(1, 1, dtype=torch.long)))

@@ -246,8 +246,7 @@ def model_and_floor(
     def stages(start: Prefill, columns: int) -> dict[str, Callable[[], Any]]:
         length = None if model.language.compiled is None else columns + max((1, *outputs))
         steps, answers = (Steps(hf, start, rows=shape.batch, length=length) for _ in range(2))
-        steps.begin()
-        steps.allow_undo()
+        steps.begin(undoable=True)
 
         def decode() -> None:
             steps.step(token)

@@ -30,8 +30,12 @@ class Steps:
         self.hf, self.prefill, self.rows, self.length = hf, prefill, rows, length
         self.compiler = None if length is None else DecodeCompiler()
 
-    def begin(self) -> Tensor:
-        """Read the prompt; the last token's logits (B, 1, vocabulary)."""
+    def begin(self, *, undoable: bool = False) -> Tensor:
+        """Read the prompt; the last token's logits (B, 1, vocabulary).
+
+        Args:
+            undoable: keep what steps displace from a sliding window, for :meth:`undo_step` to bring it back.
+        """
         cache = None
         if self.compiler is not None and self.length is not None:
             cache = self.compiler.cache_for(self.hf, rows=self.rows, columns=self.length)
@@ -40,6 +44,8 @@ class Steps:
         if self.compiler is not None:
             columns = int(self.cache.get_seq_length())
             self.mask = torch.ones(self.rows, columns, dtype=torch.long, device=self.hf.device)
+        elif undoable:
+            self.cache.activate_past_recording()
         return out.logits[:, -1:]  # type: ignore[no-any-return]
 
     def step(self, token: Tensor) -> Tensor:
@@ -50,11 +56,6 @@ class Steps:
             self.mask = torch.cat([self.mask, self.mask.new_ones(self.rows, 1)], dim=1)
             out = self.compiler.step(self.hf, token, self.mask, self.vision)
         return out.logits  # type: ignore[no-any-return]
-
-    def allow_undo(self) -> None:
-        """From here on keep what a step displaces from a sliding window, for :meth:`undo_step` to bring it back."""
-        if self.compiler is None:
-            self.cache.activate_past_recording()
 
     def undo_step(self) -> None:
         """As if the last step had not been."""
