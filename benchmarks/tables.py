@@ -50,7 +50,7 @@ TABLE = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def comparison(records: list[Record]) -> str:
     """The side-by-side table of an evaluation, and what it was measured on."""
-    baseline = next((record for record in records if record.method == "concat"), None)
+    baseline = next((record for record in records if record.is_baseline), None)
     columns, rows = side_by_side(records, baseline)
     record = records[0]
     views = f" and {record.views} views" if record.views > 1 else ""
@@ -99,7 +99,7 @@ ROWS_OF_REAL = (
 
 def short_comparison(records: list[Record], names: Container[str]) -> str:
     """The rows of :func:`comparison` with these names."""
-    baseline = next((record for record in records if record.method == "concat"), None)
+    baseline = next((record for record in records if record.is_baseline), None)
     columns, rows = side_by_side(records, baseline)
     return markdown(columns, [row for row in rows if row[0] in names])
 
@@ -165,7 +165,7 @@ def visor_scenes(records: list[Record]) -> str:
         "GFLOPs without encoder",
         "of concat %",
     ]
-    base = next(record for record in records if record.method == "concat")
+    base = next(record for record in records if record.is_baseline)
     rows = []
     for record in records:
         scores = [record.accuracy.get(group, float("nan")) for group in ("level/easy", "level/hard")]

@@ -31,7 +31,9 @@ from lavi.checkpoints.model_folder import build, from_pretrained, save_pretraine
 from lavi.checkpoints.published_vlm import as_released, published_vlm, start_from_vlm, written_out
 from lavi.checkpoints.transformers_vlm import save_as_transformers
 from lavi.data.tiling import AnyRes
-from lavi.efficiency.measure import build_on, is_concat
+from lavi.efficiency.figures import baselines
+from lavi.efficiency.measure import build_on, count, is_concat
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.evaluation.compare_runs import compare_runs
 from lavi.fusion.concat import ConcatFusion
@@ -258,11 +260,24 @@ def test_a_recipe_with_such_a_tower_is_counted_with_it_and_saved(tmp_path: Path,
     assert counted.vision.flops(1) < as_it_was.vision.flops(1)
     assert is_concat(plain)
     assert not is_concat(recipe)  # it is no baseline
+    records = [count(one, model, Scenario(9)) for one, model in ((recipe, counted), (plain, as_it_was))]
+    assert {record.method for record in records} == {"concat"}
+    assert list(baselines(records).values()) == records[1:]
     model = build(recipe)
     save_pretrained(model, tmp_path / "saved")
     batch = collate(model, [question((40, 30))])
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path / "saved")(batch), model(batch))
+
+
+def test_a_released_model_that_gathers_its_tokens_is_a_baseline(tmp_path: Path, tokenizer: str) -> None:
+    """SmolVLM as it was released: concatenation behind its pixel shuffle."""
+    folder = str(write_vlm("smolvlm", tmp_path / "checkpoint", tokenizer))
+    node = {"_target_": "lavi.checkpoints.published_vlm.published_vlm", "source": folder}
+    recipe = Recipe({"model": node}, {}, "here")
+    record = count(recipe, build_on(as_released(recipe), "meta"), Scenario(9))
+    assert record.method != "concat"
+    assert list(baselines([record]).values()) == [record]
 
 
 def test_a_start_reaches_the_tower_within(tmp_path: Path, tokenizer: str) -> None:

@@ -68,7 +68,7 @@ def baselines(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
     """The first concatenation record of each point."""
     concat: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        if record.method == "concat":
+        if record.is_baseline:
             concat.setdefault(point_of(record), record)
     return concat
 
@@ -303,7 +303,7 @@ def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, f
     lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     for record in sorted(records, key=x_value):
         of = [(line_name(record), curve_values(record))]
-        if record.method != "concat":
+        if not record.is_baseline:
             of.append((FLOOR, floor_values(record)))
         for line, values in of:
             points = lines.setdefault(line, {curve: [] for curve in CURVES})
@@ -363,7 +363,7 @@ def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[t
     """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
     points = []
     for record in sorted(records, key=x_value):
-        ours = record.method != "concat" if line == FLOOR else line_name(record) == line
+        ours = not record.is_baseline if line == FLOOR else line_name(record) == line
         if not ours or (floor_values if line == FLOOR else curve_values)(record)[curve] is None:
             continue
         if curve in STAGES:

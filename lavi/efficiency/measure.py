@@ -109,6 +109,7 @@ def count(
         visual_tokens_in_language=shape.visual_tokens_in_language(model),
         views=shape.encoded,
         batch=shape.batch,
+        baseline=is_concat(recipe),
         flops=flops.prefill,
         flops_floor=flops.floor,
         flops_causal_discount=flops.causal_discount,
@@ -280,7 +281,7 @@ def _pairs(records: Sequence[Record]) -> dict[tuple[int, int], str]:
     """The contestants that are compared, and what the other one is: each model (2 i) with its floor (2 i + 1), and with
     the first that concatenates."""
     pairs = {(2 * i, 2 * i + 1): "floor" for i in range(len(records))}
-    concat = next((i for i, record in enumerate(records) if record.method == "concat"), None)
+    concat = next((i for i, record in enumerate(records) if record.is_baseline), None)
     if concat is not None:
         pairs |= {(2 * i, 2 * concat): "concat" for i in range(len(records)) if i != concat}
     return pairs

@@ -34,6 +34,8 @@ class Record:
     ``controls`` likewise. ``knobs``: what a sweep changed, and whatever else tells records apart. ``error``: why a
     point could not be measured. What was not measured is empty; records of before timing in turns have no turns,
     intervals and ratios.
+    ``baseline``: whether it is what savings are against, concatenation of all tokens as a model was released or as its
+    recipe has it; None in records of before, whose method says so.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Record:
     visual_tokens_in_language: int
     views: int
     batch: int = 1
+    baseline: bool | None = None
     flops: dict[str, float] = field(default_factory=dict)
     flops_floor: float = 0.0
     flops_causal_discount: float = 0.0
@@ -69,6 +72,11 @@ class Record:
     commit: str = ""
     seed: int | None = None
     recipe: str = ""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether savings are against it."""
+        return self.method == "concat" if self.baseline is None else self.baseline
 
     @property
     def gflops_language(self) -> float:
