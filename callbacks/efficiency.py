@@ -15,6 +15,7 @@ from lavi.checkpoints.model_folder import RECIPE
 from lavi.config.types import Count, CountOrZero
 from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS
+from lavi.efficiency.measure import check_weights_can_be_told
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
@@ -57,7 +58,13 @@ class Efficiency(pl.Callback):
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        records = self.sweep(Recipe.load(root / RECIPE), module.device if self.runs else None)
+        recipe, device = Recipe.load(root / RECIPE), module.device if self.runs else None
+        try:
+            check_weights_can_be_told(recipe)
+        except UserError as error:
+            log.warning("not measured: %s", error)
+            device = None
+        records = self.sweep(recipe, device)
         write_records(records, root / RECORDS)
         for folder in _folders(trainer):
             figures.write_curves(records, folder, figures.MEASURED)

@@ -25,17 +25,18 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="lavi", help=FORMAT_HELP)
     parser.add_argument("--trust", action="store_true", help="build whatever the run's recipe names")
     args = parser.read()
+    from lavi.checkpoints.load import video_of
     from lavi.checkpoints.model_folder import check_new_folder, save_pretrained
     from lavi.checkpoints.run_folder import load_run
     from lavi.checkpoints.transformers_vlm import save_as_transformers
     from lavi.report import console
 
     check_new_folder(args.out)
-    _, model = load_run(args.checkpoint, trust=args.trust)
+    recipe, model = load_run(args.checkpoint, trust=args.trust)
     if args.format == "transformers":
         opens = f"opens with transformers' {save_as_transformers(model, args.out)}"
     else:
-        save_pretrained(model, args.out)
+        save_pretrained(model, args.out, video=video_of(recipe))
         opens = "language/ opens with transformers' AutoModelForCausalLM"
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     console().print(f"{args.out}: {size / 2**20:,.1f} MiB; {opens}")

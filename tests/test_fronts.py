@@ -22,9 +22,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from lavi.checkpoints.keep_run import KeepRun
+from lavi.checkpoints.load import load, trained_sampling
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import LAST
 from lavi.checkpoints.trained_weights import TRAINED
+from lavi.data.frame_sampling import FrameSampling
 from lavi.efficiency.record import Record, read_records
 
 ROOT = Path(__file__).parent.parent
@@ -205,6 +207,25 @@ def test_generate_answers(run, trained: Path, beams: int) -> None:
     refused(
         run("lavi.generate", "--checkpoint", trained, "--video", "a.png", *question), "a.png does not open as a video"
     )
+
+
+def test_an_export_sees_the_frames_that_its_run_was_trained_on(run, tiny_recipe: Path) -> None:
+    sampling = "{_target_: lavi.data.frame_sampling.FrameSampling, how: fps, fps: 2.0, frames: 5}"
+    formed = f"data.format={{_target_: datamodules.formats.conversations.Conversations, video: {sampling}}}"
+    for name, more in (("films", (formed,)), ("pictures", ())):
+        assert run("lavi.fit", "--recipe", tiny_recipe, "--run", name, *more)[0] == 0
+        assert run("lavi.export", "--checkpoint", name, "--out", f"{name}-export")[0] == 0
+        assert trained_sampling(f"{name}-export") == trained_sampling(name)
+        assert load(f"{name}-export").fusion is not None
+    assert trained_sampling("films") == FrameSampling(how="fps", fps=2.0, frames=5)
+    assert trained_sampling("pictures") == FrameSampling()
+
+
+def test_weights_in_fewer_bits_are_not_timed_as_if_they_were_whole(run, tiny_recipe: Path) -> None:
+    quantized = "model.language.quantization=bitsandbytes-4bit"
+    profile = ("lavi.profile", "--recipe", tiny_recipe, quantized, "--sweep", "visual_tokens=16")
+    refused(run(*profile, "--measure"), "weights in bitsandbytes-4bit are counted here, and neither timed nor weighed")
+    refused(run(*profile, "--estimate", "h100"), "weights in bitsandbytes-4bit are counted here")
 
 
 def test_mistakes_with_recipes(run, tiny_recipe: Path) -> None:

@@ -30,6 +30,7 @@ from lavi.checkpoints.load import load
 from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
 from lavi.checkpoints.published_vlm import as_released, published_vlm, start_from_vlm, written_out
 from lavi.checkpoints.transformers_vlm import save_as_transformers
+from lavi.data.chat import TEMPLATES
 from lavi.data.tiling import AnyRes
 from lavi.efficiency.figures import baselines
 from lavi.efficiency.measure import build_on, count, is_concat
@@ -347,6 +348,16 @@ def test_what_is_said_of_images_goes_along_or_is_refused(tmp_path: Path, tokeniz
     for key in said:
         with pytest.raises(UserError, match="its processor says neither"):
             save_as_transformers(published_vlm(folder, **{key: True}), tmp_path / "back")
+
+
+def test_a_model_that_asks_by_another_template_has_no_class_of_transformers(tmp_path: Path, tokenizer: str) -> None:
+    """Its processor would ask by the tokenizer's: in another form than the model was trained on."""
+    model = published_vlm(str(write_vlm("llava_onevision", tmp_path / "checkpoint", tokenizer)))
+    model.chat.template = TEMPLATES["chatml"]
+    with pytest.raises(
+        UserError, match=r"model\.chat_template=null: its processor asks by the tokenizer's own template"
+    ):
+        save_as_transformers(model, tmp_path / "back")
 
 
 def test_the_format_of_transformers_is_written_back(published: Published, tmp_path: Path) -> None:

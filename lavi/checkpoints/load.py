@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import yaml
 
 from lavi.checkpoints.model_folder import FUSION, RECIPE, from_pretrained
 from lavi.checkpoints.published_vlm import published_vlm
@@ -46,12 +47,22 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool 
     return model.to(target)
 
 
+def video_of(recipe: Recipe) -> dict[str, Any] | None:
+    """The frames of a video that a recipe names; None: it does not."""
+    video: dict[str, Any] | None = (recipe.settings["data"].get("format") or {}).get("video")
+    return video
+
+
 def trained_sampling(folder: str | Path, *, trust: bool = False) -> FrameSampling:
     """The frames of a video that the run of a folder was trained on; the default, if nothing there says."""
     folder = home_path(folder)
-    if (folder / FUSION).is_file() or not (folder / RECIPE).is_file():  # an export, or a released model
+    if not (folder / RECIPE).is_file():  # a released model
         return FrameSampling()
-    recipe = Recipe.load(folder / RECIPE, [], trusted=trust)
-    if (recipe.settings["data"].get("format") or {}).get("video") is None:
+    if (folder / FUSION).is_file():  # an export: no whole recipe
+        settings = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        recipe = Recipe({"data": settings.get("data", {})}, {}, str(folder / RECIPE), trusted=trust)
+    else:
+        recipe = Recipe.load(folder / RECIPE, [], trusted=trust)
+    if video_of(recipe) is None:
         return FrameSampling()
     return cast(FrameSampling, recipe.build("data.format.video"))

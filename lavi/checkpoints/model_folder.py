@@ -1,6 +1,7 @@
 """A model in a folder: an ordinary checkpoint of each half, the weights of what joins them, and what builds it.
 
-FOLDER/recipe.yaml           the recipe's model section; values that begin with ./ are paths inside the folder
+FOLDER/recipe.yaml           the recipe's model section; values that begin with ./ are paths inside the folder; below
+                             data.format.video the frames of a video that it was trained on, where that is known
        language/             an ordinary transformers checkpoint with its tokenizer, adapters merged
        tokenizer/            the tokenizer alone: beside a configuration, transformers may take another class for it
        vision/               what the backbone wrote
@@ -52,8 +53,11 @@ def with_resolved_arguments(recipe: Recipe, model: VisionLanguageModel) -> Recip
     return recipe
 
 
-def save_pretrained(model: VisionLanguageModel, folder: str | Path) -> None:
+def save_pretrained(model: VisionLanguageModel, folder: str | Path, *, video: dict[str, Any] | None = None) -> None:
     """Write ``model`` as the folder that the head of this file shows.
+
+    Args:
+        video: the frames of a video that it was trained on, as a recipe names them (``data.format.video``).
 
     Raises:
         UserError: the folder exists or cannot be written; the model was not built from a recipe; its backbone cannot
@@ -81,6 +85,7 @@ def save_pretrained(model: VisionLanguageModel, folder: str | Path) -> None:
             model,
             with_resolved_arguments(Recipe({"model": model.built_from}, {}, RECIPE), model).settings["model"],
             part,
+            {"data": {"format": {"video": video}}} if video else {},
         )
 
 
@@ -131,7 +136,7 @@ DROPPED = ("config", "lora", "gguf_file")
 """What built a language model whose weights are in the folder now."""
 
 
-def _write(model: VisionLanguageModel, built_from: dict[str, Any], folder: Path) -> None:
+def _write(model: VisionLanguageModel, built_from: dict[str, Any], folder: Path, more: dict[str, Any]) -> None:
     node = copy.deepcopy(built_from)  # the model's own stays as it is
     language = {key: value for key, value in node["language"].items() if key not in DROPPED}
     node["language"] = language | {"source": f"{INSIDE}language", "tokenizer": f"{INSIDE}tokenizer"}
@@ -143,7 +148,7 @@ def _write(model: VisionLanguageModel, built_from: dict[str, Any], folder: Path)
     write_state(_other_weights(model), folder / FUSION)
     for file in folder.rglob("*.safetensors"):
         make_readable(file)
-    text = yaml.safe_dump({"model": node}, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump({"model": node} | more, sort_keys=False, allow_unicode=True, width=110)
     (folder / RECIPE).write_text(text, encoding="utf-8")
 
 

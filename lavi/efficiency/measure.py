@@ -74,6 +74,20 @@ def is_concat(recipe: Recipe) -> bool:
     return own_tower and method_name(recipe) == method_name(as_it_was)
 
 
+def check_weights_can_be_told(recipe: Recipe) -> None:
+    """Whether time and memory of a recipe can be told from random weights.
+
+    Raises:
+        UserError: its weights are quantized, which random ones are not.
+    """
+    kind = written_out(recipe).settings["model"]["language"].get("quantization")
+    if kind is not None:
+        raise UserError(
+            f"{recipe.source}: weights in {kind} are counted here, and neither timed nor weighed: set "
+            "model.language.quantization=null, or time a run of it with python -m lavi.evaluate."
+        )
+
+
 def build_on(recipe: Recipe, device: torch.device | str) -> VisionLanguageModel:
     """A model of this recipe on ``device`` with random weights; on ``meta`` in a second even at full size.
 
