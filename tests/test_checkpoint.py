@@ -159,6 +159,23 @@ def test_the_statistics_of_a_trained_batch_norm_are_kept(train, monkeypatch: pyt
     assert all(torch.equal(later[name], whole[name]) for name in statistics)
 
 
+def test_a_run_of_before_buffers_were_kept_opens(train, caplog: pytest.LogCaptureFixture) -> None:
+    """They have the values of their own checkpoint, and it is said."""
+    assert train("one", *NORMED) == 0
+    file = Path("one") / TRAINED
+    with safe_open(file, "pt") as weights:
+        header = weights.metadata()
+    parameters = {
+        name: t for name, t in load_file(file).items() if ".running_" not in name and "num_batches" not in name
+    }
+    save_file(parameters, file, header)
+    model = load_run(Path("one"))[1]
+    assert "buffers, such as model.vision." in caplog.text
+    state = model.state_dict()
+    assert all(torch.equal(state[name.removeprefix("model.")], tensor) for name, tensor in parameters.items())
+    assert train("one", "trainer.max_steps=3", options=("--resume",)) == 0
+
+
 def test_weights_that_are_not_finite_replace_no_checkpoint(
     train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +218,8 @@ def test_what_the_optimizer_s_state_would_undo_is_refused(
     assert train("one", change, "trainer.max_steps=3", options=("--resume",)) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert Path("one/recipe.yaml").read_text() == before
-    assert train("one", "module.warmup=0.5", "trainer.max_steps=3", options=("--resume",)) == 0
+    same = ["module.warmup=0.5", "module.weight_decay=0.0", "module.learning_rate.vision=null"]
+    assert train("one", *same, "trainer.max_steps=3", options=("--resume",)) == 0
 
 
 def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixture[str]) -> None:

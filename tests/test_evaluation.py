@@ -132,6 +132,34 @@ def test_a_prompt_that_fills_the_context_is_answered_alone(
     assert {tokens for _, columns, tokens in asked if columns < length} == {needed}
 
 
+def test_a_short_truth_near_the_end_of_the_context_shortens_no_longer_one(
+    seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room behind it for its own answer, and not for that of its neighbour, before it or behind it."""
+    asked: list[tuple[int, int]] = []
+
+    def answer(batch: Batch, *, max_new_tokens: int) -> list[str]:
+        asked.append((batch.input_ids.shape[1], max_new_tokens))
+        return ["a"] * len(batch)
+
+    monkeypatch.setattr(seeing, "answer", answer)
+    tokenizer = seeing.processor.chat.tokenizer
+    far = "circle is blue what red square is yes no green"
+    needed = len(tokenizer(far, add_special_tokens=False)["input_ids"]) + 4
+    own = len(tokenizer("red", add_special_tokens=False)["input_ids"]) + 4
+
+    def room(words: int) -> int:
+        prompt, _ = next(prompts_of(ask("circle " * words, answer="red")))
+        return seeing.room_behind(seeing.processor.encode(prompt, prompt=True).length)
+
+    words = next(words for words in range(250, 0, -1) if room(words) >= own)
+    assert own <= room(words) < needed
+    filling = ask("circle " * words, answer="red")
+    evaluate(seeing, [ask("what?", answer=far), filling, ask("what?", answer=far)])
+    longest = max(columns for columns, _ in asked)
+    assert {tokens for columns, tokens in asked if columns < longest} == {needed}
+
+
 def test_a_sample_that_cannot_be_encoded_is_left_out_and_counted(
     seeing: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -445,7 +445,7 @@ def test_a_clip_of_extracted_frames_is_those_frames() -> None:
     seen = video(fps=1)
     assert [frame.getpixel((0, 0))[0] for frame in seen.frames] == [5, 6, 7]  # type: ignore[index]
     assert (seen.seconds, seen.duration) == ([0.0, 1.0, 2.0], 3.0)
-    with pytest.raises(BrokenSample, match="give its 'fps'"):
+    with pytest.raises(BrokenSample, match="pack it with its 'fps'"):
         video()
     with pytest.raises(BrokenSample, match="lies outside its frames, which last 10"):
         video(fps=1, clip=[5, 30])
@@ -453,17 +453,19 @@ def test_a_clip_of_extracted_frames_is_those_frames() -> None:
         video(fps=1, clip=[12, 13])
 
 
-@pytest.mark.parametrize("numbers", [(1, 0), (0, 0), (1, 2)])
-def test_parts_that_number_their_images_otherwise_than_they_stand_are_refused(numbers: tuple[int, int]) -> None:
+def test_parts_that_number_their_images_otherwise_than_they_stand_are_refused() -> None:
     """The list of images has the order in which they are shown; another order would show each in another's place."""
-    parts = [{"type": "image", "index": number} for number in numbers]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
-    raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode(), "0.png": png(2), "1.png": png(2)}
+
+    def decoded(*numbers: Any) -> list[Any]:
+        parts = [{"type": "image", "index": number} for number in numbers]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
+        raw = {"__key__": "k", "json": json.dumps({"messages": messages}).encode(), "0.png": png(2), "1.png": png(2)}
+        return Conversations().decode(raw).images
+
     with pytest.raises(BrokenSample, match="its parts number their images"):
-        Conversations().decode(raw)
-    parts[0]["index"], parts[1]["index"] = 0, 1
-    raw["json"] = json.dumps({"messages": messages}).encode()
-    assert len(Conversations().decode(raw).images) == 2
+        decoded(1, 0)
+    for numbers in ((0, 1), (1, 2), (0, 0), (None, None)):  # from any number on, or anew in each message
+        assert len(decoded(*numbers)) == 2
 
 
 def test_image_members_are_of_a_few_formats_whatever_their_names_say() -> None:

@@ -303,7 +303,7 @@ def test_a_task_is_answered_and_kept(run: Any, trained: Path, colours: Path) -> 
     printed, file = evaluate(run, colours)
     head, answers = read_predictions(file)
     assert [one.index for one in answers] == list(range(22))
-    assert head["decoding"] == {"max_new_tokens": 4, "do_sample": False}
+    assert head["decoding"] == {"max_new_tokens": 4, "do_sample": False, "repetition_penalty": 1.0}
     assert {"torch", "transformers"} <= set(head["versions"])
     broken = [one for one in answers if one.error]
     assert [one.index for one in broken] == [6, 13, 20]

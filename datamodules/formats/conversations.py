@@ -190,17 +190,17 @@ def as_text(value: Any) -> str | None:
 def check_indices(messages: Any) -> None:
     """Whether parts that number their images do so in the order in which they are shown, which is that of the images.
 
+    Numbers may begin anywhere, and anew in a later message.
+
     Raises:
-        UserError: they do not.
+        UserError: they are all different, and in another order.
     """
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     for kind in ("image", "video"):
-        numbers = [part["index"] for part in parts if part.get("type") == kind and part.get("index") is not None]
-        if numbers and numbers != list(range(len(numbers))):
-            raise UserError(
-                f"its parts number their {kind}s {numbers}, not 0, 1, 2 ... in the order in which they stand"
-            )
+        numbers = [part["index"] for part in parts if part.get("type") == kind and isinstance(part.get("index"), int)]
+        if len(set(numbers)) == len(numbers) and numbers != sorted(numbers):
+            raise UserError(f"its parts number their {kind}s {numbers}, which is not the order in which they stand")
 
 
 def plain_parts(content: list[Any]) -> list[Any]:

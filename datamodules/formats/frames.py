@@ -55,7 +55,9 @@ def from_frames(
         raise UserError(f"extracted frames come at a positive number a second, not fps={fps!r}.")
     if fps is None:
         if clip is not None:
-            raise UserError("its 'clip' is in seconds, and how many frames are a second is not known: give its 'fps'")
+            raise UserError(
+                "its 'clip' is in seconds, and how many frames are a second is not known: pack it with its 'fps'"
+            )
         evenly = sampling if sampling.how == "keyframes" else FrameSampling(frames=sampling.frames)
         return Video([images[i] for i in evenly.pick(range(len(images)), 0, len(images))])
     seconds = [i / fps for i in range(len(images))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import signal
@@ -30,6 +31,8 @@ from lavi.checkpoints.trained_weights import (
 )
 from lavi.checkpoints.weight_files import save_state
 from lavi.config.files import replacing
+from lavi.config.targets import find_target
+from lavi.config.text import TARGET
 from lavi.errors import UserError, reason
 from lavi.recipe import Recipe
 
@@ -192,8 +195,8 @@ class KeepRun(Checkpoint):
         Raises:
             UserError: the recipe changes what the optimizer's state brings back as it was.
         """
-        before, now = (yaml.safe_load(text)["module"] for text in (checkpoint["recipe"], self.recipe.yaml()))
-        if changed := [key for key in OF_OPTIMIZER if before.get(key) != now.get(key)]:
+        before, now = (_of_optimizer(text) for text in (checkpoint["recipe"], self.recipe.yaml()))
+        if changed := [key for key in before | now if before.get(key) != now.get(key)]:
             raise UserError(
                 f"--resume goes on with the run's own optimizer, and module.{changed[0]} cannot change (it was "
                 f"{before.get(changed[0])}): begin anew from its weights with module.start_from={self.folder}."
@@ -236,6 +239,16 @@ class KeepRun(Checkpoint):
         if self.saved_step != trainer.global_step:
             return f"interrupted after step {trainer.global_step}. {self.what_is_safe()}"
         return f"stopped at step {self.saved_step}, saved. Go on with: python -m lavi.fit --resume {self.folder}"
+
+
+def _of_optimizer(recipe: str) -> dict[str, Any]:
+    """The settings of a recipe's module that the optimizer's state holds, the defaults among them."""
+    node = yaml.safe_load(recipe)["module"]
+    defaults = inspect.signature(find_target(node[TARGET], "module", where="recipe", trusted=True)).parameters
+    settings = {key: node.get(key, defaults[key].default) for key in OF_OPTIMIZER if key in {**defaults, **node}}
+    if isinstance(rates := settings.get("learning_rate"), dict):
+        settings["learning_rate"] = {part: rate for part, rate in rates.items() if rate is not None}  # null: frozen
+    return settings
 
 
 def failed_write(write: Callable[[], None]) -> str | None:

@@ -7,6 +7,7 @@ frozen: the earlier run may be deleted.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from lavi.checkpoints.weight_files import check_compatible, check_shape, load_in
 from lavi.errors import UserError, nearest
 from lavi.language.lora import original_name
 
+log = logging.getLogger("lavi")
 TRAINED = "trained.safetensors"
 """The file of these weights in a run folder."""
 INHERITED, RANKS = "inherited", "ranks"
@@ -116,7 +118,13 @@ def _saved_in(module: nn.Module, weights: Any) -> dict[str, Tensor]:
     """The tensors of ``module`` that an open file should hold; those it inherited are named in the header."""
     if isinstance(module, StartsFromRun) and module.start_from is not None:
         module.inherit(json.loads(_header(weights).get(INHERITED, "[]")))
-    return saved_tensors(module)
+    saved = saved_tensors(module)
+    if absent := [name for name in saved_buffers(module) if name in saved and name not in set(weights.keys())]:
+        log.warning(
+            "%d buffers, such as %s, are not among the weights of this run, which was written before they were kept: "
+            "they have the values of their own checkpoint.", len(absent), absent[0],
+        )  # fmt: skip
+    return {name: tensor for name, tensor in saved.items() if name not in absent}
 
 
 def step_of_trained(file: Path) -> str | None:

@@ -64,7 +64,7 @@ def answer_task(
         limit: of the task, the first so many questions.
         report_done: told after each batch how many questions are answered.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a metric that has a model of its own takes it there
     done = set(done)
     records = islice(task.questions.records(folder), limit)

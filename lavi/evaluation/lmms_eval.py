@@ -77,6 +77,9 @@ class LaviForLmmsEval(lmms):
 
         What cannot be asked, since its image cannot be read or it is too long, is answered by nothing and said at the
         end.
+
+        Raises:
+            UserError: not one can be asked.
         """
         answers: dict[int, str] = {}
         left_out: Counter[str] = Counter()
@@ -92,8 +95,10 @@ class LaviForLmmsEval(lmms):
             asked = {index: prompt for index, prompt in encoded.items() if prompt is not None}
             said = self._answer(list(asked.values()), requests[batch[0]].args[2]) if asked else []
             answers |= dict.fromkeys(batch, "") | dict(zip(asked, said, strict=True))
-            for index in batch:
+            for index in asked:
                 self.cache_hook.add_partial("generate_until", requests[index].args[:1], answers[index])
+        if answers and left_out.total() == len(answers):
+            raise UserError(f"not one question could be asked: {next(iter(left_out))}")
         for cause, count in left_out.items():
             log.warning(
                 "%d of %d questions could not be asked, their answers are empty: %s", count, len(answers), cause

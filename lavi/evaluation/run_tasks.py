@@ -177,7 +177,7 @@ def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, set
         "run": run_name(run),
         "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
         "overrides": list(settings.overrides),
-        "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False},
+        "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False, "repetition_penalty": 1.0},
         "computes": [settings.device.type, str(model.language.hf.dtype).removeprefix("torch.")],
         "questions": task.questions.fingerprint(settings.data / task.name),
         "limit": settings.limit,

@@ -114,13 +114,14 @@ class Scorer:
         for prompt, expected in encoded:
             self.sizes.add(prompt)
             self.prompts += 1
-            needed = self._needed(expected)
-            fills_context = self.model.room_behind(prompt.length) < needed
-            if fills_context:  # alone: it leaves the others as much room for their answers as they had
-                self.finish()
+            needed, room = self._needed(expected), self.model.room_behind(prompt.length)
+            if self._waiting:
+                rooms = [room, *(self.model.room_behind(waiting.length) for waiting, *_ in self._waiting)]
+                if min(rooms) < max(needed, *(tokens for *_, tokens in self._waiting)):
+                    self.finish()  # one that fills the context shortens no other answer
             self._waiting.append((prompt, expected, number, needed))
             size = sum(tensor_bytes(waiting) for waiting, *_ in self._waiting)
-            if fills_context or len(self._waiting) >= self.limits.batch_size or size > LARGEST_WINDOW:
+            if len(self._waiting) >= self.limits.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         return True
 

@@ -141,6 +141,8 @@ class TextRepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
         self.plain, self.starts = RepetitionPenaltyLogitsProcessor(penalty), starts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not input_ids.shape[1]:  # a prompt that is read as embeddings, before its first token
+            return scores
         starts = torch.tensor(self.starts, device="cpu").to(input_ids.device)[:, None]  # (B, 1)
         is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) < starts  # (B, T)
         words = torch.where(is_padding, input_ids.gather(1, starts), input_ids)  # (B, T): a word of the prompt instead
@@ -193,7 +195,7 @@ class Decoding:
         penalty = settings["repetition_penalty"]
         if penalty not in (None, 1):  # transformers takes the padding from the mask, which has the visual tokens, too
             settings["repetition_penalty"] = 1.0
-            own = TextRepetitionPenalty(penalty, [start for start in starts for _ in range(self.copies)])
+            own = TextRepetitionPenalty(float(penalty), [start for start in starts for _ in range(self.copies)])
             settings["logits_processor"] = LogitsProcessorList([own, *(settings.get("logits_processor") or ())])
         return settings
 
@@ -318,6 +320,9 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         value = settings.get(name, least)
         if not isinstance(value, Integral) or value < least:
             raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    penalty = settings.get("repetition_penalty", 1.0)
+    if not isinstance(penalty, int | float) or penalty <= 0:
+        raise UserError(f"repetition_penalty must be a number above 0, not {penalty!r}.")
     if settings.get("min_new_tokens", 0) > settings["max_new_tokens"]:
         raise UserError(
             f"an answer of at least min_new_tokens={settings['min_new_tokens']} tokens cannot have at most "

@@ -16,12 +16,12 @@ _AND = r"\W*(?:,|/|&|\bor\b|\band\b)\W*"
 _NAME = r"\b(?i:answer|option|choice)\b(?i:\s+is)?\s*:?\s*\(?"
 _SEVERAL = (
     re.compile(rf"(?:^\W*[A-Za-z]|{_NAME}\b[A-Z]){_AND}[A-Za-z]\b\W*$"),  # A or B; The answer is A or B
-    re.compile(rf"^\W*[A-Z][).:\]]\s.*{_AND}[A-Z][).:\]]\s", re.DOTALL),  # A. a cat or B. a dog
+    re.compile(r"^\W*[A-Z][).:\]]\s.*\bor\b\W*[A-Z][).:\]]\s", re.DOTALL),  # A. a cat or B. a dog
 )
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
 _FIRST = re.compile(r"^\W*(?:([A-Za-z])[).:\]](?=\s|$)|([A-Z])\s*\n)")
-_ENDS = r"(?=\s*(?:[).:,;!\]\n]|$)|\s+(?:is|because)\b)"
-_NAMED = re.compile(rf"{_NAME}\b(?:([B-HJ-Z])\b(?!')|([AI]){_ENDS})|\b(?i:answer)\s*:\s*([a-z])\W*$")
+_NO_NOUN = r"(?!\s+(?!(?:is|as|because|since|which|for|due|with)\b)[a-z])"
+_NAMED = re.compile(rf"{_NAME}\b(?:([B-HJ-Z])\b(?!')|([AI])\b(?!'){_NO_NOUN})|\b(?i:answer)\s*:\s*([a-z])\W*$")
 """*A* and *I* are words, too: *The answer is A cat.* names none, *The answer is A.* does."""
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _EMPHASIS = str.maketrans("", "", "*`")
