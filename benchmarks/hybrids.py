@@ -12,11 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from compare import BASE, LARGE, LAVI, REFINING_TWO, SEVERAL_LAYERS, TOWER, VISOR, times_fewer
+from compare import (
+    BASE,
+    BASELINE_NAME,
+    LAB,
+    LARGE,
+    LAVI,
+    REFINING_TWO,
+    SEVERAL_LAYERS,
+    TOWER,
+    VISOR,
+    times_fewer,
+)
 from own_records import parser_of, read
 from verify_claims import recipe_at
 
@@ -29,8 +39,6 @@ from lavi.report import console, table, track
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LAB = Path(__file__).parent / "results" / "lab.jsonl"
-BASELINE = "LLaVA-OneVision-0.5B"
 MERGED_A_BLOCK = 22
 """Of 729 tokens in 26 blocks: a block works on 62 % of them on average, as with 16 of 64 in the lab's four."""
 
@@ -91,7 +99,7 @@ def counted(name: str, encoder: str) -> Record:
     """FLOPs of a fusion with an encoder at full size; of the baseline with its own."""
     fusion = FUSIONS.get(name, FusionAtFullSize("", "", BASE))
     recipe = recipe_at(fusion.recipe)
-    if name != BASELINE:
+    if name != BASELINE_NAME:
         keep, merging = ENCODERS[encoder]
         changes = fusion.changes | {"vision": vision_of(fusion, keep, merging)}
         for key, value in (changes if keep else changes | {"tiling": None}).items():
@@ -116,7 +124,7 @@ class Hybrid:
 
 def hybrids_of(records: Sequence[Record], lab: Sequence[Record]) -> list[Hybrid]:
     """What was both counted and scored, in the order of the records; the mean over seeds."""
-    base = next(record for record in records if record.knobs["name"] == BASELINE)
+    base = next(record for record in records if record.knobs["name"] == BASELINE_NAME)
     found = []
     for record in records:
         name, encoder = record.knobs["name"], record.knobs["encoder"]
@@ -185,7 +193,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     args = read(parser)
-    pairs = [(BASELINE, WHOLE), *((fusion, encoder) for fusion in FUSIONS for encoder in ENCODERS)]
+    pairs = [(BASELINE_NAME, WHOLE), *((fusion, encoder) for fusion in FUSIONS for encoder in ENCODERS)]
     records = [counted(*pair) for pair in track(pairs, description="counting")]
     lab = read_records(LAB) if LAB.is_file() else []
     console().print(table(f"Hybrids at {LARGE}", *hybrids_table(records, lab)))

@@ -15,7 +15,7 @@ from lavi.checkpoints.model_folder import RECIPE
 from lavi.config.types import Count, CountOrZero
 from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS
-from lavi.efficiency.measure import check_weights_can_be_told
+from lavi.efficiency.measure import check_not_quantized
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import Sweep, sweep_records, with_baseline
@@ -60,7 +60,7 @@ class Efficiency(pl.Callback):
         root = Path(trainer.default_root_dir)
         recipe, device = Recipe.load(root / RECIPE), module.device if self.runs else None
         try:
-            check_weights_can_be_told(recipe)
+            check_not_quantized(recipe)
         except UserError as error:
             log.warning("not measured: %s", error)
             device = None

@@ -31,7 +31,7 @@ class Throughput(ThroughputMonitor):
 
     def __init__(self, *, window: Count = 20) -> None:
         super().__init__(batch_size_fn=len, length_fn=text_tokens, window_size=window)
-        self._known: dict[tuple[Any, ...], dict[str, float]] = {}
+        self._known: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._ended = self._waited = self._since = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -62,23 +62,24 @@ class Throughput(ThroughputMonitor):
         rows: list[list[ImageSlot]] = [[] for _ in range(len(batch))]
         for slot in batch.image_slots:
             rows[slot.row].append(slot)
-        of_rows = [self._row(model, batch.input_ids.shape[1], slots) for slots in rows]
-        passes = _passes(model, encodes=batch.backbone_features is None)
-        head = closed_form(model, PromptShape(1)).prefill["head"] * int((batch.labels != IGNORE).sum())
-        return passes["head"] * head + sum(
-            passes[name] * flops for row in of_rows for name, flops in row.items() if name != "head"
-        )
+        text, encodes = batch.input_ids.shape[1], batch.backbone_features is None
+        of_rows = [self._row(model, text, slots, encodes=encodes) for slots in rows]
+        trained = int((batch.labels != IGNORE).sum())
+        return sum(body for body, _ in of_rows) + trained * of_rows[0][1]
 
-    def _row(self, model: VisionLanguageModel, text: int, slots: list[ImageSlot]) -> dict[str, float]:
-        """FLOPs of the forward pass by component."""
-        key = (text, *(slot.layout._replace(size=(0, 0)) for slot in slots))
+    def _row(
+        self, model: VisionLanguageModel, text: int, slots: list[ImageSlot], *, encodes: bool
+    ) -> tuple[float, float]:
+        """FLOPs of a row without its head, and of the head for a token."""
+        key = (text, encodes, *(slot.layout._replace(size=(0, 0)) for slot in slots))
         if key not in self._known:
-            bare = closed_form(model, PromptShape(text)).prefill
+            passes, bare = _passes(model, encodes=encodes), closed_form(model, PromptShape(text)).prefill
             row = Counter(bare)
             for slot in slots:
                 seeing = closed_form(model, _point(text, slot, model)).prefill
                 row.update({name: flops - bare.get(name, 0.0) for name, flops in seeing.items()})  # type: ignore[misc]
-            self._known[key] = dict(row)
+            head = passes["head"] * row.pop("head")
+            self._known[key] = sum(passes[name] * flops for name, flops in row.items()), head
         return self._known[key]
 
 

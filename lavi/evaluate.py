@@ -103,7 +103,7 @@ def score_own_splits(
     from lavi.evaluation.compare_runs import compare_runs
     from lavi.evaluation.scoring import AnswerLimits
 
-    given = {name: getattr(args, name) for name in AnswerLimits._fields if getattr(args, name)}
+    usual = AnswerLimits()
     compare_runs(
         folders,
         overrides=args.overrides + overrides,
@@ -113,7 +113,7 @@ def score_own_splits(
         out=args.out,
         text=args.text,
         noise=noise,
-        limits=AnswerLimits(**given),
+        limits=AnswerLimits(args.batch_size or usual.batch_size, args.max_new_tokens or usual.max_new_tokens),
     )
 
 
@@ -136,7 +136,7 @@ def score_tasks(args: Namespace, folders: list[Path], overrides: list[str], devi
         overrides=(*args.overrides, *overrides, *behind),
         trust=args.trust,
         limit=args.limit,
-        **({"batch_size": args.batch_size} if args.batch_size else {}),
+        batch_size=args.batch_size or Settings.batch_size,
         processes=args.processes,
         device=device,
         again=args.again,

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lavi import export, fit
+from lavi.checkpoints import keep_run
 from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.model_folder import FUSION, RECIPE, build, from_pretrained, save_pretrained
 from lavi.checkpoints.run_folder import LAST, load_run
@@ -220,6 +221,27 @@ def test_what_the_optimizer_s_state_would_undo_is_refused(
     assert Path("one/recipe.yaml").read_text() == before
     same = ["module.warmup=0.5", "module.weight_decay=0.0", "module.learning_rate.vision=null"]
     assert train("one", *same, "trainer.max_steps=3", options=("--resume",)) == 0
+
+
+class TakesAll:
+    """As a module of one's own that hands its settings on."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        pass
+
+
+def test_settings_of_the_optimizer_are_those_that_a_module_is_built_with() -> None:
+    """Its defaults among them, whatever its constructor names; a part at null is frozen, as one that is not named."""
+
+    def read(target: str, **settings: Any) -> dict[str, Any]:
+        return keep_run._of_optimizer(yaml.safe_dump({"module": {"_target_": target, **settings}}))
+
+    assert read("test_checkpoint.TakesAll", weight_decay=0.3) == {"weight_decay": 0.3}
+    assert read("test_checkpoint.TakesAll") == {}
+    ours, rates = "lavi.training.module.VisionLanguageModule", {"fusion": 1e-3}
+    expected = {"learning_rate": rates, "weight_decay": 0.0, "muon": None}
+    assert read(ours, learning_rate=rates) == expected
+    assert read(ours, learning_rate=rates | {"vision": None}, muon=None) == expected
 
 
 def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixture[str]) -> None:

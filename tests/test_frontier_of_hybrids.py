@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hybrids import (
     ALONE,
-    BASELINE,
+    BASELINE_NAME,
     ENCODERS,
     FUSIONS,
     WHOLE,
@@ -49,7 +49,7 @@ def accuracy(value: float) -> dict[str, float]:
 
 def test_accuracy_is_the_lab_s_and_cost_is_that_of_full_size() -> None:
     """Means over seeds; what was not scored is left out; a quarter of the tiles costs less than all of them."""
-    records = [counted(BASELINE, WHOLE), *(counted("LaVi", encoder) for encoder in (WHOLE, ALONE))]
+    records = [counted(BASELINE_NAME, WHOLE), *(counted("LaVi", encoder) for encoder in (WHOLE, ALONE))]
     names = [FUSIONS["LaVi"].lab] * 2 + [ALONE + FUSIONS["VISOR"].suffix]
     lab = [
         Record("x", 9, 64, 0, 1, accuracy=accuracy(value), knobs={"method": name})

@@ -244,8 +244,9 @@ class KeepRun(Checkpoint):
 def _of_optimizer(recipe: str) -> dict[str, Any]:
     """The settings of a recipe's module that the optimizer's state holds, the defaults among them."""
     node = yaml.safe_load(recipe)["module"]
-    defaults = inspect.signature(find_target(node[TARGET], "module", where="recipe", trusted=True)).parameters
-    settings = {key: node.get(key, defaults[key].default) for key in OF_OPTIMIZER if key in {**defaults, **node}}
+    arguments = inspect.signature(find_target(node[TARGET], "module", where="recipe", trusted=True)).parameters
+    settings = {name: argument.default for name, argument in arguments.items()} | node
+    settings = {key: settings[key] for key in OF_OPTIMIZER if key in settings}
     if isinstance(rates := settings.get("learning_rate"), dict):
         settings["learning_rate"] = {part: rate for part, rate in rates.items() if rate is not None}  # null: frozen
     return settings

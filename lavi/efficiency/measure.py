@@ -74,8 +74,8 @@ def is_concat(recipe: Recipe) -> bool:
     return own_tower and method_name(recipe) == method_name(as_it_was)
 
 
-def check_weights_can_be_told(recipe: Recipe) -> None:
-    """Whether time and memory of a recipe can be told from random weights.
+def check_not_quantized(recipe: Recipe) -> None:
+    """Whether random weights take the time and the memory of a recipe's.
 
     Raises:
         UserError: its weights are quantized, which random ones are not.

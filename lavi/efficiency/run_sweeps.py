@@ -12,7 +12,7 @@ import torch
 from lavi.efficiency import figures
 from lavi.efficiency.estimated import training_rows
 from lavi.efficiency.hardware import device_named
-from lavi.efficiency.measure import check_weights_can_be_told
+from lavi.efficiency.measure import check_not_quantized
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
 from lavi.efficiency.sweep import Sweep, name_of, sweep_records, with_baseline
@@ -52,7 +52,7 @@ def run_sweeps(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
     against = with_baseline(recipes)
     for recipe in against if measure or devices else ():
-        check_weights_can_be_told(recipe)
+        check_not_quantized(recipe)
     planned = []
     for sweep in parsed:
         bar = partial(track, description=f"profiling over {sweep.knob}")
@@ -88,7 +88,7 @@ def show_training(recipes: Sequence[Recipe], *, at: str, text: int, rows: int) -
     """
     scenario = replace(parse_scenario(at, text), batch=rows)
     for recipe in recipes:
-        check_weights_can_be_told(recipe)
+        check_not_quantized(recipe)
         title = f"{name_of(recipe)}: GiB of a training step of {rows} x {scenario}, {text} text tokens; estimated"
         console().print(table(title, *training_rows(recipe, scenario)))
 
