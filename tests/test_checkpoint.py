@@ -136,6 +136,7 @@ def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(train, monkeypatch:
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
 
+TILED = "model.tiling={_target_: lavi.data.tiling.AnyRes, max_grid: 2}"
 NORMED = [
     "model.vision={_target_: lavi.vision.timm.TimmVision, name: test_efficientnet, image_size: 64, pretrained: false}",
     "module.learning_rate.vision=1e-3",
@@ -175,6 +176,21 @@ def test_a_run_of_before_buffers_were_kept_opens(train, caplog: pytest.LogCaptur
     state = model.state_dict()
     assert all(torch.equal(state[name.removeprefix("model.")], tensor) for name, tensor in parameters.items())
     assert train("one", "trainer.max_steps=3", options=("--resume",)) == 0
+
+
+def test_statistics_are_found_behind_a_backbone_that_goes_around_the_tower(train) -> None:
+    """A run of the bare tower is scored with fewer tiles: its weights and its statistics have other names there."""
+    assert train("one", *NORMED) == 0
+    around = NORMED[0].replace(
+        "model.vision=", "model.vision={_target_: lavi.vision.tiles_on_request.TilesOnRequest, tower: "
+    )
+    state = load_run(Path("one"), overrides=[f"{around}, keep: 1.0}}", TILED])[1].state_dict()
+    stored = load_file(f"one/{TRAINED}")
+    statistics = [name for name in stored if name.endswith("running_mean")]
+    assert len(statistics) > 5
+    for name in statistics:
+        own = name.removeprefix("model.").replace("vision.", "vision.tower.", 1)
+        assert torch.equal(state[own], stored[name])
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(

@@ -94,8 +94,13 @@ def _named_as_in(stored: set[str], tensors: dict[str, Tensor]) -> dict[str, Tens
 
     What goes around it (:class:`lavi.vision.reduced.ReducedTower`) has it as ``tower``.
     """
-    within = {re.sub(WITHIN, r"\1", name, count=1): tensor for name, tensor in tensors.items()}
+    within = {_without_wrapper(name): tensor for name, tensor in tensors.items()}
     return within if set(tensors) != stored == set(within) else tensors
+
+
+def _without_wrapper(name: str) -> str:
+    """``model.vision.weight`` of ``model.vision.tower.weight``."""
+    return re.sub(WITHIN, r"\1", name, count=1)
 
 
 def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
@@ -118,8 +123,8 @@ def _saved_in(module: nn.Module, weights: Any) -> dict[str, Tensor]:
     """The tensors of ``module`` that an open file should hold; those it inherited are named in the header."""
     if isinstance(module, StartsFromRun) and module.start_from is not None:
         module.inherit(json.loads(_header(weights).get(INHERITED, "[]")))
-    saved = saved_tensors(module)
-    if absent := [name for name in saved_buffers(module) if name in saved and name not in set(weights.keys())]:
+    saved, buffers, stored = saved_tensors(module), saved_buffers(module), set(weights.keys())
+    if absent := [name for name in saved if name in buffers and not {name, _without_wrapper(name)} & stored]:
         log.warning(
             "%d buffers, such as %s, are not among the weights of this run, which was written before they were kept: "
             "they have the values of their own checkpoint.", len(absent), absent[0],
