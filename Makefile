@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(shell date +%Y%m%d-%H%M%S)
 OUT ?= gpu-check
 DEVICE ?= cuda
 
@@ -53,24 +52,26 @@ test-lmms-eval: ## run the adapter's tests with lmms-eval itself, in an environm
 	$(HARNESS)/bin/uv pip install --quiet --python $(HARNESS)/bin/python --override $(HARNESS)/overrides.txt --editable '.[dev,lmms-eval]'
 	$(HARNESS)/bin/python -m pytest -p no:cacheprovider tests/test_lmms_eval.py
 
-quickstart: install ## draw data, train LaVi and concatenation, set them side by side (four to eight minutes on two cores)
+# A run of recipe $(1) in folder $(2), with changes $(3) to it. One that was stopped goes on, a finished one is kept (with
+# the recipe it had): remove its folder to train anew. One that was killed before its first checkpoint holds nothing yet.
+begin-run = rm -f $(2)/* 2>/dev/null; rmdir $(2) 2>/dev/null; $(BIN)/python -m lavi.fit --recipe $(1) --run $(2) $(3)
+trained-run = @echo "$(2) is trained: remove it to train anew"
+begin-or-keep = $(if $(wildcard $(2)/trained.safetensors),$(call trained-run,$(1),$(2)),$(call begin-run,$(1),$(2),$(3)))
+run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-or-keep,$(1),$(2),$(3)))
+
+quickstart: install ## draw data, train LaVi and concatenation, set them side by side (four to eight minutes on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/scenes
-	$(BIN)/python -m lavi.fit --recipe recipes/quickstart.yaml --run runs/quickstart/$(STAMP)/lavi
-	$(BIN)/python -m lavi.fit --recipe recipes/scenes/concat.yaml --run runs/quickstart/$(STAMP)/concat
-	$(BIN)/python -m lavi.evaluate --checkpoint runs/quickstart/$(STAMP)/lavi runs/quickstart/$(STAMP)/concat
+	$(call run-or-resume,recipes/quickstart.yaml,runs/quickstart)
+	$(call run-or-resume,recipes/scenes/concat.yaml,runs/concat)
+	$(BIN)/python -m lavi.evaluate --checkpoint runs/quickstart runs/concat
 
 digits: install ## your own data, shown on real scans: write, pack, train, score
 	test -d data/digits || $(BIN)/python -m datamodules.digits --out data/digits
 	for split in train validation test; do \
 	  $(BIN)/python -m datamodules.pack --json data/digits/$$split.json \
 	    --images data/digits/images --out data/digits/shards/$$split --per-shard 500 || exit 1; done
-	$(BIN)/python -m lavi.fit --recipe recipes/digits.yaml --run runs/digits/$(STAMP)
-	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits/$(STAMP)
-
-# A run of recipe $(1) in folder $(2), with changes $(3) to it. One that was stopped goes on, a finished one is kept (with
-# the recipe it had): remove its folder to train anew. A folder without a checkpoint holds nothing yet.
-begin-run = rm -rf $(2) && $(BIN)/python -m lavi.fit --recipe $(1) --run $(2) $(3)
-run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-run,$(1),$(2),$(3)))
+	$(call run-or-resume,recipes/digits.yaml,runs/digits)
+	$(BIN)/python -m lavi.evaluate --checkpoint runs/digits
 
 # The tower is frozen and the same for all: each photograph passes it once.
 REAL_FEATURES := data/photographs-features

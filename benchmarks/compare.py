@@ -21,6 +21,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from encoder import shows
 from own_records import parser_of, read
 from verify_claims import MERGED, ROOT, TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
@@ -232,12 +233,11 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for record in measured:
         fewer = f"{base.gflops_language / record.gflops_language:.1f}"
-        with_encoder = f"{base.gflops_total / record.gflops_total:.2f}"
-        faster, shown = times_as_fast(record, base, "prefill")
+        in_flops = times_fewer(record, base, encoder=True)[0]
+        shown = times_as_fast(record, base, "prefill")[1]
         in_all, shown_in_all = times_as_fast(record, base, "first_token")
-        told = [one for one in (faster, in_all) if one is not None]
-        verdict = "" if record is base else "noisy" if not told else "yes" if max(told) >= 1.05 else "no"
-        cells = [fewer, milliseconds(record, "prefill"), shown, with_encoder]
+        verdict = "" if record is base else "noisy" if in_all is None else shows(in_flops, in_all)
+        cells = [fewer, milliseconds(record, "prefill"), shown, f"{in_flops:.2f}"]
         cells += [milliseconds(record, "first_token"), shown_in_all, milliseconds(record, "decode")]
         cells += [times_as_fast(record, base, "decode")[1], f"{record.mib['peak']:.0f}", verdict]
         rows.append([record.knobs["name"], *cells])

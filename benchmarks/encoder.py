@@ -124,7 +124,12 @@ def encoder_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 def shows(fewer: float, faster: float) -> str:
-    """Whether so many times fewer FLOPs are seen in a run at least so many times as fast: by half at least, or less."""
+    """Whether so many times fewer FLOPs are seen in a run so many times as fast: by half at least, or less.
+
+    Of what saves no FLOPs, nothing is to be seen.
+    """
+    if fewer < 1.02:
+        return "-"
     return "yes" if faster >= 1 + (fewer - 1) / 2 else "in part" if faster > 1.02 else "no"
 
 

@@ -163,6 +163,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "32 merged behind the first block, 16 behind the second, LaVi trained with it": Method("merged", data="merged"),
+    "concatenation of large pictures": Method("large_concat", seeds=(0,), data="large"),
     "LaVi of large pictures": Method("large", seeds=(0,), data="large"),
     "LaVi of large pictures, tiles dropped": Method("large", ("module.tile_dropout=0.5",), seeds=(0,), data="large"),
     "LaVi of large pictures, levels of the tower": Method("large_levels", seeds=(0,), data="levels"),

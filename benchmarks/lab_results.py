@@ -53,7 +53,7 @@ DATA = {
     "scenes": LabData(Path("data/lab-features"), scenes.LEVELS, "concatenation"),
     "encoder": LabData(Path("data/lab"), scenes.LEVELS, "concatenation", varies="LaVi", beside="merged"),
     "merged": LabData(Path("data/lab-merged-features"), scenes.LEVELS, "concatenation"),
-    "large": LabData(Path("data/lab-large-features"), scenes.LEVELS, "LaVi of large pictures"),
+    "large": LabData(Path("data/lab-large-features"), scenes.LEVELS, "concatenation of large pictures"),
     "tiles": LabData(Path("data/lab-large"), scenes.LEVELS, "LaVi of large pictures", varies="LaVi of large pictures"),
     "dropped": LabData(
         Path("data/lab-large"),
@@ -61,7 +61,7 @@ DATA = {
         "LaVi of large pictures",
         varies="LaVi of large pictures, tiles dropped",
     ),
-    "levels": LabData(Path("data/lab-large-levels-features"), scenes.LEVELS, "LaVi of large pictures"),
+    "levels": LabData(Path("data/lab-large-levels-features"), scenes.LEVELS, "concatenation of large pictures"),
     "levels tiles": LabData(
         Path("data/lab-large"),
         scenes.LEVELS,
@@ -97,9 +97,9 @@ def half_width(values: Sequence[float]) -> float:
     return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
 
 
-def records_of(records: Sequence[Record], data: str) -> list[Record]:
-    """The records of scenes, or of videos."""
-    return [record for record in records if record.knobs["data"] == data]
+def records_of(records: Sequence[Record], *data: str) -> list[Record]:
+    """The records of scenes, of videos, or of several of :data:`DATA`."""
+    return [record for record in records if record.knobs["data"] in data]
 
 
 def by_method(records: Sequence[Record]) -> list[list[Record]]:

@@ -226,9 +226,9 @@ def noticed_mutants(modules: list[dict[str, Any]]) -> str:
     )
 
 
-def lab(records: list[Record], *, of: Callable[[list[Record]], tuple[list[str], list[list[str]]]], data: str) -> str:
-    """What fusions reached in the lab on scenes or on videos."""
-    chosen = records_of(records, data)
+def lab(records: list[Record], *data: str, of: Callable[[list[Record]], tuple[list[str], list[list[str]]]]) -> str:
+    """What fusions reached in the lab on scenes, on large ones or on videos."""
+    chosen = records_of(records, *data)
     return markdown(*of(chosen)) if chosen else NOT_YET
 
 
@@ -274,13 +274,14 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
     "generators": generators,
     "grid_code": grid_code,
     "hybrids": lambda records: markdown(*hybrids_table(records, read_records(LAB))),
-    "lab": partial(lab, of=lab_table, data="scenes"),
-    "lab.controls": partial(lab, of=controls_table, data="scenes"),
+    "lab": lambda records: lab(records, "scenes", of=lab_table),
+    "lab.controls": lambda records: lab(records, "scenes", of=controls_table),
     "lab.dropped": partial(encoder_cost, data="dropped"),
+    "lab.large": lambda records: lab(records, "large", "levels", of=lab_table),
     "lab.merging": partial(encoder_cost, data="encoder"),
     "lab.short": short_lab,
     "lab.tiles": partial(encoder_cost, data="tiles"),
-    "lab.videos": partial(lab, of=lab_table, data="videos"),
+    "lab.videos": lambda records: lab(records, "videos", of=lab_table),
     "quickstart.short": partial(short_comparison, names=ROWS_OF_QUICKSTART),
     "real.short": partial(short_comparison, names=ROWS_OF_REAL),
     "real.shown": shown,

@@ -21,7 +21,9 @@ class Throughput(ThroughputMonitor):
 
     Logs ``train/device/samples_per_sec``, ``train/device/items_per_sec`` (text tokens), FLOPs a second and, where the
     device's peak is known, ``mfu``; and ``train/data_wait``, the share of the time since the last log that was spent
-    waiting for data. FLOPs of training are those of the forward pass three times where weights train, twice where
+    waiting for data; validation and checkpoints, and the wait right behind them, count as neither.
+
+    FLOPs of training are those of the forward pass three times where weights train, twice where
     gradients only pass through (also beside adapters), once in a frozen tower; none in a tower whose features are read.
     The head is that of the trained tokens. On a GPU each step waits for the device, as a clock has to.
 
@@ -30,16 +32,23 @@ class Throughput(ThroughputMonitor):
     """
 
     def __init__(self, *, window: Count = 20) -> None:
-        super().__init__(batch_size_fn=len, length_fn=text_tokens, window_size=window)
+        super().__init__(batch_size_fn=conversations, length_fn=text_tokens, window_size=window)
         self._known: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._ended = self._waited = self._since = 0.0
+        self._step, self._did_other_work = 0, False
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
         self._ended = self._since = time.perf_counter()
+        self._step, self._did_other_work = trainer.global_step, False
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
-        self._waited += time.perf_counter() - self._ended
+        between = time.perf_counter() - self._ended
+        if self._did_other_work:
+            self._since += between
+        else:
+            self._waited += between
+        self._did_other_work = False
         module.flops_per_batch = self.flops(module, batch)  # type: ignore[assignment]
 
     def on_train_batch_end(
@@ -47,9 +56,17 @@ class Throughput(ThroughputMonitor):
     ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, *args)
         self._ended = time.perf_counter()
-        if trainer._logger_connector.should_update_logs:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and trainer._logger_connector.should_update_logs:
             module.log("train/data_wait", self._waited / max(1e-9, self._ended - self._since))
             self._waited, self._since = 0.0, self._ended
+
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_validation_start(trainer, *args)
+        self._did_other_work = True
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self._did_other_work = True
 
     def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
         if trainer.training:  # validation would be logged over batches that it counts itself
@@ -101,6 +118,11 @@ def _passes(model: VisionLanguageModel, *, encodes: bool) -> defaultdict[str, in
 
 def _point(text: int, slot: ImageSlot, model: VisionLanguageModel) -> PromptShape:
     return PromptShape(text, layout=slot.layout, per_view=model.feature_spec.tokens, encoded=slot.views)
+
+
+def conversations(batch: Batch) -> int:
+    """The conversations of a batch, of which a packed row has several."""
+    return len(batch.keys)
 
 
 def text_tokens(batch: Batch) -> int:

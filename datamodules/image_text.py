@@ -157,7 +157,8 @@ class ImageTextData(StreamedData):
         readers = f"{ranks} rank{'s' * (ranks > 1)} x {self.workers or 'no'} worker{'s' * (self.workers != 1)}"
         for (name, stream), share in zip(mixed.streams.items(), mixed.shares, strict=True):
             count = "samples not counted (no index)" if stream.samples is None else f"{stream.samples} samples"
-            steps = stream.samples and math.ceil(stream.samples / (self.batch_size * ranks * share))
+            of_a_step = self.batch_size * ranks * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+            steps = stream.samples and math.ceil(stream.samples / (of_a_step * share))
             epoch = f", an epoch is {steps} steps" if steps and not (self.resampled or self.packing) else ""
             part = f" {share:.1%} of what is drawn," if len(mixed.streams) > 1 else ""
             log.info("%s:%s %s in %d shards, read by %s%s", name, part, count, len(stream.shards), readers, epoch)

@@ -284,6 +284,8 @@ def main() -> None:
         args.per_shard = PER_SHARD
     if args.workers < 1 or (args.per_shard is not None and args.per_shard < 1):
         raise UserError("--per-shard and --workers are at least 1.")
+    if args.columns and args.csv is None and args.dataset is None:
+        raise UserError("--columns are those of a --csv or a --dataset, and neither is given.")
     if args.split is not None and args.dataset is None:
         raise UserError(f"--split={args.split} is of a --dataset, and none is given.")
     if not 0 <= args.max_skipped <= 1:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.scenes import COLOURS, GLYPHS, SHAPES, SIDE, SIZES, SPLITS, Scene, jpeg
 from lavi.config.types import Count, CountOrZero
@@ -51,8 +53,25 @@ def patch_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     return {name: label.flatten() for name, label in labels.items()} | {"centre": centres.flatten(0, 1)}
 
 
+@dataclass(frozen=True)
+class SceneBatches(Dataset[dict[str, Tensor]]):
+    """Batches of scenes of the ``tower`` split with their patch labels, by number; a worker gets a copy."""
+
+    processor: Callable[[Image.Image], Tensor]
+    grid: int
+    batch_size: int
+    seed: int
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
+        scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
+        pixels = torch.stack([self.processor(open_image(jpeg(s.image()))) for s in scenes])
+        labels = [patch_labels(s, self.grid) for s in scenes]
+        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in labels[0]}
+
+
 class TowerScenes(pl.LightningDataModule):
-    """Endless scenes of the ``tower`` split with their patch labels, drawn as they are needed.
+    """Endless scenes with their patch labels, drawn as they are needed; a resumed run goes on behind those it had.
 
     Args:
         processor: the tower's preprocessing, image to (C, H, W).
@@ -63,17 +82,19 @@ class TowerScenes(pl.LightningDataModule):
         self, processor: Callable[[Image.Image], Tensor], *, grid: Count, batch_size: Count = 64, seed: CountOrZero = 0
     ) -> None:
         super().__init__()
-        self.processor, self.grid, self.batch_size, self.seed = processor, grid, batch_size, seed
+        self.batches = SceneBatches(processor, grid, batch_size, seed)
+        self.used = 0
+        """Batches that steps have used."""
 
     def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
-        return DataLoader(self, batch_size=None, sampler=range(2**31), num_workers=1)  # type: ignore[arg-type]
+        return DataLoader(self.batches, batch_size=None, sampler=range(self.used, 2**31), num_workers=1)
 
-    def __len__(self) -> int:
-        return 2**31
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        self.used += 1
+        return batch
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
-        scenes = [Scene.draw_from(random.Random(f"{self.seed}/{SPLITS['tower']}/{i}")) for i in numbers]
-        pixels = torch.stack([self.processor(open_image(jpeg(s.image()))) for s in scenes])
-        labels = [patch_labels(s, self.grid) for s in scenes]
-        return {"pixels": pixels} | {name: torch.stack([label[name] for label in labels]) for name in labels[0]}
+    def state_dict(self) -> dict[str, Any]:
+        return {"used": self.used}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.used = state["used"]

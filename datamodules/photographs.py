@@ -85,26 +85,38 @@ def photographs(folder: Path, split: str, seed: int) -> list[np.ndarray[Any, Any
     """For each kind its photographs (n, 28, 28) for a split, in an order that the seed decides.
 
     Raises:
-        UserError: they are not there, or not whole.
+        UserError: they are not there, or not whole; a negative seed.
     """
     file = "t10k" if split == "test" else "train"
-    pixels = _read(folder / f"{file}-images-idx3-ubyte", PIXELS).reshape(-1, 28, 28)
+    pixels = _read(folder / f"{file}-images-idx3-ubyte", PIXELS, 28, 28)
     labels = _read(folder / f"{file}-labels-idx1-ubyte", LABELS)
+    if len(pixels) != len(labels):
+        raise UserError(f"{folder} has {len(pixels)} images in {file}-... and {len(labels)} labels: {FETCH}")
     if split != "test":
         part = slice(-HELD_BACK, None) if split == "validation" else slice(None, -HELD_BACK)
         pixels, labels = pixels[part], labels[part]
+    if seed < 0:
+        raise UserError(f"--seed {seed}: photographs are drawn with a seed of 0 or more.")
     order = np.random.default_rng([seed, SPLITS[split]]).permutation(len(labels))
     return [pixels[order[labels[order] == kind]] for kind in range(len(NAMES))]
 
 
-def _read(file: Path, header: int) -> np.ndarray[Any, Any]:
+FETCH = "fetch the photographs with `python -m lavi.parts fetch fashion-mnist`, or name their folder with --source."
+
+
+def _read(file: Path, header: int, *shape: int) -> np.ndarray[Any, Any]:
+    """Values of an idx file, of as many things as it says, each of this shape.
+
+    Raises:
+        UserError: it is not there, or not whole.
+    """
     try:
-        values = np.frombuffer(file.read_bytes(), np.uint8, offset=header)
+        content = file.read_bytes()
+        values = np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape)
+        if len(values) != (said := int.from_bytes(content[4:8], "big")):
+            raise ValueError(f"it has {len(values)} of {said}")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read ({reason(error)}): fetch the photographs with `python -m lavi.parts fetch "
-            "fashion-mnist`, or name their folder with --source."
-        ) from None
+        raise UserError(f"{file} cannot be read ({reason(error)}): {FETCH}") from None
     return values
 
 

@@ -47,6 +47,8 @@ class StreamedData(DataModule):
 
     source_kind: str
     """What a recipe names as the source of a split, in an error."""
+    persistent_workers = False
+    """Whether reading processes outlive an epoch by count, since what they read has no position to go on from."""
 
     def __init__(
         self,
@@ -125,7 +127,8 @@ class StreamedData(DataModule):
             self.packing,
             self.progress,
         )
-        return DataLoader(batches, batch_size=None, num_workers=self.workers)
+        keep = self.persistent_workers and self.workers > 0
+        return DataLoader(batches, batch_size=None, num_workers=self.workers, persistent_workers=keep)
 
     def val_dataloader(self) -> Iterable[ReadBatch]:
         if "validation" not in self.splits:

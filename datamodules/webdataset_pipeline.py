@@ -17,7 +17,7 @@ for held-out data must give every rank all of its samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -66,20 +66,41 @@ def raw_samples(pipeline: Iterable[Any]) -> Iterator[Raw]:
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PipelineRecords(TrainingRecords):
-    """Pass after pass over a pipeline. A pipeline has no positions: reading begins at its start."""
+    """Pass after pass over a pipeline. It has no positions: a process begins at its start, and goes on where it was."""
 
     pipeline: Iterable[Any]
+    _running: Iterator[Drawn] | None = field(default=None, init=False, repr=False, compare=False)
+    """What this process is reading; another one begins anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_running": None}
 
     @property
     def start(self) -> tuple[Any, ...]:
         return ()
 
     def records(self, slot: Slot, drawn: int = 0, positions: tuple[Any, ...] = ()) -> Iterator[Drawn]:
+        """All but the first that a process asks for are what is left of it.
+
+        Raises:
+            UserError: a whole pass gave nothing.
+        """
+        if self._running is None:
+            self._running = self._passes()
+        return self._running
+
+    def _passes(self) -> Iterator[Drawn]:
         while True:
-            for epoch_drawn, raw in enumerate(raw_samples(self.pipeline), start=1):
-                yield Drawn(epoch_drawn, (), "train", raw)
+            read = 0
+            for read, raw in enumerate(raw_samples(self.pipeline), start=1):
+                yield Drawn(read, (), "train", raw)
+            if not read:
+                raise UserError(
+                    "a pass over the training pipeline gave no sample: it is empty, or can be iterated over once alone "
+                    "(as a generator can): name something that can be iterated over again."
+                )
             yield Drawn(0, (), "train", None)
 
 
@@ -112,6 +133,7 @@ class PipelineData(StreamedData):
     """
 
     source_kind = "a pipeline"
+    persistent_workers = True
 
     def __init__(
         self,
@@ -164,4 +186,5 @@ class ShardSource(IterableDataset[Raw]):
     def __iter__(self) -> Iterator[Raw]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        self.stream.check(self.ranks * workers)
         return self.stream.epoch(self.epoch, Slot(self.rank, self.ranks, worker, workers))

@@ -247,7 +247,12 @@ class VisionLanguageModel(nn.Module):
             ids_alone=inputs.input_ids is not None,
             device=hf.device.type,
         )
-        settings, sequence = plan.for_transformers([start for start, _ in batch.spans]), inputs.sequence()
+        # Stop strings and streamers read ids, beside embeddings, too; prompt lookup would add drafts to them at once.
+        sequence = inputs.sequence()
+        if "prompt_lookup_num_tokens" not in plan.settings:
+            sequence["input_ids"] = batch.input_ids
+        ids = None if "input_ids" in sequence else batch.input_ids
+        settings = plan.for_transformers([start for start, _ in batch.spans], ids)
         if inputs.input_ids is None:  # embeddings are read once
             settings["use_cache"] = True
         if cache is not None and settings["use_cache"]:
@@ -258,10 +263,6 @@ class VisionLanguageModel(nn.Module):
             settings |= compiled.settings(hf, rows=len(batch) * plan.copies, columns=columns)
         if settings["stop_strings"]:
             settings.setdefault("tokenizer", self.chat.tokenizer)
-        # Penalties, stop strings and streamers read the prompt's ids, also where the decoder reads embeddings. Prompt
-        # lookup would add drafts to the ids before the embeddings are read, which have no room for them.
-        if "prompt_lookup_num_tokens" not in settings:
-            sequence["input_ids"] = batch.input_ids
         with refusals_of_transformers(), refusals_of_the_compiler(type(hf).__name__):
             out: Any = hf.generate(**sequence, vision=vision, **settings)  # type: ignore[misc]
         prompt = sequence["input_ids"].shape[1] if "input_ids" in sequence else 0

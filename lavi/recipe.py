@@ -132,7 +132,13 @@ class Recipe:
                     "are a stream that is not counted beforehand: give a whole number of batches."
                 )
 
-        if self._never_validates(trainer):
+    def check_validation(self) -> None:
+        """Refuse validation data that training would never come to.
+
+        Raises:
+            UserError: there are some, and the trainer names no time for them.
+        """
+        if self._never_validates(self.settings["trainer"]):
             raise UserError(
                 f"{self._where('data.validation')}: data.validation would never be used, since a stream has no end to "
                 "validate at: set trainer.val_check_interval to a number of batches, or data.validation=null."
@@ -383,7 +389,8 @@ def _fits(value: Any, hint: Any, component: Any = None) -> bool:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if not is_component(item))
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(
-            _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
+            _fits(key, arguments[0]) and (is_component(item) or _fits(item, arguments[1]))
+            for key, item in value.items()
         )
     if inspect.isclass(hint) and issubclass(hint, list | dict):
         return isinstance(value, hint)

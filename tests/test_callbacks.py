@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from conftest import ask, collate, image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks import throughput
 from callbacks.samples import colour_of, draw, first_question
-from callbacks.throughput import OF_LANGUAGE, Throughput
+from callbacks.throughput import OF_LANGUAGE, Throughput, conversations
+from datamodules.streamed import StreamedData
 from lavi.batch import IGNORE, Sample, Video
+from lavi.checkpoints.keep_run import KeepRun
 from lavi.efficiency.flops import closed_form
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.lavi import LaViFusion
@@ -145,3 +150,42 @@ def test_samples_are_counted_by_source_and_go_on_counting(tiny_recipe: Path, sce
     assert counts["few"] == sorted(counts["few"])
     assert counts["few"][-1] > 0
     assert set(counts["skipped"]) == {0}
+
+
+def test_waiting_for_data_is_neither_validation_nor_saving_nor_a_part_of_a_step(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that a second passes on with each fetch, and a thousand with each validation and checkpoint."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(throughput, "time", clock)
+
+    def passing(owner: Any, name: str, seconds: float) -> None:
+        call = getattr(owner, name)
+
+        def later(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, later)
+
+    passing(VisionLanguageModule, "training_step", 3.0)
+    passing(VisionLanguageModule, "on_validation_epoch_end", 1000.0)
+    passing(KeepRun, "_refuse", 1000.0)
+    passing(StreamedData, "on_after_batch_transfer", 1.0)
+    changes = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=4", "trainer.val_check_interval=4"]
+    changes += ["trainer.log_every_n_steps=1", "callbacks.throughput={_target_: callbacks.throughput.Throughput}"]
+    assert train(Recipe.load(tiny_recipe, changes), tmp_path / "run", save_every=3) == 0
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    shares = [scalar.value for scalar in events.Scalars("train/data_wait")]
+    # Of a step's two fetches of a second and two halves of three; behind a validation or a checkpoint one is left out.
+    assert len(shares) == 4
+    assert all(share == pytest.approx(2 / 8) or share == pytest.approx(1 / 7) for share in shares), shares
+    assert shares[1] == pytest.approx(2 / 8)
+
+
+def test_packed_conversations_are_counted_each(build) -> None:  # type: ignore[no-untyped-def]
+    model = build(LaViFusion(every=2))
+    encoded = [model.processor.encode(ask("what?", answer="red", key=str(n))) for n in range(3)]
+    packed = model.processor.collate([encoded[:2], encoded[2:]])
+    assert (len(packed), conversations(packed)) == (2, 3)

@@ -175,6 +175,7 @@ def test_timed_steps_are_those_of_an_answer(make: Any, fusion: str) -> None:
             torch.testing.assert_close(one.step(said), plain.step(said))
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_each_way_of_each_fusion() -> None:
     records = decode.measure(TINY, torch.device("cpu"), turns=2)
     assert [(record["fusion"], record["way"]) for record in records] == [

@@ -26,6 +26,7 @@ from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop
 from lavi.fusion.shortv import ShortV
 from lavi.fusion.tile_arrangement import TileArrangement
 from lavi.fusion.vica import ViCA
+from lavi.language.surgery import dummy_forward
 from lavi.model import VisionLanguageModel
 from lavi.nn.delta_generators import MLPDeltas
 from lavi.nn.formulas import linear_flops
@@ -230,3 +231,22 @@ def test_a_context_has_what_its_layers_need(build) -> None:  # type: ignore[no-u
         assert not any(isinstance(value, Fusion) for value in vars(context).values())
     with pytest.raises(TypeError, match="missing 2 required keyword-only arguments: 'visual' and 'column'"):
         ColumnContext()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["lavi", "cross-attention", "casa"])
+def test_layers_that_another_fusion_opened_on_the_same_model_are_left_alone(build, name: str) -> None:  # type: ignore[no-untyped-def]
+    one = build(FUSIONS[name]())
+    awaken(one.fusion)
+    batch = collate(one, [ask(1, "what colour is the circle?", answer="red")])
+    with torch.no_grad():
+        before = one(batch)
+        VisionLanguageModel(vision=one.vision, language=one.language, fusion=FastV(keep=0.5, layer=1))
+        assert torch.equal(one(batch), before)
+
+
+def test_a_model_is_looked_into_with_a_kernel_that_runs_anywhere(build) -> None:  # type: ignore[no-untyped-def]
+    """Flash attention runs on a GPU alone, and models are built on the CPU."""
+    hf = build(ConcatFusion()).language.hf
+    hf.config._attn_implementation = "flash_attention_2"
+    dummy_forward(hf)
+    assert hf.config._attn_implementation == "flash_attention_2"

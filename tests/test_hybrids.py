@@ -11,7 +11,7 @@ from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_an
 from lavi.efficiency.flops import language_flops
 from lavi.errors import UserError
 from lavi.language.load import LanguageModel
-from lavi.language.sequence import PADDING_STAYS_OUT
+from lavi.language.sequence import PADDING_STAYS_OUT, recurrent_layers
 from lavi.model import VisionLanguageModel
 
 
@@ -97,3 +97,10 @@ def test_conversations_of_a_row_would_see_each_other(build) -> None:
 def test_a_scan_is_not_counted(build) -> None:
     with pytest.raises(UserError, match="have no formula"):
         language_flops(build(FUSIONS["lavi-attention"](), family="lfm2").language, tokens=[10] * 4)
+
+
+def test_layers_that_read_another_layer_s_keys_are_not_recurrent(tokenizer: str) -> None:
+    config = LOOKING_UP["gemma4_text"] | {"num_kv_shared_layers": 1}
+    with torch.device("meta"):
+        model = LanguageModel(config=config, tokenizer=tokenizer)
+    assert recurrent_layers(model.hf) == []

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from datamodules import inspect
+from datamodules.formats.conversations import Conversations
 from datamodules.inspect import pictures_of, scan
-from datamodules.shards.read import read_shard
+from datamodules.shards.read import BrokenSample, read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.shards.write import ShardJob, shard_jobs, write_shards
 
@@ -217,7 +218,7 @@ def test_a_video_shows_its_first_middle_and_last_frame() -> None:
 
 def test_samples_kept_for_the_sheet_come_from_everywhere() -> None:
     said = json.dumps({"captions": ["x"]}).encode()
-    records = [{"__key__": f"{n:03d}", "json": said} for n in range(1000)]
+    records = [{"__key__": f"{n:03d}", "json": said, "jpg": b"never opened"} for n in range(1000)]
     kept = [int(raw["__key__"]) for raw in scan(records, check=False, sheet=40).sheet]
     assert len(set(kept)) == 40
     assert min(kept) < 200 < 800 < max(kept)
@@ -304,3 +305,12 @@ def test_noise_instead_of_data_is_counted_and_never_a_traceback(run, shards: Pat
 def test_a_broken_sample_is_named_with_its_folders() -> None:
     contents = scan([{"__key__": "sub/a", "__shard__": "x.tar", "json": b"no"}], check=False)
     assert contents.broken == {"its .json member is not JSON": ["sub/a"]}
+
+
+def test_captions_without_words_or_images_are_broken(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """As training finds them, without decoding anything."""
+    for record in ({"captions": []}, {"captions": [" "]}):
+        with pytest.raises(BrokenSample):
+            Conversations().check({"__key__": "k", "json": json.dumps(record).encode(), "jpg": jpeg(40)})
+    with pytest.raises(BrokenSample):
+        Conversations().check({"__key__": "k", "json": json.dumps({"captions": ["a dog"]}).encode()})

@@ -10,10 +10,11 @@ import torch
 from families import QWEN2
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Qwen2Config
 
 from lavi.errors import UserError
 from lavi.language.load import LanguageModel
+from lavi.loading.without_weights import without_weights
 
 IDS = torch.arange(12)[None]  # (B, T)
 
@@ -72,3 +73,12 @@ def test_added_tokens_have_embeddings_of_their_own(tokenizer: str, tmp_path: Pat
     ids = language.tokenizer("<box>red</box>").input_ids
     assert {"<box>", "</box>"} <= {language.tokenizer.decode([token]) for token in ids}
     assert language.embed(torch.tensor([ids])).shape == (1, len(ids), 32)
+
+
+def test_a_model_around_a_language_model_is_named(tokenizer: str, tmp_path: Path) -> None:
+    text = {name: QWEN2[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 500}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    with without_weights(), pytest.raises(UserError, match="a 'gemma3', which holds a language model inside another"):
+        LanguageModel(str(tmp_path), tokenizer=tokenizer)

@@ -31,6 +31,7 @@ from lavi.fusion.late_injection import LateInjection
 from lavi.fusion.lavi import LaViFusion
 from lavi.fusion.pruning import FastV
 from lavi.fusion.shortv import ShortV
+from lavi.fusion.tile_markers import TileMarkers
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.reduction.pooling import AveragePooling
@@ -221,3 +222,22 @@ def test_each_kind_of_tower_names_the_other(tmp_path: Path) -> None:
         NaFlexVision(config={"model_type": "siglip_vision_model"})
     with pytest.raises(UserError, match="3 layers, none is layer 4"):
         tower(layer=4)
+
+
+def test_frames_of_other_sizes_are_brought_to_the_first_one_s() -> None:
+    vision = tower()
+    frames = [noise(*SIZES[0]), noise(*SIZES[2])]
+    pixels, layout = OneView().views(Video(frames), vision.preprocessing)
+    assert layout.grid == (2, 7)
+    resized = [frames[0], frames[1].resize(SIZES[0])]
+    assert torch.equal(pixels, torch.stack([vision.preprocessing(frame) for frame in resized]))
+
+
+def test_between_markers_stand_the_patches_that_an_image_has() -> None:
+    marked = TileMarkers().of_single_tokens()
+    layout = Layout(grid=(2, 7))
+    features, ids = torch.randn(1, 16, 24), torch.randn(len(marked.marker_ids), 24)
+    arranged = marked.arrange(features, layout, ids)
+    assert len(arranged) == marked(layout, 16)
+    assert marked(layout, 16) == marked(Layout(), 14)
+    assert any(torch.equal(part, features[0, :14]) for part in arranged.unfold(0, 14, 1).mT)

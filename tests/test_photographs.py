@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
+import struct
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.zeros((count, 28, 28), np.uint8)
         pixels[:, 8:20, 8:20] = (60 + 20 * labels)[:, None, None]
         pixels[:, 0, :16] = np.unpackbits((np.arange(count) + first).astype(">u2").view(np.uint8)).reshape(count, 16)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8) + labels.tobytes())
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, count, 28, 28) + pixels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, count) + labels.tobytes())
     return folder
 
 
@@ -165,3 +167,21 @@ def test_photographs_that_are_not_there_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte cannot be read .*python -m lavi.parts fetch"):
         write_dataset(tmp_path / "out", source=tmp_path, seed=0, counts=COUNTS, workers=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "end", "said"),
+    [
+        ("t10k-images-idx3-ubyte", -5, "cannot be read"),
+        ("t10k-labels-idx1-ubyte", -1, "199 of 200"),
+        (None, None, "seed"),
+    ],
+)
+def test_photographs_that_are_not_whole_are_a_sentence(
+    source: Path, tmp_path: Path, file: str | None, end: int | None, said: str
+) -> None:
+    folder = shutil.copytree(source, tmp_path / "photographs")
+    if file is not None:
+        (folder / file).write_bytes((folder / file).read_bytes()[:end])
+    with pytest.raises(UserError, match=said):
+        photographs(folder, "test", -1 if file is None else 0)

@@ -12,7 +12,7 @@ from families import VARIED
 from test_oracles import assert_rows_are
 from transformers import AutoModelForCausalLM
 
-from lavi.batch import Layout
+from lavi.batch import Layout, Sample
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.pruning import FastV, PruningFusion, PyramidDrop, kept_count
@@ -207,3 +207,16 @@ def test_behind_a_stage_the_longest_row_sets_the_width(build, pad_left: bool) ->
 def test_a_pyramid_that_keeps_all_has_no_stage(build) -> None:  # type: ignore[no-untyped-def]
     assert build(PyramidDrop(keep=1.0)).fusion.stages == {}
     assert build(PyramidDrop(keep=0.5)).fusion.stages == {0: 0.5, 1: 0.5, 2: 0.5}
+
+
+def test_images_behind_the_question_that_ranks_are_refused(build) -> None:  # type: ignore[no-untyped-def]
+    """The token that ranks sees none of theirs: all would count as equally unimportant."""
+    first, second = ask(1, "what colour?", answer="red"), ask(2, "and here?", answer="blue")
+    both = Sample("s", first.messages + second.messages, first.images + second.images)
+    model = build(FastV(keep=0.5, layer=1))
+    with pytest.raises(UserError, match="FastV ranks visual tokens by what the first question attends to"):
+        model(collate(model, [both]))
+    asked_again = Sample("s", first.messages + ask("and now?", answer="blue").messages, first.images)
+    assert model(collate(model, [asked_again])).isfinite().all()
+    whole = build(FastV(keep=1.0, layer=1))  # where nothing is ranked, nothing is refused
+    assert whole(collate(whole, [both])).isfinite().all()

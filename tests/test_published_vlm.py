@@ -46,6 +46,7 @@ from lavi.model import VisionLanguageModel
 from lavi.recipe import Recipe
 from lavi.reduction.pooling import AveragePooling
 from lavi.training.module import VisionLanguageModule
+from lavi.training.run import train
 from lavi.vision.hf import HFVision
 from lavi.vision.reduced import ReducedTower
 from lavi.vision.token_merging import TokenMerging
@@ -441,6 +442,22 @@ def test_a_released_model_is_scored_counted_and_timed_from_its_recipe(
     assert "released" in capsys.readouterr().out
 
 
+def test_a_run_from_a_released_model_is_loaded_without_trust(tmp_path: Path, scenes: Path) -> None:
+    """Its recipe names no class but :func:`published_vlm`."""
+    source = write_vlm("llava", tmp_path / "checkpoint", str(scenes / "tokenizer"))
+    settings = {
+        "model": {"_target_": "lavi.checkpoints.published_vlm.published_vlm", "source": str(source)},
+        "module": {"_target_": "lavi.training.module.VisionLanguageModule", "learning_rate": {"fusion": 1e-3}},
+        "data": {"_target_": "datamodules.image_text.ImageTextData", "train": str(scenes / "train")},
+        "trainer": {"max_steps": 1, "accelerator": "cpu"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run").mkdir()
+    assert train(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "run", save_every=1) == 0
+    model = load(tmp_path / "run")
+    assert model.ask("what?", picture((40, 30))) is not None
+
+
 def test_a_recipe_of_an_untrained_model_is_not_scored(tiny_recipe: Path) -> None:
     with pytest.raises(UserError, match="whose model is not trained"):
         compare_runs([tiny_recipe], overrides=[], trust=False, limit=1, device=torch.device("cpu"), out=None)
@@ -466,3 +483,21 @@ def test_a_released_model_answers_in_the_terminal(run, tmp_path: Path, tokenizer
     status, said, err = run("lavi.generate", "--checkpoint", folder, "--image", "a.png", "--question", "what?")
     assert status == 0, err
     assert said.strip() == published_vlm(str(folder)).ask("what?", Image.open(tmp_path / "a.png"))
+
+
+def test_rotary_frequencies_are_of_fp32_in_every_precision(tmp_path: Path, tokenizer: str) -> None:
+    """As transformers loads them: rounded to bf16, far tokens would stand elsewhere."""
+    folder = write_vlm("llava", tmp_path / "checkpoint", tokenizer)
+    hf = published_vlm(str(folder), dtype="bfloat16").language.hf
+    assert {parameter.dtype for parameter in hf.parameters()} == {torch.bfloat16}
+    rotary = {buffer.dtype for name, buffer in hf.named_buffers() if name.endswith("inv_freq")}
+    assert rotary == {torch.float32}
+
+
+def test_a_checkpoint_in_the_home_folder_is_found(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_vlm("llava", tmp_path / "checkpoint", tokenizer)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert vlm.names_vlm("~/checkpoint")
+    assert published_vlm("~/checkpoint").ask("what?", picture((40, 30))) is not None

@@ -15,7 +15,9 @@ from conftest import ask
 from lavi.cli.arguments import path
 from lavi.config.text import Loader, override
 from lavi.errors import UserError
-from lavi.recipe import Recipe
+from lavi.recipe import Recipe, _fits
+from lavi.reduction.base import Reducer
+from lavi.training.run import check_data
 from lavi.vision.shape_flops import forward_on_meta
 
 ROOT = Path(__file__).parent.parent
@@ -373,9 +375,10 @@ def test_validation_data_that_would_never_be_used_are_said(tiny_recipe: Path) ->
     tiny_recipe.write_text(unset)
     for change in ([], ["trainer.val_check_interval=1.0"], ["trainer.val_check_interval=null"]):
         with pytest.raises(UserError, match=r"data\.validation would never be used.*trainer\.val_check_interval"):
-            Recipe.load(tiny_recipe, change)
+            check_data(Recipe.load(tiny_recipe, change))
     for change in ("data.validation=null", "trainer.limit_train_batches=5", "trainer.limit_val_batches=0"):
-        Recipe.load(tiny_recipe, [change])
+        check_data(Recipe.load(tiny_recipe, [change]))
+    Recipe.load(tiny_recipe).build("model")  # what does not train takes them as they are
 
 
 @pytest.mark.parametrize(
@@ -392,3 +395,11 @@ def test_validation_data_that_would_never_be_used_are_said(tiny_recipe: Path) ->
 def test_a_class_that_has_moved_is_named_where_it_is_now(tiny_recipe: Path, old: str, now: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"did you mean '{now}'?")):
         Recipe.load(tiny_recipe, [f"model.fusion._target_={old}"])
+
+
+def test_components_stand_in_mappings_too() -> None:
+    """Of a class of one's own."""
+    pooling = {"_target_": "lavi.reduction.pooling.AveragePooling", "factor": 2}
+    assert _fits({"a": pooling}, dict[str, Reducer])
+    assert not _fits({"a": 3}, dict[str, Reducer])
+    assert not _fits({1: pooling}, dict[str, Reducer])

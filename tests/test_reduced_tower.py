@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOWER, ask, collate
+from encoder import shows
 from test_native_resolution import CONFIG as NAFLEX
 from test_vision import CONVOLUTIONAL, HF, OPEN_CLIP, clip, hf
 from torch import Tensor, nn
@@ -464,3 +465,17 @@ def test_features_of_another_reduction_are_other_features(tiny_recipe: Path) -> 
     model, other = build_model(recipe_with(tiny_recipe)), build_model(recipe_with(tiny_recipe, reductions=[]))
     assert "other reductions" in str(fingerprint(model).difference(fingerprint(other)))
     assert fingerprint(other).weights == fingerprint(build_model(recipe_with(tiny_recipe, reductions=[]))).weights
+
+
+@pytest.mark.parametrize(
+    ("fewer", "faster", "verdict"), [(3.0, 2.1, "yes"), (3.0, 1.9, "in part"), (3.0, 1.0, "no"), (0.99, 1.05, "-")]
+)
+def test_a_saving_shows_on_the_clock_by_half_at_least(fewer: float, faster: float, verdict: str) -> None:
+    assert shows(fewer, faster) == verdict
+
+
+def test_a_reduction_that_is_never_asked_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    ReducedTower(tower=hf("vit"), reductions=[TokenMerging(per_block=2)])
+    assert "it reduces nothing" not in caplog.text
+    ReducedTower(tower=hf("vit"), reductions=[TokenMerging(per_block=2, start=40)])
+    assert "TokenMerging starts behind block 40 (from 0), and the tower has" in caplog.text

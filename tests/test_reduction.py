@@ -491,11 +491,15 @@ def test_visionzip_reads_its_tower_anew_each_time() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (SimpleNamespace(model_type="dinov3_vit", num_attention_heads=2), "before DINOv3 turns them"),
+        (
+            SimpleNamespace(model_type="dinov3_vit", num_attention_heads=2),
+            "a 'dinov3_vit' tower gives them their position",
+        ),
+        (SimpleNamespace(model_type="mlcd_vision_model", num_attention_heads=2), "gives them their position"),
         (SimpleNamespace(model_type="other"), "attention of a transformers vision transformer, not Tower"),
         (SimpleNamespace(model_type="other", num_attention_heads=2), "no query and key projections"),
     ],
-    ids=["dinov3", "no heads", "no projections"],
+    ids=["dinov3", "mlcd", "no heads", "no projections"],
 )
 def test_towers_whose_attention_cannot_be_read_are_refused(config: Any, words: str) -> None:
     class Tower(nn.Module):

@@ -31,6 +31,9 @@ from lavi.checkpoints.trained_weights import TRAINED
 from lavi.cli.entry import cli_entry_point
 from lavi.config.files import replacing
 from lavi.errors import UserError
+from lavi.recipe import Recipe
+from lavi.training.module import VisionLanguageModule
+from lavi.training.run import train
 
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -607,3 +610,21 @@ def test_a_mistake_leaves_no_run_folder_behind(run, tiny_recipe: Path, tmp_path:
     (holds / LAST).write_bytes(b"a run")
     remove_unused(holds)
     assert (holds / LAST).exists()
+
+
+def test_the_last_step_of_the_last_epoch_is_saved_before_what_follows(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What measures at the end of training takes minutes, and may be stopped."""
+    monkeypatch.setattr(pl.LightningModule, "on_train_end", lambda module: seen.append(step_of(tmp_path / LAST)))
+    seen: list[int] = []
+    changes = ["trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.limit_train_batches=2"]
+    recipe = Recipe.load(tiny_recipe, [*changes, "trainer.val_check_interval=2"])
+    before = signal.getsignal(signal.SIGINT)
+    handlers = []
+    monkeypatch.setattr(
+        VisionLanguageModule, "on_train_epoch_end", lambda module: handlers.append(signal.getsignal(signal.SIGINT))
+    )
+    assert train(recipe, tmp_path, save_every=1000) == 0
+    assert seen == [4]
+    assert [handler == before for handler in handlers] == [False, True]  # Ctrl-C ends what follows at once

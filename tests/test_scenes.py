@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from datamodules.formats.conversations import Conversations
-from datamodules.patches import patch_labels
+from datamodules.patches import TowerScenes, patch_labels
 from datamodules.scenes import (
     LARGE_SIDE,
     LEVELS,
@@ -29,6 +30,7 @@ from datamodules.scenes import (
 from datamodules.shards.read import read_shard
 from datamodules.shards.sources import find_shards
 from datamodules.tokenizer import train_tokenizer
+from lavi.data.preprocessing import SquareResize
 from lavi.errors import UserError
 from lavi.training.patch_classifier import PatchClassifier
 
@@ -235,3 +237,17 @@ def test_large_pictures_have_things_of_the_usual_size_none_across_two_tiles(tmp_
             assert down[0] // SIDE == down[1] // SIDE
             tiles.add((across[0] // SIDE, down[0] // SIDE))
     assert len(tiles) == 4
+
+
+def test_the_tower_s_scenes_go_on_where_they_were_and_are_plain_data() -> None:
+    data = TowerScenes(SquareResize(16), grid=2, batch_size=2)
+    batches = iter(data.train_dataloader())
+    first = [data.on_after_batch_transfer(next(batches), 0) for _ in range(3)]
+    again = TowerScenes(SquareResize(16), grid=2, batch_size=2)
+    again.load_state_dict(data.state_dict())
+    fourth = next(iter(again.train_dataloader()))
+    assert torch.equal(fourth["pixels"], next(batches)["pixels"])
+    assert not torch.equal(fourth["pixels"], first[0]["pixels"])
+    data.trainer = object()  # type: ignore[assignment]
+    copied = pickle.loads(pickle.dumps(data.train_dataloader().dataset))  # type: ignore[attr-defined]
+    assert torch.equal(copied[3]["pixels"], fourth["pixels"])

@@ -16,6 +16,7 @@ from collections import Counter
 from functools import partial
 from operator import length_hint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -661,7 +662,7 @@ def test_sharegpt_spells_who_speaks_in_several_ways(name: str, role: str) -> Non
 # --- other processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "workers"), [("spawn", 2), ("forkserver", 1)])
+@pytest.mark.parametrize(("method", "workers"), [pytest.param("spawn", 2, marks=pytest.mark.slow), ("forkserver", 1)])
 def test_readers_give_the_same_batches_however_they_start(build, scenes: Path, method: str, workers: int) -> None:  # type: ignore[no-untyped-def]
     """One epoch of a mixture: as forked."""
     processor = build(ConcatFusion(), family="llama").processor
@@ -677,3 +678,12 @@ def test_readers_give_the_same_batches_however_they_start(build, scenes: Path, m
     assert len({key for of_batch, _, _ in forked for key in of_batch}) > 80
     assert torch.equal(read[1][0].batch.input_ids, read[0][0].batch.input_ids)
     assert torch.equal(read[1][0].batch.pixels, read[0][0].batch.pixels)
+
+
+def test_an_epoch_is_told_in_steps_of_the_optimizer(processor, scenes: Path, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    data = ImageTextData(processor, train=str(scenes / "train"), batch_size=10)
+    data.trainer = SimpleNamespace(accumulate_grad_batches=4, global_rank=0, world_size=1)  # type: ignore[assignment]
+    with caplog.at_level("INFO", "lavi"):
+        data.train_dataloader()
+    assert "240 samples in 8 shards" in caplog.text
+    assert "an epoch is 6 steps" in caplog.text

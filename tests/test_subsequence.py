@@ -269,3 +269,11 @@ def test_what_is_taken_back_leaves_every_cache() -> None:
     assert [group.arranged for _, group in cache.groups] == [3, 3]
     for was, now in zip(before, cache.keys_values(), strict=True):
         assert torch.equal(now, was[:, :, :3])
+
+
+def test_parts_of_several_precisions_are_joined_in_the_widest() -> None:
+    """As under autocast, where a hidden state that waits is still in the precision that it came in."""
+    half, whole = torch.ones(1, 1, 2, dtype=torch.float16), torch.full((1, 2, 2), 1 + 2**-20)
+    for parts in (((half, [[0]]), (whole, [[1, 2]])), ((whole, [[1, 2]]), (half, [[0]]))):
+        joined = call_of(3, 0, 3).join(*((part, torch.tensor(columns)) for part, columns in parts))
+        assert torch.equal(joined, torch.tensor([[[1.0] * 2, [1 + 2**-20] * 2, [1 + 2**-20] * 2]]))

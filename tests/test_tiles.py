@@ -306,3 +306,11 @@ def test_a_fusion_keeps_to_its_own_budget(build, budget: int) -> None:  # type: 
     layout = Layout(views=10, tiles=(3, 3), size=(480, 480))
     tokens = model.fusion.tokens_in_language(layout, per_view)
     assert tokens - per_view <= 1.21 * budget * per_view < 9 * per_view
+
+
+def test_a_stretched_image_and_one_of_unknown_size_fill_their_tiles() -> None:
+    arrangement = TileArrangement((27, 27))
+    padded = Layout(views=9, tiles=(2, 4), size=(300, 1000))
+    assert arrangement.kept(padded) == ((11, 0), (32, 108))
+    for layout in (padded._replace(stretched=True), padded._replace(size=(0, 0))):
+        assert arrangement.kept(layout) == ((0, 0), (54, 108))

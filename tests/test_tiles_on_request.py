@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from lavi.vision.base import VisionBackbone
 from lavi.vision.frame_merging import FrameMerging
 from lavi.vision.hf import HFVision
 from lavi.vision.reduced import ReducedTower
-from lavi.vision.tiles_on_request import RandomTiles, RankingInput, TileRanking, TilesOnRequest
+from lavi.vision.tiles_on_request import Detail, RandomTiles, RankingInput, TileRanking, TilesOnRequest
 
 SIDE = 32
 TWO_BY_TWO = Layout(views=5, tiles=(2, 2), size=(64, 64))
@@ -317,3 +318,12 @@ def test_a_run_trains_on_fewer_tiles_and_is_scored_as_it_is_asked_to_be(
     weights = {name: load_file(Path(name) / TRAINED) for name in ("whole", "cached")}
     for name, weight in weights["whole"].items():
         torch.testing.assert_close(weights["cached"][name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_rankings_with_other_arguments_are_other_backbones() -> None:
+    @dataclass
+    class Edge(Detail):
+        sigma: float
+
+    one, other = (TilesOnRequest(tower=HFVision(config=TOWER), keep=0.5, ranking=Edge(s)).variant for s in (1.0, 3.0))
+    assert one != other

@@ -23,7 +23,7 @@ from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
 from lavi.vision.hf import HFVision
-from lavi.vision.timm import TimmVision
+from lavi.vision.timm import TimmVision, _size_argument
 
 SIDE = 64
 VITS = {
@@ -273,3 +273,7 @@ def test_it_works_in_a_model(tokenizer: str) -> None:
     batch = collate(model, [ask(1, "what colour is the circle?", answer="red")])
     with torch.no_grad():
         assert not torch.allclose(model(batch), model(batch.without_images()), atol=1e-3)
+
+
+def test_a_network_without_a_published_configuration_takes_a_size() -> None:
+    assert _size_argument("no_such_network", None, 64) == {}

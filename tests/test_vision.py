@@ -24,9 +24,10 @@ from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
-from lavi.vision.hf import CLOSED_BY_A_NORM, TOWERS, HFVision
+from lavi.vision.hf import CLOSED_BY_A_NORM, TOWERS, HFVision, load_tower
 from lavi.vision.openclip import OpenCLIPVision
 from lavi.vision.shape_flops import ShapeFlops
+from lavi.vision.timm import TimmVision
 from lavi.vision.tower import Tower, middle
 
 PLAIN = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -424,8 +425,10 @@ FULL = {
     "DINOv3-7B": ("dinov3_vit", [4096, 40, 32, 8192, 224, 16], {"class_token": True}, None),
 }
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
-MODELS = ["ViT-L-14-336", "ViT-SO400M-14-SigLIP-384", "EVA02-B-16", "convnext_base_w_320", "ViTamin-S", "RN50"]
-MODELS += ["MobileCLIP2-S0", "MobileCLIP2-B", "PE-Core-T-16-384"]
+MODELS: list[Any] = ["ViT-SO400M-14-SigLIP-384", "convnext_base_w_320", "RN50", "MobileCLIP2-S0", "PE-Core-T-16-384"]
+OTHER_MODELS = ["ViT-L-14-336", "EVA02-B-16", "ViTamin-S", "MobileCLIP2-B"]
+MODELS += [pytest.param(name, marks=pytest.mark.slow) for name in OTHER_MODELS]
+"""One of each kind, and others of the same kinds."""
 
 
 def counted(vision: Tower, views: int) -> float:
@@ -783,3 +786,27 @@ def test_image_sizes_that_cannot_be_are_refused() -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     with pytest.raises(UserError, match="patches of 8"):
         HFVision(config={"model_type": "siglip_vision_model", **sizes}, image_size=20)
+
+
+def test_a_configuration_in_half_precision_gives_a_tower_in_fp32() -> None:
+    settings = hf("siglip_vision_model").tower.config
+    settings.dtype = torch.bfloat16
+    assert {parameter.dtype for parameter in load_tower(None, settings).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["dinov2", "timm"])
+def test_the_rim_of_a_tile_is_seen(name: str) -> None:
+    """Where the preprocessing of an image enlarges it and keeps the middle."""
+    if name == "timm":
+        preprocessing: Any = TimmVision("vit_tiny_patch16_224", data_config={"crop_pct": 0.9}).preprocessing
+    else:
+        preprocessing = hf(name).preprocessing
+        preprocessing.image_processor.size = {"shortest_edge": 40}  # as published: 256, of which 224 are kept
+    _, height, width = preprocessing.pixel_shape
+    view = Image.new("RGB", (width, height), "black")
+    view.paste((255, 255, 255), (0, 0, 2, height))  # two columns at the left edge
+    seen = preprocessing.of_view(view)[0]
+    black = preprocessing.of_view(Image.new("RGB", (width, height), "black"))[0]
+    assert (seen != black).nonzero()[:, 1].unique().tolist() == [0, 1]
+    assert torch.equal(seen[:, 2:], black[:, 2:])
+    assert not torch.equal(preprocessing(view)[0], seen)  # an image's rim is cut off

@@ -89,6 +89,9 @@ def test_batches_without_a_label_count_nothing_until_there_are_too_many(tmp_path
         loss.backward()
         assert loss == 0
         assert (logits.grad == 0).all()  # type: ignore[union-attr]
+    router_labels.loss(["a"], torch.zeros(1, 3))  # they are counted in a row
+    for _ in range(PATIENCE - 1):
+        router_labels.loss(["b"], torch.zeros(1, 3))
     with pytest.raises(
         UserError, match=f"none of the samples b, c, d, e ..., nor of the {PATIENCE - 1} batches before"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,32 @@ def test_a_pipelines_broken_samples_are_counted(processor: Processor, scenes: Pa
     empty = PipelineData(processor, train=[], test=[])
     with pytest.raises(UserError, match="none of the 0 samples that the pipeline gives can be used: there is none"):
         list(empty.stream("test"))
-    with pytest.raises(UserError, match="none of the 0 samples read can be used"):
+    with pytest.raises(UserError, match="a pass over the training pipeline gave no sample"):
         list(empty.train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_by_count_goes_on_in_the_pipeline(processor: Processor, workers: int) -> None:
+    """Only what worker processes had read ahead is lost."""
+    train = [ask("what?", answer="red", key=str(number)) for number in range(100)]
+    loader = PipelineData(processor, train=train, batch_size=2, workers=workers).train_dataloader()
+    epochs = [[int(key) for read in islice(loader, 3) for key in read.batch.keys] for _ in range(3)]
+    ahead = 2 * (2 * workers)  # DataLoader's prefetch factor, in batches of two
+    for before, behind in pairwise(epochs):
+        assert before[-1] < behind[0] <= before[-1] + 1 + ahead
+
+
+def test_a_pipeline_that_ends_for_good_is_refused(processor: Processor) -> None:
+    once = iter([ask("what?", answer="red", key=str(number)) for number in range(4)])
+    read = []
+    with pytest.raises(UserError, match="can be iterated over once alone"):
+        read.extend(PipelineData(processor, train=once, batch_size=2).train_dataloader())
+
+
+def test_a_reader_without_a_shard_is_refused(scenes: Path) -> None:
+    stream = ShardStream(find_shards(str(scenes / "train"))[:1])
+    with pytest.raises(UserError, match="1 shards cannot feed 2 readers"):
+        iter(ShardSource(stream, ranks=2))
 
 
 def test_samples_of_a_pipeline_are_used_by_the_usual_rules(processor: Processor, scenes: Path) -> None:

@@ -84,11 +84,10 @@ class Conversations(SampleFormat):
             BrokenSample: as :meth:`decode`.
         """
         record = parse_record(raw)
-        if record.get("messages") is not None or record.get("conversations") is not None:
-            try:
-                check_marks(raw, record, _messages(raw, record, self.caption_prompt))
-            except UserError as error:
-                raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
+        try:
+            check_marks(raw, record, _messages(raw, record, self.caption_prompt))
+        except UserError as error:
+            raise BrokenSample(raw["__key__"], str(error).rstrip(".")) from None
         return record
 
 

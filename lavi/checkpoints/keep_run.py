@@ -126,9 +126,11 @@ class KeepRun(Checkpoint):
         self._seen_step = trainer.global_step
         trainer.should_stop = trainer.should_stop or self._ending
         self._stopping = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
-        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if self._stopping or is_last or trainer.global_step % self.every == 0:
+        is_last = _is_last_step(trainer)
+        if self._stopping or is_last or trainer.should_stop or trainer.global_step % self.every == 0:
             self._save(trainer)
+        if is_last:  # nothing is left to lose: what follows, such as timing, can be stopped at once
+            self._give_signals_back()
 
     def _end_with_the_step(self, trainer: pl.Trainer) -> None:
         """Let a run that would end between two micro-batches of a step end behind that step."""
@@ -278,6 +280,12 @@ class FirstRankIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.failure = failed_write(lambda: self.write(checkpoint))
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether training ends with this step, by the number of steps or of epochs."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
 
 
 def _ranks(trainer: pl.Trainer) -> str:

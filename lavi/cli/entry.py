@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import logging
@@ -32,7 +33,7 @@ NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
 
 def mendable(error: Exception) -> str | None:
     """The sentence for an error that a user can mend; None where it may be a fault of the program."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | argparse.ArgumentTypeError):
         return str(error)
     message = str(error).partition("\n")[0]
     if isinstance(error, OSError):

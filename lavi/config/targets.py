@@ -19,7 +19,10 @@ OURS = ("lavi.", "datamodules.", "callbacks.")
 """What their classes raise besides a UserError is a fault of theirs; of others, a refusal of their arguments."""
 
 TRUSTED = (*OURS, "torch.optim.", "lightning.pytorch.", "torchmetrics.")
-"""From a recipe inside a checkpoint only classes of these packages are built."""
+"""From a recipe inside a checkpoint only classes of these packages are built, and what :data:`BUILDERS` build."""
+
+BUILDERS = ("lavi.checkpoints.published_vlm.published_vlm",)
+"""Functions that such a recipe may name, too: of a path or a hub name they make what classes make."""
 
 
 def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[..., Any]:
@@ -28,7 +31,8 @@ def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[.
     Args:
         key: the component in its recipe.
         where: file and line of the path.
-        trusted: False for a recipe that came with a checkpoint: it may name classes alone, of :data:`TRUSTED` packages.
+        trusted: False for a recipe that came with a checkpoint: it may name classes of :data:`TRUSTED` packages alone,
+            and :data:`BUILDERS`.
 
     Raises:
         UserError: nothing of that name, nothing that can be built, or not allowed.
@@ -41,7 +45,7 @@ def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[.
             f"{', '.join(p.rstrip('.') for p in TRUSTED)}: pass --trust if you know where it comes from."
         )
     target = _imported(path, where)
-    if not trusted and not inspect.isclass(target):
+    if not trusted and not inspect.isclass(target) and path not in BUILDERS:
         raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
     if not callable(target) or inspect.isabstract(target):
         what = "is only a contract: name a class that meets it" if callable(target) else "is no class"

@@ -32,6 +32,10 @@ class Preprocessing(ABC):
     def __call__(self, image: Image.Image) -> Tensor:
         """One image to (C, H, W)."""
 
+    def of_view(self, view: Image.Image) -> Tensor:
+        """The same of a view of a tiled image, which has this size; its rim is kept where an image's is cut off."""
+        return self(view)
+
 
 @dataclass(frozen=True)
 class SquareResize(Preprocessing):

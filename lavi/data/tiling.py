@@ -54,9 +54,11 @@ class Tiling(ABC):
         """Pixels (views, C, H, W) of an image, or of the frames of a video, and how they belong together."""
         if isinstance(visual, Video):
             cut, layout = visual.frames, self.layout(visual, preprocessing)
+            if layout.grid is not None:  # the first frame's, for all of them
+                cut = [frame if frame.size == cut[0].size else frame.resize(cut[0].size) for frame in cut]
         else:
             cut, layout = self.cut(visual, preprocessing, alone=alone)
-        pixels = [preprocessing(view) for view in cut]
+        pixels = [preprocessing(view) if layout.tiles is None else preprocessing.of_view(view) for view in cut]
         return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None], layout  # one is not copied
 
 

@@ -127,6 +127,8 @@ class CASAContext(CrossAttentionContext):
         return replace(super().for_generation(copies), images=self.images.repeat_interleave(copies, dim=0))
 
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
+        if str(layer) not in self.blocks:  # opened by another fusion on the same language model
+            return call(hidden, **kwargs)
         cache, block = kwargs.get("past_key_values"), cast(WindowAttention, self.blocks[str(layer)])
         keep = None
         if isinstance(cache, LayeredCache):

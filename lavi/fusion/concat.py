@@ -4,7 +4,7 @@
                                                    the image stands where the conversation puts it
 
 Every visual token is a token of the language model: it costs its attention, its feed-forward part and its cache. With
-any-resolution tiling (vision/tiles.py) this is LLaVA-OneVision.
+any-resolution tiling (lavi/data/tiling.py) this is LLaVA-OneVision.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ More vision at no more tokens: what is added stands where the visual tokens stan
 
 The papers': groups of tokens added to the hidden states of the visual tokens, from bottom to top (DeepStack, whose
 groups are the parts of a finer view); one group for each of several tower layers, a merger of its own for each, added
-behind the first decoder layers (Qwen3-VL: its blocks 8, 16 and 24 behind layers 0, 1 and 2). Chosen here: mergers have
-the shape of the projector and start at zero, so that the model is concatenation of the last of these layers, bit for
-bit, until it is trained; a newline and a marker get nothing added.
+behind the first decoder layers (Qwen3-VL: its blocks 8, 16 and 24 behind layers 0, 1 and 2). Chosen here: mergers are
+two layers, as the projector is by default, and start at zero, so that the model is concatenation of the last of these
+layers, bit for bit, until it is trained; a newline and a marker get nothing added.
 """
 
 from __future__ import annotations

@@ -96,7 +96,13 @@ class PruningFusion(ConcatFusion):
         columns = inputs.vision.text_columns
         assert columns is not None
         device, visual = columns.device, order >= batch.input_ids.numel()  # (B, S)
-        queries = torch.tensor(last_prompt_columns(batch), device="cpu")[:, None].to(device)
+        asking = last_prompt_columns(batch)
+        if any(self.plan.stages.values()) and any(slot.column > asking[slot.row] for slot in batch.image_slots):
+            raise UserError(
+                f"{type(self).__name__} ranks visual tokens by what the first question attends to, and this batch has "
+                "a conversation with an image behind it: leave such conversations out."
+            )
+        queries = torch.tensor(asking, device="cpu")[:, None].to(device)
         return PruningContext(
             text_columns=columns,
             plan=self.plan,

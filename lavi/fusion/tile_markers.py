@@ -85,14 +85,18 @@ class MarkedArrangement(VisualArrangement):
         return tuple(dict.fromkeys(ids))
 
     def __call__(self, layout: Layout, per_view: int) -> int:
-        return sum(per_view if isinstance(piece, int) else len(piece) for piece in self._pieces(layout))
+        of_view = layout.tokens_of_view(per_view)
+        return sum(of_view if isinstance(piece, int) else len(piece) for piece in self._pieces(layout))
 
     def arrange(self, features: Tensor, layout: Layout, embeddings: Tensor | None) -> Tensor:
         assert embeddings is not None
         row_of = {marker: row for row, marker in enumerate(self.marker_ids)}
+        of_view = layout.tokens_of_view(features.shape[1])
         return torch.cat(
             [
-                features[piece] if isinstance(piece, int) else embeddings[[row_of[marker] for marker in piece]]
+                features[piece, :of_view]
+                if isinstance(piece, int)
+                else embeddings[[row_of[marker] for marker in piece]]
                 for piece in self._pieces(layout)
             ]
         )

@@ -100,11 +100,11 @@ def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tupl
     routes = list(counts)
     counts.clear()
     counts.update(before)  # others count with it
+    columns = text_columns(model, batch)  # before the backward pass, behind which sharded weights are shards again
     relevant = relevance(model, batch) if batch.image_slots else None
     width = batch.input_ids.shape[1]
     per_view = 0 if relevant is None else relevant.shape[1]
     rows = group_views_by_row(batch, max(1, per_view))
-    columns = text_columns(model, batch)
     inspected = []
     for row, (question, answer) in enumerate(asked):
         start, stop = batch.spans[row]

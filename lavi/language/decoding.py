@@ -135,14 +135,16 @@ class TextRepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
 
     Args:
         starts: the column at which the text of each row begins.
+        prompt: (B, T) the ids of a prompt that is read as embeddings alone; None: transformers has them.
     """
 
-    def __init__(self, penalty: float, starts: Sequence[int]) -> None:
-        self.plain, self.starts = RepetitionPenaltyLogitsProcessor(penalty), starts
+    def __init__(self, penalty: float, starts: Sequence[int], prompt: Tensor | None = None) -> None:
+        self.plain, self.starts, self.prompt = RepetitionPenaltyLogitsProcessor(penalty), starts, prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not input_ids.shape[1]:  # a prompt that is read as embeddings, before its first token
-            return scores
+        if self.prompt is not None:
+            copies = len(input_ids) // len(self.prompt)
+            input_ids = torch.cat([self.prompt.repeat_interleave(copies, dim=0).to(input_ids), input_ids], dim=1)
         starts = torch.tensor(self.starts, device="cpu").to(input_ids.device)[:, None]  # (B, 1)
         is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) < starts  # (B, T)
         words = torch.where(is_padding, input_ids.gather(1, starts), input_ids)  # (B, T): a word of the prompt instead
@@ -181,11 +183,12 @@ class Decoding:
         _check_values(settings)
         return cls(settings)
 
-    def for_transformers(self, starts: Sequence[int]) -> dict[str, Any]:
+    def for_transformers(self, starts: Sequence[int], prompt: Tensor | None) -> dict[str, Any]:
         """The settings as its ``generate`` takes them.
 
         Args:
             starts: the column at which the text of each row begins, behind its padding.
+            prompt: (B, T) ids that transformers is not given; None: it is given them.
         """
         ends = self.settings["eos_token_id"]
         # With no list at all it would not pad a row that stops for another reason; beam search takes no empty one.
@@ -195,7 +198,8 @@ class Decoding:
         penalty = settings["repetition_penalty"]
         if penalty not in (None, 1):  # transformers takes the padding from the mask, which has the visual tokens, too
             settings["repetition_penalty"] = 1.0
-            own = TextRepetitionPenalty(float(penalty), [start for start in starts for _ in range(self.copies)])
+            of_copies = [start for start in starts for _ in range(self.copies)]
+            own = TextRepetitionPenalty(float(penalty), of_copies, prompt)
             settings["logits_processor"] = LogitsProcessorList([own, *(settings.get("logits_processor") or ())])
         return settings
 

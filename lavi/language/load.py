@@ -35,7 +35,7 @@ from lavi.language.token_scores import MOST_LOGITS, TokenScores, score_tokens
 from lavi.loading.bare import bare_configuration
 from lavi.loading.compressed import Quantization, as_ordinary, gguf_arguments, quantization_config
 from lavi.loading.published import check_loaded, configuration_of
-from lavi.loading.vlm import is_vlm, language_model_of, open_vlm
+from lavi.loading.vlm import VLM_KINDS, is_vlm, language_model_of, open_vlm
 from lavi.loading.without_weights import weights_wanted
 
 NO_LANGUAGE_MODEL = "'{}' is no decoder-only language model: choose one such as qwen2 or llama."
@@ -360,6 +360,11 @@ def _language_model(
         if "Unrecognized configuration class" in reason:
             raise UserError(NO_LANGUAGE_MODEL.format(kind)) from error
         raise UserError(f"no '{kind}' language model can be built from {origin}: {reason}.") from error
+    if not hasattr(model.config, "hidden_size"):
+        raise UserError(
+            f"{origin} is a '{settings.model_type}', which holds a language model inside another one, and is none of "
+            f"those that are taken apart here ({', '.join(VLM_KINDS)}): name a checkpoint of its text model alone."
+        )
     if loading_info is not None:
         check_loaded(loading_info, str(source), f"'{settings.model_type}' language model")
     if gguf_file is not None:

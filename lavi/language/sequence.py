@@ -18,6 +18,9 @@ PADDING_STAYS_OUT = frozenset(
 )
 """Families with recurrent layers in which padding stays outside the state and cached decoding is the full forward."""
 
+SHARES_KEYS_AND_VALUES = "DummyLayer"
+"""What newer versions of transformers put in the cache for a layer that reads another layer's keys and values."""
+
 
 def recurrent_layers(model: PreTrainedModel) -> list[int]:
     """The layers that keep a recurrent state, instead of keys and values or beside them."""
@@ -25,7 +28,8 @@ def recurrent_layers(model: PreTrainedModel) -> list[int]:
     return [
         index
         for index, layer in enumerate(layers)
-        if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, CacheLayerMixin)
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        or not (isinstance(layer, CacheLayerMixin) or type(layer).__name__ == SHARES_KEYS_AND_VALUES)
     ]
 
 

@@ -9,6 +9,7 @@ its cache holds these columns alone, while to the stack the cache looks as long 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -212,9 +213,11 @@ class ArrangedCall:
     def join(self, *parts: tuple[Tensor, Tensor]) -> Tensor:
         """Parts (B, n, D), each at its columns (B, n), as one sequence (B, new tokens, D); zero where none is."""
         first = parts[0][0]
-        joined = first.new_zeros(first.shape[0], self.new_tokens + 1, first.shape[2])  # the last column takes padding
+        widest = functools.reduce(torch.promote_types, (part.dtype for part, _ in parts))  # under autocast they differ
+        # The last column takes padding.
+        joined = first.new_zeros(first.shape[0], self.new_tokens + 1, first.shape[2], dtype=widest)
         for part, columns in parts:
-            joined = joined.scatter(1, columns[..., None].expand_as(part), part)
+            joined = joined.scatter(1, columns[..., None].expand_as(part), part.to(joined.dtype))
         return joined[:, : self.new_tokens]
 
     def layer_kwargs(

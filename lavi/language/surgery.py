@@ -227,7 +227,11 @@ def dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     extra = {} if vision is None else {"vision": vision}
     experts = experts_by_operators(model.config) if ids.is_meta else nullcontext()
+    config: Any = model.config
+    kernel = config._attn_implementation
     try:
+        if kernel not in ("sdpa", "eager"):  # one that may run on a GPU alone, or in half precision
+            config._attn_implementation = "eager"
         with torch.no_grad(), experts:
             model(input_ids=ids, use_cache=True, **extra)
     except RuntimeError as error:
@@ -238,6 +242,7 @@ def dummy_forward(model: PreTrainedModel, vision: VisualContext | None = None) -
             "trained, and not counted."
         ) from error
     finally:
+        config._attn_implementation = kernel
         model.train(training)
 
 

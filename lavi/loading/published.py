@@ -8,6 +8,7 @@ random weights, without a network.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def check_loaded(loading_info: Mapping[str, Any], source: str, what: str) -> Non
 
 
 def configuration_of(source: str) -> str:
-    """Where to read the configuration of the checkpoint ``source``: from here, if no weights are wanted."""
+    """Where to read the configuration of the checkpoint ``source``: from here, if no weights are wanted.
+
+    No shell expands the ``~`` of a recipe.
+    """
     folder = CONFIGURATIONS / source
-    return str(folder) if not weights_wanted() and (folder / "config.json").is_file() else source
+    here = not weights_wanted() and (folder / "config.json").is_file()
+    return str(folder) if here else os.path.expanduser(source)

@@ -9,6 +9,7 @@ are wanted, :func:`opened_once` reads the checkpoint once for all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -100,7 +101,7 @@ def open_vlm(source: str) -> PreTrainedModel:
     Raises:
         UserError: nothing there, a checkpoint of another class, or one that lacks weights.
     """
-    opened = _opened.get()
+    source, opened = os.path.expanduser(source), _opened.get()
     if opened is not None and source in opened:
         return opened[source]
     model = _read(source, vlm_config(source))
@@ -134,7 +135,9 @@ def language_model_of(vlm: PreTrainedModel, *, dtype: torch.dtype, attention: st
     causal.config.tie_word_embeddings = head.weight is embeddings.weight
     causal.generation_config = vlm.generation_config
     causal.set_attn_implementation(attention)
-    language: PreTrainedModel = causal.to(dtype)
+    for parameter in causal.parameters():  # buffers stay: rotary frequencies are of fp32 in every precision
+        parameter.data = parameter.data.to(dtype)
+    language: PreTrainedModel = causal
     return language
 
 

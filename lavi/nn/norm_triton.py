@@ -93,9 +93,10 @@ def forward(
     dgamma, dbeta = _rows(dgamma), _rows(dbeta)
     settings = {"AFFINE": affine, "BIAS": bias is not None, **_settings(width)}
     if x.numel():
-        _forward[(x.numel() // width,)](
-            x, weight, b, dgamma, dbeta, y, mean, scale, dgamma.stride(0), dbeta.stride(0), width, eps, **settings
-        )
+        with torch.cuda.device_of(x):  # not the current device, which may be another
+            _forward[(x.numel() // width,)](
+                x, weight, b, dgamma, dbeta, y, mean, scale, dgamma.stride(0), dbeta.stride(0), width, eps, **settings
+            )
     return y, mean, scale
 
 
@@ -109,7 +110,8 @@ def backward(
     dgamma = _rows(dgamma)
     settings = {"PLUS": float(affine == 2), "CENTRED": affine == 3, **_settings(width)}
     if x.numel():
-        _backward[(x.numel() // width,)](
-            grad, x, weight, dgamma, mean, scale, of_x, of_dgamma, dgamma.stride(0), width, **settings
-        )
+        with torch.cuda.device_of(x):
+            _backward[(x.numel() // width,)](
+                grad, x, weight, dgamma, mean, scale, of_x, of_dgamma, dgamma.stride(0), width, **settings
+            )
     return of_x, of_dgamma

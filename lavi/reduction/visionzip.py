@@ -20,6 +20,9 @@ from lavi.errors import UserError
 from lavi.reduction.base import Reducer, tokens_at
 from lavi.vision.base import FeatureSpec, VisionBackbone
 
+PLACED_IN_ATTENTION = ("dinov3", "mlcd", "beit")
+"""Towers of transformers whose attention turns queries and keys by their place, or adds a bias of it."""
+
 
 class VisionZip(Reducer):
     """In each view, the ``dominant`` tokens as they are, and ``contextual`` means of the rest.
@@ -117,9 +120,9 @@ class _Reader:
 
 def _heads(vision: VisionBackbone) -> int:
     config = getattr(getattr(vision, "tower", None), "config", None)
-    if getattr(config, "model_type", "").startswith("dinov3"):
+    if (kind := getattr(config, "model_type", "")).startswith(PLACED_IN_ATTENTION):
         raise UserError(
-            "VisionZip reads queries and keys before DINOv3 turns them by their position: take another tower."
+            f"VisionZip reads queries and keys before a '{kind}' tower gives them their position: take another tower."
         )
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:

@@ -76,8 +76,9 @@ def check_data(recipe: Recipe) -> None:
     """Refuse data that the model cannot be trained on; models of another kind take any data module of Lightning.
 
     Raises:
-        UserError: the recipe's data are no data module.
+        UserError: the recipe's data are no data module, or validation data that would never be used.
     """
+    recipe.check_validation()
     model = recipe.component("model")
     is_ours = not isclass(model) or issubclass(model, VisionLanguageModel)
     base = DataModule if is_ours else pl.LightningDataModule

@@ -62,6 +62,9 @@ NORMALISES_ITSELF = {"radio"}
 HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
 """The setting that keeps a pooling head from being built."""
 
+OF_ANY_SIZE = ("dino", "radio", "tipsv2")
+"""In the names of those that bring their position embeddings to any size without being asked."""
+
 SELECTS = hasattr(output_capturing, "selected_hidden_states")
 """Whether this transformers returns chosen hidden states; an older one returns all."""
 
@@ -123,6 +126,13 @@ class HFPreprocessing(Preprocessing):
         self.shapes: list[Any] = [tuple(view.shape) for view in views]
         """(C, H, W) of a wide image and of a tall one: a tower needs them to be the same."""
         self.pixel_shape = self.shapes[0]
+
+    def of_view(self, view: Image.Image) -> Tensor:
+        if not getattr(self.image_processor, "do_center_crop", False) or view.size != self.pixel_shape[:0:-1]:
+            return self(view)
+        kept: Any = {"do_resize": False, "do_center_crop": False}
+        pixels: Tensor = self.image_processor(view.convert("RGB"), return_tensors="pt", **kept)["pixel_values"][0]
+        return pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = image if image.mode == "RGB" else image.convert("RGB")
@@ -261,7 +271,7 @@ def _resize(tower: Any, processor: Any, side: int) -> dict[str, bool]:
     if (
         not can_interpolate
         and (side, side) != own
-        and "dino" not in tower.config.model_type
+        and not any(name in tower.config.model_type for name in OF_ANY_SIZE)
         and hasattr(tower.config, "patch_size")
     ):
         raise UserError(
@@ -325,7 +335,7 @@ def load_tower(source: str | None, settings: PretrainedConfig) -> Any:
     of_vlm = source is not None and is_vlm(read_configuration(source))
     try:
         if source is None or of_vlm or not weights_wanted():
-            tower = AutoModel.from_config(settings, **keys)
+            tower = AutoModel.from_config(settings, dtype=torch.float32, **keys)
         else:
             loading: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **loading, **keys)

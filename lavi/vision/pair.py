@@ -39,9 +39,14 @@ class PairPreprocessing(Preprocessing):
         self.pixel_shape = (one + two, height, width)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self._side_by_side(self.first(image), self.second(image))
+
+    def of_view(self, view: Image.Image) -> Tensor:
+        return self._side_by_side(self.first.of_view(view), self.second.of_view(view))
+
+    def _side_by_side(self, first: Tensor, second: Tensor) -> Tensor:
         _, height, width = self.pixel_shape
-        views = [self.first(image), self.second(image)]
-        return torch.cat([pad(view, (0, width - view.shape[2], 0, height - view.shape[1])) for view in views])
+        return torch.cat([pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in (first, second)])
 
     def split(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(views, C, H, W) to what each of the two wants."""

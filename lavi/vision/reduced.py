@@ -15,6 +15,7 @@ family runs as it is; and a merged token keeps the place of one of its tokens, w
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -38,6 +39,8 @@ from lavi.vision.naflex import NaFlexVision
 from lavi.vision.shape_flops import forward_on_meta
 from lavi.vision.token_set import Merge, TokenSet
 from lavi.vision.tower import encoder_layers
+
+log = logging.getLogger("lavi")
 
 NAME = "lavi_token_sizes"
 REFUSED = {
@@ -70,7 +73,8 @@ class BlockOutput:
 class TokenReduction(ABC):
     """Says behind a block which tokens go on as one.
 
-    One of one's own has :meth:`merge`, and is a dataclass of its arguments if towers with it are to be exported.
+    One of one's own has :meth:`merge`, and is a dataclass of its arguments if towers with it are to be exported, or
+    cached features of it told from those with other arguments.
     """
 
     def starts_at(self) -> int:
@@ -113,12 +117,24 @@ class ReducedTower(VisionBackbone):
         self.width, self.levels, self.grid, self.prefix = tower.width, tower.levels, tower.grid, tower.prefix
         self.native_resolution, self.preprocessing = tower.native_resolution, tower.preprocessing
         self.reads_layouts = True
-        self.variant = repr([one.arguments() if is_dataclass(one) else one for one in self.reductions])
+        self.variant = repr([one.arguments() if is_dataclass(one) else path_of(type(one)) for one in self.reductions])
         self._flops_by_layout: dict[Layout, float] = {}
         self.sizes: list[tuple[int, ...]] = []
         """Tokens of each sequence that each block worked on, the last time."""
         if self.reductions:
             _open(tower.tower)
+            self._warn_of_idle_ones(len(encoder_layers(tower.tower)))
+
+    def _warn_of_idle_ones(self, blocks: int) -> None:
+        """Say which reductions are never asked: behind the last block nothing is left to save."""
+        for reduction in self.reductions:
+            if reduction.starts_at() >= blocks - 1:
+                log.warning(
+                    "%s starts behind block %d (from 0), and the tower has %d: it reduces nothing.",
+                    type(reduction).__name__,
+                    reduction.starts_at(),
+                    blocks,
+                )
 
     def forward(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """As the tower's own.

@@ -160,7 +160,8 @@ class TilesOnRequest(VisionBackbone):
         self.preprocessing, self.reads_layouts = tower.preprocessing, True
         self.reads_questions = self.ranking.reads_questions and keep < 1
         self.question_width = self.ranking.question_width
-        self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{self.ranking.variant}"
+        told = asdict(self.ranking) if is_dataclass(self.ranking) else self.ranking.variant
+        self.variant = f"{tower.variant} {keep} {type(self.ranking).__name__}{told}"
 
     def count(self, layout: Layout) -> int:
         """How many tiles of an image are encoded."""

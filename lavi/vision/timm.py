@@ -63,10 +63,17 @@ class TimmPreprocessing(Preprocessing):
         self.keeps_middle = data_config["crop_mode"] == "center"
         with torch.device("cpu"):
             self.transform = create_transform(**data_config, is_training=False)
+            self.whole = create_transform(**data_config | {"crop_pct": 1.0}, is_training=False)
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = image if image.mode == "RGB" else image.convert("RGB")
         pixels: Tensor = self.transform(middle(image) if self.keeps_middle else image)
+        return pixels
+
+    def of_view(self, view: Image.Image) -> Tensor:
+        if view.size != self.pixel_shape[:0:-1]:
+            return self(view)
+        pixels: Tensor = self.whole(view if view.mode == "RGB" else view.convert("RGB"))
         return pixels
 
 
@@ -197,7 +204,8 @@ def _resolve(name: str, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]
 
 def _size_argument(name: str, checkpoint: dict[str, Any] | None, image_size: int | None) -> dict[str, int]:
     """What a network is built with for images of another size than its own; a convolutional one takes any."""
-    fixed = checkpoint or vars(timm.get_pretrained_cfg(name) or object())
+    registered = timm.get_pretrained_cfg(name)
+    fixed = checkpoint or (vars(registered) if registered else {})
     return {"img_size": image_size} if image_size is not None and fixed.get("fixed_input_size") else {}
 
 

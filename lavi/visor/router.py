@@ -69,7 +69,7 @@ class RouterLabels:
         """Cross-entropy of the router's choice (B, configurations) against the labels of the samples ``keys``.
 
         Raises:
-            UserError: the file is empty, or has had a label for no sample of :data:`PATIENCE` batches.
+            UserError: the file is empty, or has had a label for no sample of :data:`PATIENCE` batches in a row.
         """
         if not self.numbers:
             raise UserError(f"{self.file} holds no label: make them with python -m lavi.visor label.")
@@ -82,4 +82,5 @@ class RouterLabels:
                 f"{self.file} has a label for none of the samples {', '.join(keys[:4])} ..., nor of the "
                 f"{PATIENCE - 1} batches before: label them."
             )
+        self.unlabelled_batches = 0
         return nn.functional.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device))
