@@ -236,7 +236,10 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         in_flops = times_fewer(record, base, encoder=True)[0]
         shown = times_as_fast(record, base, "prefill")[1]
         in_all, shown_in_all = times_as_fast(record, base, "first_token")
-        verdict = "" if record is base else "noisy" if in_all is None else shows(in_flops, in_all)
+        ratio = record.ratio("concat", "first_token")
+        verdict = (
+            "" if record is base else "noisy" if in_all is None or ratio is None else shows(in_flops, 1 / ratio.high)
+        )
         cells = [fewer, milliseconds(record, "prefill"), shown, f"{in_flops:.2f}"]
         cells += [milliseconds(record, "first_token"), shown_in_all, milliseconds(record, "decode")]
         cells += [times_as_fast(record, base, "decode")[1], f"{record.mib['peak']:.0f}", verdict]

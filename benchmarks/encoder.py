@@ -100,9 +100,10 @@ def measure(config: dict[str, Any], device: torch.device, *, turns: int) -> list
                 turns=turns,
                 shortest=shortest_turn(device),
             )
+            name_of_device = device_name(device)  # with the threads that computed
         gflops = {way: gflops_of(one, pixels, layouts) for way, one in towers.items()}
         records += [
-            {"device": device_name(device), "torch": torch.__version__, "input": name, "way": way}
+            {"device": name_of_device, "torch": torch.__version__, "input": name, "way": way}
             | {"gflops": gflops[way], "saved": 1 - gflops[way] / gflops[WHOLE]}
             | {"milliseconds": estimate(own[name]).median, "faster": ends(ratio(times[0][name], own[name]))}
             for way, own in zip(towers, times, strict=True)

@@ -92,13 +92,14 @@ def measure(device: torch.device, *, width: int, tokens: int, turns: int) -> lis
             turns=turns,
             shortest=shortest_turn(device),
         )
+        name_of_device = device_name(device)  # with the threads that computed
     size = torch.empty(0, dtype=dtype).element_size()
 
     def rate(name: str, stage: str, milliseconds: list[float]) -> float:
         return least_bytes(name, stage, width, tokens, size) / estimate(milliseconds).median / 1e6
 
     copies = rate(COPY, STAGES[0], times[-1][STAGES[0]])
-    about = {"device": device_name(device), "torch": torch.__version__, "width": width, "tokens": tokens}
+    about = {"device": name_of_device, "torch": torch.__version__, "width": width, "tokens": tokens}
     about |= {"dtype": str(dtype).removeprefix("torch.")}
     return [
         about

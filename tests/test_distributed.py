@@ -290,6 +290,7 @@ class Rank:
 
     def __init__(self) -> None:
         self.training, self.global_rank, self.world_size = True, dist.get_rank(), dist.get_world_size()
+        self.accumulate_grad_batches = 1
 
 
 def everywhere(mine: object) -> list[Any]:

@@ -135,3 +135,12 @@ def test_what_two_towers_cannot_do_is_refused(tokenizer: str) -> None:
         )
     with pytest.raises(UserError, match="one of these gives each its own"):
         TwoTowers(first=two().first, second=NaFlexVision(config={"num_hidden_layers": 1}))
+
+
+def test_backbones_that_see_different_parts_of_an_image_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """CLIP and DINOv2 keep the middle of a wide image; ViT sees all of it."""
+    two(FINER)
+    two(COARSER, join="tokens")
+    assert "different parts of an image" not in caplog.text
+    two(COARSER)
+    assert "different parts of an image" in caplog.text

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessor
 
 from lavi.data.preprocessing import Preprocessing
+from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.lavi import LaViFusion
@@ -810,3 +811,9 @@ def test_the_rim_of_a_tile_is_seen(name: str) -> None:
     assert (seen != black).nonzero()[:, 1].unique().tolist() == [0, 1]
     assert torch.equal(seen[:, 2:], black[:, 2:])
     assert not torch.equal(preprocessing(view)[0], seen)  # an image's rim is cut off
+    two = Image.new("RGB", (2 * width, height), "black")
+    two.paste(view, (width, 0))
+    (_, first, second), layout = AnyRes(max_grid=2).views(two, preprocessing)
+    assert layout.tiles == (1, 2)
+    assert torch.equal(first[0], black)
+    assert torch.equal(second[0], seen)

@@ -10,6 +10,7 @@ Tokens of the one are 0 in the channels of the other, so that a linear projector
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from lavi.data.preprocessing import Preprocessing
 from lavi.errors import UserError
 from lavi.vision.base import FeatureSpec, VisionBackbone, save_part
 from lavi.vision.tower import resized
+
+log = logging.getLogger("lavi")
 
 
 class PairPreprocessing(Preprocessing):
@@ -55,6 +58,18 @@ class PairPreprocessing(Preprocessing):
         return pixels[:, :channels, :height, :width], pixels[:, channels:, :second_height, :second_width]
 
 
+def seen_of_rims(preprocessing: Preprocessing) -> tuple[bool, ...]:
+    """Whether the left rim of a square image is seen, and that of a wide one."""
+    seen = []
+    for size in ((200, 200), (400, 200)):
+        image = Image.new("RGB", size, "black")
+        with torch.device("cpu"):
+            plain = preprocessing(image)
+            image.paste((255, 255, 255), (0, 0, size[0] // 40, size[1]))
+            seen.append(not torch.equal(preprocessing(image), plain))
+    return tuple(seen)
+
+
 class TwoTowers(VisionBackbone):
     """Two backbones side by side, each behind its own preprocessing.
 
@@ -81,6 +96,12 @@ class TwoTowers(VisionBackbone):
             raise UserError(
                 "TwoTowers joins the tokens of two backbones by channels, and only one of them keeps its class token: "
                 "set class_token alike."
+            )
+        if join == "channels" and seen_of_rims(first.preprocessing) != seen_of_rims(second.preprocessing):
+            log.warning(
+                "TwoTowers joins two grids place by place, and the backbones see different parts of an image: one cuts "
+                "off a rim that the other sees. Let both resize alike (of timm: data_config.crop_mode=squash, "
+                "data_config.crop_pct=1.0), or set join=tokens."
             )
         self.first, self.second, self.join = first, second, join
         self.preprocessing = PairPreprocessing(first.preprocessing, second.preprocessing)
