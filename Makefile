@@ -101,7 +101,7 @@ lab: install ## accuracy against cost: every fusion on scenes and videos (hours 
 
 LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
 
-lab-large: install ## large pictures: LaVi and VISOR on all tiles, then with encoders that cost less (four hours on two cores; stopped, it goes on)
+lab-large: install ## large pictures: LaVi and VISOR on all tiles beside concatenation, then with encoders that cost less (five hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
 	$(call lab-features,large_levels,data/lab-large-levels-features)

@@ -284,14 +284,14 @@ def main() -> None:
         args.per_shard = PER_SHARD
     if args.workers < 1 or (args.per_shard is not None and args.per_shard < 1):
         raise UserError("--per-shard and --workers are at least 1.")
-    if args.columns and args.csv is None and args.dataset is None:
-        raise UserError("--columns are those of a --csv or a --dataset, and neither is given.")
     if args.split is not None and args.dataset is None:
         raise UserError(f"--split={args.split} is of a --dataset, and none is given.")
     if not 0 <= args.max_skipped <= 1:
         raise UserError(f"--max-skipped={args.max_skipped:g} is a share, from 0 to 1.")
     args.shard_size = parse_size(args.shard_size) if args.shard_size is not None else None
     args.columns = parse_columns(args.columns)
+    if args.columns and args.csv is None and args.dataset is None:
+        raise UserError("--columns are those of a --csv or a --dataset, and neither is given.")
     pack(args)
 
 

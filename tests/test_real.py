@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,10 @@ def test_the_picture_shows_test_photographs_of_the_kinds_that_are_asked_for(tmp_
         labels = np.arange(6000 if name == "train" else 40, dtype=np.uint8) % len(NAMES)
         pixels = np.full((len(labels), 28, 28), level, np.uint8)
         pixels[:, :, :14] = (20 * labels)[:, None, None]  # the left half tells the kind
-        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
-        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8) + labels.tobytes())
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, len(labels), 28, 28) + pixels.tobytes()
+        )
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(labels)) + labels.tobytes())
     picture = np.asarray(Image.open(io.BytesIO(real.compose(tmp_path))).convert("L"), float)
     half = len(picture) // 2
     lefts, rights = [], []

@@ -415,7 +415,7 @@ def read_batches(module: ImageTextData, count: int) -> list[list[str]]:
     """Keys of the next batches, noted as read the way a trainer notes it."""
 
     class Training:
-        training, global_rank, world_size = True, 0, 1
+        training, global_rank, world_size, accumulate_grad_batches = True, 0, 1, 1
 
     module.trainer = Training()  # type: ignore[assignment]
     keys_of_batches = []

@@ -135,7 +135,7 @@ def test_an_epoch_by_count_goes_on_in_the_next_one(processor: Processor, scenes:
         )
 
         class Training:
-            training, global_rank, world_size = True, 0, 1
+            training, global_rank, world_size, accumulate_grad_batches = True, 0, 1, 1
 
         data.trainer = Training()  # type: ignore[assignment]
         loader = data.train_dataloader()
