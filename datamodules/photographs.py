@@ -75,6 +75,7 @@ CANVASES = (128, 160, 192, 224)
 """Sides of a picture in pixels."""
 PIXELS, LABELS = 16, 8
 """Bytes before the values of an idx file of images and of one of labels."""
+FETCH = "fetch the photographs with `python -m lavi.parts fetch fashion-mnist`, or name their folder with --source."
 
 
 # --- the photographs --------------------------------------------------------------------------------------------------
@@ -99,9 +100,6 @@ def photographs(folder: Path, split: str, seed: int) -> list[np.ndarray[Any, Any
         raise UserError(f"--seed {seed}: photographs are drawn with a seed of 0 or more.")
     order = np.random.default_rng([seed, SPLITS[split]]).permutation(len(labels))
     return [pixels[order[labels[order] == kind]] for kind in range(len(NAMES))]
-
-
-FETCH = "fetch the photographs with `python -m lavi.parts fetch fashion-mnist`, or name their folder with --source."
 
 
 def _read(file: Path, header: int, *shape: int) -> np.ndarray[Any, Any]:
