@@ -134,6 +134,11 @@ class Layout(NamedTuple):
         """How many of the views are tiles."""
         return 0 if self.tiles is None else self.views - 1
 
+    @property
+    def fills_tiles(self) -> bool:
+        """Whether an image covers all of its tiles: it was stretched to them, or its size is not known."""
+        return self.stretched or not all(self.size)
+
     def tokens_of_view(self, per_view: int) -> int:
         """Of the ``per_view`` features of a view, those that are not padding."""
         return per_view if self.grid is None else self.grid[0] * self.grid[1]

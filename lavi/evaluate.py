@@ -46,8 +46,8 @@ def main() -> None:
     words, of_noise = without_overrides(args.noise)
     noise, overrides = deviations_of(words, parser), behind + of_noise
     unused, where = (OF_OWN_SPLIT, "a run's own test split, not with ") if args.tasks else (OF_TASKS, "")
-    if named := [name for name in unused if getattr(args, name) != parser.get_default(name)]:
-        parser.error(f"--{named[0].replace('_', '-')} goes with {where}--tasks")
+    if given := parser.given(args, unused):
+        parser.error(f"{given[0]} goes with {where}--tasks")
     if args.tasks:
         score_tasks(args, folders, overrides, device)
     else:

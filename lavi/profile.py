@@ -21,6 +21,8 @@ from lavi.cli.arguments import Parser, path, whole_number, without_overrides
 from lavi.cli.entry import cli_entry_point
 
 SHOW = ("targets",)
+OF_COUNTING = ("sweep", "at", "text", "measure", "runs", "estimate", "training", "out")
+"""Options that say nothing of what ``--show`` shows."""
 
 
 @cli_entry_point
@@ -89,9 +91,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=path, metavar="FOLDER", help="must not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every recipe")
     args = parser.read()
-    alone = ("sweep", "at", "text", "measure", "runs", "estimate", "training", "out")
-    if args.show and (named := [name for name in alone if getattr(args, name) != parser.get_default(name)]):
-        parser.error(f"--show counts nothing: leave out --{named[0]}")
+    if args.show and (given := parser.given(args, OF_COUNTING)):
+        parser.error(f"--show counts nothing: leave out {given[0]}")
     args.sweep = args.sweep or ["image=384x384,640x480,1024x1024"]
     return args
 

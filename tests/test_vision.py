@@ -811,6 +811,8 @@ def test_the_rim_of_a_tile_is_seen(name: str) -> None:
     assert (seen != black).nonzero()[:, 1].unique().tolist() == [0, 1]
     assert torch.equal(seen[:, 2:], black[:, 2:])
     assert not torch.equal(preprocessing(view)[0], seen)  # an image's rim is cut off
+    larger = preprocessing.of_view(view.resize((2 * width, 2 * height)))[0]  # of the larger of two towers
+    assert not torch.equal(larger[:, 0], black[:, 0])
     two = Image.new("RGB", (2 * width, height), "black")
     two.paste(view, (width, 0))
     (_, first, second), layout = AnyRes(max_grid=2).views(two, preprocessing)

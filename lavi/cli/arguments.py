@@ -42,6 +42,10 @@ class Parser(argparse.ArgumentParser):
             args.overrides = [*args.overrides, *rest]
         return args
 
+    def given(self, args: argparse.Namespace, options: Sequence[str]) -> list[str]:
+        """Those of the ``options`` that have another value than their default, as they are written."""
+        return [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) != self.get_default(name)]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help).")
 

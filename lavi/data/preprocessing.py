@@ -33,7 +33,7 @@ class Preprocessing(ABC):
         """One image to (C, H, W)."""
 
     def of_view(self, view: Image.Image) -> Tensor:
-        """The same of a view of a tiled image, which has this size; its rim is kept where an image's is cut off."""
+        """The same of a view of a tiled image: its rim is kept, also where that of an image is cut off."""
         return self(view)
 
 

@@ -126,9 +126,10 @@ class CASAContext(CrossAttentionContext):
     def for_generation(self, copies: int) -> Self:
         return replace(super().for_generation(copies), images=self.images.repeat_interleave(copies, dim=0))
 
+    def works_in(self, layer: int) -> bool:
+        return str(layer) in self.blocks
+
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        if str(layer) not in self.blocks:  # opened by another fusion on the same language model
-            return call(hidden, **kwargs)
         cache, block = kwargs.get("past_key_values"), cast(WindowAttention, self.blocks[str(layer)])
         keep = None
         if isinstance(cache, LayeredCache):

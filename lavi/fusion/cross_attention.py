@@ -130,8 +130,9 @@ class CrossAttentionContext(ColumnContext):
 
     blocks: nn.ModuleDict
 
+    def works_in(self, layer: int) -> bool:
+        return str(layer) in self.blocks
+
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        if str(layer) not in self.blocks:  # opened by another fusion on the same language model
-            return call(hidden, **kwargs)
         keys_values = (self.visual[f"{layer} key"], self.visual[f"{layer} value"])
         return call(self.blocks[str(layer)](hidden, keys_values, self.seen), **kwargs)

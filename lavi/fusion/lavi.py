@@ -227,9 +227,10 @@ class LaViContext(ColumnContext):
 
     plan: ModulationPlan
 
+    def works_in(self, layer: int) -> bool:
+        return layer in self.plan.norms
+
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
-        if layer not in self.plan.norms:  # opened by another fusion on the same language model
-            return call(hidden, **kwargs)
         with modulated(self.plan.modules(layer), self.plan.deltas(layer, hidden, self.visual, self.seen)):
             return call(hidden, **kwargs)
 

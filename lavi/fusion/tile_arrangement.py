@@ -146,15 +146,12 @@ class TileArrangement(VisualArrangement):
         return nn.functional.interpolate(x[None], shrunk, mode="bilinear")[0]
 
     def kept(self, layout: Layout) -> tuple[Grid, Grid]:
-        """Where the image lies in the grid of its tiles: the first row and column, and how many of each.
-
-        All of them, where it was stretched onto its tiles or its size is not known.
-        """
+        """Where the image lies in the grid of its tiles: the first row and column, and how many of each."""
         assert layout.tiles is not None
         rows, columns = layout.tiles[0] * self.grid[0], layout.tiles[1] * self.grid[1]
-        height, width = layout.size
-        if layout.stretched or not (height and width):
+        if layout.fills_tiles:
             return (0, 0), (rows, columns)
+        height, width = layout.size
         top = left = 0
         # Rounded before it is cut to a whole number: 26.999999999 rows are 27.
         if width / height > columns / rows:

@@ -31,6 +31,13 @@ class VisualContext:
         """The context as ``length`` tokens see it that follow ``past`` cached ones."""
         return self
 
+    def works_in(self, layer: int) -> bool:
+        """Whether :meth:`run_layer` has something to do in a layer: others run as they are.
+
+        Another fusion on the same language model may have opened them.
+        """
+        return True
+
     def run_layer(self, layer: int, call: Callable[..., Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
         """Run decoder layer ``layer`` (``call``) on ``hidden`` (B, T, D); here a method does what it does.
 

@@ -62,7 +62,7 @@ class FusedLayer(nn.Module):
     """What the layer's own forward takes, behind the hidden states."""
 
     def forward(self, hidden_states: Tensor, *args: Any, vision: VisualContext | None = None, **kwargs: Any) -> Tensor:
-        if vision is None:
+        if vision is None or not vision.works_in(self.fused_index):
             return super().forward(hidden_states, *args, **kwargs)
         # Some families hand arguments on by position (GPT-2): a context gets them by name.
         named = dict(zip(self.fused_names, args, strict=False)) | kwargs

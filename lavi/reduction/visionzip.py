@@ -19,8 +19,9 @@ from lavi.config.types import CountOrZero
 from lavi.errors import UserError
 from lavi.reduction.base import Reducer, tokens_at
 from lavi.vision.base import FeatureSpec, VisionBackbone
+from lavi.vision.reduced import REFUSED
 
-PLACED_IN_ATTENTION = ("dinov3", "mlcd", "beit")
+PLACED_IN_ATTENTION = ("dinov3", *REFUSED)
 """Towers of transformers whose attention turns queries and keys by their place, or adds a bias of it."""
 
 

@@ -128,11 +128,11 @@ class HFPreprocessing(Preprocessing):
         self.pixel_shape = self.shapes[0]
 
     def of_view(self, view: Image.Image) -> Tensor:
-        if not getattr(self.image_processor, "do_center_crop", False) or view.size != self.pixel_shape[:0:-1]:
+        if not getattr(self.image_processor, "do_center_crop", False):
             return self(view)
-        kept: Any = {"do_resize": False, "do_center_crop": False}
-        pixels: Tensor = self.image_processor(view.convert("RGB"), return_tensors="pt", **kept)["pixel_values"][0]
-        return pixels
+        whole = view.convert("RGB").resize(self.pixel_shape[:0:-1], self.resample)
+        out = self.image_processor(whole, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return out["pixel_values"][0]  # type: ignore[no-any-return]
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = image if image.mode == "RGB" else image.convert("RGB")

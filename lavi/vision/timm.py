@@ -71,8 +71,6 @@ class TimmPreprocessing(Preprocessing):
         return pixels
 
     def of_view(self, view: Image.Image) -> Tensor:
-        if view.size != self.pixel_shape[:0:-1]:
-            return self(view)
         pixels: Tensor = self.whole(view if view.mode == "RGB" else view.convert("RGB"))
         return pixels
 

@@ -32,8 +32,6 @@ def _tile_extent(layout: Layout, grid: tuple[int, int]) -> tuple[float, float]:
     """Height and width of a tile, in heights and widths of the image, which fills its tiles one way or both."""
     assert layout.tiles is not None
     rows, columns = layout.tiles[0] * grid[0], layout.tiles[1] * grid[1]
-    height, width = layout.size
-    if layout.stretched or not (height and width):  # or its size is not known
-        height, width = rows, columns
+    height, width = (rows, columns) if layout.fills_tiles else layout.size
     scale = min(rows / height, columns / width)
     return grid[0] / (scale * height), grid[1] / (scale * width)
