@@ -3,8 +3,8 @@
     python benchmarks/decode.py --out benchmarks/results/decode.jsonl
 
 A prompt of 50 text tokens and an image of 384 x 384; each way of fusion on one language model, and the language model
-on the text alone, all in turns. Qwen2-7B on a GPU in bf16; elsewhere at reduced size, which gives ratios and no GPU
-figure.
+on the text alone, all in turns. Qwen2-7B on a GPU in bf16; elsewhere a small one and Qwen2-0.5B in fp32, which give
+ratios and no GPU figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fusions_on_one import build, lavi, sizes_for
+from fusions_on_one import PUBLISHED, build, lavi, sizes_for
 from own_records import ends, keep, parser_of, read, with_interval
 
 from lavi.cli.entry import cli_entry_point
@@ -73,7 +73,9 @@ def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[
             turns=turns,
             shortest=shortest_turn(device),
         )
-        about = {"device": device_name(device), "torch": torch.__version__, "width": models["lavi"].language.width}
+        language = models["lavi"].language
+        about = {"device": device_name(device), "torch": torch.__version__}
+        about |= {"layers": len(language.layers), "width": language.width}
     records = []
     for number, (name, way) in enumerate(order):
         own = times[number]["decode"]
@@ -88,11 +90,13 @@ def measure(sizes: dict[str, Any], device: torch.device, *, turns: int) -> list[
 
 def decode_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows."""
-    columns = ["", "way", "ms", "times the bare language model, the same way (interval)", "times eager (interval)"]
+    columns = ["language model", "", "way", "ms"]
+    columns += ["times the bare language model, the same way (interval)", "times eager (interval)"]
     rows = []
     for record in records:
         ratios = [with_interval(record[of]) for of in ("of_bare", "of_eager")]
-        rows.append([record["fusion"], record["way"], f"{record['milliseconds']:.2f}", *ratios])
+        size = f"{record['layers']} layers, {record['width']} wide"
+        rows.append([size, record["fusion"], record["way"], f"{record['milliseconds']:.2f}", *ratios])
     return columns, rows
 
 
@@ -103,7 +107,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models")
     args = read(parser)
     device = device_of("auto")
-    records = keep(measure(sizes_for(device, small=args.small), device, turns=args.turns), args.out)
+    sizes = [sizes_for(device, small=args.small)]
+    if device.type == "cpu" and not args.small:
+        sizes.append(PUBLISHED)
+    records = keep((record for one in sizes for record in measure(one, device, turns=args.turns)), args.out)
     console().print(table(f"One more token; {records[0]['device']}", *decode_table(records)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import QWEN2_7B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
+from sizes import QWEN2_05B, QWEN2_7B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 
 from datamodules.tokenizer import train_tokenizer
 from lavi.data.tiling import Tiling
@@ -23,6 +23,8 @@ from lavi.nn.delta_generators import DeltaGenerator
 
 FULL: dict[str, Any] = {"vision": SIGLIP_SO400M, "language": QWEN2_7B, "dtype": "bfloat16"}
 REDUCED: dict[str, Any] = {"vision": SMALL_SIGLIP, "language": SMALL_QWEN2, "dtype": "float32"}
+PUBLISHED: dict[str, Any] = REDUCED | {"language": QWEN2_05B}
+"""A language model of a published size, which a CPU can still time where only it works: when one more token is made."""
 TINY: dict[str, Any] = {
     "vision": SMALL_SIGLIP | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     "language": SMALL_QWEN2 | {"hidden_size": 32, "intermediate_size": 64},

@@ -7,6 +7,8 @@ test spawns a new interpreter, or starts a command as users do.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -107,6 +109,7 @@ def _command(module: str, arguments: list[str]) -> None:
 
 def _inside(run: Callable[[], object], said: Path, environment: dict[str, str], workers: str) -> None:
     """``workers``: how data workers start, which in a spawned process would be spawned."""
+    gc.freeze()  # garbage of the parent is the parent's: to end its threads, which are not here, crashes or hangs
     multiprocessing.set_start_method(workers, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.getLogger().handlers.clear()  # pytest's, which would keep what is logged
@@ -117,4 +120,5 @@ def _inside(run: Callable[[], object], said: Path, environment: dict[str, str], 
         file = (said / name).open("w", buffering=1)
         os.dup2(file.fileno(), number)
         setattr(sys, f"std{name}", file)
+    faulthandler.enable()  # of a crash, `err` says where
     run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def mesh() -> Iterator[Any]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
+    gc.collect()  # its threads end now, and not in a process that is forked later
 
 
 @pytest.mark.parametrize("method", ["generate", "prefill", "with_backbone_features"])
