@@ -6,7 +6,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab lab-large tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab lab-variants lab-large tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -90,14 +90,22 @@ LAB_SCENES := --train 40000 --validation 400 --test 1600 --turns 8 --even
 LAB_VIDEOS := --train 24000 --validation 200 --test 1600 --turns 6
 lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits train validation test
 
-lab: install ## accuracy against cost: every fusion on scenes and videos (hours on two cores; stopped, it goes on)
+lab = $(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
+
+lab: install ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (four hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,lavi,data/lab-features)
-	$(call lab-features,merged,data/lab-merged-features)
 	$(call lab-features,video_lavi,data/lab-videos-features)
-	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --processes 2
-	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --time --picture docs/lab.png
+	$(lab) --processes 2
+	$(lab) --time --picture docs/lab.png
+
+lab-variants: install ## what varies them: generators, targets, reducers, towers that merge tokens (five hours on two cores; stopped, it goes on)
+	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
+	$(call lab-features,lavi,data/lab-features)
+	$(call lab-features,merged,data/lab-merged-features)
+	$(lab) --part variants --processes 2
+	$(lab) --time --picture docs/lab.png
 
 LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
 
@@ -105,7 +113,7 @@ lab-large: install ## large pictures: LaVi and VISOR on all tiles beside concate
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
 	$(call lab-features,large_levels,data/lab-large-levels-features)
-	$(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl --large
+	$(lab) --part large
 	$(BIN)/python benchmarks/hybrids.py --out benchmarks/results/hybrids.jsonl --picture docs/hybrids.png
 
 tensorboard: install ## look at all runs

@@ -1,6 +1,7 @@
 """How well does each fusion answer, for what it costs? Trained on the built-in scenes and videos, with several seeds.
 
-    make lab                                                            all of it; stopped, it goes on
+    make lab                                                            fusions; stopped, it goes on
+    make lab-variants                                                   what varies them, and reducers
     python benchmarks/lab.py --out benchmarks/results/lab.jsonl --methods concatenation LaVi --seeds 0
 
 Each method trains from the same tower on the same data (recipes/lab), and is scored on held-out ones: easy and hard
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lab_methods import METHODS, ROUTER, RUN, method_of_variant, variants_of
+from lab_methods import METHODS, PARTS, ROUTER, RUN, method_of_variant, part_of, variants_of
 from lab_results import (
     DATA,
     NOISE,
@@ -167,8 +168,8 @@ def _model(record: Record) -> Any:
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="None: all but those of large pictures")
-    parser.add_argument("--large", action="store_true", help="without --methods: all those of large pictures")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone; None: all those of --part")
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="without --methods: the part of the lab")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: those that each method has")
     parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
@@ -176,13 +177,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
-    names = args.methods or [name for name, method in METHODS.items() if DATA[method.data].large == args.large]
-    if unknown := [name for name in names if name not in METHODS]:
+    if unknown := [name for name in args.methods or () if name not in METHODS]:
         raise UserError(f"the lab has no method '{unknown[0]}': {nearest(unknown[0], METHODS)}")
+    runs = plan(args.methods or list(METHODS), args.seeds, args.shares)
+    if not args.methods:
+        runs = [run for run in runs if part_of(run[0], run[2]) == args.part]
     device = device_of(args.device)
     there = known(args.out)
     with helpers(0 if args.time else args.processes - 1):
-        for name, seed, share in plan(names, args.seeds, args.shares):
+        for name, seed, share in runs:
             there |= known(args.out)
             if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
                 there = written({key_of(one): one for one in run_once(name, seed, share, device)}, there, args.out)

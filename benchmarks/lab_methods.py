@@ -201,6 +201,18 @@ METHODS |= {
 """Methods of :data:`METHODS` with encoders that they were not trained with."""
 
 
+PARTS = ("fusions", "variants", "large")
+"""Of the lab, each for an evening: fusions with all their steps, what varies them, and large pictures."""
+FUSIONS = ("concatenation", "LaVi", "cross-attention", "VISOR", "concatenation of frames", "LaVi of frames")
+
+
+def part_of(name: str, share: float) -> str:
+    """The part of the lab, one of :data:`PARTS`, that a method with this share of its steps belongs to."""
+    if DATA[METHODS[name].data].large:
+        return "large"
+    return "fusions" if name in FUSIONS and share >= 1.0 else "variants"
+
+
 def variants_of(name: str) -> list[str]:
     """What a method is scored as."""
     return [variant for variant, _ in METHODS[name].variants] or [name]

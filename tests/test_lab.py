@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import answering, small
 from lab import RECIPES, key_of, plan, slug
-from lab_methods import METHODS, SEEDS, Method, ablation, variants_of
+from lab_methods import FUSIONS, METHODS, PARTS, SEEDS, Method, ablation, part_of, variants_of
 from lab_results import (
     DATA,
     LabData,
@@ -88,6 +88,17 @@ def test_every_method_comes_once_before_any_comes_again() -> None:
     assert order == sorted(order)
     assert max(order) == max(SEEDS)
     assert plan(["LaVi"], [4], [0.25]) == [("LaVi", 4, 0.25)]
+
+
+def test_each_run_is_in_one_part_of_the_lab() -> None:
+    """The first has each fusion with all its steps, and its baseline on the same data; large pictures are apart."""
+    parts = {(name, share): part_of(name, share) for name, _, share in plan(list(METHODS), None, None)}
+    assert set(parts.values()) == set(PARTS)
+    assert [name for (name, _), part in parts.items() if part == "fusions"] == list(FUSIONS)
+    assert parts["LaVi", 1.0] == "fusions"
+    assert parts["LaVi", 0.4] == "variants"
+    assert {DATA[METHODS[name].data].baseline for name in FUSIONS} <= set(FUSIONS)
+    assert all((part == "large") == ("large" in METHODS[name].recipe) for (name, _), part in parts.items())
 
 
 def test_records_are_told_apart_and_drawn(tmp_path: Path) -> None:
@@ -185,14 +196,16 @@ def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     assert status == 0, problems
     assert "scenes, controls" in out
     assert tiny_lab()[0] == 0
+    assert {r.knobs["share"] for r in read_records(Path("lab.jsonl"))[1:]} == {1.0}
+    assert tiny_lab("--part", "variants")[0] == 0
     records = read_records(Path("lab.jsonl"))
     assert [(r.knobs["method"], r.knobs["steps"]) for r in records] == [
         ("LaVi, shift alone", 2),
         ("concatenation", 6),
-        ("LaVi, as it is", 3),
-        ("LaVi, late", 3),
         ("LaVi, as it is", 6),
         ("LaVi, late", 6),
+        ("LaVi, as it is", 3),
+        ("LaVi, late", 3),
     ]
     assert {name for r in records for name in r.controls} == {
         "shuffled images",
@@ -206,7 +219,7 @@ def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     assert status == 0, problems
     assert (tmp_path / "lab.png").is_file()
     assert sum("prefill" in r.milliseconds for r in read_records(Path("lab.jsonl"))) == 4  # of each the longest
-    assert tiny_lab()[0] == 0
+    assert tiny_lab()[0] == tiny_lab("--part", "variants")[0] == 0
     assert trained == []
     file = tmp_path / "tiny.yaml"
     file.write_text(file.read_text().replace("batch_size: 4", "batch_size: 2"))
