@@ -18,13 +18,14 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from PIL import Image
 
 from datamodules.formats.entries import natural_order
 from datamodules.formats.files import allow_long_cells, load_json, read_head, reading
 from datamodules.formats.frames import OpenedWhenAsked, from_frames
+from datamodules.formats.options import Options, right_letter
 from datamodules.shards.read import IMAGE_TYPES
 from lavi.batch import Sample, Video, Visual
 from lavi.config.files import sha256_of
@@ -36,16 +37,8 @@ from lavi.errors import UserError, nearest, one_line
 from lavi.evaluation.tasks import QuestionSource, UnreadableError
 
 Record = dict[str, Any]
-LETTERS = string.ascii_uppercase
 NUMBER = "#"
 """The field with the number of a question, from 0; ``file`` and ``folder`` are added, too, where it has none."""
-
-
-class Parts(NamedTuple):
-    """A question's lettered options, and the letter of the right one."""
-
-    options: list[str]
-    letter: str
 
 
 class QuestionFile(QuestionSource):
@@ -62,6 +55,7 @@ class QuestionFile(QuestionSource):
         key: the field that is the same in a question and its annotation; ``annotations_key``: its name in these.
         where: only records whose fields have these values; true: any, but not nothing.
         prompt: template of the question; ``{options}`` are the options, lettered, one a line.
+        without: words that are left out of the prompt, such as an instruction that the published questions end in.
         answer: path to the true answer, or to all of them.
         answer_is: of questions with options, what the answer is: a letter, the number of an option from 0, or its text.
         options: path to the list of options, or the fields that are one each; of these, empty ones are none.
@@ -97,6 +91,7 @@ class QuestionFile(QuestionSource):
         key: str = "question_id",
         annotations_key: str | None = None,
         where: dict[str, Any] | None = None,
+        without: str | None = None,
         options: str | list[str] | None = None,
         image: str | list[str] | None = None,
         images: str = ".",
@@ -114,7 +109,7 @@ class QuestionFile(QuestionSource):
         self.file, self.within, self.prompt, self.answer, self.answer_is = file, within, prompt, answer, answer_is
         self.annotations, self.annotations_within = annotations, annotations_within
         self.key, self.annotations_key = key, annotations_key or key
-        self.where, self.options = where or {}, options
+        self.where, self.without, self.options = where or {}, without, options
         self.image, self.images = image, images
         self.video, self.clip, self.frames = video, clip, frames or FrameSampling()
         self.frames_per_second, self.copies_apart = frames_per_second, copies_apart
@@ -148,10 +143,11 @@ class QuestionFile(QuestionSource):
         return " ".join(sha256_of(file)[:16] for name in names for file in _files(folder, name))
 
     def sample(self, record: Record, folder: Path) -> Sample:
-        parts = self._options(record)
-        shown = "" if parts is None else _lettered(parts.options)
-        text = _filled(self.prompt, record if self.options is None else record | {"options": shown}).strip()
-        references = self._references(record) if parts is None else _of_letter(parts)
+        options = self._options(record)
+        shown = {} if self.options is None else {"options": "" if options is None else options.shown()}
+        text = _filled(self.prompt, record | shown)
+        text = (text.replace(self.without, "") if self.without else text).strip()
+        references = self._references(record) if options is None else options.references()
         answer = {"role": "assistant", "content": references[0], "references": references}
         answer |= {"family": _filled(self.family, record), "level": self._level(record)}
         words = {"type": "text", "text": text}
@@ -176,7 +172,7 @@ class QuestionFile(QuestionSource):
             raise UserError(f"question {record[NUMBER]} has no '{self.answer}': leave it out by 'where'.")
         return found
 
-    def _options(self, record: Record) -> Parts | None:
+    def _options(self, record: Record) -> Options | None:
         """The options of a question; None: it has none."""
         if self.options is None:
             return None
@@ -184,11 +180,11 @@ class QuestionFile(QuestionSource):
             listed = _listed(_field(record, self.options, self.file))
         else:
             listed = [_field(record, name, self.file) for name in self.options]
-        options = ["" if _is_nothing(one) else str(one) for one in listed]
-        while options and not options[-1]:  # before others an empty one keeps its letter
-            options.pop()
+        texts = ["" if _is_nothing(one) else str(one) for one in listed]
+        while texts and not texts[-1]:  # before others an empty one keeps its letter
+            texts.pop()
         answer = _field(record, self.answer, self.file)
-        return Parts(options, _letter(answer, options, self.answer_is)) if options else None
+        return Options(texts, right_letter(answer, texts, self.answer_is)) if texts else None
 
     def _named_images(self, record: Record) -> list[Any]:
         """The names of a question's images, or what holds them."""
@@ -259,6 +255,8 @@ def _json(file: Path, within: str | None) -> Iterator[Record]:
         return
     if within is not None:
         content = _field(content, within, str(file))
+    elif isinstance(content, dict) and _is_lines(file) and len({type(value) for value in content.values()}) > 1:
+        content = [content]  # JSON lines, of which there is one: a mapping has values of one kind
     if isinstance(content, dict):
         content = [
             {"key": key} | (value if isinstance(value, dict) else {"value": value}) for key, value in content.items()
@@ -283,9 +281,12 @@ def _lines(file: Path) -> Iterator[Record]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    record = json.loads(line)
                 except ValueError as error:
                     raise UserError(f"{file}:{number} is not JSON ({error}).") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{file}:{number} is no record with fields: {line.strip()[:60]}")
+                yield record
 
 
 def _table(file: Path, delimiter: str) -> Iterator[Record]:
@@ -370,43 +371,6 @@ def _is(record: Record, name: str, wanted: Any, where: str) -> bool:
 
 def _is_nothing(value: Any) -> bool:
     return value is None or value == "" or value == [] or value != value or value == "nan"
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-def _lettered(options: Sequence[str]) -> str:
-    """``A. a cat`` and so on, one a line; options that have letters already keep them."""
-    lettered = [(letter, option) for letter, option in zip(LETTERS, options, strict=False) if option]
-    if all(option.startswith(f"{letter}. ") for letter, option in lettered):
-        return "\n".join(option for _, option in lettered)
-    return "\n".join(f"{letter}. {option}" for letter, option in lettered)
-
-
-def _letter(answer: Any, options: Sequence[str], answer_is: str) -> str:
-    """The letter of the right option.
-
-    Raises:
-        UserError: the answer names none of them.
-    """
-    text = str(answer).strip()
-    texts = dict(zip(LETTERS, (option.strip() for option in options), strict=False))
-    letter = ""
-    if answer_is == "index" and text.isdigit() and int(text) < len(texts):
-        letter = LETTERS[int(text)]
-    elif answer_is == "letter":
-        letter = text.upper()
-    elif answer_is == "text":
-        letter = next((one for one, of in texts.items() if of == text), "")
-    if texts.get(letter):
-        return letter
-    raise UserError(f"the answer {answer!r} is no {answer_is} of the options {', '.join(map(repr, options))}.")
-
-
-def _of_letter(parts: Parts) -> list[str]:
-    """The right letter, and the option's text, without a letter of its own."""
-    text = parts.options[LETTERS.index(parts.letter)]
-    return [parts.letter, text.removeprefix(f"{parts.letter}. ")]
 
 
 # --- images and videos ------------------------------------------------------------------------------------------------

@@ -219,6 +219,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(
     ("change", "words"),
     [
         ("module.learning_rate.fusion=1e-5", "module.learning_rate cannot change"),
+        ("module.learning_rate={language: 1e-3, fusion: 1e-3}", "module.learning_rate cannot change"),
         ("module.weight_decay=0.3", "module.weight_decay cannot change"),
         (
             "module.muon=2.0",
@@ -281,6 +282,12 @@ def test_a_start_that_does_not_fit_is_refused(train, capsys: pytest.CaptureFixtu
         "model.fusion.per_target=true",
         words="has trained 'model.fusion.generators.1.",
     )
+    other = LORA.replace("rank: 4", "rank: 4, alpha: 8")
+    refused("module.start_from=one", other, words="has adapters of lora.alpha=256 at lora.rank=4")
+    assert train("one", other, "trainer.max_steps=3", options=("--resume",)) == 2
+    assert "would be another model" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"lora\.alpha=256"):
+        load_run(Path("one"), overrides=[other])
 
 
 def test_what_another_recipe_made_is_refused(train, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import transformers
 from conftest import TOWER, ask, collate, small
 from families import QWEN2
 from packaging.version import Version
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 import lavi.loading.compressed as compressed
 from lavi.checkpoints.model_folder import build, from_pretrained, save_pretrained
+from lavi.checkpoints.trained_weights import TRAINED
 from lavi.efficiency.flops import language_flops
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
@@ -221,6 +223,25 @@ def test_quantized_weights_stay_near_and_frozen(checkpoint: str, quantization: A
         fewer.save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match="stay frozen: leave 'language' out"):
         VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language.hf.model.norm": 1e-3})
+
+
+@pytest.mark.parametrize("names", [["model.fusion.x"], ["model.fusion.x", "model.language.hf.y"]])
+def test_a_start_that_leaves_quantized_weights_alone(
+    checkpoint: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trained the fusion alone is one."""
+    language = LanguageModel(checkpoint, quantization="bitsandbytes-8bit")
+    parts = {"vision": HFVision(config=TOWER), "language": language, "fusion": LaViFusion(every=2, generator=small())}
+    model = VisionLanguageModel(**parts, chat_template="chatml")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / TRAINED)
+    monkeypatch.setattr("lavi.training.module.load_start", lambda module, run: set(names))
+    module = VisionLanguageModule(model, learning_rate={"fusion": 1e-3}, start_from=str(tmp_path))
+    if len(names) == 1:
+        module.load_start()
+        assert module.inherited == set(names)
+    else:
+        with pytest.raises(UserError, match="would write into quantized weights"):
+            module.load_start()
 
 
 def test_what_cannot_be_quantized_is_refused(checkpoint: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,9 @@ def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain
         ("A cat.", None),
         ("option C or option D", None),
         ("(A) or (B)", None),
+        ("option A is wrong; B", "B"),
+        ("The answer is not here. Option C is incorrect.", None),
+        ("C.\nBecause (A) and (B) are wrong", "C"),
         ("", None),
         ("a cat", None),
         ("Both", None),
@@ -305,7 +310,10 @@ def test_a_judge_works_where_its_process_does(monkeypatch: pytest.MonkeyPatch) -
         return lambda messages, **_: [{"generated_text": "yes, 5"}]
 
     monkeypatch.setattr("transformers.pipeline", pipeline)
-    assert LanguageModelJudge(source="a").judge("what?", "red", "red") == Verdict(True, 5)
+    monkeypatch.setattr(judged_module, "_text_generation", cache(judged_module._text_generation.__wrapped__))
+    judge = LanguageModelJudge(source="a")
+    for one in (judge, deepcopy(judge), LanguageModelJudge(source="a")):  # of several tasks, and of controls
+        assert one.judge("what?", "red", "red") == Verdict(True, 5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     LanguageModelJudge(source="a").judge("what?", "red", "red")

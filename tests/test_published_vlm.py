@@ -405,6 +405,23 @@ def test_a_run_starts_from_it(tmp_path: Path, tokenizer: str) -> None:
         start_from_vlm(lavi, folder)
 
 
+def test_a_head_of_its_own_is_no_start_for_a_tied_one(tmp_path: Path, tokenizer: str) -> None:
+    folder = str(write_vlm("llava", tmp_path / "checkpoint", tokenizer))
+    own = published_vlm(folder)
+    config = own.language.hf.config.to_diff_dict() | {"model_type": "llama"}
+    config = {key: value for key, value in config.items() if key not in ("dtype", "transformers_version")}
+
+    def model(*, tied: bool) -> VisionLanguageModel:
+        language = LanguageModel(config=config | {"tie_word_embeddings": tied}, tokenizer=folder)
+        return VisionLanguageModel(
+            vision=HFVision(folder, layer=-2), language=language, fusion=LaViFusion(every=2), chat_template="chatml"
+        )
+
+    assert start_from_vlm(model(tied=False), folder)
+    with pytest.raises(UserError, match=r"set model\.language\.config\.tie_word_embeddings=false"):
+        start_from_vlm(model(tied=True), folder)
+
+
 def test_a_checkpoint_of_transformers_is_loaded_as_a_run_is(tmp_path: Path, tokenizer: str) -> None:
     folder = write_vlm("llava", tmp_path / "checkpoint", tokenizer)
     model = load(folder)

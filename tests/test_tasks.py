@@ -39,7 +39,7 @@ ANSWERS: dict[str, list[tuple[str, list[str], str]]] = {
     "vizwiz": [("'Unanswerable'.\nAnswer the question using a single word or phrase.", ["unanswerable"] * 10, "other")],
     "textvqa": [("what does it say?\nAnswer the question using a single word or phrase.", ["stop"] * 10, "all")],
     "pope": [("Is there a dog?\nAnswer the question using a single word or phrase.", ["no"], "coco_pope_random")],
-    "mme": [("answer yes or no.\nAnswer the question using a single word or phrase.", ["No"], "count")],
+    "mme": [("Is it 2?\nAnswer the question using a single word or phrase.", ["No"], "count")],
     "scienceqa": [("Which?\nA. iron\nB. wood\nAnswer with the option's letter", ["B", "wood"], "natural science")],
     "mmbench": [("Which?\nA. wood\nB. iron\nAnswer with the option's letter", ["A", "wood"], "nature")],
     "seed": [("A. one\nB. two\nC. three\nD. four\nAnswer", ["C", "three"], "1")],
@@ -338,11 +338,23 @@ def test_batches_do_not_change_an_answer(build: Any, colours: Path) -> None:
 
 
 def test_what_was_answered_is_not_answered_again(run: Any, trained: Path, colours: Path) -> None:
+    """What could not be asked is, when its picture has come."""
     _, file = evaluate(run, colours)
+    before = file.read_text()
+    printed, _ = evaluate(run, colours)
+    assert "answered before" not in printed
+    assert file.read_text() == before
+    pictures(colours / "tasks" / "colours", "6.jpg")
+    printed, _ = evaluate(run, colours)
+    assert "could not be asked" not in printed
+    answers = {line for line in file.read_text().splitlines() if '"error": ""' in line}
+    assert len(answers) == 22
+    assert answers > {line for line in before.splitlines() if '"error": ""' in line}
     before = file.read_text()
     printed, _ = evaluate(run, colours)
     assert "answered before" in printed
     assert file.read_text() == before
+    assert not list(file.parent.glob("*.part-*"))
     status, _, problems = run(
         "lavi.evaluate", "--checkpoint", "out", "--tasks", colours / "colours.yaml", "--data", colours / "tasks",
         "--out", "scored", "--no-timing", "--limit", 4,
@@ -451,6 +463,15 @@ def test_routes_are_kept_with_an_answer_that_is_not_given_again(
     assert [one.index for one in answered if one.error] == [6, 13, 20]
     assert not any(one.routes for one in answered if one.error)
     assert routes_of(answered) == {"one": 19}
+
+
+def test_tasks_of_one_name_would_share_a_file(run: Any, trained: Path, colours: Path) -> None:
+    task = str(colours / "colours.yaml")
+    status, _, problems = run(
+        "lavi.evaluate", "--checkpoint", "out", "--tasks", task, task, "--data", colours / "tasks"
+    )
+    assert status == 2
+    assert "two tasks are called 'colours'" in problems
 
 
 def test_another_prompt_is_another_task(run: Any, trained: Path, colours: Path) -> None:

@@ -198,7 +198,7 @@ class KeepRun(Checkpoint):
             UserError: the recipe changes what the optimizer's state brings back as it was.
         """
         before, now = (_of_optimizer(text) for text in (checkpoint["recipe"], self.recipe.yaml()))
-        if changed := [key for key in before | now if before.get(key) != now.get(key)]:
+        if changed := [key for key in before | now if not _same(before.get(key), now.get(key))]:
             raise UserError(
                 f"--resume goes on with the run's own optimizer, and module.{changed[0]} cannot change (it was "
                 f"{before.get(changed[0])}): begin anew from its weights with module.start_from={self.folder}."
@@ -241,6 +241,11 @@ class KeepRun(Checkpoint):
         if self.saved_step != trainer.global_step:
             return f"interrupted after step {trainer.global_step}. {self.what_is_safe()}"
         return f"stopped at step {self.saved_step}, saved. Go on with: python -m lavi.fit --resume {self.folder}"
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two settings are the same; rates in the same order, too, which is that of the optimizer's groups."""
+    return bool(before == now) and (not isinstance(now, dict) or list(before) == list(now))
 
 
 def _of_optimizer(recipe: str) -> dict[str, Any]:

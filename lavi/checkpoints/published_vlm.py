@@ -127,6 +127,14 @@ def start_from_vlm(model: VisionLanguageModel, source: str) -> set[str]:
     language = language_model_of(vlm, dtype=vlm.dtype, attention="sdpa").state_dict()
     language = {f"language.hf.{name}": tensor for name, tensor in language.items()}
     state = tower | language | (connector if isinstance(model.fusion, ConcatFusion) else {})
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        one, other = (state.get(original_name(of)) for of in (first[id(parameter)], name))
+        if one is not None and other is not None and not torch.equal(one, other):
+            raise UserError(
+                f"'{source}' is no start for this model: its {name} is a weight of its own, and here one with "
+                f"{first[id(parameter)]}: set model.language.config.tie_word_embeddings=false."
+            )
     changed = set()
     for name, parameter in model.named_parameters():
         tensor, halves = state.get(original_name(name)), name.startswith(("vision.", "language."))

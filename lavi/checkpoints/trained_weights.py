@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lavi.checkpoints.weight_files import check_compatible, check_shape, load_into, open_safetensors
 from lavi.errors import UserError, nearest
-from lavi.language.lora import original_name
+from lavi.language.lora import LoRA, original_name
 
 log = logging.getLogger("lavi")
 TRAINED = "trained.safetensors"
@@ -85,6 +86,7 @@ def load_trained(module: nn.Module, file: Path) -> None:
         UserError: no such file, not readable, or of another recipe: names or shapes differ.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
+        _check_strength(module, weights, file)
         tensors = _named_as_in(set(weights.keys()), _saved_in(module, weights))
         load_into(tensors, weights, file, reason="belongs to another recipe")
 
@@ -110,6 +112,7 @@ def check_trained(module: nn.Module, file: Path, *, ranks: str) -> None:
         UserError: as :func:`load_trained`, or the run was trained by other ``ranks``.
     """
     with open_safetensors(file, instead=NO_RUN) as weights:
+        _check_strength(module, weights, file)
         check_compatible(_saved_in(module, weights), weights, file, reason="belongs to another recipe")
         theirs = _header(weights).get(RANKS, ranks)
     if theirs != ranks:
@@ -142,19 +145,48 @@ def _header(weights: Any) -> dict[str, str]:
     return weights.metadata() or {}
 
 
+def _check_strength(module: nn.Module, weights: Any, file: Path) -> None:
+    """Adapters are scaled by alpha / r: those of another alpha would be another model.
+
+    Raises:
+        UserError: the run that wrote the file had another alpha / r than ``module`` has.
+    """
+    recipe = _header(weights).get("recipe")
+    if recipe is None or not any(".lora_" in name for name in weights.keys()):  # noqa: SIM118
+        return
+    from peft.tuners.lora import LoraLayer
+
+    model = yaml.safe_load(recipe)["model"]
+    lora = LoRA.of(model.get("lora") or model.get("language", {}).get("lora") or {})
+    ours = {layer.scaling["default"] for layer in module.modules() if isinstance(layer, LoraLayer)}
+    if ours and ours != {lora.alpha / lora.rank}:
+        raise UserError(
+            f"{file.parent} has adapters of lora.alpha={lora.alpha:g} at lora.rank={lora.rank}; with another alpha "
+            "they would be another model: set the same."
+        )
+
+
+def has_language(run: Path) -> bool:
+    """Whether a run's weights have any of its language model besides adapters."""
+    with open_safetensors(run / TRAINED, instead=NO_RUN) as weights:
+        return any(".language." in f".{name}" and ".lora_" not in name for name in weights.keys())  # noqa: SIM118
+
+
 def load_start(module: nn.Module, run: Path) -> set[str]:
     """Load the weights of another run into ``module``; the names of what was loaded.
 
     Adapters do not matter to the names: a run that trained a language model is a start for adapters around it.
 
     Raises:
-        UserError: not a run folder, or ``module`` has no such parameter, or one of another shape.
+        UserError: not a run folder, or ``module`` has no such parameter, or one of another shape, or adapters of
+            another strength.
     """
     state = dict(module.named_parameters()) | saved_buffers(module)
     own = {original_name(name): (name, tensor) for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     file = run / TRAINED
     with open_safetensors(file, instead=": give module.start_from a run folder of `python -m lavi.fit`") as weights:
+        _check_strength(module, weights, file)
         for name in weights.keys():  # noqa: SIM118
             stands = original_name(name)
             if stands not in own:  # the tower may have a backbone around it now

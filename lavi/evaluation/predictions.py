@@ -131,6 +131,12 @@ class PredictionFile:
         for file in self._parts():
             file.unlink()
 
+    def reopen(self) -> None:
+        """Make a part of the whole file, if there is one: what could not be asked is asked again."""
+        if self.is_complete:
+            self.part(0).add(self.answered())
+            self.file.unlink()
+
     def discard(self) -> None:
         """Remove what was answered so far."""
         for file in [self.file, *self._parts()]:

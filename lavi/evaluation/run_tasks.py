@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,23 +73,28 @@ def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) ->
         UserError: no such run or task, its files are missing, or a file cannot be written.
     """
     tasks = [Task.load(name) for name in names]
+    called = [task.name for task in tasks]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise UserError(f"two tasks are called '{twice[0]}': their answers would lie in one file.")
     for task in tasks:  # before a model is loaded
         next(iter(task.questions.records(settings.data / task.name)))
     names = run_names(runs)
     folders = [_folder_of(run, name, settings.out) for run, name in zip(runs, names, strict=True)]
-    scored = [_score_run(*one, tasks, settings) for one in zip(runs, names, folders, strict=True)]
-    records = [one.record for of_run in scored for one in of_run]
+    scored: list[list[ScoredTask]] = [[] for _ in runs]
     try:
+        for run, name, folder, of_run in zip(runs, names, folders, scored, strict=True):
+            for one in _score_run(run, name, folder, tasks, settings):
+                of_run.append(one)
         if settings.timing:
             for of_task in zip(*scored, strict=True):
                 timing = partial(track, description=f"{of_task[0].task.name}: timing in turns")
                 measure([one.measurement for one in of_task], device=settings.device, track=timing)
-    finally:  # what was scored is kept, whatever the timing comes to
+    finally:  # what was scored is kept, whatever the next task or the timing comes to
         for folder, of_run in zip(folders, scored, strict=True):
             write_records([one.record for one in of_run], folder / RECORDS)
     for of_task in zip(*scored, strict=True):
         _print_table(of_task)
-    return records
+    return [one.record for of_run in scored for one in of_run]
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
@@ -121,12 +126,13 @@ def _folder_of(run: Path, name: str, out: Path | None) -> Path:
 # --- one run, one task ------------------------------------------------------------------------------------------------
 
 
-def _score_run(run: Path, name: str, folder: Path, tasks: Sequence[Task], settings: Settings) -> list[ScoredTask]:
+def _score_run(run: Path, name: str, folder: Path, tasks: Sequence[Task], settings: Settings) -> Iterator[ScoredTask]:
     """All tasks of a run; its model is gone at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / RECORDS)
     recipe, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
-    return [_score(run, name, recipe, model, task, folder, settings) for task in tasks]
+    for task in tasks:
+        yield _score(run, name, recipe, model, task, folder, settings)
 
 
 def _score(
@@ -190,9 +196,10 @@ def _answers(
 ) -> list[Answered]:
     """All answers: those of before, and what was left to answer."""
     before = kept.answered()
-    if kept.is_complete:
+    if kept.is_complete and not any(one.error for one in before):
         console().print(f"{run_name(run)}, {task.name}: answered before ({kept.file})")
         return before
+    kept.reopen()
     folder = settings.data / task.name
     total = task.questions.count(folder, settings.limit)
     done = {one.index for one in before if not one.error}  # a picture that was missing may be there now
@@ -212,9 +219,10 @@ def _answers(
             )
         elif len(done) < total:
             start = processes.spawn  # type: ignore[attr-defined]
+            earlier = kept.lines()
             started = start(_answer_share, (run, task, kept, done, settings), nprocs=settings.processes, join=False)
             while not started.join(timeout=1.0):
-                report_done(min(total, len(done) + settings.batch_size * kept.lines()))
+                report_done(min(total, len(done) + settings.batch_size * (kept.lines() - earlier)))
     return kept.answered()
 
 

@@ -25,6 +25,8 @@ _NAMED = re.compile(rf"{_NAME}\b(?:([B-HJ-Z])\b(?!')|([AI])\b(?!'){_NO_NOUN})|\b
 """*A* and *I* are words, too: *The answer is A cat.* names none, *The answer is A.* does."""
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _EMPHASIS = str.maketrans("", "", "*`")
+_NOT = re.compile(rf"{_NAME}\b[A-Z]\b\)?\s+(?:is|are|was)\s+(?:not|wrong|incorrect|false)\b")
+"""An option that is refused, and not chosen."""
 
 
 def option_letter(answer: str) -> str | None:
@@ -32,8 +34,10 @@ def option_letter(answer: str) -> str | None:
 
     None if it names none, or several: nothing is guessed, and the first word of *A cat.* is no letter.
     """
-    answer = answer.translate(_EMPHASIS)
-    if any(form.search(answer) for form in _SEVERAL) or len(set(_IN_BRACKETS.findall(answer))) > 1:
+    answer = _NOT.sub("", answer.translate(_EMPHASIS))
+    if any(form.search(answer) for form in _SEVERAL):
+        return None
+    if not _FIRST.search(answer) and len(set(_IN_BRACKETS.findall(answer))) > 1:
         return None
     for form in (_ALONE, _FIRST, _NAMED, _IN_BRACKETS):
         letters = {next(filter(None, found.groups())).upper() for found in form.finditer(answer)}

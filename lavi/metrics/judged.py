@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +57,14 @@ _GRADE = re.compile(r"(?<![\d.])(?:[0-4](?:\.\d+)?|5(?:\.0+)?)(?!\.?\d)")
 _OUT_OF = re.compile(r"(?:/|\bout of)\s*5\b", re.IGNORECASE)
 
 
+@cache
+def _text_generation(source: str, device: int) -> Any:
+    """A judge's model on a device: one for all tasks and all copies of a metric that name it."""
+    from transformers import pipeline
+
+    return pipeline("text-generation", model=source, device=device)
+
+
 class LanguageModelJudge(Judge):
     """A language model on this machine.
 
@@ -65,7 +74,6 @@ class LanguageModelJudge(Judge):
 
     def __init__(self, *, source: str) -> None:
         self.source = source
-        self._pipeline: Any = None
 
     @property
     def name(self) -> str:
@@ -84,13 +92,9 @@ class LanguageModelJudge(Judge):
         return Verdict(right[1].lower() == "yes", float(grades[-1]) if grades else 0.0)
 
     def _say(self, prompt: str) -> str:
-        from transformers import pipeline
-
-        if self._pipeline is None:
-            # Where this process works: of several each has a GPU of its own.
-            device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-            self._pipeline = pipeline("text-generation", model=self.source, device=device)
-        (said,) = self._pipeline(
+        # Where this process works: of several each has a GPU of its own.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        (said,) = _text_generation(self.source, device)(
             [{"role": "user", "content": prompt}], max_new_tokens=16, do_sample=False, return_full_text=False
         )
         return str(said["generated_text"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lavi.batch import Batch
 from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.published_vlm import start_from_vlm
-from lavi.checkpoints.trained_weights import StartsFromRun, load_start
+from lavi.checkpoints.trained_weights import StartsFromRun, has_language, load_start
 from lavi.config.paths import home_path
 from lavi.config.types import Positive, PositiveOrZero, Share, ShareOrZero
 from lavi.errors import UserError
@@ -99,6 +99,12 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.part_of)
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                part, dtype = name.partition(".")[0], str(parameter.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"module.learning_rate trains '{part}', whose weights are {dtype}: most steps would be rounded "
+                    "away. Keep them in float32 (dtype) with trainer.precision=bf16-mixed, or train adapters (lora)."
+                )
         if checkpointing:
             checkpoint_layers(model.language.hf)
         self.accuracy = {"train": GroupedMean(), "val": GroupedMean()}
@@ -147,9 +153,10 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """
         if self.start_from is None or self.inherited:
             return
-        if self.model.language.quantization is not None:
+        of_vlm = names_vlm(self.start_from)
+        if self.model.language.quantization is not None and (of_vlm or has_language(home_path(self.start_from))):
             raise UserError("module.start_from would write into quantized weights: leave quantization out.")
-        if names_vlm(self.start_from):
+        if of_vlm:
             self.inherit(f"model.{name}" for name in start_from_vlm(self.model, self.start_from))
         else:
             self.inherit(load_start(self, home_path(self.start_from)))
