@@ -24,7 +24,7 @@ from lavi.batch import Sample, question_about
 from lavi.checkpoints.load import load
 from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
-from lavi.inspection.answer import Inspection, inspect_batch
+from lavi.inspection.answer import Inspection, inspect_each
 from lavi.model import VisionLanguageModel
 from lavi.report import console, table, track
 
@@ -96,8 +96,7 @@ def _of_batch(model: VisionLanguageModel, batch: Sequence[tuple[Scene, Thing, st
         image = scene.image()
         messages = [*question_about([image], text), {"role": "assistant", "content": answer}]
         encoded.append(model.processor.encode(Sample("scene", messages, [image])))
-    device = model.language.hf.device
-    inspected = inspect_batch(model, model.processor.collate(encoded).to(device), [one[2:] for one in batch])
+    inspected = inspect_each(model, encoded, [one[2:] for one in batch])
     return [shares_on(one, thing) for one, (_, thing, _, _) in zip(inspected, batch, strict=True)]
 
 

@@ -13,7 +13,7 @@ from callbacks.first_samples import FirstSamples
 from callbacks.samples import picture_of
 from lavi.batch import Sample, references_of, text_of
 from lavi.data.data_module import DataModule
-from lavi.inspection.answer import Inspection, inspect_batch
+from lavi.inspection.answer import Inspection, inspect_each
 from lavi.model import VisionLanguageModel
 
 
@@ -37,9 +37,9 @@ class Modulation(FirstSamples[Sample, list[Inspection]]):
 
     def run(self, module: pl.LightningModule) -> list[Inspection]:
         model = cast(VisionLanguageModel, module.model)
-        batch = model.processor.collate([model.processor.encode(sample) for sample in self.prepared]).to(module.device)
+        encoded = [model.processor.encode(sample) for sample in self.prepared]
         asked = [(text_of(s.messages[-2]["content"]), references_of(s.messages[-1])[0]) for s in self.prepared]
-        return inspect_batch(model, batch, asked)
+        return inspect_each(model, encoded, asked)
 
     def show(self, result: list[Inspection], data: DataModule, writer: Any, step: int) -> None:
         for name, figure in figures_of(result, self.prepared).items():

@@ -395,6 +395,8 @@ def test_a_mistake_on_a_page_is_one_sentence_and_the_chat_goes_on(
     given = shown("user", files["1.png"])  # on the command line: a question that failed does not take it along
     assert last(page, [given, *history], "what is it?") == answer_to(plain, [user(1, "what is it?")], 1)
     assert "fewer words, or clear the conversation." in last(page, [], "circle " * 300)["content"]
+    stopped = shown("user", files["bad.png"], "what?")  # before the first word of its answer
+    assert last(page, [given, stopped], "what is it?") == answer_to(plain, [user(1, "what is it?")], 1)
     monkeypatch.setattr(Conversation, "ask", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         last(page, [], "what?")
@@ -436,7 +438,16 @@ def test_a_page_is_for_this_computer_alone(plain: VisionLanguageModel, monkeypat
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     web = importlib.import_module("lavi.chatting.web")
     page = Page(Conversation(plain), FrameSampling())
+    folders: list[Path] = []
+
+    def answers() -> None:
+        folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        assert folders[0].stat().st_mode & 0o077 == 0  # nobody else's
+
+    gradio.ChatInterface.return_value.block_thread = answers
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "everybody's")
     web.serve(page, title="a run", files=["a.png"])
+    assert not folders[0].exists()
     asked = gradio.ChatInterface.return_value.launch.call_args.kwargs
     assert {name: asked[name] for name in ("server_name", "share", "allowed_paths", "mcp_server", "pwa")} == {
         "server_name": "127.0.0.1",

@@ -16,12 +16,13 @@ from PIL import Image
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
 from lavi.fusion.lavi import LaViFusion
-from lavi.inspection.answer import inspect_answer, inspect_batch
+from lavi.inspection.answer import inspect_answer, inspect_batch, inspect_each
 from lavi.inspection.page import page
 from lavi.inspection.probes import linear_cka, reading, relevance
 from lavi.model import VisionLanguageModel
-from lavi.reduction.controls import RandomTokens
+from lavi.reduction.controls import RandomTokens, ZeroTokens
 from lavi.visor.fusion import VisorFusion
+from lavi.visor.readers import ModulationReader
 
 QUESTION = "what colour is the circle?"
 
@@ -215,6 +216,52 @@ def test_the_command_writes_a_page(run: Any, tiny_recipe: Path) -> None:
         events.Tags()["images"]
     )
     assert any(tag.startswith("inspection/strength/") for tag in events.Tags()["scalars"])
+
+
+def test_rows_of_several_routes_are_read_each_by_itself(build: Any) -> None:
+    """As alone, with norms that only rows of a group pass; what is counted meanwhile is no one's."""
+    fusion = VisorFusion(
+        cross_attention=[0, 2],
+        self_attention=[1, 3],
+        configurations=[[], [1], [3], [1, 3]],
+        router="token",
+        reader=ModulationReader(),
+    )
+    model = answering(build, fusion)
+    with torch.no_grad():
+        model.fusion.router.network[0].reset_parameters()
+        for number in (1, 3):
+            model.fusion.router.network[number].weight.normal_(generator=torch.Generator().manual_seed(number))
+            model.fusion.router.network[number].bias.zero_()
+    asked = ("what?", "is there a circle", "red square", "where is the blue one?", "which image", QUESTION)
+    samples = [model.processor.encode(ask(n, text, answer="red")) for n, text in enumerate(asked)]
+    model.fusion.route_counts.clear()
+    inspected = inspect_each(model, samples, [(QUESTION, "red")] * 6)
+    assert not model.fusion.route_counts
+    with torch.no_grad():
+        model(model.processor.collate(samples))
+    assert set(model.fusion.route_counts) == {route for one in inspected for route in one.routes}
+    assert len(model.fusion.route_counts) > 1
+    for sample, one in zip(samples, inspected, strict=True):
+        batch = model.processor.collate([sample])
+        with reading(model) as readings, torch.no_grad():
+            model(batch)
+        assert {target.layer for target in one.strength} == {0, 2}
+        start, stop = batch.spans[0]
+        assert one.strength == {target: value[0, start:stop].tolist() for target, value in readings.strength.items()}
+
+
+def test_a_fusion_without_visual_tokens_depends_on_none(build: Any) -> None:
+    parts = build(LaViFusion(every=2, generator=small()))
+    model = VisionLanguageModel(
+        vision=parts.vision,
+        language=parts.language,
+        fusion=LaViFusion(every=2, generator=small()),
+        reducer=ZeroTokens(),
+    )
+    inspected = inspect_answer(model, QUESTION, [image(1)], answer="red")
+    assert float(inspected.relevance.sum()) == 0
+    assert page(inspected, run="a run")
 
 
 def test_what_a_run_counts_of_its_routes_is_left_as_it_was(build: Any) -> None:

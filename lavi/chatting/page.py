@@ -127,17 +127,25 @@ def mistake(sentence: str) -> dict[str, Any]:
     return {"role": "assistant", "content": sentence, "metadata": {"title": MISTAKE}}
 
 
+def _has_text(message: dict[str, Any]) -> bool:
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return any(text.strip() for text in texts)
+
+
 def turns(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as gradio has them to turns of user and assistant; a question whose place a mistake has is left out.
+    """Messages as gradio has them to turns of user and assistant; a question that was not answered is left out.
 
     Files that are shown one message after the other are one turn with the question behind them.
     """
     kept: list[dict[str, Any]] = []
     for message in shown:
-        if (message.get("metadata") or {}).get("title") != MISTAKE:
-            kept.append(message)
-        elif kept and kept[-1]["role"] == "user":
+        mistaken = (message.get("metadata") or {}).get("title") == MISTAKE
+        again = message["role"] == "user" and bool(kept) and _has_text(kept[-1])  # stopped before its first word
+        if (mistaken or again) and kept and kept[-1]["role"] == "user":
             kept.pop()
+        if not mistaken:
+            kept.append(message)
     told: list[dict[str, Any]] = []
     for message in kept:
         content = message["content"]

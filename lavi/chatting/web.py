@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -14,6 +15,8 @@ from lavi.chatting.page import Page
 from lavi.chatting.terminal import note
 
 LOOPBACK = "127.0.0.1"
+LARGEST = "2gb"
+"""Of a video that is dropped into the page."""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Of the reader's own system: gradio's would be fetched from elsewhere."""
 
@@ -47,8 +50,13 @@ def interface(page: Page, *, title: str, files: Sequence[str] = ()) -> gr.ChatIn
 
 
 def serve(page: Page, *, title: str, files: Sequence[str] = ()) -> None:
-    """Show the page until Ctrl-C."""
-    chat = interface(page, title=title, files=files)
+    """Show the page until Ctrl-C; what was dropped into it is gone then."""
+    with tempfile.TemporaryDirectory(prefix="lavi-page-") as folder:  # gradio's own is everybody's, and is kept
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        _serve(interface(page, title=title, files=files), files)
+
+
+def _serve(chat: gr.ChatInterface, files: Sequence[str]) -> None:
     _, address, _ = chat.launch(
         server_name=LOOPBACK,
         share=False,
@@ -62,6 +70,7 @@ def serve(page: Page, *, title: str, files: Sequence[str] = ()) -> None:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        max_file_size=LARGEST,
     )
     note(f"The chat is at {address} until Ctrl-C.")
     chat.block_thread()

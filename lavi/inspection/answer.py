@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lavi.batch import Batch, Sample, Visual, question_about
+from lavi.data.collator import EncodedSample
 from lavi.fusion.arrangement import group_views_by_row
 from lavi.inspection.probes import Target, linear_cka, reading, relevance
 from lavi.model import VisionLanguageModel
@@ -90,18 +91,23 @@ def inspect_answer(
 
 
 def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tuple[str, str]]) -> list[Inspection]:
-    """The same of a batch of conversations of one question each; ``asked``: each question and its answer."""
+    """The same of a batch of conversations of one question each; ``asked``: each question and its answer.
+
+    Rows of one batch may not take several routes through the decoder: of those :func:`inspect_each` makes batches.
+    """
     batch = replace(batch, features=model.features_of(batch).detach())  # the tower runs once
     counts = model.fusion.route_counts
     before = counts.copy()
     counts.clear()
-    with reading(model) as readings, torch.no_grad():
-        model.token_scores(batch)
-    routes = list(counts)
-    counts.clear()
-    counts.update(before)  # others count with it
-    columns = text_columns(model, batch)  # before the backward pass, behind which sharded weights are shards again
-    relevant = relevance(model, batch) if batch.image_slots else None
+    try:
+        with reading(model) as readings, torch.no_grad():
+            model.token_scores(batch)
+        routes = list(counts)
+        columns = text_columns(model, batch)  # before the backward pass, behind which sharded weights are shards again
+        relevant = relevance(model, batch) if batch.image_slots else None
+    finally:  # others count with it
+        counts.clear()
+        counts.update(before)
     width = batch.input_ids.shape[1]
     per_view = 0 if relevant is None else relevant.shape[1]
     rows = group_views_by_row(batch, max(1, per_view))
@@ -127,10 +133,27 @@ def inspect_batch(model: VisionLanguageModel, batch: Batch, asked: Sequence[tupl
                 },
                 shares={layer: value[row, start:stop].cpu() for layer, value in readings.shares.items()},
                 cka=linear_cka(states).cpu() if len(set(map(len, states))) == 1 else None,
-                routes=routes if len(routes) == 1 else [],  # of several nobody knows whose each was
+                routes=routes if len(routes) == 1 else [],
             )
         )
     return inspected
+
+
+def inspect_each(
+    model: VisionLanguageModel, samples: Sequence[EncodedSample], asked: Sequence[tuple[str, str]]
+) -> list[Inspection]:
+    """The same of several samples: in one batch, or each alone where rows may take several routes."""
+    device = model.language.hf.device
+    batches = [range(len(samples))] if model.fusion.default_route is None else [[n] for n in range(len(samples))]
+    return [
+        one
+        for numbers in batches
+        for one in inspect_batch(
+            model,
+            model.processor.collate([samples[number] for number in numbers]).to(device),
+            [asked[number] for number in numbers],
+        )
+    ]
 
 
 def text_columns(model: VisionLanguageModel, batch: Batch) -> Tensor:

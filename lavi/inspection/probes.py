@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,7 @@ def reading(model: VisionLanguageModel) -> Iterator[Readings]:
     with ExitStack() as hooks:
         for name, module in model.fusion.named_modules():
             if isinstance(module, DeltaGenerator):
-                layer = int(name.rpartition(".")[2].partition("-")[0])
+                layer = next(int(part) for part in re.split(r"[.-]", name) if part.isdigit())
                 hooks.enter_context(_hooked(module, _shares_into(readings, layer)))
         for target in model.fusion.modulated_norms:
             into = _strength_into(readings, Target(target.layer, target.role))
@@ -113,7 +114,8 @@ def relevance(model: VisionLanguageModel, batch: Batch) -> Tensor:
     with torch.enable_grad():
         features = model.features_of(batch).detach().clone().requires_grad_()
         scores = model.token_scores(replace(batch, features=features))
-        (gradient,) = torch.autograd.grad(scores.log_probability.sum(), features)
+        wanted = scores.log_probability.sum()
+        (gradient,) = torch.autograd.grad(wanted, features, materialize_grads=True)  # zeros where nothing depends on it
     size = (gradient * features.detach()).sum(-1).abs()  # (views, N)
     row = torch.tensor([slot.row for slot in batch.image_slots for _ in range(slot.views)], device=size.device)
     total = torch.zeros(len(batch), device=size.device).index_add_(0, row, size.sum(-1))
