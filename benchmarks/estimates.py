@@ -107,7 +107,8 @@ def of_time(prompts: Sequence[int], *, width: int, turns: int) -> Iterator[dict[
                 told = milliseconds(traces(shapes, shape), device)
                 for stage, seen in times.items():
                     about = f"{fusion}, {text} text tokens"
-                    yield {"what": f"ms, {stage}", "of": about, "told": told[stage], "seen": estimate(seen).median}
+                    found = {"what": f"ms, {stage}", "of": about, "told": told[stage], "seen": estimate(seen).median}
+                    yield found | {"device": device_name(CPU)}
 
 
 def estimates_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -130,7 +131,7 @@ def main() -> None:
     about = {"device": device_name(CPU), "torch": torch.__version__}
     measured = (about | record for part in (memory, timed) for record in track(part, "measuring"))
     records = keep(measured, args.out)
-    console().print(table(f"Estimates beside measurements; {about['device']}", *estimates_table(records)))
+    console().print(table(f"Estimates beside measurements; {records[-1]['device']}", *estimates_table(records)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from statistics import mean, quantiles
 from typing import Any
 
@@ -63,13 +64,10 @@ def _within(context: Callable[[], Any], run: Callable[[], Any]) -> None:
 
 
 def arrivals(rate: float, count: int) -> list[float]:
-    """Seconds at which requests arrive: random gaps of mean 1 / ``rate``, the same for everybody who asks."""
+    """Seconds at which requests arrive: random gaps whose mean is 1 / ``rate``, the same for everybody who asks."""
     draw = random.Random(0)
-    at, times = 0.0, []
-    for _ in range(count):
-        at += draw.expovariate(rate)
-        times.append(at)
-    return times
+    times = list(accumulate(draw.expovariate(1.0) for _ in range(count)))
+    return [at * count / (rate * times[-1]) for at in times]
 
 
 def serve(answer: Answer, times: Sequence[float], device: torch.device) -> dict[str, float]:
@@ -144,7 +142,8 @@ def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
     for record in records:
         figures = [f"{record[name]:.2f}" for name in ("p50", "p90", "p99", "rate")]
         figures += [f"{record[name]:.1f}" for name in ("rows", "capacity")]
-        rows.append([f"{record['share']:g}", record["method"], *figures])
+        can = next(one["capacity"] for one in records if one["method"] == CONCAT)
+        rows.append([f"{record['asked'] / can:.2f}", record["method"], *figures])
     return columns, rows
 
 

@@ -257,7 +257,7 @@ OWN_RECORDS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "dataloader": dataloader_table,
     "mutants": noticed_mutants,
     "cached_features": lambda records: f"{markdown(*cached_features_table(records))}\n{records[0]['device']}.\n",
-    "estimates": lambda records: f"{markdown(*estimates_table(records))}\n{records[0]['device']}.\n",
+    "estimates": lambda records: f"{markdown(*estimates_table(records))}\n{records[-1]['device']}.\n",
     "decode": lambda records: f"{markdown(*decode_table(records))}\n{records[0]['device']}.\n",
     "prefill": lambda records: f"{markdown(*prefill_table(records))}\n{records[0]['device']}.\n",
     "official_metrics": lambda records: f"{markdown(*metrics_table(records))}\nlmms-eval {records[0]['lmms-eval']}.\n",

@@ -205,8 +205,8 @@ def shrunk(recipe: Recipe, *, layers: int = 4) -> Recipe:
     part = "vision.tower" if "tower" in vision else "vision"
     own = vision.get("tower", vision)
     tower = own | {"source": None, "config": SMALL_SIGLIP}
-    if isinstance(own.get("layer"), list):  # as many, of those that there are
-        tower["layer"] = list(range(1, len(own["layer"]) + 1))
+    if isinstance(own.get("layer"), list):  # as many, of those that there are, and as deep as one layer's
+        tower["layer"] = [*range(1, len(own["layer"])), own["layer"][-1]]
     language = {
         "source": None,
         "config": SMALL_QWEN2 | {"num_hidden_layers": layers},

@@ -13,10 +13,22 @@ from families import VARIED
 from PIL import Image
 from sizes import QWEN2_7B, SIGLIP_SO400M
 from torch.utils.flop_counter import FlopCounterMode
+from verify_claims import recipe_at, shrunk
 
 from callbacks.efficiency import Efficiency
 from lavi.batch import Layout, Sample, Video
-from lavi.efficiency.figures import draw_curves, point_of, sweep_tables, write_csv, write_curves, write_savings, x_value
+from lavi.efficiency.figures import (
+    FLOOR,
+    _lines,
+    draw_curves,
+    line_name,
+    point_of,
+    sweep_tables,
+    write_csv,
+    write_curves,
+    write_savings,
+    x_value,
+)
 from lavi.efficiency.flops import closed_form, counted, language_flops
 from lavi.efficiency.latency import Clock
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, saving
@@ -575,6 +587,39 @@ def test_a_report_is_a_table_a_spreadsheet_and_a_picture(tiny_recipe: Path, tmp_
     draw_curves(records, tmp_path / "r.png")
     with Image.open(tmp_path / "r.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_the_floor_that_is_drawn_is_that_of_one_method(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Of two decoders that of the first: a line has one value at each x."""
+    first = Recipe.load(tiny_recipe)
+    wide = tiny_recipe.with_name("wide.yaml")
+    wide.write_text("extends: tiny.yaml\nname: wide\nmodel: {language: {config: {intermediate_size: 640}}}\n")
+    records = list(sweep_records([first, Recipe.load(wide)], Sweep.parse("image=40,64"), Scenario(text=12)))
+    lines = _lines(records)
+    assert len(lines) == 3
+    assert all([x for x, _ in points["GFLOPs without vision encoder"]] == [40, 64] for points in lines.values())
+    floors = [record.flops_floor / 1e9 for record in records if line_name(record) == line_name(records[0])]
+    assert [y for _, y in lines[FLOOR]["GFLOPs without vision encoder"]] == pytest.approx(floors)
+
+
+def test_pixels_to_time_with_repeat_nothing(build) -> None:  # type: ignore[no-untyped-def]
+    """Blank ones would be encoded in no time where repeated patches are dropped."""
+    model = build(LaViFusion(every=2))
+    shape = Scenario(text=12, image=(32, 32)).shape_for(model)
+    pixels = shape.pixels(model, "cpu")
+    assert torch.equal(pixels, shape.pixels(model, "cpu"))
+    assert len(pixels.flatten().unique()) > 0.99 * pixels.numel()
+    assert shape.pixels(model, "meta").is_meta
+
+
+def test_a_small_model_reads_as_deep_a_level_as_the_others() -> None:
+    """What is timed in the place of full size has the same encoder, whether one layer is read or several."""
+    plain, levels = (
+        shrunk(recipe_at(f"lavi/qwen2_7b_siglip_{name}")).settings["model"]["vision"]["layer"]
+        for name in ("stage2", "levels")
+    )
+    assert levels[-1] == plain
+    assert len(levels) == 3
 
 
 def test_nothing_that_can_be_counted_is_no_report(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -189,11 +189,12 @@ def test_requests_are_answered_in_batches_as_they_arrive() -> None:
     times = serving.arrivals(1e6, 9)  # all at once
     assert times == serving.arrivals(1e6, 9)
     assert sorted(times) == times
+    assert serving.arrivals(2.0, 9)[-1] == pytest.approx(9 / 2.0)  # at the rate that is asked for
     served = serving.serve(answer, times, torch.device("cpu"))
     assert sum(done) == 9
     assert set(done) <= {1, 2, 4}
     assert served["p50"] <= served["p90"] <= served["p99"]
-    record = {"method": "lavi", "share": 0.5, "capacity": 2.0, **served}
+    record = {"method": serving.CONCAT, "share": 0.5, "asked": 0.9, "capacity": 2.0, **served}
     columns, rows = serving.serving_table([record])
     assert [len(row) for row in rows] == [len(columns)]
 

@@ -299,17 +299,22 @@ def draw_curves(records: Sequence[Record], file: Path) -> None:
 
 
 def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
-    """Each line's points of each curve, in the order of x."""
+    """Each line's points of each curve, in the order of x; the floor is that of the first method's own parts."""
     lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     for record in sorted(records, key=x_value):
         of = [(line_name(record), curve_values(record))]
-        if not record.is_baseline:
+        if line_name(record) == _floor_of(records):
             of.append((FLOOR, floor_values(record)))
         for line, values in of:
             points = lines.setdefault(line, {curve: [] for curve in CURVES})
             for curve, value in values.items():
                 points[curve].append((x_value(record), value))
     return lines
+
+
+def _floor_of(records: Sequence[Record]) -> str | None:
+    """The line whose floor is drawn; None: there is the baseline alone."""
+    return next((line_name(record) for record in records if not record.is_baseline), None)
 
 
 def x_value(record: Record) -> float:
@@ -363,7 +368,7 @@ def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[t
     """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
     points = []
     for record in sorted(records, key=x_value):
-        ours = not record.is_baseline if line == FLOOR else line_name(record) == line
+        ours = line_name(record) == (_floor_of(records) if line == FLOOR else line)
         if not ours or (floor_values if line == FLOOR else curve_values)(record)[curve] is None:
             continue
         if curve in STAGES:

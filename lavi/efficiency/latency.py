@@ -197,6 +197,15 @@ def half_the_threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def warm_up(contestants: Iterable[Contestant]) -> None:
+    """Run each stage once: what is compiled then is no waiting for a core."""
+    with torch.no_grad():
+        for contestant in contestants:
+            with contestant.within():
+                for run in contestant.stages.values():
+                    run()
+
+
 class WaitMeter:
     """How long the thread that times had no core, because other processes had them.
 

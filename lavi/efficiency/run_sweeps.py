@@ -12,6 +12,7 @@ import torch
 from lavi.efficiency import figures
 from lavi.efficiency.estimated import training_rows
 from lavi.efficiency.hardware import device_named
+from lavi.efficiency.latency import half_the_threads
 from lavi.efficiency.measure import check_not_quantized
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
@@ -47,7 +48,8 @@ def run_sweeps(
     """
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is left as it is: choose another folder for --out.")
-    devices = [device_named(name) for name in estimate]
+    with half_the_threads(torch.device("cpu")):  # as what is measured beside
+        devices = [device_named(name) for name in estimate]
     parsed, base = [Sweep.parse(sweep) for sweep in sweeps], parse_scenario(at, text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if measure else None
     against = with_baseline(recipes)

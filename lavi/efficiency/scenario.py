@@ -136,5 +136,6 @@ class PromptShape:
         return [layout] * self.batch if layout else []
 
     def pixels(self, model: VisionLanguageModel, device: torch.device | str) -> Tensor:
-        """Pixels that the tower encodes: (views of all rows, C, H, W), zeros."""
-        return torch.zeros(self.batch * self.encoded, *model.vision.pixel_shape, device=device)
+        """Pixels that the tower encodes: (views of all rows, C, H, W), noise, in which no patch repeats another."""
+        made = torch.empty(self.batch * self.encoded, *model.vision.pixel_shape, device=device)
+        return made if made.is_meta else made.normal_(generator=torch.Generator(device).manual_seed(0))
