@@ -96,10 +96,10 @@ def of_memory(widths: Sequence[int], *, rows: int, text: int) -> Iterator[dict[s
 def of_time(prompts: Sequence[int], *, width: int, turns: int) -> Iterator[dict[str, Any]]:
     """One record for each prompt and fusion: milliseconds of a prefill and of one more token."""
     with half_the_threads(CPU):
-        device = this_cpu()
         for text in prompts:
             scenario = Scenario(text, image=(224, 224))
             for fusion in ("concat", "lavi"):
+                device = this_cpu()  # now: a shared machine is not as fast a minute later
                 real, shapes = build(fusion, width, "cpu"), build(fusion, width, "meta")
                 shape = scenario.shape_for(real)
                 ours = model_and_floor(real, shape, device=CPU)[0].only(["prefill", "decode"])

@@ -89,6 +89,16 @@ def test_a_label_is_the_cheapest_configuration_that_is_good_enough(
     assert list(counts) == COSTS
 
 
+@pytest.mark.parametrize("groups", [("abca",), ("ab", "ca")])
+def test_samples_of_one_key_would_share_a_label(real: Any, tmp_path: Path, groups: tuple[str, ...]) -> None:
+    """As of two folders that were packed each by itself."""
+    given = batches(real, *groups)
+    with pytest.raises(UserError, match="two samples have the key 'a'"):
+        offline.label(  # type: ignore[arg-type]
+            Scripted(real, SURE), given, COSTS, tmp_path / "labels.jsonl", about={}, keep=0.75, by="likely", device=CPU
+        )
+
+
 def test_labels_are_of_viable_configurations_and_as_good_as_the_full_one_all_the_same(
     real: Any, tmp_path: Path
 ) -> None:

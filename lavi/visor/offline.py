@@ -163,14 +163,15 @@ def label(
         How many samples need each configuration.
 
     Raises:
-        UserError: a configuration that this run cannot have, or a conversation of several questions.
+        UserError: a configuration that this run cannot have, a conversation of several questions, or two samples of
+            one key.
     """
     fusion = visor_of(model)
     order = sorted({fusion.configuration_of(one) for one in viable}, key=lambda one: (len(one), one))
     full = tuple(fusion.refining)
     about = about | {"configurations": [list(one) for one in order], "keep": keep, "by": by}
     judge = answer_correct if by == "right" else answer_probability
-    done = _labelled(out, about)
+    done, met = _labelled(out, about), set[str]()
     with open(out, "a") as stream:
         for batch in track(batches, description="labelling"):
             if len({answer.row for answer in batch.answers}) < len(batch.answers):
@@ -178,6 +179,12 @@ def label(
                     "a label is for one question, and these conversations have several: give data of one each (for the "
                     "scenes: python -m datamodules.scenes --turns 1, and data.train=THAT)."
                 )
+            if twice := [key for key in batch.keys if key in met or batch.keys.count(key) > 1]:
+                raise UserError(
+                    f"two samples have the key '{twice[0]}', by which their labels are told apart: pack all data into "
+                    "one folder, and name that as data.train."
+                )
+            met.update(batch.keys)
             if done.keys() >= set(batch.keys):
                 continue
             shares: dict[Configuration, list[float]] = {}
