@@ -189,10 +189,14 @@ def test_on_two_ranks_each_token_of_both_weighs_the_same(build, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_in_half_precision_are_not_trained(build, dtype: str) -> None:
     """Of a weight of 1, bfloat16 keeps no step below 2^-8; frozen they may be, and adapters are in float32."""
-    model = build(ConcatFusion(), dtype=dtype)
-    VisionLanguageModule(model, learning_rate={"fusion": 1e-3})
+    for rates in ({"fusion": 1e-3}, {"fusion": 1e-3, "language": 1e-5}):
+        module = VisionLanguageModule(build(ConcatFusion(), dtype=dtype), learning_rate=rates)
+        module.trainer = SimpleNamespace(precision="bf16-mixed")  # type: ignore[assignment]
+        module.setup("validate")
+        if "language" not in rates:
+            module.setup("fit")
     with pytest.raises(UserError, match=f"trains 'language', whose weights are {dtype}"):
-        VisionLanguageModule(model, learning_rate={"fusion": 1e-3, "language": 1e-5})
+        module.setup("fit")
 
 
 def test_a_fit_starts_from_another_run_once(build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,6 +405,17 @@ def test_a_run_starts_from_it(tmp_path: Path, tokenizer: str) -> None:
         start_from_vlm(lavi, folder)
 
 
+def test_a_template_that_only_the_processor_has_is_read(tmp_path: Path, tokenizer: str) -> None:
+    """As transformers wrote it in 2024: a file of its own, and none beside the tokenizer."""
+    folder = write_vlm("llava", tmp_path / "checkpoint", tokenizer)
+    template = published_vlm(str(folder)).chat.template
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        published_vlm(str(folder))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert published_vlm(str(folder)).chat.template == template
+
+
 def test_a_head_of_its_own_is_no_start_for_a_tied_one(tmp_path: Path, tokenizer: str) -> None:
     folder = str(write_vlm("llava", tmp_path / "checkpoint", tokenizer))
     own = published_vlm(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import cached_property
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
@@ -291,12 +293,24 @@ class LanguageModel(nn.Module):
 
 def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+        tokenizer = AutoTokenizer.from_pretrained(name, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _template_beside(name)
+        return tokenizer
     except Exception as error:
         raise UserError(
             f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): "
             f"{one_line(error)}."
         ) from error
+
+
+def _template_beside(name: str) -> str | None:
+    """The chat template in the file that vision-language models of 2024 have for their processor; None: there is none."""
+    missing = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    file = cached_file(name, "chat_template.json", **missing)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
 
 
 def _config(source: str | None, config: dict[str, Any] | None, gguf_file: str | None = None) -> PretrainedConfig:

@@ -99,12 +99,6 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.part_of)
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                part, dtype = name.partition(".")[0], str(parameter.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"module.learning_rate trains '{part}', whose weights are {dtype}: most steps would be rounded "
-                    "away. Keep them in float32 (dtype) with trainer.precision=bf16-mixed, or train adapters (lora)."
-                )
         if checkpointing:
             checkpoint_layers(model.language.hf)
         self.accuracy = {"train": GroupedMean(), "val": GroupedMean()}
@@ -115,8 +109,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         """Load the run to start from; a run that goes on has those weights, and their names in ``inherited``, already.
 
         Raises:
-            UserError: a precision in which all weights are cast; 4-bit weights on a CPU; as :meth:`load_start` and
-                :class:`TileDropout`; data whose features are not those of the model.
+            UserError: a precision in which all weights are cast; trained weights in half precision; 4-bit weights on a
+                CPU; as :meth:`load_start` and :class:`TileDropout`; data whose features are not those of the model.
         """
         quantization = self.model.language.quantization
         if stage == "fit" and quantization == "bitsandbytes-4bit" and self.trainer.strategy.root_device.type == "cpu":
@@ -129,11 +123,22 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
             )
         self._inherits_later = bool(self.inherited)  # of a run that goes on: they come with its checkpoint
         if stage == "fit":
+            self._check_dtypes()
             self.load_start()
             if self.tile_dropout is not None:
                 self._drop_tiles = TileDropout(self.tile_dropout, self.model)
         if not self._inherits_later:
             self._check_features()
+
+    def _check_dtypes(self) -> None:
+        """Refuse to train weights whose steps are rounded: of a weight of 1, bfloat16 keeps none below 2^-8."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                part, dtype = name.partition(".")[0], str(parameter.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"module.learning_rate trains '{part}', whose weights are {dtype}: most steps would be rounded "
+                    "away. Keep them in float32 (dtype) with trainer.precision=bf16-mixed, or train adapters (lora)."
+                )
 
     def _check_features(self) -> None:
         """Refuse data whose features are not those of the model, or of a tower that is about to change."""
