@@ -305,7 +305,7 @@ def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase
 
 
 def _template_beside(name: str) -> str | None:
-    """The chat template in the file that vision-language models of 2024 have for their processor; None: there is none."""
+    """The chat template in the file that a vision-language model of 2024 has for its processor; None: it has none."""
     missing = {
         f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
     }
