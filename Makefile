@@ -92,17 +92,18 @@ lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).ya
 
 lab = $(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
 
-lab: install ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (four hours on two cores; stopped, it goes on)
+.PHONY: lab-scenes
+lab-scenes: install
 	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
-	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,lavi,data/lab-features)
+
+lab: lab-scenes ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (four hours on two cores; stopped, it goes on)
+	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,video_lavi,data/lab-videos-features)
 	$(lab) --processes 2
 	$(lab) --time --picture docs/lab.png
 
-lab-variants: install ## what varies them: generators, targets, reducers, towers that merge tokens (five hours on two cores; stopped, it goes on)
-	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
-	$(call lab-features,lavi,data/lab-features)
+lab-variants: lab-scenes ## what varies them: generators, targets, reducers, towers that merge tokens (five hours on two cores; stopped, it goes on)
 	$(call lab-features,merged,data/lab-merged-features)
 	$(lab) --part variants --processes 2
 	$(lab) --time --picture docs/lab.png

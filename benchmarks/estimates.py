@@ -106,9 +106,8 @@ def of_time(prompts: Sequence[int], *, width: int, turns: int) -> Iterator[dict[
                 times = time_in_turns([ours], HostClock(), turns=turns, shortest=SHORTEST)[0]
                 told = milliseconds(traces(shapes, shape), device)
                 for stage, seen in times.items():
-                    about = f"{fusion}, {text} text tokens"
-                    found = {"what": f"ms, {stage}", "of": about, "told": told[stage], "seen": estimate(seen).median}
-                    yield found | {"device": device_name(CPU)}
+                    about = {"what": f"ms, {stage}", "of": f"{fusion}, {text} text tokens", "device": device_name(CPU)}
+                    yield about | {"told": told[stage], "seen": estimate(seen).median}
 
 
 def estimates_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

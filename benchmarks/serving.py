@@ -139,10 +139,10 @@ def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
     columns = ["rate, of what concatenation can do", "method", "p50 s", "p90 s", "p99 s", "answered a second", "batch"]
     columns += ["in full batches, a second"]
     rows = []
+    can = next(record["capacity"] for record in records if record["method"] == CONCAT)
     for record in records:
         figures = [f"{record[name]:.2f}" for name in ("p50", "p90", "p99", "rate")]
         figures += [f"{record[name]:.1f}" for name in ("rows", "capacity")]
-        can = next(one["capacity"] for one in records if one["method"] == CONCAT)
         rows.append([f"{record['asked'] / can:.2f}", record["method"], *figures])
     return columns, rows
 

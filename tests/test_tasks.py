@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,22 @@ def test_an_answer_in_brackets_is_one_answer(answer: Any, references: list[str],
     source = question_file(image=None)
     (sample,) = [source.sample(record, tmp_path) for record in source.records(tmp_path)]
     assert sample.messages[-1]["references"] == references
+
+
+def test_json_lines_may_be_one_and_a_mapping_of_answers_is_no_question(tmp_path: Path) -> None:
+    """POPE's lines are in a file that ends in .json; EgoSchema's answers are one object."""
+    question = {"question_id": 1, "question": "is there a dog?", "answer": "no"}
+    (tmp_path / "q.json").write_text(json.dumps(question) + "\n")
+    (record,) = question_file().records(tmp_path)
+    assert record["question"] == "is there a dog?"
+    (tmp_path / "q.json").write_text(json.dumps({"a": 3, "b": 1}) + "\n")
+    assert [(one["key"], one["value"]) for one in question_file().records(tmp_path)] == [("a", 3), ("b", 1)]
+
+
+def test_a_line_without_fields_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "what?"}\n[1, 2]\n')
+    with pytest.raises(UserError, match=r"q\.jsonl:2 is no record with fields: \[1, 2\]"):
+        list(question_file(file="q.jsonl").records(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.csv", "q.tsv", "q.parquet"])
@@ -463,6 +480,21 @@ def test_routes_are_kept_with_an_answer_that_is_not_given_again(
     assert [one.index for one in answered if one.error] == [6, 13, 20]
     assert not any(one.routes for one in answered if one.error)
     assert routes_of(answered) == {"one": 19}
+
+
+def test_what_was_scored_is_kept_when_a_later_task_fails(run: Any, trained: Path, colours: Path) -> None:
+    """Its questions are there, and not one picture."""
+    (colours / "later.yaml").write_text((colours / "colours.yaml").read_text().replace("name: colours", "name: later"))
+    (colours / "tasks" / "later").mkdir()
+    shutil.copy(colours / "tasks" / "colours" / "q.json", colours / "tasks" / "later")
+    tasks = [str(colours / f"{name}.yaml") for name in ("colours", "later")]
+    status, _, problems = run(
+        "lavi.evaluate", "--checkpoint", "out", "--tasks", *tasks, "--data", colours / "tasks", "--out", "scored"
+    )
+    assert status == 2
+    assert "not one question could be asked" in problems
+    (record,) = read_records(Path("scored/out/tasks.jsonl"))
+    assert record.knobs["task"] == "colours"
 
 
 def test_tasks_of_one_name_would_share_a_file(run: Any, trained: Path, colours: Path) -> None:

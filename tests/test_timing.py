@@ -500,10 +500,36 @@ def test_evaluate_tries_where_its_records_go_before_it_scores(run, tmp_path: Pat
 
 
 def test_the_share_of_waiting_is_of_the_thread_that_times() -> None:
-    wall, thread = iter([0.0, 10.0]), iter([1.0, 5.0])
-    assert latency.WaitMeter(wall=wall.__next__, thread=thread.__next__).share() == pytest.approx(0.6)
-    wall, thread = iter([0.0, 10.0]), iter([0.0, 12.0])
-    assert latency.WaitMeter(wall=wall.__next__, thread=thread.__next__).share() == 0
+    def share(wall: list[float], thread: list[float]) -> float:
+        meter = latency.WaitMeter(wall=iter(wall).__next__, thread=iter(thread).__next__)
+        for _ in wall[::2]:
+            with meter:
+                pass
+        return meter.share()
+
+    assert share([0.0, 10.0], [1.0, 5.0]) == pytest.approx(0.6)
+    assert share([0.0, 10.0], [0.0, 12.0]) == 0
+    assert share([0.0, 6.0, 100.0, 104.0], [1.0, 4.0, 50.0, 51.0]) == pytest.approx(0.6)  # what is between is not timed
+    assert share([], []) == 0
+
+
+def test_warming_up_is_no_waiting() -> None:
+    """A stage may be compiled then, by other processes."""
+    running: list[bool] = []
+
+    class Meter(latency.WaitMeter):
+        inside = False
+
+        def __enter__(self) -> None:
+            Meter.inside = True
+
+        def __exit__(self, *_: object) -> None:
+            Meter.inside = False
+
+    stages = {name: lambda: running.append(Meter.inside) for name in ("prefill", "decode")}
+    times = latency.time_in_turns([latency.Contestant(stages)], ScriptedClock(), turns=2, meter=Meter())
+    assert running == 2 * ([False] * latency.WARMUP + [True] * (len(running) // 2 - latency.WARMUP))
+    assert all(len(times[0][name]) >= 2 for name in stages)
 
 
 def test_the_interval_of_thousands_of_turns_is_known() -> None:

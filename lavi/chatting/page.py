@@ -141,8 +141,8 @@ def turns(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for message in shown:
         mistaken = (message.get("metadata") or {}).get("title") == MISTAKE
-        again = message["role"] == "user" and bool(kept) and _has_text(kept[-1])  # stopped before its first word
-        if (mistaken or again) and kept and kept[-1]["role"] == "user":
+        asked = bool(kept) and kept[-1]["role"] == "user"
+        if asked and (mistaken or (message["role"] == "user" and _has_text(kept[-1]))):  # stopped before its first word
             kept.pop()
         if not mistaken:
             kept.append(message)

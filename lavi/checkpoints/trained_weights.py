@@ -157,7 +157,11 @@ def _check_strength(module: nn.Module, weights: Any, file: Path) -> None:
     from peft.tuners.lora import LoraLayer
 
     model = yaml.safe_load(recipe)["model"]
-    lora = LoRA.of(model.get("lora") or model.get("language", {}).get("lora") or {})
+    published_or_parts = (model, model.get("language") or {})
+    settings = next((of["lora"] for of in published_or_parts if of.get("lora") is not None), None)
+    if settings is None:  # a model of one's own
+        return
+    lora = LoRA.of(settings)
     ours = {layer.scaling["default"] for layer in module.modules() if isinstance(layer, LoraLayer)}
     if ours and ours != {lora.alpha / lora.rank}:
         raise UserError(

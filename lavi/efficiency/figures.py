@@ -301,9 +301,10 @@ def draw_curves(records: Sequence[Record], file: Path) -> None:
 def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
     """Each line's points of each curve, in the order of x; the floor is that of the first method's own parts."""
     lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    of_floor = _floor_of(records)
     for record in sorted(records, key=x_value):
         of = [(line_name(record), curve_values(record))]
-        if line_name(record) == _floor_of(records):
+        if line_name(record) == of_floor:
             of.append((FLOOR, floor_values(record)))
         for line, values in of:
             points = lines.setdefault(line, {curve: [] for curve in CURVES})
@@ -367,9 +368,9 @@ def write_curves(records: Sequence[Record], folder: Path, curves: Iterable[str] 
 def _spread(records: Sequence[Record], line: str, curve: str, at: int) -> list[tuple[float, float]]:
     """The lower (``at`` 1) or upper (2) end of what is drawn around a curve."""
     points = []
+    name = _floor_of(records) if line == FLOOR else line
     for record in sorted(records, key=x_value):
-        ours = line_name(record) == (_floor_of(records) if line == FLOOR else line)
-        if not ours or (floor_values if line == FLOOR else curve_values)(record)[curve] is None:
+        if line_name(record) != name or (floor_values if line == FLOOR else curve_values)(record)[curve] is None:
             continue
         if curve in STAGES:
             stage = STAGES[curve]

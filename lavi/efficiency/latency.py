@@ -119,6 +119,7 @@ def time_in_turns(
     turns: int = TURNS,
     shortest: float = 0.0,
     track: Track = iter,
+    meter: WaitMeter | None = None,
 ) -> list[dict[str, list[float]]]:
     """Time all contestants, stage by stage, each stage in turns.
 
@@ -127,6 +128,7 @@ def time_in_turns(
             many, as long as one of its times or one of these ratios is noisy.
         shortest: milliseconds that the runs of one turn last together; their mean counts.
         track: draws a progress bar over the stages.
+        meter: runs while stages are timed, and not while they warm up: compiling is no waiting.
 
     Returns:
         For each contestant the milliseconds of its stages, by turn.
@@ -136,10 +138,19 @@ def time_in_turns(
         taking_part = {number: one for number, one in enumerate(contestants) if stage in one.stages}
         compared = [pair for pair in pairs if taking_part.keys() >= set(pair)]
         with torch.no_grad():
-            by_turn = _time_stage(taking_part, stage, clock, compared, turns, shortest)
+            _warm_up(taking_part.values(), stage)
+            with meter or nullcontext():
+                by_turn = _time_stage(taking_part, stage, clock, compared, turns, shortest)
         for number, milliseconds in by_turn.items():
             times[number][stage] = milliseconds
     return times
+
+
+def _warm_up(contestants: Iterable[Contestant], stage: str) -> None:
+    for one in contestants:
+        with one.within():
+            for _ in range(WARMUP):
+                one.stages[stage]()
 
 
 def _time_stage(
@@ -150,10 +161,6 @@ def _time_stage(
     turns: int,
     shortest: float,
 ) -> dict[int, list[float]]:
-    for one in contestants.values():
-        with one.within():
-            for _ in range(WARMUP):
-                one.stages[stage]()
     times: dict[int, list[float]] = {number: [] for number in contestants}
     order, spent = list(contestants), 0.0
     for _ in range(MOST):
@@ -197,17 +204,8 @@ def half_the_threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def warm_up(contestants: Iterable[Contestant]) -> None:
-    """Run each stage once: what is compiled then is no waiting for a core."""
-    with torch.no_grad():
-        for contestant in contestants:
-            with contestant.within():
-                for run in contestant.stages.values():
-                    run()
-
-
 class WaitMeter:
-    """How long the thread that times had no core, because other processes had them.
+    """How long the thread that times had no core, because other processes had them, while the meter was entered.
 
     Args:
         wall, thread: clocks in seconds, of the time that passes and of what this thread computes.
@@ -217,11 +215,19 @@ class WaitMeter:
         self, wall: Callable[[], float] = time.perf_counter, thread: Callable[[], float] = time.thread_time
     ) -> None:
         self.wall, self.thread = wall, thread
-        self.began, self.computed = wall(), thread()
+        self.passed = self.computed = 0.0
+
+    def __enter__(self) -> None:
+        self.passed -= self.wall()
+        self.computed -= self.thread()
+
+    def __exit__(self, *_: object) -> None:
+        self.passed += self.wall()
+        self.computed += self.thread()
 
     def share(self) -> float:
-        """Share of the time since the start without a core, for a thread that had work all along."""
-        return max(0.0, 1 - (self.thread() - self.computed) / (self.wall() - self.began))
+        """Share of the time without a core, for a thread that had work all along."""
+        return max(0.0, 1 - self.computed / self.passed) if self.passed else 0.0
 
 
 def model_and_floor(

@@ -28,7 +28,6 @@ from lavi.efficiency.latency import (
     model_and_floor,
     shortest_turn,
     time_in_turns,
-    warm_up,
 )
 from lavi.efficiency.memory import prefill_memory, weights_of
 from lavi.efficiency.record import Record, current_commit, device_name
@@ -274,12 +273,16 @@ def _measure(
         for model, shape, within in zip(models, shapes, contexts, strict=True):
             for one in model_and_floor(model, shape, device=device, outputs=outputs, within=within):
                 contestants.append(one if stages is None else one.only(stages))
-        pairs = _pairs(records)
-        warm_up(contestants)
-        waiting = WaitMeter()
-        shortest = shortest_turn(device)
-        turns = max(2, runs)  # percentiles want two
-        times = time_in_turns(contestants, clock_of(device), pairs=pairs, turns=turns, shortest=shortest, track=track)
+        pairs, waiting = _pairs(records), WaitMeter()
+        times = time_in_turns(
+            contestants,
+            clock_of(device),
+            pairs=pairs,
+            turns=max(2, runs),  # percentiles want two
+            shortest=shortest_turn(device),
+            track=track,
+            meter=waiting,
+        )
         waited = waiting.share() if device.type == "cpu" else 0.0  # a GPU is not shared with what its host does
         if (meter := EnergyMeter.of(device)) is not None:
             for record, fused, bare in zip(records, contestants[::2], contestants[1::2], strict=True):

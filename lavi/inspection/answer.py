@@ -85,8 +85,7 @@ def inspect_answer(
         answer = model.ask(question, state=state, **decoding)
     messages = [*question_about(state.visuals, question), {"role": "assistant", "content": answer}]
     sample = Sample("inspected", messages, list(state.visuals))
-    batch = model.processor.collate([model.processor.encode(sample)]).to(model.language.hf.device)
-    (inspected,) = inspect_batch(model, batch, [(question, answer)])
+    (inspected,) = inspect_each(model, [model.processor.encode(sample)], [(question, answer)])
     return inspected
 
 
