@@ -244,6 +244,11 @@ class Batch:
         return (self.open_questions[row][number] if self.open_questions else start), stop
 
     @property
+    def text_lengths(self) -> list[int]:
+        """Tokens of text of each row, without padding."""
+        return [stop - start for start, stop in self.spans]
+
+    @property
     def layouts(self) -> list[Layout]:
         """Of each image in turn: how its views belong together."""
         return [slot.layout for slot in self.image_slots]

@@ -277,7 +277,7 @@ class VisionLanguageModel(nn.Module):
 
     def _lengths(self, batch: Batch) -> list[int]:
         """Tokens of each row in the language model's sequence, the visual ones among them."""
-        lengths = [stop - start for start, stop in batch.spans]
+        lengths = batch.text_lengths
         for slot in batch.image_slots:
             lengths[slot.row] += self.processor.count_visual_tokens(slot.layout)
         return lengths

@@ -19,7 +19,7 @@ from lavi.batch import Layout
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimated import TrainingMemory, milliseconds, traces, training_step
 from lavi.efficiency.flops import closed_form
-from lavi.efficiency.hardware import DEVICES, Device, fits_in
+from lavi.efficiency.hardware import DEVICES, Device, fits_in, this_cpu
 from lavi.efficiency.measure import build_on, note_mean_flops, saving_of_samples
 from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.operators import Operator, trace
@@ -94,6 +94,30 @@ def test_a_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:
     assert SLOW.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 1e-5)  # the host is the slower one
     waiting = Device(**{**vars(SLOW), "runs_ahead": False})
     assert waiting.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 100 * 1e-5)
+
+
+def test_a_measured_roofline_is_followed_between_its_points() -> None:
+    measured = {torch.float32: [(0.5, 1e9), (8.0, 4e9), (128.0, 4.5e9)]}
+    device = Device(**{**vars(SLOW), "eager": 0.0, "runs_ahead": False, "products": measured})
+
+    def rate(intensity: float, dtype: torch.dtype = torch.float32) -> float:
+        return 1e9 / device.seconds([Operator("mm", 1e9, 1e9 / intensity, dtype)], graph=False)
+
+    assert [rate(point) for point in (0.5, 8.0, 128.0)] == pytest.approx([1e9, 4e9, 4.5e9])
+    assert rate(2.0) == pytest.approx(2e9)  # half way, in logarithms
+    assert rate(0.05) == pytest.approx(1e8)  # 2e9 bytes a second, as at the first point
+    assert rate(1e4) == pytest.approx(4.5e9)
+    assert rate(8.0, torch.bfloat16) == pytest.approx(8e6)  # not measured: traffic of 1e6 bytes a second
+    assert device.seconds([Operator("clone", 0, 2e6, torch.float32)], graph=False) == pytest.approx(2)
+
+
+def test_this_cpu_s_roofline_is_measured() -> None:
+    device = this_cpu()
+    for dtype in (torch.float32, torch.bfloat16):
+        intensity, rates = zip(*device.products[dtype], strict=True)
+        assert list(intensity) == sorted(intensity)
+        assert min(rates) > 0
+    assert device.single == device.products[torch.float32][-1][1]
 
 
 def test_the_tower_is_part_of_a_first_token() -> None:

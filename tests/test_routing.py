@@ -18,6 +18,7 @@ from lavi.language.token_scores import TokenScores, scores_of
 from lavi.visor import offline
 from lavi.visor.files import read_viable
 from lavi.visor.fusion import VisorFusion
+from lavi.visor.router import RouterLabels
 
 CPU = torch.device("cpu")
 COSTS = [(), (1,), (3,), (1, 3)]
@@ -87,6 +88,18 @@ def test_a_label_is_the_cheapest_configuration_that_is_good_enough(
     assert labels(out) == expected
     assert counts == {way: list(expected.values()).count(way) for way in COSTS}
     assert list(counts) == COSTS
+
+
+def test_labels_know_the_samples_that_they_were_made_of(real: Any, tmp_path: Path) -> None:
+    """Keys alone do not tell the samples of one folder from those of another."""
+    out = tmp_path / "labels.jsonl"
+    batch = collate(real, [ask("what?", answer="red", key="a"), ask("what is this?", answer="red", key="b")])
+    offline.label(Scripted(real, SURE), [batch], COSTS, out, about={}, keep=0.75, device=CPU)  # type: ignore[arg-type]
+    known, logits = RouterLabels(out, COSTS), torch.zeros(2, len(COSTS))
+    assert known.loss(batch.keys, batch.text_lengths, logits) > 0
+    other = collate(real, [ask("what is this?", answer="red", key=key) for key in "ab"])
+    with pytest.raises(UserError, match=r"labels sample a, which had .*labels of other data"):
+        known.loss(other.keys, other.text_lengths, logits)
 
 
 @pytest.mark.parametrize("groups", [("abca",), ("ab", "ca")])

@@ -74,33 +74,33 @@ def labels(tmp_path: Path, **wanted: list[int]) -> RouterLabels:
 
 def test_the_router_s_loss_is_of_the_samples_that_have_a_label(tmp_path: Path) -> None:
     logits = torch.randn(3, 3, requires_grad=True)
-    loss = labels(tmp_path, a=[1], c=[]).loss(["a", "b", "c"], logits)
+    loss = labels(tmp_path, a=[1], c=[]).loss(["a", "b", "c"], [9, 9, 9], logits)
     shares = logits.log_softmax(-1)
     torch.testing.assert_close(loss, -(shares[0, 1] + shares[2, 0]) / 2)
-    assert labels(tmp_path, a=[1]).loss(["a"], logits[:1].bfloat16()).dtype == torch.float32
-    assert labels(tmp_path, a=[]).loss(["a"], logits[:1]) > 0  # the cheapest configuration is a label like any other
+    assert labels(tmp_path, a=[1]).loss(["a"], [9], logits[:1].bfloat16()).dtype == torch.float32
+    assert labels(tmp_path, a=[]).loss(["a"], [9], logits[:1]) > 0  # the cheapest one, too
 
 
 def test_batches_without_a_label_count_nothing_until_there_are_too_many(tmp_path: Path) -> None:
     router_labels = labels(tmp_path, a=[1])
     for _ in range(PATIENCE - 1):
         logits = torch.zeros(1, 3, requires_grad=True)
-        loss = router_labels.loss(["b"], logits)
+        loss = router_labels.loss(["b"], [9], logits)
         loss.backward()
         assert loss == 0
         assert (logits.grad == 0).all()  # type: ignore[union-attr]
-    router_labels.loss(["a"], torch.zeros(1, 3))  # they are counted in a row
+    router_labels.loss(["a"], [9], torch.zeros(1, 3))  # they are counted in a row
     for _ in range(PATIENCE - 1):
-        router_labels.loss(["b"], torch.zeros(1, 3))
+        router_labels.loss(["b"], [9], torch.zeros(1, 3))
     with pytest.raises(
         UserError, match=f"none of the samples b, c, d, e ..., nor of the {PATIENCE - 1} batches before"
     ):
-        router_labels.loss(["b", "c", "d", "e", "f"], torch.randn(5, 3))
+        router_labels.loss(["b", "c", "d", "e", "f"], [9, 9, 9, 9, 9], torch.randn(5, 3))
 
 
 def test_an_empty_file_of_labels_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no label"):
-        labels(tmp_path).loss(["a"], torch.randn(1, 3))
+        labels(tmp_path).loss(["a"], [9], torch.randn(1, 3))
 
 
 # --- what the fusion says of itself -----------------------------------------------------------------------------------

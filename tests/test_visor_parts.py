@@ -120,13 +120,15 @@ def test_a_router_that_is_not_trained_adds_nothing_to_the_loss(build) -> None:  
 
 def test_labels_are_numbers_of_the_viable_configurations(tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
-    lines = [{"about": "x"}, {"key": "a", "configuration": []}, {"key": "b", "configuration": [1, 3]}]
+    lines = [{"about": "x"}, {"key": "a", "configuration": [], "tokens": 9}, {"key": "b", "configuration": [1, 3]}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_labels(file, VIABLE) == {"a": 0, "b": 2}
+    assert read_labels(file, VIABLE) == {"a": (0, 9), "b": (2, None)}
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
     labels = RouterLabels(file, VIABLE)
-    assert float(labels.loss(["a", "b"], logits)) < 0.01
-    assert float(labels.loss(["b", "c"], logits)) == pytest.approx(9, abs=0.01)  # c has none
+    assert float(labels.loss(["a", "b"], [9, 9], logits)) < 0.01
+    assert float(labels.loss(["b", "c"], [9, 9], logits)) == pytest.approx(9, abs=0.01)  # c has none
+    with pytest.raises(UserError, match=r"sample a, which had 9 tokens of text, and has 8 here: .* other data"):
+        labels.loss(["b", "a"], [9, 8], logits)
     assert Router(8, VIABLE, before_layer=1, reads="token")(draw(2, 8)).shape == (2, 3)
 
 

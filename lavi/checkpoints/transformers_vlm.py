@@ -68,7 +68,7 @@ def transformers_kind(model: VisionLanguageModel) -> str:
     fusion, tiling, reducer, tower = model.fusion, model.tiling, model.reducer, model.vision
     if model.timestamps or model.image_numbers:
         raise _no_class("model.timestamps=false and model.image_numbers=false: its processor says neither")
-    if model.language.tokenizer.chat_template not in (None, model.chat.template):
+    if model.language.tokenizer.chat_template != model.chat.template:
         raise _no_class("model.chat_template=null: its processor asks by the tokenizer's own template")
     if type(fusion) is not ConcatFusion or not isinstance(tower, HFVision) or tower.image_size is not None:
         raise _no_class("concatenation behind a tower of transformers at its own size")

@@ -3,14 +3,17 @@
     time of an operator = max(FLOPs / peak, bytes / bandwidth), and a launch
 
 The data sheets promise more than kernels reach. What they do reach is chosen here (:data:`OF_PEAK`,
-:data:`OF_BANDWIDTH`, launches), so every time that comes from here is *estimated*, and is shown so.
+:data:`OF_BANDWIDTH`, launches), so every time that comes from here is *estimated*, and is shown so. Of the CPU in use
+the roofline is measured: products of few rows reach neither the peak nor the bandwidth of a copy.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +49,9 @@ class Device:
     source: str
     runs_ahead: bool = True
     """Whether the host asks for operators while the device still works on earlier ones."""
+    products: Mapping[torch.dtype, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """By dtype, as measured: FLOPs a byte, ascending, and the FLOPs a second of products of so many. Empty: peak and
+    bandwidth."""
 
     def seconds(self, operators: Sequence[Operator], *, graph: bool) -> float:
         """How long they take, one behind the other."""
@@ -60,8 +66,25 @@ class Device:
         return device
 
     def _kernel(self, operator: Operator) -> float:
+        if operator.flops and (measured := self.products.get(operator.dtype)):
+            return operator.flops / _rate(measured, operator.flops / operator.bytes)
         peak = self.half if operator.dtype in HALF else self.single
         return max(operator.flops / peak, operator.bytes / self.bandwidth)
+
+
+def _rate(measured: Sequence[tuple[float, float]], intensity: float) -> float:
+    """FLOPs a second at so many FLOPs a byte: on straight lines between what was measured, in logarithms.
+
+    Below all of it bytes decide, as at its first point; above it the last point's rate holds.
+    """
+    above = bisect_left(measured, (intensity, 0.0))
+    if above == 0:
+        return measured[0][1] * intensity / measured[0][0]
+    if above == len(measured):
+        return measured[-1][1]
+    (low, slower), (high, faster) = measured[above - 1 : above + 1]
+    part = math.log(intensity / low) / math.log(high / low)
+    return slower * (faster / slower) ** part
 
 
 def _gpu(name: str, half: float, single: float, gigabytes: float, source: str) -> Device:
@@ -108,12 +131,9 @@ def device_named(name: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """The CPU in use: FLOPs of a large product, bytes of a large copy, time an operator of a decoder of no size."""
-    side, count = 1024, 2**25
-    rates = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.randn(2, side, side).to(dtype).unbind()
-        rates[dtype] = 2.0 * side**3 / _shortest(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    """The CPU in use: FLOPs of products, bytes of a large copy, time an operator of a decoder of no size."""
+    count = 2**25
+    products = {dtype: _measured_products(dtype) for dtype in (torch.bfloat16, torch.float32)}
     source, target = torch.zeros(2, count).unbind()
     sizes: dict[str, Any] = {
         "hidden_size": 16,
@@ -130,14 +150,35 @@ def this_cpu() -> Device:
         launch = _shortest(lambda: small(token, use_cache=True), repeat=5) / operators
     return Device(
         "this CPU",
-        half=rates[torch.bfloat16],
-        single=rates[torch.float32],
+        half=products[torch.bfloat16][-1][1],
+        single=products[torch.float32][-1][1],
         bandwidth=8.0 * count / _shortest(lambda: target.copy_(source)),
         eager=launch,
         graph=launch,
         source="measured",
         runs_ahead=False,
+        products=products,
     )
+
+
+def _measured_products(dtype: torch.dtype) -> list[tuple[float, float]]:
+    """FLOPs a byte and FLOPs a second of linear layers of 1 to 1024 rows.
+
+    One behind another, as in a decoder: what has few rows finds no weight in a cache.
+    """
+    side, layers = 1024, 32
+    weights = torch.randn(layers, side, side).to(dtype).unbind()
+    measured = []
+    for rows in (1, 4, 16, 64, 256, 1024):
+        x, used = torch.randn(rows, side).to(dtype), weights[: max(1, min(layers, 1024 // rows))]
+        flops, moved = 2.0 * rows * side**2, (2 * rows * side + side**2) * dtype.itemsize
+
+        def run(x: torch.Tensor = x, used: Sequence[torch.Tensor] = used) -> None:
+            for weight in used:
+                torch.nn.functional.linear(x, weight)
+
+        measured.append((flops / moved, flops * len(used) / _shortest(run)))
+    return measured
 
 
 def _shortest(run: Callable[[], object], *, repeat: int = 1) -> float:

@@ -111,7 +111,7 @@ class PruningFusion(ConcatFusion):
             visual=visual.to(device),
             query=columns.gather(1, queries)[:, 0],
             visual_counts=visual.sum(1).tolist(),
-            text_counts=[stop - start for start, stop in batch.spans],
+            text_counts=batch.text_lengths,
             pads_left=all(stop == batch.input_ids.shape[1] for _, stop in batch.spans),
         )
 

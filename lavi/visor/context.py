@@ -97,6 +97,8 @@ class VisorContext(VisualContext):
     routing_column: Tensor
     """(B,): the text column of the token that a router reads."""
     keys: list[str]
+    tokens: list[int]
+    """Of text, of each sample."""
     beside: Tensor | None = None
     """(B, M, D): V as it came, where the sequence is the text alone."""
     length: int | None = None
@@ -151,7 +153,7 @@ class VisorContext(VisualContext):
         logits = self.router_logits[0]
         if self.plan.labels is None:  # not trained here, and still in the graph
             return {"router": 0.0 * logits.sum()}
-        return {"router": self.plan.labels.loss(self.keys, logits)}
+        return {"router": self.plan.labels.loss(self.keys, self.tokens, logits)}
 
     @property
     def arranged(self) -> ArrangedCall | None:

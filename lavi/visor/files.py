@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavi.errors import UserError
 
 Configuration = tuple[int, ...]
 """The layers that refine the visual tokens, ascending."""
+
+
+class Label(NamedTuple):
+    """What one sample needs: the number of a viable configuration; and how many tokens of text it had, if known."""
+
+    number: int
+    tokens: int | None
 
 
 def read_viable(file: Path) -> list[list[int]]:
@@ -42,8 +49,8 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
-    """The labels of a file of JSON lines, as numbers of the viable configurations.
+def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, Label]:
+    """The labels of a file of JSON lines, by the keys of the samples.
 
     Raises:
         UserError: there is no such file, or it speaks of other configurations.
@@ -66,5 +73,5 @@ def read_labels(file: Path, viable: Sequence[Configuration]) -> dict[str, int]:
             raise UserError(
                 f"{file} labels sample {record['key']} with layers {list(configuration)}, which is not viable here."
             )
-        labels[record["key"]] = numbers[configuration]
+        labels[record["key"]] = Label(numbers[configuration], record.get("tokens"))
     return labels

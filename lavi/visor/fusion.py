@@ -206,6 +206,7 @@ class VisorFusion(ConcatFusion):
             text_width=text_width,
             routing_column=torch.tensor(last_prompt_columns(batch), device="cpu").to(device),
             keys=batch.keys,
+            tokens=batch.text_lengths,
         )
         if not self.refining:
             context.beside = rows.gather(visual)

@@ -195,7 +195,8 @@ def label(
                 if key not in done:
                     enough = keep * shares[full][row]
                     done[key] = next((one for one in order if shares[one][row] >= enough), order[-1])
-                    stream.write(json.dumps({"key": key, "configuration": list(done[key])}) + "\n")
+                    line = {"key": key, "configuration": list(done[key]), "tokens": batch.text_lengths[row]}
+                    stream.write(json.dumps(line) + "\n")
             stream.flush()
     return {one: sum(chosen == one for chosen in done.values()) for one in order}
 

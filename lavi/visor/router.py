@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lavi.batch import IGNORE
 from lavi.errors import UserError
 from lavi.nn.formulas import linear_flops
-from lavi.visor.files import Configuration, read_labels
+from lavi.visor.files import Configuration, Label, read_labels
 
 PATIENCE = 20
 """Batches in which no sample has a label, before training a router stops."""
@@ -61,19 +62,30 @@ class RouterLabels:
         self.unlabelled_batches = 0
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Number of the configuration that each sample needs, by key."""
+    def of_samples(self) -> dict[str, Label]:
+        """By key."""
         return read_labels(self.file, self.viable)
 
-    def loss(self, keys: Sequence[str], logits: Tensor) -> Tensor:
+    def loss(self, keys: Sequence[str], tokens: Sequence[int], logits: Tensor) -> Tensor:
         """Cross-entropy of the router's choice (B, configurations) against the labels of the samples ``keys``.
 
+        Args:
+            tokens: of text, of each sample: a label of one that had another number is of other data.
+
         Raises:
-            UserError: the file is empty, or has had a label for no sample of :data:`PATIENCE` batches in a row.
+            UserError: the file is empty, is of other data, or has had a label for no sample of :data:`PATIENCE`
+                batches in a row.
         """
-        if not self.numbers:
+        if not self.of_samples:
             raise UserError(f"{self.file} holds no label: make them with python -m lavi.visor label.")
-        labels = [self.numbers.get(key, -100) for key in keys]
+        found = [self.of_samples.get(key, Label(IGNORE, None)) for key in keys]
+        for key, label, count in zip(keys, found, tokens, strict=True):
+            if label.tokens not in (None, count):
+                raise UserError(
+                    f"{self.file} labels sample {key}, which had {label.tokens} tokens of text, and has {count} here: "
+                    "these are labels of other data, or of other prompts. Label what is trained on."
+                )
+        labels = [label.number for label in found]
         if all(label < 0 for label in labels):
             self.unlabelled_batches += 1
             if self.unlabelled_batches < PATIENCE:  # one rank alone must not stop
