@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cached_features as benchmark
@@ -24,7 +25,10 @@ from datamodules.moving import write_dataset as write_moving
 from datamodules.shards.read import read_shard
 from datamodules.shards.write import shard_jobs, write_shards
 from lavi.batch import Batch, CachedVisual, Layout
+from lavi.checkpoints.feature_cache import _layouts
 from lavi.checkpoints.model_folder import build as build_model
+from lavi.data.preprocessing import SquareResize
+from lavi.data.tiling import AnyRes
 from lavi.errors import UserError
 from lavi.fusion.concat import ConcatFusion
 from lavi.model import VisionLanguageModel
@@ -178,6 +182,15 @@ def test_features_of_another_model_are_refused(run: Any, frozen: Path, case: str
     cached(run, frozen, "features")
     override, word = OTHERS[case]
     refused(run("lavi.fit", "--recipe", frozen, "data.train=features/train", override), word)
+
+
+def test_tilings_that_differ_in_the_most_views_alone_are_told_apart() -> None:
+    """However large a tile is: of 384 pixels a side, no image of 2000 has more than six."""
+    found = set()
+    for most in (4, 5, 6, 7, 9):
+        processor = SimpleNamespace(tiling=AnyRes(max_grid=most), preprocessing=SquareResize(384))
+        found.add(_layouts(SimpleNamespace(processor=processor)))  # type: ignore[arg-type]
+    assert len(found) == 5
 
 
 def test_a_tiling_that_differs_for_other_images_alone_is_refused(run: Any, frozen: Path) -> None:

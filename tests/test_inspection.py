@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import GENERATORS, answering, ask, awaken, image, small
 from PIL import Image
+from test_native_resolution import CONFIG as NAFLEX
+from test_pair import two
 
 from lavi.fusion.concat import ConcatFusion
 from lavi.fusion.cross_attention import CrossAttentionFusion
@@ -21,6 +23,7 @@ from lavi.inspection.page import page
 from lavi.inspection.probes import linear_cka, reading, relevance
 from lavi.model import VisionLanguageModel
 from lavi.reduction.controls import RandomTokens, ZeroTokens
+from lavi.vision.naflex import NaFlexVision
 from lavi.visor.fusion import VisorFusion
 from lavi.visor.readers import ModulationReader
 
@@ -279,7 +282,29 @@ def test_tokens_that_a_reducer_took_off_their_grid_are_drawn_nowhere(build: Any)
     inspected = inspect_answer(model, QUESTION, [image(1)], answer="red")
     assert inspected.views == []
     assert float(inspected.relevance.sum()) == pytest.approx(1, abs=1e-4)
-    assert "lie on no grid" in page(inspected, run="a run")
+    text = page(inspected, run="a run")
+    assert "lie on no grid" in text
+    assert "id=what" not in text
+    assert text.index("if (!what) return") < text.index("what.textContent")  # its script asks before it writes there
+
+
+def test_views_of_patches_and_of_two_towers_are_drawn(build: Any) -> None:
+    """Pixels that are no picture: patches at native resolution, the channels of two towers side by side."""
+    parts = build(ConcatFusion())
+    picture = Image.new("RGB", (64, 32), (255, 0, 0))
+    picture.paste((0, 0, 255), (32, 0, 64, 32))
+    for vision in (NaFlexVision(config=NAFLEX), two()):
+        model = VisionLanguageModel(vision=vision, language=parts.language, fusion=ConcatFusion())
+        inspected = inspect_answer(model, QUESTION, [picture], answer="red")
+        pixels = inspected.views[0].pixels
+        assert pixels is not None
+        height, width, channels = pixels.shape
+        assert channels == 3
+        assert (width > height) is vision.native_resolution
+        left, right = pixels[:, : width // 2 - 4].mean((0, 1)), pixels[:, width // 2 + 4 :].mean((0, 1))
+        assert left[0] > right[0] + 0.5
+        assert right[2] > left[2] + 0.5
+        assert "<canvas>" in page(inspected, run="a run")
 
 
 def test_features_that_were_read_in_the_place_of_pixels_are_looked_into(build: Any) -> None:

@@ -152,6 +152,26 @@ def test_an_option_that_is_a_number_is_told_by_its_text_a_letter_is_an_option() 
     assert [metric.score(said, ("C", "a")) for said in ("A", "a", "C")] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [
+        ("-5", ("B", "5"), 0),
+        ("5", ("B", "5"), 1),
+        ("-10°C", ("B", "10°C"), 0),
+        ("$5", ("A", "5%"), 0),
+        ("B+", ("C", "B+"), 1),
+        ("B+", ("B", "A+"), 0),
+        ("<", ("A", "<"), 1),
+        (">", ("A", "<"), 0),
+        ('"A red cat."', ("B", "a red cat"), 1),
+        ("**B**", ("B", "a red cat"), 1),
+        ("(B).", ("B", "a red cat"), 1),
+    ],
+)
+def test_signs_are_part_of_an_option(answer: str, references: tuple[str, ...], score: float) -> None:
+    assert OptionLetter().score(answer, references) == score
+
+
 def test_circular_choices_are_right_where_every_copy_is() -> None:
     metric = CircularChoice()
     for question, copies in (("0", "rr"), ("1", "rw"), ("2", "ww"), ("3", "wr")):

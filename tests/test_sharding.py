@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.compiled import DecodeCompiler
 from lavi.training.compiled_layers import CompiledLayers
+from lavi.training.module import VisionLanguageModule
 from lavi.training.sharding import shard
 from lavi.training.tile_dropout import TileDropout
 
@@ -79,6 +81,32 @@ def test_tiles_are_dropped_alike_where_weights_are_sharded(build: Any, mesh: Any
         assert ours.keys() == plain.keys()
         for name, gradient in plain.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_tokens_of_an_accumulated_step_weigh_the_same_where_weights_are_sharded(build: Any, mesh: Any) -> None:
+    """Behind a forward pass the root's weights are whole, and the gradients of before are those of its shards."""
+    found = []
+    texts = (["red"], ["blue and green", "no"], ["yes", "a", "b"])
+    for sharded in (False, True):
+        module = VisionLanguageModule(model=build(LaViFusion(every=2)), learning_rate={"fusion": 1e-3})
+        awaken(module.model.fusion)
+        if sharded:
+            shard(module.model, mesh)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        module.trainer = SimpleNamespace(accumulate_grad_batches=len(texts), optimizers=[optimizer])  # type: ignore[assignment]
+        for answers in texts:
+            batch = collate(module.model, [ask(1, "what colour?", answer=answer) for answer in answers])
+            scores = module.model.token_scores(batch)
+            loss = scores.loss / scores.tokens
+            weight, mean = module._weigh(scores.tokens, loss.detach())
+            (loss * weight / len(texts)).backward()
+        whole = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+        found.append({name: getattr(g, "full_tensor", g.clone)() for name, g in whole.items()} | {"loss": mean})
+    plain, ours = found
+    assert any("fusion" in name for name in plain)
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_compiled_layers_learn_the_same_when_they_are_sharded(

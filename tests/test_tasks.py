@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import answering, small
 from PIL import Image
 from task_files import TASK, WRITERS, dump, pictures, videos
 
 from datamodules.questions import QuestionFile
 from lavi.batch import Sample, Video, text_of
+from lavi.config import files
 from lavi.data.frame_sampling import FrameSampling
 from lavi.efficiency.record import read_records
 from lavi.errors import UserError
@@ -513,6 +515,54 @@ def test_another_prompt_is_another_task(run: Any, trained: Path, colours: Path) 
     status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
     assert status == 2
     assert "answers of before the task's own file changed" in problems
+
+
+def test_a_run_whose_recipe_was_changed_is_another_model(run: Any, trained: Path, colours: Path) -> None:
+    """Its weights are the same, and it asks otherwise."""
+    evaluate(run, colours)
+    recipe = Path("out/recipe.yaml")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["model"]["chat_template"] = "vicuna"
+    recipe.write_text(yaml.safe_dump(settings))
+    where = ["--tasks", colours / "colours.yaml", "--data", colours / "tasks", "--out", "scored", "--no-timing"]
+    status, _, problems = run("lavi.evaluate", "--checkpoint", "out", *where)
+    assert status == 2
+    assert "answers of before the model's recipe changed" in problems
+
+
+def test_one_command_at_a_time_answers_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would take each other's parts away."""
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    one, other = (PredictionFile(tmp_path / "a.jsonl", {"task": "a"}) for _ in range(2))
+    with one.alone(), pytest.raises(UserError, match=r"another process is answering into .*a\.jsonl"), other.alone():
+        pass
+    with other.alone():
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_are_counted_as_they_are_written(tmp_path: Path) -> None:
+    kept = PredictionFile(tmp_path / "a.jsonl", {"task": "a"})
+    assert kept.batches() == 0
+    parts = [kept.part(rank) for rank in range(2)]
+    assert kept.batches() == 0
+    for number, part in enumerate([*parts, parts[0]], start=1):
+        part.add([])
+        assert kept.batches() == number
+    with open(parts[1].file, "a") as stream:
+        stream.write("[")  # not whole yet
+    assert kept.batches() == 3
+
+
+def test_a_mistake_that_a_process_meets_is_a_sentence(run: Any, trained: Path, colours: Path) -> None:
+    (colours / "colours.yaml").write_text(TASK.replace("answer: ", "answer: not-"))
+    status, _, problems = run(
+        "lavi.evaluate", "--checkpoint", "out", "--tasks", colours / "colours.yaml", "--data", colours / "tasks",
+        "--processes", 2, "--no-timing",
+    )  # fmt: skip
+    assert status == 2
+    assert "Traceback" not in problems
+    assert "not-" in problems
 
 
 def test_a_prompt_that_fills_the_context_shortens_no_other_answer(build: Any, colours: Path) -> None:

@@ -30,6 +30,8 @@ from lavi.vision.base import VisionBackbone
 
 LAID_OUT = ((224, 224), (96, 64), (480, 640), (640, 480), (300, 1200), (1200, 300), (900, 1600), (2000, 2000))
 """(height, width) of the images whose layouts are compared."""
+LAID_OUT_IN_TILES = ((3, 5), (5, 4), (7, 6), (12, 9), (9, 16))
+"""The same of images of so many views: tilings that differ in the most views alone are told apart."""
 PROBE_SIZE = (96, 64)
 """Height and width of the picture."""
 PROBE_VALUES = 64
@@ -108,9 +110,11 @@ def _digest(vision: VisionBackbone) -> str:
 def _layouts(model: VisionLanguageModel) -> str:
     """A digest of the layouts of images of some sizes, alone and beside others."""
     processor = model.processor
+    _, *tile = processor.preprocessing.pixel_shape
+    sizes = [*LAID_OUT, *((rows * tile[0], columns * tile[1]) for rows, columns in LAID_OUT_IN_TILES)]
     layouts = [
-        processor.tiling.layout(Image.new("RGB", (width, height)), processor.preprocessing, alone=alone)
-        for height, width in LAID_OUT
+        processor.tiling.layout(Image.new("1", (width, height)), processor.preprocessing, alone=alone)
+        for height, width in sizes
         for alone in (True, False)
     ]
     return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import BaseFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
-from lavi.errors import UserError
+from lavi.errors import UserError, reason
+
+log = logging.getLogger("lavi")
+PATIENCE = 2.0
+"""Seconds to wait for a lock: a process that was just killed may need a moment to be gone."""
 
 
 def sha256_of(file: Path) -> str:
@@ -59,3 +65,20 @@ def holding(lock: BaseFileLock, *, busy: str) -> Iterator[None]:
             with suppress(OSError):
                 os.unlink(lock.lock_file)  # while it is held: a process that opened it meanwhile sees that, and retries
         lock.release()
+
+
+@contextmanager
+def one_process(file: Path, *, busy: str) -> Iterator[None]:
+    """Keep other processes from what ``file`` is the lock of, as far as its file system has locks.
+
+    Raises:
+        UserError: ``busy``, or the file cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(holding(FileLock(file, timeout=PATIENCE), busy=busy))
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise UserError(f"nothing can be written into {file.parent} ({reason(error)}).") from None
+            log.warning("%s cannot be locked (%s): let no other process write there.", file, reason(error))
+        yield

@@ -28,6 +28,14 @@ class Preprocessing(ABC):
         """Rows and columns of the features of an image of ``size`` (height, width); None: all images have the same."""
         return None
 
+    def colours(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """What of a prepared view (C, H, W) is a picture, to be looked at: (3, height, width), in the tower's range.
+
+        Args:
+            size: height and width of the image that the view is of.
+        """
+        return pixels
+
     @abstractmethod
     def __call__(self, image: Image.Image) -> Tensor:
         """One image to (C, H, W)."""

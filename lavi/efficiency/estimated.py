@@ -102,7 +102,8 @@ class TrainingMemory:
     gradients: float
     optimizer: float
     activations: float
-    """The most that stands besides at once, in forward and backward."""
+    """The most that stands besides at once, in forward and backward; the gradients of the step before stand until the
+    forward pass has ended."""
     gathered: float
     """Weights that FSDP2 has whole at once: two decoder layers, and all that is in none."""
 
@@ -138,6 +139,8 @@ def training_memory(model: VisionLanguageModel, batch: Batch, *, trained_tokens:
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = tensor_bytes(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # what a step adds to stands before it, and is no activation
     with torch.enable_grad():
         peak = trace(step).peak
     for parameter in trained:
@@ -148,7 +151,7 @@ def training_memory(model: VisionLanguageModel, batch: Batch, *, trained_tokens:
         weights=weights,
         gradients=gradients,
         optimizer=OPTIMIZER * gradients,
-        activations=max(0.0, peak - gradients),
+        activations=peak,
         gathered=weights - sum(layers) + 2 * max(layers),
     )
 

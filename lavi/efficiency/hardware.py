@@ -25,10 +25,10 @@ from lavi.errors import UserError, nearest
 OF_PEAK, OF_BANDWIDTH = 0.7, 0.85
 """The share of a data sheet's figures that large kernels reach (chosen here)."""
 HALF = (torch.bfloat16, torch.float16)
-SIZES = (24, 40, 80, 141)
-"""GiB of usual GPUs."""
+SIZES = {24: 22.4, 40: 39.4, 80: 79.2, 141: 139.8}
+"""Usual GPUs by the GiB in their names, and the GiB that torch finds on them: of an L4, A100, H100 and H200."""
 ASIDE = 1.0
-"""GiB of a GPU that its driver, its libraries and an allocator's gaps take (chosen here)."""
+"""GiB of a GPU that libraries and an allocator's gaps take (chosen here)."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Device:
         return device
 
     def _kernel(self, operator: Operator) -> float:
-        if operator.flops and (measured := self.products.get(operator.dtype)):
-            return operator.flops / _rate(measured, operator.flops / operator.bytes)
+        flops = operator.flops - operator.skipped
+        if flops and (measured := self.products.get(operator.dtype)):
+            return flops / _rate(measured, flops / operator.bytes)
         peak = self.half if operator.dtype in HALF else self.single
-        return max(operator.flops / peak, operator.bytes / self.bandwidth)
+        return max(flops / peak, operator.bytes / self.bandwidth)
 
 
 def _rate(measured: Sequence[tuple[float, float]], intensity: float) -> float:
@@ -113,8 +114,8 @@ DEVICES = {
 
 def fits_in(mib: float) -> str:
     """The smallest GPU that holds so many MiB."""
-    size = next((size for size in SIZES if mib / 1024 + ASIDE <= size), None)
-    return f"{size} GiB" if size is not None else f"> {SIZES[-1]} GiB"
+    size = next((size for size, found in SIZES.items() if mib / 1024 + ASIDE <= found), None)
+    return f"{size} GiB" if size is not None else f"> {max(SIZES)} GiB"
 
 
 def device_named(name: str) -> Device:

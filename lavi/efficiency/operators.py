@@ -35,6 +35,8 @@ class Operator:
     """Read and written, each input and output once."""
     dtype: torch.dtype
     """Of its first output."""
+    skipped: float = 0.0
+    """Of the FLOPs those that a causal kernel of attention leaves out."""
 
 
 @dataclass
@@ -101,7 +103,9 @@ class _Watch(TorchDispatchMode):
         moved = sum(map(_bytes, given)) + sum(map(_bytes, result))
         packet = func._overloadpacket
         flops = float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
-        self.trace.operators.append(Operator(name, flops, moved, result[0].dtype))
+        causal = packet is torch.ops.lavi.fused_attention and args[3]
+        skipped = flops * (1 - 1 / args[0].shape[-2]) / 2 if causal else 0.0  # of n keys a query sees (n + 1) / 2
+        self.trace.operators.append(Operator(name, flops, moved, result[0].dtype, skipped))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -116,20 +120,28 @@ def _bytes(tensor: Tensor) -> float:
 # --- attention as one operator ----------------------------------------------------------------------------------------
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
     """In the place of ``scaled_dot_product_attention``: on meta torch would take it apart, and store its scores."""
-    out: Tensor = torch.ops.lavi.fused_attention(query, key, value)
+    out: Tensor = torch.ops.lavi.fused_attention(query, key, value, is_causal)
     return out
 
 
 @torch.library.custom_op("lavi::fused_attention", mutates_args=())
-def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """What a fused kernel of attention takes and gives, and not its numbers: only shapes are ever asked for."""
     raise NotImplementedError("lavi::fused_attention is counted on the meta device, and never run")
 
 
 @fused_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     if query.dim() != 4:
         return query.new_empty(*query.shape[:-1], value.shape[-1])
     batch, heads, length, _ = query.shape
@@ -150,12 +162,12 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> t
 
 
 def _keep(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
+    ctx.save_for_backward(*inputs[:3], output)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out = ctx.saved_tensors
-    return torch.ops.lavi.fused_attention_backward(grad, query, key, value, out)  # type: ignore[no-any-return]
+    return *torch.ops.lavi.fused_attention_backward(grad, query, key, value, out), None
 
 
 fused_attention.register_autograd(_backward, setup_context=_keep)

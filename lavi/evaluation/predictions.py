@@ -12,12 +12,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lavi.batch import Layout
-from lavi.config.files import replacing
+from lavi.config.files import one_process, replacing
 from lavi.errors import UserError, reason
 from lavi.metrics.base import Prediction
 
@@ -72,6 +73,7 @@ HEAD_WORDS = {
     "decoding": "the decoding",
     "limit": "--limit",
     "metric": "the metric",
+    "model": "the model's recipe",
     "overrides": "the changes to the recipe",
     "questions": "the files of questions",
     "run": "the run",
@@ -96,6 +98,8 @@ class PredictionFile:
 
     def __init__(self, file: Path, head: Head) -> None:
         self.file, self.head = file, json.loads(_line(head))
+        self._counted: dict[Path, tuple[int, int]] = {}
+        """Bytes of each part that were looked at, and the batches in them."""
 
     @property
     def is_complete(self) -> bool:
@@ -115,9 +119,24 @@ class PredictionFile:
                     by_index[one.index] = one
         return [by_index[index] for index in sorted(by_index)]
 
-    def lines(self) -> int:
-        """How many batches there are, without reading them."""
-        return sum(max(0, len(whole_lines(file)) - 1) for file in self._parts())
+    def alone(self) -> AbstractContextManager[None]:
+        """Keeps other commands from answering the same meanwhile.
+
+        Raises:
+            UserError: another one does.
+        """
+        busy = f"another process is answering into {self.file} at this moment: wait for it, or name another --out."
+        return one_process(self.file.with_suffix(".lock"), busy=busy)
+
+    def batches(self) -> int:
+        """How many there are in the parts; of what was counted before nothing is read again."""
+        for file in self._parts():
+            read, ends = self._counted.get(file, (0, -1))  # the head is none
+            with open(file, "rb") as stream:
+                stream.seek(read)
+                more = stream.read()
+            self._counted[file] = (read + len(more), ends + more.count(b"\n"))
+        return sum(max(0, ends) for _, ends in self._counted.values())
 
     def part(self, rank: int) -> Part:
         """What one process goes on to write: its part, without a line that a kill cut short."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,15 +139,17 @@ def _score(
     run: Path, name: str, recipe: Recipe, model: VisionLanguageModel, task: Task, folder: Path, settings: Settings
 ) -> ScoredTask:
     kept = PredictionFile(folder / f"{task.name}.jsonl", _head(run, recipe, model, task, settings))
-    if settings.again:
-        kept.discard()
-    answers = _answers(kept, run, model, task, settings)
-    sizes, metric, routes = _sizes(answers), task.metric, routes_of(answers)
-    metric.reset()
-    metric.update(one.prediction for one in answers)
-    predictions = metric.predictions()
-    if not kept.is_complete:
-        kept.finish([replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)])
+    with kept.alone():
+        if settings.again:
+            kept.discard()
+        answers = _answers(kept, run, model, task, settings)
+        metric = task.metric
+        metric.reset()
+        metric.update(one.prediction for one in answers)
+        predictions = metric.predictions()
+        if not kept.is_complete:
+            kept.finish([replace(a, prediction=p) for a, p in zip(answers, predictions, strict=True)])
+    sizes, routes = _sizes(answers), routes_of(answers)
     typical = sizes.typical(model.vision.tokens)
     counted, _ = as_deployed(recipe, model, settings.device)
     record = count(recipe, counted, typical, routes)
@@ -181,7 +183,8 @@ def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, set
         "task": task.written or task.name,
         "metric": task.metric.name,
         "run": run_name(run),
-        "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
+        "weights": sha256_of(weights) if weights.is_file() else None,
+        "model": recipe.settings["model"],
         "overrides": list(settings.overrides),
         "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False, "repetition_penalty": 1.0},
         "computes": [settings.device.type, str(model.language.hf.dtype).removeprefix("torch.")],
@@ -218,19 +221,57 @@ def _answers(
                 report_done=report_done,
             )
         elif len(done) < total:
-            start = processes.spawn  # type: ignore[attr-defined]
-            earlier = kept.lines()
-            started = start(_answer_share, (run, task, kept, done, settings), nprocs=settings.processes, join=False)
-            while not started.join(timeout=1.0):
-                report_done(min(total, len(done) + settings.batch_size * (kept.lines() - earlier)))
+            _answer_in_processes(
+                (run, task, kept, done, settings),
+                lambda batches: report_done(min(total, len(done) + settings.batch_size * batches)),
+            )
     return kept.answered()
 
 
-def _answer_share(rank: int, run: Path, task: Task, kept: PredictionFile, done: set[int], settings: Settings) -> None:
-    """In a process of its own."""
+Share = tuple[Path, Task, PredictionFile, set[int], Settings]
+"""What the processes of a task are told."""
+
+
+def _answer_in_processes(told: Share, report: Callable[[int], None]) -> None:
+    """Answer what is left in several processes.
+
+    Args:
+        report: told each second how many batches there are more.
+
+    Raises:
+        UserError: one of them met it.
+    """
+    kept, settings = told[2], told[4]
+    earlier, mistakes = kept.batches(), processes.get_context("spawn").SimpleQueue()
+    start = processes.spawn  # type: ignore[attr-defined]
+    started = start(_answer_share, (*told, mistakes), nprocs=settings.processes, join=False)
+    try:
+        while not started.join(timeout=1.0):
+            report(kept.batches() - earlier)
+    except processes.ProcessRaisedException:
+        if mistakes.empty():
+            raise
+        raise UserError(mistakes.get()) from None
+
+
+def _answer_share(
+    rank: int, run: Path, task: Task, kept: PredictionFile, done: set[int], settings: Settings, mistakes: Any
+) -> None:
+    """In a process of its own, which has no other way to say what a user can mend."""
+    try:
+        _answer_own_share(rank, run, task, kept, done, settings)
+    except UserError as error:
+        mistakes.put(" ".join([str(error), *getattr(error, "__notes__", ())]))
+        raise
+
+
+def _answer_own_share(
+    rank: int, run: Path, task: Task, kept: PredictionFile, done: set[int], settings: Settings
+) -> None:
     device = settings.device
     if device.type == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        first = device.index or 0  # of the GPU that was named and those behind it
+        device = torch.device("cuda", (first + rank) % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
     _, model = open_run(run, overrides=list(settings.overrides), trust=settings.trust)
@@ -292,10 +333,10 @@ def task_table(runs: Sequence[ScoredTask]) -> tuple[list[str], list[list[str]]]:
         rows.append([name, "-", *map(_difference, differences)])
     for with_vision, name in ((False, "without"), (True, "with")):
         sums = [_gflops(record, with_vision=with_vision) for record in records]
-        rows.append([f"GFLOPs, mean over samples, {name} vision encoder", *sums])
+        rows.append([f"GFLOPs, mean over samples of at most one image, {name} vision encoder", *sums])
         if all(one.record.flops_of_samples and one.twin.flops_of_samples for one in runs):
             pairs = [saving_of_samples(one.record, one.twin, with_vision=with_vision) for one in runs]
-            rows.append([f"saved, {name} vision encoder (%)", *(f"{saved:.1f}" for saved, _ in pairs)])
+            rows.append([f"saved of that, {name} vision encoder (%)", *(f"{saved:.1f}" for saved, _ in pairs)])
     for stage in ("vision_encoder", "prefill", "decode"):
         if any(stage in record.milliseconds for record in records):
             cells = [f"{r.milliseconds[stage][0]:.2f}" if stage in r.milliseconds else "-" for r in records]

@@ -190,14 +190,16 @@ def _views(model: VisionLanguageModel, batch: Batch, row: int) -> list[View]:
                 tokens = slot.layout.tokens_of_view(spec.tokens)
                 grid = slot.layout.grid or grid_of_tokens(tokens, spec.grid or (1, tokens))
                 prefix = tokens - grid[0] * grid[1]
-                pixels = _shown(batch.pixels[number]) if number < len(batch.pixels) else None
+                pixels = None
+                if number < len(batch.pixels):
+                    pixels = _shown(model.processor.preprocessing.colours(batch.pixels[number], slot.layout.size))
                 views.append(View(pixels, grid, first + max(0, prefix)))
                 first += tokens
             number += 1
     return views
 
 
-def _shown(pixels: Tensor) -> Tensor:
-    """Prepared pixels (C, H, W) as colours (H, W, 3)."""
-    low, high = pixels.amin(), pixels.amax()
-    return ((pixels - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).float().cpu()
+def _shown(colours: Tensor) -> Tensor:
+    """Colours (3, H, W) of any range as (H, W, 3) from 0 to 1."""
+    low, high = colours.amin(), colours.amax()
+    return ((colours - low) / (high - low).clamp(min=1e-6)).expand(3, -1, -1).permute(1, 2, 0).float().cpu()

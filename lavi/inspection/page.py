@@ -47,6 +47,7 @@ function paint(maps) {
 function choose(index) {
   spans.forEach((span, number) => span.classList.toggle("chosen", number === index));
   const what = document.getElementById("what");
+  if (!what) return;  // nothing is drawn of visual tokens that lie on no grid
   if (index === null || !data.words) { paint(data.answer); what.textContent = data.about_answer; return; }
   paint(data.words[index]); what.textContent = "What the word reads: " + spans[index].textContent.trim();
 }

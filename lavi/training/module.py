@@ -252,7 +252,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         before, mean = self._window
         after = before + tokens
         share = tokens / after
-        for parameter in self.parameters():
+        # The optimizer's parameters: behind a forward pass a sharded model has whole ones, without gradients.
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        for parameter in (one for group in groups for one in group["params"]):
             if parameter.grad is not None:
                 parameter.grad.mul_(1 - share)
         self._window = after, mean + share * (loss - mean)

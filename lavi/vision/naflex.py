@@ -63,6 +63,11 @@ class NaFlexPreprocessing(Preprocessing):
         height, width = get_image_size_for_max_num_patches(*size, patch, budget)
         return height // patch, width // patch
 
+    def colours(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        (rows, columns), side = self.grid(size), self.image_processor.patch_size
+        patches = pixels[0, : rows * columns].reshape(rows, columns, side, side, -1)
+        return patches.permute(4, 0, 2, 1, 3).reshape(-1, rows * side, columns * side)
+
     def __call__(self, image: Image.Image) -> Tensor:
         image = image if image.mode == "RGB" else image.convert("RGB")
         patches: Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"]  # (1, P, p p C)

@@ -51,6 +51,9 @@ class PairPreprocessing(Preprocessing):
         _, height, width = self.pixel_shape
         return torch.cat([pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in (first, second)])
 
+    def colours(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.first.colours(self.split(pixels[None])[0][0], size)
+
     def split(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(views, C, H, W) to what each of the two wants."""
         channels, height, width = self.first.pixel_shape
