@@ -10,6 +10,7 @@ ratios and no GPU figure.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lavi.efficiency.latency import (
     shortest_turn,
     time_in_turns,
 )
+from lavi.efficiency.measure import computing
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import PromptShape, Scenario
 from lavi.fusion.base import Fusion
@@ -50,7 +52,8 @@ def steps_of(model: VisionLanguageModel, shape: PromptShape, device: torch.devic
     steps = {}
     for way, compiler in zip(WAYS, (None, DecodeCompiler()), strict=True):
         model.language.compiled = compiler
-        steps[way] = [one.only(["decode"]) for one in model_and_floor(model, shape, device=device)]
+        within = partial(computing, model, None, device)
+        steps[way] = [one.only(["decode"]) for one in model_and_floor(model, shape, device=device, within=within)]
     return steps
 
 

@@ -39,25 +39,27 @@ class Part:
     """Behind ``python``; ``OUT`` stands for its file of records."""
     small: tuple[str, ...] = ()
     """Added on a CPU."""
+    lines: int = 2
+    """Of the summary, at most."""
 
 
-def benchmark(name: str, seconds: float, *options: str, small: tuple[str, ...] = ("--small",)) -> Part:
+def benchmark(name: str, seconds: float, *options: str, small: tuple[str, ...] = ("--small",), lines: int = 2) -> Part:
     """A benchmark that writes records."""
-    return Part(name, seconds, (f"benchmarks/{name}.py", "--out", "OUT", *options), small)
+    return Part(name, seconds, (f"benchmarks/{name}.py", "--out", "OUT", *options), small, lines)
 
 
 PLAN = (
-    Part("oracles", 100, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
-    benchmark("verify_claims", 130, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small")),
-    benchmark("decode", 70),
+    Part("oracles", 100, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"), lines=1),
+    benchmark("verify_claims", 130, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small"), lines=8),
+    benchmark("decode", 70, lines=4),
     benchmark("norm", 20),
-    benchmark("prefill", 40, "--turns", "5"),
+    benchmark("prefill", 40, "--turns", "5", lines=3),
     benchmark("train_step", 20),
     benchmark("cached_features", 40, "--batch-size", "8"),
     benchmark("encoder", 30, "--turns", "5"),
     benchmark("serving", 30, "--requests", "15", small=("--requests", "5")),
-    benchmark("fusion_cost", 30, "--runs", "5", small=("--runs", "2")),
-    benchmark("compare", 30, "--runs", "3", small=("--runs", "2")),
+    benchmark("fusion_cost", 30, "--runs", "5", small=("--runs", "2"), lines=1),
+    benchmark("compare", 30, "--runs", "3", small=("--runs", "2"), lines=1),
 )
 
 
@@ -89,7 +91,6 @@ def run_plan(plan: tuple[Part, ...], out: Path, *, device: str, limit: float) ->
     """Run the parts while there is time; a summary of each, its last lines among it."""
     end, lines = time.monotonic() + limit, []
     spare = limit - sum(part.seconds for part in plan)
-    room = max(1, SUMMARY // len(plan) - 2)
     for part in plan:
         allowed = min(part.seconds + max(0.0, spare), end - time.monotonic())
         if allowed < LEAST:
@@ -103,8 +104,17 @@ def run_plan(plan: tuple[Part, ...], out: Path, *, device: str, limit: float) ->
         took = time.monotonic() - began
         spare += part.seconds - took
         lines.append(f"{part.name}: {status} after {took:.0f} s (log: {log})")
-        lines += [f"    {line[:160]}" for line in log.read_text().splitlines()[-room:]]
+        lines += [f"    {line[:160]}" for line in telling(log.read_text(), part.lines, failed=status == "failed")]
     return lines
+
+
+def telling(log: str, count: int, *, failed: bool = False) -> list[str]:
+    """So many lines of a log that say most: verdicts, rows of tables with figures; else, and of a part that failed, the
+    last that are not empty."""
+    written = [line.strip() for line in log.splitlines() if line.strip()]
+    rows = [line for line in written if line.startswith("│") and any(map(str.isdigit, line))]
+    verdicts = [line for line in rows if "PASS" in line or "FAIL" in line]
+    return (written if failed else verdicts or rows or written)[-count:]
 
 
 def run(command: list[str], log: Path, *, timeout: float, device: str) -> str:

@@ -10,6 +10,7 @@ size, which gives ratios and no GPU figure.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lavi.config.devices import device_of
 from lavi.data.tiling import AnyRes
 from lavi.efficiency.estimate import estimate, ratio
 from lavi.efficiency.latency import clock_of, half_the_threads, model_and_floor, shortest_turn, time_in_turns
+from lavi.efficiency.measure import computing
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.fusion.base import Fusion
@@ -54,7 +56,8 @@ def measure(
             pairs = []
             for model in models.values():
                 shape = Scenario(text=TEXT, image=size).shape_for(model)
-                pairs.append(model_and_floor(model, shape, device=device))
+                within = partial(computing, model, None, device)
+                pairs.append(model_and_floor(model, shape, device=device, within=within))
             contestants = [pair[0].only(["fusion", *STAGES]) for pair in pairs] + [pairs[0][1].only(STAGES)]
             floor = len(pairs)
             times = time_in_turns(

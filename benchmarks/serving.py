@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from verify_claims import BASELINE, LAVI, build_for_timing, recipe_at, shrunk
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.latency import half_the_threads, model_and_floor
+from lavi.efficiency.measure import computing
 from lavi.efficiency.record import device_name
 from lavi.efficiency.scenario import Scenario
 from lavi.recipe import Recipe
@@ -50,7 +51,7 @@ def servers(recipes: Mapping[str, Recipe], device: torch.device) -> dict[str, An
         model = build_for_timing(recipe, device)
         for rows in BATCHES:
             shape = Scenario(SCENARIO.text, rows, image=SCENARIO.image).shape_for(model)
-            within = partial(torch.autocast, device.type, model.language.hf.dtype, enabled=device.type == "cuda")
+            within = partial(computing, model, None, device)
             both = model_and_floor(model, shape, device=device, outputs=[TOKENS], within=within)
             for who, stages in zip((name, FLOOR), both, strict=True):
                 answers[who][rows] = partial(_within, within, stages.stages[f"end_to_end_{TOKENS}"])
@@ -58,7 +59,6 @@ def servers(recipes: Mapping[str, Recipe], device: torch.device) -> dict[str, An
 
 
 def _within(context: Callable[[], Any], run: Callable[[], Any]) -> None:
-    """As models are timed elsewhere: tower and projector compute in the decoder's dtype."""
     with context():
         run()
 
@@ -110,7 +110,7 @@ def serve(answer: Answer, times: Sequence[float], device: torch.device) -> dict[
 def measure(recipes: Mapping[str, Recipe], device: torch.device, *, requests: int) -> Iterator[dict[str, Any]]:
     """One record for each method and rate."""
     answers = servers(recipes, device)
-    capacity = {name: _capacity(of, device) for name, of in answers.items()}
+    capacity = capacities(answers, device)
     about = {"device": device_name(device), "torch": torch.__version__, "small": device.type != "cuda"}
     for share in SHARES:
         times = arrivals(share * capacity[CONCAT], requests)
@@ -121,17 +121,21 @@ def measure(recipes: Mapping[str, Recipe], device: torch.device, *, requests: in
             yield record
 
 
-def _capacity(answer: Answer, device: torch.device) -> float:
-    """Requests a second at the largest batch: of some runs the median."""
-    rows, times = max(answer), []
+def capacities(answers: Mapping[str, Answer], device: torch.device) -> dict[str, float]:
+    """Requests a second of each at its largest batch: of some runs, in turns, the median; all batches are warm then."""
+    times: dict[str, list[float]] = {name: [] for name in answers}
     with torch.no_grad():
-        for _ in range(4):
-            began = time.perf_counter()
-            answer[rows]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
-    return rows / sorted(times[1:])[1]
+        for answer in answers.values():
+            for run in answer.values():
+                run()
+        for _ in range(3):
+            for name, answer in answers.items():
+                began = time.perf_counter()
+                answer[max(answer)]()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times[name].append(time.perf_counter() - began)
+    return {name: max(answers[name]) / median(own) for name, own in times.items()}
 
 
 def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

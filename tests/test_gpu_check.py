@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_check import LIMIT, PLAN, ROOT, SUMMARY, Part, run_plan
+from gpu_check import LIMIT, PLAN, ROOT, SUMMARY, Part, run_plan, telling
+
+from lavi.report import console, table
 
 ECHO = ("-c", "print('a figure')")
 
@@ -29,6 +31,19 @@ def test_a_part_has_its_share_and_what_the_ones_before_left(tmp_path: Path, monk
     assert "    a figure" in lines
     assert "    why" in lines
     assert (tmp_path / "slow.log").read_text() == "begun\n"
+
+
+def test_the_summary_has_figures_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables end with a border, and notes stand below them."""
+    console().print(table("A table", ["", "ms", "claim"], [["a", "1.25", "PASS (3x)"], ["b", "2.50", "-"]]))
+    console().print("A note of 5 words below.")
+    log = capsys.readouterr().out
+    assert [["1.25" in line, "PASS" in line] for line in telling(log, 2)] == [[True, True]]
+    assert [("1.25" in line, "2.50" in line) for line in telling(log.replace("PASS", "yes"), 2)] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+    assert telling(log + "\nOSError: why\n", 1, failed=True) == ["OSError: why"]
+    assert 1 + sum(1 + part.lines for part in PLAN) <= SUMMARY
 
 
 def test_what_there_is_no_time_for_is_dropped(tmp_path: Path) -> None:

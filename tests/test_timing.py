@@ -26,7 +26,16 @@ from lavi.efficiency import latency, measure
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import FEWEST, NOISE, estimate, ratio, values_outside
 from lavi.efficiency.figures import curve_values, sweep_rows, turns_rows, waiting_note, write_csv
-from lavi.efficiency.latency import LONGEST, MOST, WARMUP, Clock, Contestant, half_the_threads, time_in_turns
+from lavi.efficiency.latency import (
+    LONGEST,
+    MOST,
+    WARMUP,
+    Clock,
+    Contestant,
+    DeviceClock,
+    half_the_threads,
+    time_in_turns,
+)
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count
 from lavi.efficiency.record import Record, check_writable
 from lavi.efficiency.scenario import PromptShape, Scenario
@@ -542,3 +551,25 @@ def test_the_benchmark_of_the_first_token_times_each_fusion() -> None:
     assert [record["fusion"] for record in records] == list(prefill.FUSIONS)
     columns, rows = prefill.prefill_table(records)
     assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_a_gpu_is_timed_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device may be another one, which has nothing to do meanwhile."""
+    recorded: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self, stream: object = "the current one") -> None:
+            recorded.append(stream)
+
+        def elapsed_time(self, end: object) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    clock = DeviceClock(torch.device("cuda:1"))
+    clock.start()
+    assert clock.stop() == 1.5
+    assert recorded == ["cuda:1", "cuda:1"]

@@ -81,10 +81,10 @@ class DeviceClock(Clock):
 
     def start(self) -> None:
         torch.cuda.synchronize(self.device)
-        self.began.record()
+        self.began.record(torch.cuda.current_stream(self.device))  # which may not be that of the current device
 
     def stop(self) -> float:
-        self.ended.record()
+        self.ended.record(torch.cuda.current_stream(self.device))
         torch.cuda.synchronize(self.device)
         return float(self.began.elapsed_time(self.ended))
 

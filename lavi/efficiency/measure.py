@@ -262,7 +262,7 @@ def _measure(
 ) -> None:
     records = [measurement.record for measurement in measurements]
     shapes = [one.scenario.shape_for(model) for one, model in zip(measurements, models, strict=True)]
-    contexts = [partial(_computing, model, one.route, device) for one, model in zip(measurements, models, strict=True)]
+    contexts = [partial(computing, model, one.route, device) for one, model in zip(measurements, models, strict=True)]
     sizes = [weights_of(model) for model in models]
     contestants: list[Contestant] = []
     # As long as an outer autocast is open, an inner one keeps the weights that it has cast: no turn casts them anew.
@@ -308,8 +308,12 @@ def _pairs(records: Sequence[Record]) -> dict[tuple[int, int], str]:
 
 
 @contextmanager
-def _computing(model: VisionLanguageModel, route: Hashable | None, device: torch.device) -> Iterator[None]:
-    """Tower and projector compute in the decoder's dtype, and all samples take one route."""
+def computing(model: VisionLanguageModel, route: Hashable | None, device: torch.device) -> Iterator[None]:
+    """How models are timed: tower and projector compute in the decoder's dtype, and all samples take one route.
+
+    Args:
+        route: None: the fusion's own.
+    """
     dtype = model.language.hf.dtype
     computes = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with computes, model.fusion.force_route(model.fusion.default_route if route is None else route):
