@@ -27,7 +27,7 @@ from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.estimated import note_estimates
-from lavi.efficiency.hardware import DEVICES, fits_in
+from lavi.efficiency.hardware import device_named, fits_in
 from lavi.efficiency.latency import TURNS
 from lavi.efficiency.measure import Measurement, build_on, count, measure, saving
 from lavi.efficiency.record import Record, write_records
@@ -52,7 +52,7 @@ TIMED: dict[str, tuple[int, ...]] = {"1024x1024": (), "32 frames": OUTPUTS}
 """The inputs that are timed, and the answers to them."""
 SMALL_TIMED: dict[str, tuple[int, ...]] = {"384x384": (), "8 frames": OUTPUTS[:2]}
 
-ESTIMATED_ON = ("a100", "h100")
+ESTIMATED_ON = ("a100", "h100", "h100-graph")
 ANSWERS = (1, 16, 64, 256)
 """Tokens of the answers whose time is estimated."""
 BATCHES = (1, 4, 16, 64)
@@ -116,7 +116,7 @@ def flops_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 def estimates() -> list[Record]:
     """Time and memory of both at full size, of no device: a record for each input, and for batches of them."""
-    devices, records = [DEVICES[name] for name in ESTIMATED_ON], []
+    devices, records = [device_named(name) for name in ESTIMATED_ON], []
     for file in track([BASELINE, LAVI], description="estimating"):
         recipe = recipe_at(file)
         model = build_for_timing(recipe, "meta")

@@ -19,7 +19,7 @@ from lavi.batch import Layout
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimated import TrainingMemory, milliseconds, traces, training_step
 from lavi.efficiency.flops import closed_form
-from lavi.efficiency.hardware import DEVICES, Device, fits_in, this_cpu
+from lavi.efficiency.hardware import DEVICES, LAUNCH_IN_GRAPH, Device, as_one_graph, device_named, fits_in, this_cpu
 from lavi.efficiency.measure import build_on, note_mean_flops, saving_of_samples
 from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.operators import Operator, trace
@@ -81,34 +81,34 @@ def test_operators_have_the_flops_of_the_formula(fusion: str) -> None:
     )
 
 
-SLOW = Device("slow", half=2e9, single=1e9, bandwidth=1e6, eager=1e-3, graph=1e-4, source="made up")
+SLOW = Device("slow", half=2e9, single=1e9, bandwidth=1e6, launch=1e-3, source="made up")
 
 
 def test_a_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:
     product = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.float32)
     copy = Operator("clone", flops=0, bytes=2e6, dtype=torch.float32)
     half = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.bfloat16)
-    assert SLOW.seconds([product, copy, half], graph=True) == pytest.approx(4 + 2 + 2 + 3e-4)
-    assert SLOW.seconds([product, copy], graph=False) == pytest.approx(1e-3 + 4 + 2)  # launched while the first runs
+    assert as_one_graph(SLOW).seconds([product, copy, half]) == pytest.approx(4 + 2 + 2 + 3 * LAUNCH_IN_GRAPH)
+    assert SLOW.seconds([product, copy]) == pytest.approx(1e-3 + 4 + 2)  # launched while the first runs
     small = Operator("add", flops=0, bytes=10, dtype=torch.float32)
-    assert SLOW.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 1e-5)  # the host is the slower one
+    assert SLOW.seconds([small] * 100) == pytest.approx(100e-3 + 1e-5)  # the host is the slower one
     waiting = Device(**{**vars(SLOW), "runs_ahead": False})
-    assert waiting.seconds([small] * 100, graph=False) == pytest.approx(100e-3 + 100 * 1e-5)
+    assert waiting.seconds([small] * 100) == pytest.approx(100e-3 + 100 * 1e-5)
 
 
 def test_a_measured_roofline_is_followed_between_its_points() -> None:
     measured = {torch.float32: [(0.5, 1e9), (8.0, 4e9), (128.0, 4.5e9)]}
-    device = Device(**{**vars(SLOW), "eager": 0.0, "runs_ahead": False, "products": measured})
+    device = Device(**{**vars(SLOW), "launch": 0.0, "runs_ahead": False, "products": measured})
 
     def rate(intensity: float, dtype: torch.dtype = torch.float32) -> float:
-        return 1e9 / device.seconds([Operator("mm", 1e9, 1e9 / intensity, dtype)], graph=False)
+        return 1e9 / device.seconds([Operator("mm", 1e9, 1e9 / intensity, dtype)])
 
     assert [rate(point) for point in (0.5, 8.0, 128.0)] == pytest.approx([1e9, 4e9, 4.5e9])
     assert rate(2.0) == pytest.approx(2e9)  # half way, in logarithms
     assert rate(0.05) == pytest.approx(1e8)  # 2e9 bytes a second, as at the first point
     assert rate(1e4) == pytest.approx(4.5e9)
     assert rate(8.0, torch.bfloat16) == pytest.approx(8e6)  # not measured: traffic of 1e6 bytes a second
-    assert device.seconds([Operator("clone", 0, 2e6, torch.float32)], graph=False) == pytest.approx(2)
+    assert device.seconds([Operator("clone", 0, 2e6, torch.float32)]) == pytest.approx(2)
 
 
 def test_this_cpu_s_roofline_is_measured() -> None:
@@ -128,8 +128,8 @@ def test_a_causal_kernel_takes_half_the_time_and_is_counted_in_full() -> None:
     )
     assert causal.flops == full.flops == 2 * 2 * 2 * 4 * 4 * 8
     assert (full.skipped, causal.skipped) == (0, full.flops * 6 / 16)  # of 4 x 4 scores the 6 above the diagonal
-    busy = Device(**{**vars(SLOW), "eager": 0.0, "bandwidth": 1e12})
-    assert busy.seconds([causal], graph=False) == pytest.approx(10 / 16 * busy.seconds([full], graph=False))
+    busy = Device(**{**vars(SLOW), "launch": 0.0, "bandwidth": 1e12})
+    assert busy.seconds([causal]) == pytest.approx(10 / 16 * busy.seconds([full]))
 
 
 def test_the_tower_is_part_of_a_first_token() -> None:
@@ -138,6 +138,13 @@ def test_the_tower_is_part_of_a_first_token() -> None:
     assert times["first_token"] == times["vision_encoder"] + times["prefill"]
     assert times["floor_first_token"] == times["vision_encoder"] + times["floor_prefill"]
     assert times["prefill"] > times["floor_prefill"]
+
+
+def test_one_graph_takes_less_where_launches_decide() -> None:
+    model = benchmark.build("lavi", 128, "meta")
+    of = traces(model, Scenario(20, image=(224, 224)).shape_for(model))
+    eager, graph = (milliseconds(of, device_named(name))["decode"] for name in ("h100", "h100-graph"))
+    assert graph < 0.5 * eager
 
 
 def test_the_smallest_gpu_that_holds_it() -> None:

@@ -60,16 +60,14 @@ def traces(model: VisionLanguageModel, shape: PromptShape) -> dict[str, Trace]:
     return {stage: trace(run) for stage, run in runs.items()}
 
 
-def milliseconds(of: Mapping[str, Trace], device: Device, *, graph: bool = False) -> dict[str, float]:
+def milliseconds(of: Mapping[str, Trace], device: Device) -> dict[str, float]:
     """Each stage on a device; ``first_token`` and ``floor_first_token`` with the tower."""
-    times = {stage: 1e3 * device.seconds(one.operators, graph=graph) for stage, one in of.items()}
+    times = {stage: 1e3 * device.seconds(one.operators) for stage, one in of.items()}
     tower = times.get("vision_encoder", 0.0)
     return times | {f"{kind}first_token": tower + times[f"{kind}prefill"] for kind in ("", "floor_")}
 
 
-def note_estimates(
-    record: Record, model: VisionLanguageModel, scenario: Scenario, devices: Sequence[Device], *, graph: bool = False
-) -> None:
+def note_estimates(record: Record, model: VisionLanguageModel, scenario: Scenario, devices: Sequence[Device]) -> None:
     """Add to a counted record what a model on the meta device would need and take.
 
     Tower and reducer are cast to the decoder's dtype, in which they compute; what joins the halves stays in fp32.
@@ -88,7 +86,7 @@ def note_estimates(
     shape = scenario.shape_for(model)
     record.estimated_mib = prefill_memory(model, shape, device=torch.device("meta"))
     of = traces(model, shape)
-    record.estimated_milliseconds = {device.name: milliseconds(of, device, graph=graph) for device in devices}
+    record.estimated_milliseconds = {device.name: milliseconds(of, device) for device in devices}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

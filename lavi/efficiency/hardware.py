@@ -13,7 +13,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ from lavi.errors import UserError, nearest
 
 OF_PEAK, OF_BANDWIDTH = 0.7, 0.85
 """The share of a data sheet's figures that large kernels reach (chosen here)."""
+LAUNCH, LAUNCH_IN_GRAPH = 8e-6, 1.5e-6
+"""Seconds between two operators that Python asks for one by one, and of one captured graph (chosen here)."""
+GRAPH = "-graph"
+"""Behind a device's name: every stage is one captured graph."""
 HALF = (torch.bfloat16, torch.float16)
 SIZES = {24: 22.4, 40: 39.4, 80: 79.2, 141: 139.8}
 """Usual GPUs by the GiB in their names, and the GiB that torch finds on them: of an L4, A100, H100 and H200."""
@@ -42,10 +46,8 @@ class Device:
     """FLOPs a second in float32."""
     bandwidth: float
     """Bytes a second from and to its memory."""
-    eager: float
-    """Seconds between two operators that Python asks for one by one."""
-    graph: float
-    """Seconds between two operators of one captured graph."""
+    launch: float
+    """Seconds between two operators."""
     source: str
     runs_ahead: bool = True
     """Whether the host asks for operators while the device still works on earlier ones."""
@@ -53,15 +55,14 @@ class Device:
     """By dtype, as measured: FLOPs a byte, ascending, and the FLOPs a second of products of so many. Empty: peak and
     bandwidth."""
 
-    def seconds(self, operators: Sequence[Operator], *, graph: bool) -> float:
+    def seconds(self, operators: Sequence[Operator]) -> float:
         """How long they take, one behind the other."""
-        launch = self.graph if graph else self.eager
-        if graph or not self.runs_ahead:
-            return sum(self._kernel(operator) + launch for operator in operators)
+        if not self.runs_ahead:
+            return sum(self._kernel(operator) + self.launch for operator in operators)
         # The host runs ahead of the device: whichever is later at each operator decides.
         host = device = 0.0
         for operator in operators:
-            host += launch
+            host += self.launch
             device = max(host, device) + self._kernel(operator)
         return device
 
@@ -95,8 +96,7 @@ def _gpu(name: str, half: float, single: float, gigabytes: float, source: str) -
         half=OF_PEAK * half * 1e12,
         single=OF_PEAK * single * 1e12,
         bandwidth=OF_BANDWIDTH * gigabytes * 1e9,
-        eager=8e-6,
-        graph=1.5e-6,
+        launch=LAUNCH,
         source=source,
     )
 
@@ -109,7 +109,7 @@ DEVICES = {
     "h200": _gpu("H200", 989.4, 67, 4800, "NVIDIA H200 data sheet, SXM"),
     "b200": _gpu("B200", 2250, 75, 8000, "NVIDIA HGX B200 data sheet, of eight: bf16 36 PFLOPs with sparsity"),
 }
-"""By the name that a command takes. Launches are chosen here: 8 us an operator eager, 1.5 us in a graph."""
+"""By the name that a command takes."""
 
 
 def fits_in(mib: float) -> str:
@@ -119,16 +119,22 @@ def fits_in(mib: float) -> str:
 
 
 def device_named(name: str) -> Device:
-    """A device of the table, or ``cpu``: the one in use, measured now.
+    """A device of the table, also with :data:`GRAPH` behind its name, or ``cpu``: the one in use, measured now.
 
     Raises:
         UserError: there is none of that name.
     """
     if name == "cpu":
         return this_cpu()
-    if name not in DEVICES:
-        raise UserError(f"no device '{name}' is known here: {nearest(name, [*DEVICES, 'cpu'])}")
-    return DEVICES[name]
+    known = DEVICES | {f"{short}{GRAPH}": as_one_graph(device) for short, device in DEVICES.items()}
+    if name not in known:
+        raise UserError(f"no device '{name}' is known here: {nearest(name, [*known, 'cpu'])}")
+    return known[name]
+
+
+def as_one_graph(device: Device) -> Device:
+    """The same device where all that a stage does is one captured graph: launches cost less, and no host runs ahead."""
+    return replace(device, name=f"{device.name}, one graph", launch=LAUNCH_IN_GRAPH, runs_ahead=False)
 
 
 def this_cpu() -> Device:
@@ -154,8 +160,7 @@ def this_cpu() -> Device:
         half=products[torch.bfloat16][-1][1],
         single=products[torch.float32][-1][1],
         bandwidth=8.0 * count / _shortest(lambda: target.copy_(source)),
-        eager=launch,
-        graph=launch,
+        launch=launch,
         source="measured",
         runs_ahead=False,
         products=products,

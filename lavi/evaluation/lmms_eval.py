@@ -1,6 +1,6 @@
 """Runs of lavi as a model of lmms-eval, by that harness's own entry point (``lmms_eval.models``).
 
-    pip install 'lavi[lmms-eval]'
+    uv pip install 'lavi[lmms-eval]' --override overrides.txt    (docs/evaluation.md says what stands in it, and why)
     lmms-eval --model lavi --model_args checkpoint=runs/NAME --tasks gqa --batch_size 8
 
 ``checkpoint`` is a run folder or an export; a released model, by its folder or hub name, or the recipe of one
