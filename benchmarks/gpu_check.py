@@ -49,16 +49,17 @@ def benchmark(name: str, seconds: float, *options: str, small: tuple[str, ...] =
 
 
 PLAN = (
-    Part("oracles", 100, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"), lines=1),
-    benchmark("verify_claims", 130, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small"), lines=8),
+    Part("oracles", 90, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"), lines=1),
+    benchmark("verify_claims", 120, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small"), lines=6),
     benchmark("decode", 70, lines=4),
     benchmark("norm", 20),
     benchmark("prefill", 40, "--turns", "5", lines=3),
     benchmark("train_step", 20),
     benchmark("cached_features", 40, "--batch-size", "8"),
-    benchmark("encoder", 30, "--turns", "5"),
-    benchmark("serving", 30, "--requests", "15", small=("--requests", "5")),
-    benchmark("fusion_cost", 30, "--runs", "5", small=("--runs", "2"), lines=1),
+    benchmark("short_training", 40),
+    benchmark("encoder", 20, "--turns", "5"),
+    benchmark("serving", 25, "--requests", "15", small=("--requests", "5")),
+    benchmark("fusion_cost", 25, "--runs", "5", small=("--runs", "2"), lines=1),
     benchmark("compare", 30, "--runs", "3", small=("--runs", "2"), lines=1),
 )
 

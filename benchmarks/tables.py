@@ -20,6 +20,7 @@ from typing import Any
 
 from busy import busy_table
 from cached_features import cached_features_table
+from changes import changes_table
 from compare import LAB, claims_table, compare_table
 from compare import speed_table as compare_speed_table
 from dataloader import table as dataloader_table
@@ -301,12 +302,18 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
 """How a file of records becomes a table; :func:`comparison` if it is not named."""
 
 
+ACROSS: dict[str, Callable[[], str]] = {"changes": lambda: markdown(*changes_table())}
+"""Tables of the records of several benchmarks."""
+
+
 def render(text: str) -> str:
     """The text with every table rendered anew."""
 
     def fill(marker: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
-        if not file.exists():
+        if across := ACROSS.get(marker[2]):
+            table = across()
+        elif not file.exists():
             table = NOT_YET
         elif own := OWN_RECORDS.get(marker[2]):
             table = own([json.loads(line) for line in file.read_text().splitlines()])
