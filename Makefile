@@ -6,7 +6,7 @@ OUT ?= gpu-check
 DEVICE ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab lab-variants lab-large tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
+.PHONY: help install format lint typecheck test test-all test-oldest test-lmms-eval quickstart digits real lab lab-variants lab-gpu lab-large tensorboard tables verify-claims compare visor-scenes busy dataloader mutants gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -107,6 +107,14 @@ lab-variants: lab-scenes ## what varies them: generators, targets, reducers, tow
 	$(call lab-features,merged,data/lab-merged-features)
 	$(lab) --part variants --processes 2
 	$(lab) --time --picture docs/lab.png
+
+LAB_GPU := lab-gpu
+
+lab-gpu: lab-scenes ## the fusions with one seed each on a GPU (twelve minutes at most; stopped, it goes on)
+	mkdir -p $(LAB_GPU)
+	$(BIN)/python benchmarks/lab.py --out $(LAB_GPU)/lab.jsonl --minutes 8 --seeds 0 --shares 1 \
+	  --methods LaVi concatenation VISOR cross-attention
+	$(BIN)/python benchmarks/lab.py --out $(LAB_GPU)/lab.jsonl --time --picture $(LAB_GPU)/lab.png
 
 LAB_LARGE := --train 24000 --validation 400 --test 1600 --turns 8 --even --large
 

@@ -2,6 +2,7 @@
 
     make lab                                                            fusions; stopped, it goes on
     make lab-variants                                                   what varies them, and reducers
+    make lab-gpu                                                        one seed of each fusion on a GPU, in minutes
     python benchmarks/lab.py --out benchmarks/results/lab.jsonl --methods concatenation LaVi --seeds 0
 
 Each method trains from the same tower on the same data (recipes/lab), and is scored on held-out ones: easy and hard
@@ -13,9 +14,11 @@ intervals (Student's t); the picture is the frontier of accuracy against FLOPs a
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -78,8 +81,13 @@ def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
 
 
 def digest_of(name: str, seed: int, share: float) -> str:
-    """Tells runs and records of a method from those that it had before its recipe was changed."""
-    return hashlib.sha256(settings_of(name, seed, share).yaml().encode()).hexdigest()[:12]
+    """Tells runs and records of a method from those that it had before its recipe was changed.
+
+    On how many devices is no part of it: it is one, said or not.
+    """
+    recipe = settings_of(name, seed, share)
+    recipe.settings["trainer"].pop("devices", None)
+    return hashlib.sha256(recipe.yaml().encode()).hexdigest()[:12]
 
 
 def run_once(name: str, seed: int, share: float, device: torch.device) -> list[Record]:
@@ -175,6 +183,7 @@ def main() -> None:
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no further run is begun")
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that share the work, and the cores")
     args = read(parser)
     if unknown := [name for name in args.methods or () if name not in METHODS]:
@@ -182,12 +191,15 @@ def main() -> None:
     runs = plan(args.methods or list(METHODS), args.seeds, args.shares)
     if not args.methods:
         runs = [run for run in runs if part_of(run[0], run[2]) == args.part]
-    device = device_of(args.device)
+    device, end = device_of(args.device), time.monotonic() + 60 * args.minutes
     there = known(args.out)
     with helpers(0 if args.time else args.processes - 1):
         for name, seed, share in runs:
             there |= known(args.out)
             if not args.time and any((variant, seed, share) not in there for variant in variants_of(name)):
+                if time.monotonic() > end:
+                    console().print(f"left out, {args.minutes:g} minutes are over: {name}, seed {seed}")
+                    continue
                 there = written({key_of(one): one for one in run_once(name, seed, share, device)}, there, args.out)
     there |= known(args.out)
     if args.time:

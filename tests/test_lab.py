@@ -227,6 +227,14 @@ def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     assert len(trained) == 1
 
 
+def test_no_run_is_begun_when_its_time_is_over(tiny_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "train", lambda *_, **__: pytest.fail("a run was begun"))
+    status, out, problems = tiny_lab("--minutes", "0")
+    assert status == 0, problems
+    assert "left out, 0 minutes are over: concatenation, seed 0" in out
+    assert not Path("lab.jsonl").exists()
+
+
 def test_processes_share_the_work(tiny_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another one has in work is left to it; where one fails, the command says so."""
     steps = 6
