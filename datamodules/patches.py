@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.scenes import COLOURS, GLYPHS, SHAPES, SIDE, SIZES, SPLITS, Scene, jpeg
+from datamodules.streamed import begin_reading
 from lavi.config.types import Count, CountOrZero
 from lavi.data.images import open_image
 
@@ -87,7 +89,14 @@ class TowerScenes(pl.LightningDataModule):
         """Batches that steps have used."""
 
     def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
-        return DataLoader(self.batches, batch_size=None, sampler=range(self.used, 2**31), num_workers=1)
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.used, 2**31),
+            num_workers=1,
+            worker_init_fn=partial(begin_reading, rank=rank),
+        )
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         self.used += 1

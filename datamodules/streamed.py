@@ -6,8 +6,10 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
 from datamodules.batches import (
@@ -23,6 +25,7 @@ from datamodules.batches import (
 from datamodules.encoder import Encoder
 from datamodules.formats.base import SampleFormat
 from datamodules.formats.conversations import Conversations
+from datamodules.shards.processes import leave_interrupts_to_parent
 from lavi.batch import Batch, Sample
 from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
@@ -30,6 +33,12 @@ from lavi.errors import UserError
 from lavi.metrics.base import AnswerMetric
 
 log = logging.getLogger("lavi")
+
+
+def begin_reading(worker: int, *, rank: int) -> None:
+    """Begin a reading process: Ctrl-C is left to the main process, which ends this one when its step is saved."""
+    leave_interrupts_to_parent()
+    pl_worker_init_function(worker, rank)  # the seeds that Lightning gives only where no other function begins
 
 
 class StreamedData(DataModule):
@@ -128,7 +137,13 @@ class StreamedData(DataModule):
             self.progress,
         )
         keep = self.persistent_workers and self.workers > 0
-        return DataLoader(batches, batch_size=None, num_workers=self.workers, persistent_workers=keep)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=keep,
+            worker_init_fn=partial(begin_reading, rank=rank),
+        )
 
     def val_dataloader(self) -> Iterable[ReadBatch]:
         if "validation" not in self.splits:

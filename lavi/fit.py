@@ -28,7 +28,11 @@ def arguments() -> argparse.Namespace:
         "--run", type=path, metavar="FOLDER", help="the run folder; must not exist (default: runs/NAME, numbered)"
     )
     parser.add_argument(
-        "--save-every", type=whole_number(1), default=100, metavar="STEPS", help="steps between two checkpoints"
+        "--save-every",
+        type=whole_number(1),
+        default=argparse.SUPPRESS,  # not None, which the help would show
+        metavar="STEPS",
+        help="steps between two checkpoints (default: 100; with --resume, what the run was begun with)",
     )
     parser.add_argument("--trust", action="store_true", help="with --resume: build whatever the run's recipe names")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
@@ -58,7 +62,7 @@ def main() -> int:
             folder = run_folder.new_run_folder(folder, exact=args.run is not None)
     with run_folder.lock_run_folder(folder):
         try:
-            return train(recipe, folder, resume_from=resume_from, save_every=args.save_every)
+            return train(recipe, folder, resume_from=resume_from, save_every=getattr(args, "save_every", None))
         finally:
             if run_folder.is_first_rank():
                 run_folder.remove_unused(folder)

@@ -647,6 +647,18 @@ ODD: dict[str, tuple[Any, str]] = {
     "none for one": ({}, "names 0 images, and has 1 <image> marks"),
     "no answer": ({"image": "0.png", "conversations": turns("<image>")[:1]}, "has no answer"),
     "empty answer": ({"image": "0.png", "conversations": turns("<image>", "")}, "has no answer"),
+    "one empty answer of two": (
+        {"image": "0.png", "conversations": [*turns("<image>"), *turns("?", " ")]},
+        "entry 'n' has no answer to one of its questions (a turn from 'gpt' is empty",
+    ),
+    "an empty answer before one": (
+        {"image": "0.png", "conversations": [*turns("<image>", ""), *turns("?")]},
+        "has no answer to one of its questions",
+    ),
+    "an empty answer in parts": (
+        {"conversations": [*turns("?"), {"from": "gpt", "content": [{"type": "text", "text": "\n"}]}]},
+        "has no answer to one of its questions",
+    ),
     "a role": ({"conversations": [{"from": "robot", "value": "x"}]}, "from neither of human"),
     "a turn": ({"conversations": [3]}, "without 'value'"),
     "a part": ({"messages": [{"role": "user", "content": [3]}], "conversations": None}, "has no 'conversations'"),

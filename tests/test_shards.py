@@ -321,6 +321,14 @@ ODD: dict[str, tuple[Any, str]] = {
     "a part of another type": (talk(content=[{"type": "sound"}]), "its 'messages' are not a list of"),
     "no content": (talk(content=None), "its 'messages' are not a list of"),
     "blanks": (talk(content=[{"type": "text", "text": " "}]), "its conversation has no answer"),
+    "blanks behind an answer": (
+        {"messages": [*talk()["messages"], *talk(content=" \n")["messages"]]},
+        "its conversation has no answer to one of its questions",
+    ),
+    "an empty turn before an answer": (
+        {"messages": [{"role": "assistant", "content": ""}, *talk()["messages"]]},
+        "its conversation has no answer to one of its questions",
+    ),
     "a checksum of no member": (CAPTION | {"crc32": {"__key__": 1}}, "its member '__key__' is missing"),
     "a clip beyond numbers": (CAPTION | {"clip": [0, 10**400]}, "its 'clip' is no time"),
     "a rate beyond numbers": (CAPTION | {"frames": [1], "fps": 10**400}, "its 'fps' is no number"),
@@ -334,6 +342,12 @@ def test_odd_json_says_in_few_words_what_is_odd(case: str) -> None:
     said, cause = ODD[case]
     with pytest.raises(BrokenSample, match=f"sample 'k': {re.escape(cause)}"):
         decode({"__key__": "k", "json": json.dumps(said).encode(), "png": png()})
+
+
+def test_a_conversation_may_end_with_a_question() -> None:
+    """One that is open, behind at least one that was answered."""
+    messages = [*talk()["messages"], {"role": "user", "content": "and this?"}]
+    assert decode({"__key__": "k", "json": json.dumps({"messages": messages}).encode()}).messages == messages
 
 
 def test_a_number_is_an_answer() -> None:

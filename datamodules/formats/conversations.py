@@ -160,9 +160,20 @@ def _messages(raw: Raw, record: dict[str, Any], caption_prompt: str) -> list[dic
     texts = [text_of(message["content"]) for message in messages]
     if not is_writable("".join(texts)):
         raise UserError(HALF_A_CHARACTER)
-    if not any(message["role"] == "assistant" and text.strip() for message, text in zip(messages, texts, strict=True)):
-        raise UserError("its conversation has no answer (no message of role 'assistant')")
+    if missing := missing_answer(messages):
+        raise UserError(f"its conversation {missing} (a message of role 'assistant' is empty, or there is none)")
     return messages
+
+
+def missing_answer(messages: list[dict[str, Any]]) -> str | None:
+    """What a conversation lacks that cannot be trained on; None: nothing. Words of the user's may stand at its end.
+
+    An empty answer would be trained as one: to say nothing.
+    """
+    answers = [text_of(message["content"]).strip() for message in messages if message["role"] == "assistant"]
+    if not any(answers):
+        return "has no answer"
+    return None if all(answers) else "has no answer to one of its questions"
 
 
 def _labelled(message: dict[str, Any]) -> dict[str, Any]:

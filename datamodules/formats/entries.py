@@ -11,10 +11,9 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
-from datamodules.formats.conversations import as_text, check_indices, messages_of, plain_parts
+from datamodules.formats.conversations import as_text, check_indices, messages_of, missing_answer, plain_parts
 from datamodules.formats.frames import is_number
 from datamodules.shards.read import IMAGE_TYPES
-from lavi.batch import text_of
 from lavi.data.images import what_it_is
 from lavi.data.text import HALF_A_CHARACTER, is_writable
 from lavi.data.videos import VIDEO_TYPES
@@ -165,8 +164,8 @@ def _conversation(index: int, item: Item, files: dict[str, list[Any]], called: s
     if not isinstance(turns, list):
         raise BadEntry(str(index), "has no 'conversations'")
     messages = _messages(turns, called)
-    if not any(message["role"] == "assistant" and text_of(message["content"]).strip() for message in messages):
-        raise BadEntry(called, "has no answer", " has no answer (no turn from 'gpt')")
+    if missing := missing_answer(messages):
+        raise BadEntry(called, missing, f" {missing} (a turn from 'gpt' is empty, or there is none)")
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     shown = [part for part in parts if part["type"] in TYPES]
     if files["video"] and not files["image"] and all(part["type"] == "image" for part in shown):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import LAST, cannot_write
@@ -41,6 +44,10 @@ log = logging.getLogger("lavi")
 DATA = "data_of_ranks"
 """Key of a checkpoint: the state of each rank's data module."""
 
+EVERY = 100
+"""Steps between two checkpoints, where nobody says how many."""
+OF_SLURM = "hpc_ckpt_"
+"""How the name begins under which Lightning saves when SLURM is about to end a job."""
 
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "muon")
 """Settings of a module that a checkpoint brings back with the optimizer's state."""
@@ -53,11 +60,17 @@ class KeepRun(Checkpoint):
     a step has several micro-batches. What else ends the run (``max_time``) waits for the end of the step, too. A
     second Ctrl-C stops now. The first rank alone writes; what it writes is whole, whatever the strategy.
 
-    As a ``Checkpoint`` it is called behind all other callbacks.
+    As a ``Checkpoint`` it is called behind all other callbacks, and as the last of the trainer's behind other
+    ``Checkpoint``s, whose own files go where they say.
+
+    Args:
+        every: steps between two checkpoints; None: :data:`EVERY`, or what the run that goes on was begun with.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, every: int, resumed_step: int | None = None) -> None:
-        self.folder, self.recipe, self.every = folder, recipe, every
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, every: int | None = None, resumed_step: int | None = None
+    ) -> None:
+        self.folder, self.recipe, self.every, self._every_is_given = folder, recipe, every or EVERY, every is not None
         self.asked_to_stop = False
         self.saved_step = resumed_step
         """The step that the checkpoint in the folder is of; None: there is none."""
@@ -67,6 +80,8 @@ class KeepRun(Checkpoint):
         self._stopping = self._ending = self._trains = False
         self._keys: list[str] = []
         self._handlers: dict[int, Any] = {}
+        """Of each signal that is answered here, what answered it before the run."""
+        self._saved_tensors: dict[str, Tensor] = {}
 
     # --- the folder
 
@@ -74,7 +89,7 @@ class KeepRun(Checkpoint):
         """Take over the folder that the first rank created, and may have numbered; check a resumed run's weights."""
         self.folder = trainer.strategy.broadcast(self.folder)
         trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
-        self._io = FirstRankIO(self._write)
+        self._io = FirstRankIO(self._write, self.folder)
         trainer.strategy.checkpoint_io = self._io
         if self.saved_step is not None:  # before a strategy that shards loads the checkpoint past all callbacks
             check_trained(module, self.folder / TRAINED, ranks=_ranks(trainer))
@@ -92,10 +107,31 @@ class KeepRun(Checkpoint):
     # --- when to write
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._refuse_others_in_the_folder(trainer)
         # Not before: a checkpoint that does not fit the recipe has been refused by now, its run folder untouched.
         self._refuse(trainer, failed_write(self._write_recipe) if trainer.is_global_zero else None, RECIPE)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _refuse_others_in_the_folder(self, trainer: pl.Trainer) -> None:
+        """Another callback would take the run's own files for its own, and replace or remove them."""
+        others = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        for callback in others:
+            if callback.dirpath is not None and _is_same(Path(callback.dirpath), self.folder):
+                raise UserError(
+                    f"{type(callback).__name__} would save into {self.folder} itself, where the run's own files are: "
+                    "leave its dirpath out (then it saves into checkpoints/ there), or give it another one."
+                )
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._take_signals()
+
+    def _take_signals(self) -> None:
+        """Answer Ctrl-C and SIGTERM here; Lightning's own answer to SIGTERM ends a run at the next batch, in mid-step.
+
+        Not in ``on_fit_start``: behind it Lightning takes SIGTERM, and what it finds there it puts back at the end.
+        """
+        for number in self._handlers:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.asked_to_stop:
@@ -111,6 +147,7 @@ class KeepRun(Checkpoint):
         self._give_signals_back()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._take_signals()
         self._seen_step, self._trains = trainer.global_step, True
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -166,12 +203,16 @@ class KeepRun(Checkpoint):
         self._refuse(trainer, self._io.failure, f"the checkpoint of step {trainer.global_step}")
         self.saved_step = trainer.global_step
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"every": self.every}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._every_is_given:
+            self.every = state_dict["every"]
+
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        keep = saved_tensors(module)
-        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep}
-        weights = [name for name, _ in module.named_parameters() if name in state]
-        self._broken = next((name for name in weights if not torch.isfinite(state[name]).all()), None)
-        checkpoint["state_dict"] = state
+        """Add what a run goes on with; another callback's checkpoint comes here, too, and keeps all weights."""
+        self._saved_tensors = saved_tensors(module)
         checkpoint["recipe"] = self.recipe.yaml()
         checkpoint[RANKS], checkpoint[INHERITED] = _ranks(trainer), sorted(inherited_names(module))
         if (data := _data_of(trainer)) is not None:
@@ -182,14 +223,17 @@ class KeepRun(Checkpoint):
 
         With a weight that is not finite nothing is written: the checkpoint before is what a run can go on from.
         """
+        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in self._saved_tensors}
+        weights = [name for name in state if isinstance(self._saved_tensors[name], nn.Parameter)]
+        self._broken = next((name for name in weights if not torch.isfinite(state[name]).all()), None)
         if self._broken is not None:
             return
         header = {"recipe": checkpoint["recipe"], "step": str(checkpoint["global_step"]), RANKS: checkpoint[RANKS]}
         header[INHERITED] = json.dumps(checkpoint[INHERITED])
         with replacing(self.folder / LAST) as last, replacing(self.folder / TRAINED) as trained:
-            save_state(checkpoint["state_dict"], trained, **header)
+            save_state(state, trained, **header)
             with open(last, "wb") as stream:
-                torch.save(checkpoint, stream)
+                torch.save(checkpoint | {"state_dict": state}, stream)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give each rank its own position in the data back; Lightning knows that of the first rank only.
@@ -231,16 +275,27 @@ class KeepRun(Checkpoint):
             return "No checkpoint had been written yet."
         if not (self.folder / LAST).is_file():
             return f"{self.folder / LAST} is gone."
-        return (
-            f"{self.folder / LAST} of step {self.saved_step} is intact: go on with python -m lavi.fit --resume "
-            f"{self.folder}"
-        )
+        return f"{self.folder / LAST} of step {self.saved_step} is intact: go on with {self._how_to_go_on()}"
 
     def farewell(self, trainer: pl.Trainer) -> str:
         """The last sentence of a run that was stopped."""
         if self.saved_step != trainer.global_step:
             return f"interrupted after step {trainer.global_step}. {self.what_is_safe()}"
-        return f"stopped at step {self.saved_step}, saved. Go on with: python -m lavi.fit --resume {self.folder}"
+        return f"stopped at step {self.saved_step}, saved. Go on with: {self._how_to_go_on()}"
+
+    def _how_to_go_on(self) -> str:
+        """The command, with ``--trust`` where the recipe names what is not built from a checkpoint otherwise."""
+        trust = " --trust" if _needs_trust(self.recipe) else ""
+        return f"python -m lavi.fit --resume {shlex.quote(str(self.folder))}{trust}"
+
+
+def _needs_trust(recipe: Recipe) -> bool:
+    """Whether a recipe that stands in a run folder is refused unless its reader trusts it."""
+    try:
+        Recipe(copy.deepcopy(recipe.settings), trusted=False).check()
+    except UserError:
+        return True
+    return False
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -272,19 +327,29 @@ def failed_write(write: Callable[[], None]) -> str | None:
     return None
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are of the same folder."""
+    return one.resolve() == other.resolve()
+
+
 class FirstRankIO(TorchCheckpointIO):
-    """Hands a checkpoint to ``write``, in the first rank alone; keeps why that failed, for all ranks to know.
+    """Hands the run's checkpoint to ``write``, in the first rank alone; keeps why that failed, for all ranks to know.
 
     Lightning's own puts the file together in memory, and a second time in the system's folder for temporary files.
+    What is saved elsewhere than in ``last.ckpt`` of the run ``folder``, as other callbacks do, Lightning writes.
     """
 
-    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, write: Callable[[dict[str, Any]], None], folder: Path) -> None:
         super().__init__()
-        self.write = write
+        self.write, self.folder = write, folder
         self.failure: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.failure = failed_write(lambda: self.write(checkpoint))
+        file = Path(path)
+        if (file.name == LAST or file.name.startswith(OF_SLURM)) and _is_same(file.parent, self.folder):
+            self.failure = failed_write(lambda: self.write(checkpoint))
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options)
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:

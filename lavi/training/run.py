@@ -36,12 +36,12 @@ class Run:
     keep: KeepRun
 
 
-def train(recipe: Recipe, folder: Path, *, resume_from: Path | None = None, save_every: int) -> int:
+def train(recipe: Recipe, folder: Path, *, resume_from: Path | None = None, save_every: int | None = None) -> int:
     """Train a recipe into a run folder.
 
     Args:
         resume_from: the checkpoint to go on from.
-        save_every: steps between two checkpoints.
+        save_every: steps between two checkpoints; None: as :class:`lavi.checkpoints.keep_run.KeepRun`.
 
     Returns:
         The exit status: 0, or 130 of a run that was stopped.
@@ -85,7 +85,7 @@ def check_data(recipe: Recipe) -> None:
     recipe.require("data", base, "derive the class from it" + (" and give it samples(split)" if is_ours else ""))
 
 
-def build_run(recipe: Recipe, folder: Path, resume_from: Path | None, save_every: int, out: Console) -> Run:
+def build_run(recipe: Recipe, folder: Path, resume_from: Path | None, save_every: int | None, out: Console) -> Run:
     """Build model, module, data, callbacks and trainer of a recipe, which is printed first."""
     check_data(recipe)
     resumed_step = step_of(resume_from) if resume_from else None
@@ -99,7 +99,8 @@ def build_run(recipe: Recipe, folder: Path, resume_from: Path | None, save_every
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
     keep = KeepRun(folder, recipe, every=save_every, resumed_step=resumed_step)
-    settings, callbacks = recipe.settings["trainer"], [keep, *recipe.build_callbacks()]
+    # Last: what the recipe's own checkpoint callbacks have done in a step belongs into the run's checkpoint of it.
+    settings, callbacks = recipe.settings["trainer"], [*recipe.build_callbacks(), keep]
     wants_bar = settings.get("enable_progress_bar", True)
     if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(StepBar() if has_bars(out) else StepLines(out))
