@@ -50,7 +50,7 @@ def benchmark(name: str, seconds: float, *options: str, small: tuple[str, ...] =
 
 PLAN = (
     Part("oracles", 90, ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"), lines=1),
-    benchmark("verify_claims", 120, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small"), lines=6),
+    benchmark("verify_claims", 120, "--runs", "5", "--longest", "16", small=("--runs", "2", "--small"), lines=5),
     benchmark("decode", 70, lines=4),
     benchmark("norm", 20),
     benchmark("prefill", 40, "--turns", "5", lines=3),

@@ -34,7 +34,7 @@ class Efficiency(pl.Callback):
     Each point is one JSON line in ``efficiency.jsonl`` of the run folder. In TensorBoard the curves stand under
     ``efficiency``, x = visual tokens, one line a method (a run of its own, so that they overlay), and what each method
     saves among the hyperparameters. The weights that were trained are not touched: fresh models are measured, since
-    time does not depend on weights.
+    time does not depend on weights. Of a decoder that cannot be counted nothing is measured: it trains all the same.
 
     Args:
         visual_tokens: the sweep.
@@ -65,6 +65,8 @@ class Efficiency(pl.Callback):
             log.warning("not measured: %s", error)
             device = None
         records = self.sweep(recipe, device)
+        if not records:
+            return
         write_records(records, root / RECORDS)
         for folder in _folders(trainer):
             figures.write_curves(records, folder, figures.MEASURED)

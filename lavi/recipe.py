@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -296,7 +297,11 @@ class Recipe:
         Raises:
             UserError: as :func:`lavi.config.targets.find_target`.
         """
-        return find_target(path, key, where=self._where(f"{key}.{TARGET}"), trusted=self.trusted)
+        where = self._where(f"{key}.{TARGET}")
+        line_of_file = re.fullmatch(r"(.+):\d+", where)
+        file = Path(line_of_file[1] if line_of_file else self.source)
+        folder = file.parent if file.is_file() else None
+        return find_target(path, key, where=where, trusted=self.trusted, folder=folder)
 
     # --- building ---
 

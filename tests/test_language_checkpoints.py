@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Qwen2Config
 
 from lavi.errors import UserError
-from lavi.language.load import LanguageModel
+from lavi.language.load import LanguageModel, _load_tokenizer
 from lavi.loading.without_weights import without_weights
 
 IDS = torch.arange(12)[None]  # (B, T)
@@ -82,3 +82,28 @@ def test_a_model_around_a_language_model_is_named(tokenizer: str, tmp_path: Path
     Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
     with without_weights(), pytest.raises(UserError, match="a 'gemma3', which holds a language model inside another"):
         LanguageModel(str(tmp_path), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("installed", "advice"),
+    [
+        ({"protobuf"}, "pip install sentencepiece."),
+        (set(), "pip install sentencepiece protobuf."),
+        ({"sentencepiece", "protobuf"}, None),
+    ],
+)
+def test_a_tokenizer_that_other_packages_read_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: set[str], advice: str | None
+) -> None:
+    """Vicuna's is a tokenizer.model alone. Where they are there, or nothing needs them, another cause is looked for."""
+    for package in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(f"lavi.language.load.is_{package}_available", lambda package=package: package in installed)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(UserError) as refusal:
+        _load_tokenizer(str(tmp_path), None)
+    assert ("datamodules.scenes" in str(refusal.value)) is (advice is None)
+    assert advice is None or str(refusal.value).endswith(advice)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"datamodules\.scenes"):
+        _load_tokenizer(str(tmp_path), None)

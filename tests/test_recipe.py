@@ -42,6 +42,13 @@ FULL_SIZE = [
 ]
 
 
+@pytest.mark.parametrize("file", [file for file in RECIPES if file not in FULL_SIZE], ids=lambda f: f.stem)
+def test_a_small_recipe_trains_on_the_devices_that_it_names(file: Path) -> None:
+    """Its batch is of one device: on all that a machine has it would be another recipe."""
+    trainer = Recipe.load(file).settings["trainer"]
+    assert trainer["accelerator"] == "cpu" or trainer["devices"] == 1
+
+
 @pytest.fixture(scope="module")
 def keep_shapes_of() -> Iterator[Callable[[object], None]]:
     """Keeps the shapes of towers, which take a second to infer, for all recipes of the same vision section."""

@@ -29,6 +29,7 @@ from lavi.checkpoints.model_folder import RECIPE
 from lavi.checkpoints.run_folder import LAST, LOCK, new_run_folder, remove_unused, step_of
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.cli.entry import cli_entry_point
+from lavi.config import files
 from lavi.config.files import replacing
 from lavi.errors import UserError
 from lavi.recipe import Recipe
@@ -362,7 +363,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(
     fit, resume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     """Also while its processes that read data outlive it; the lock of a process that was killed holds nobody up."""
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     assert fit("run", max_steps=1)[0] == 0
     folder = tmp_path / "run"
     code = f"""
@@ -389,7 +390,7 @@ time.sleep(600)
 
 
 def test_only_the_first_rank_holds_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     with run_folder.lock_run_folder(tmp_path):
         with pytest.raises(UserError, match="another process is training"), run_folder.lock_run_folder(tmp_path):
             pass

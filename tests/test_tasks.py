@@ -28,8 +28,8 @@ from lavi.data.frame_sampling import FrameSampling
 from lavi.efficiency.record import read_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import answer_task
+from lavi.evaluation.compare_runs import run_names
 from lavi.evaluation.predictions import Answered, Part, PredictionFile, read_predictions, routes_of
-from lavi.evaluation.run_tasks import run_names
 from lavi.evaluation.tasks import FOLDER, Task, UnreadableError
 from lavi.fusion.lavi import LaViFusion
 from lavi.metrics.base import Prediction

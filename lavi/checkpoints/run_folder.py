@@ -12,23 +12,21 @@ A checkpoint is written as *.part and replaces the one before it when it is on t
 
 from __future__ import annotations
 
-import errno
 import logging
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
-from lavi.checkpoints.model_folder import RECIPE, build
+from lavi.checkpoints.model_folder import FUSION, RECIPE, build
 from lavi.checkpoints.trained_weights import TRAINED, load_trained
-from lavi.config.files import holding
+from lavi.config.files import one_process
 from lavi.config.paths import home_path
 from lavi.errors import UserError, reason
 from lavi.model import VisionLanguageModel
@@ -37,8 +35,6 @@ from lavi.recipe import Recipe
 log = logging.getLogger("lavi")
 
 LAST, LOCK = "last.ckpt", "run.lock"
-PATIENCE = 2.0
-"""Seconds to wait for the lock: a process that was just killed may need a moment to be gone."""
 
 
 def is_first_rank() -> bool:
@@ -92,15 +88,8 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    lock = FileLock(run / LOCK, timeout=PATIENCE)
     busy = f"another process is training {run} at this moment: wait for it, or stop it first."
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(holding(lock, busy=busy))
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise UserError(f"nothing can be written into {run} ({reason(error)}).") from None
-            log.warning("%s cannot be locked (%s): let no other process train into it.", lock.lock_file, reason(error))
+    with one_process(run / LOCK, busy=busy):
         yield
 
 
@@ -115,6 +104,11 @@ def load_run(
     folder = home_path(folder)
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} is not a run folder: it has no {RECIPE}.")
+    if (folder / FUSION).is_file():
+        raise UserError(
+            f"{folder} is a model that lavi.export has written, whose {RECIPE} names no data and no training: give the "
+            "run folder that it was exported from (lavi.generate and lavi.load take the model as it is)."
+        )
     if not (folder / TRAINED).is_file():
         raise UserError(f"{folder} has no {TRAINED} yet: its run stopped before the first checkpoint.")
     recipe = Recipe.load(folder / RECIPE, overrides or [], trusted=trust)

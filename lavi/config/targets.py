@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,8 +25,11 @@ TRUSTED = (*OURS, "torch.optim.", "lightning.pytorch.", "torchmetrics.")
 BUILDERS = ("lavi.checkpoints.published_vlm.published_vlm",)
 """Functions that such a recipe may name, too: of a path or a hub name they make what classes make."""
 
+_beside: set[Path] = set()
+"""Folders of recipes that stand at the end of Python's path, each for a module that a recipe in it names."""
 
-def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[..., Any]:
+
+def find_target(path: Any, key: str, *, where: str, trusted: bool, folder: Path | None = None) -> Callable[..., Any]:
     """The class or function that a dotted path names.
 
     Args:
@@ -33,6 +37,7 @@ def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[.
         where: file and line of the path.
         trusted: False for a recipe that came with a checkpoint: it may name classes of :data:`TRUSTED` packages alone,
             and :data:`BUILDERS`.
+        folder: of the recipe; what a trusted one names may lie beside it.
 
     Raises:
         UserError: nothing of that name, nothing that can be built, or not allowed.
@@ -44,7 +49,7 @@ def find_target(path: Any, key: str, *, where: str, trusted: bool) -> Callable[.
             f"{where}: the checkpoint's recipe wants to build '{path}', which is outside "
             f"{', '.join(p.rstrip('.') for p in TRUSTED)}: pass --trust if you know where it comes from."
         )
-    target = _imported(path, where)
+    target = _imported(path, where, folder if trusted else None)
     if not trusted and not inspect.isclass(target) and path not in BUILDERS:
         raise UserError(f"{where}: '{path}' is not a class, and a checkpoint's recipe may build classes only.")
     if not callable(target) or inspect.isabstract(target):
@@ -58,9 +63,11 @@ def path_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _imported(path: str, where: str) -> Any:
-    """What stands at a dotted path."""
+def _imported(path: str, where: str, folder: Path | None) -> Any:
+    """What stands at a dotted path; of a module that is nowhere else, beside the recipe in ``folder``."""
     module_name, _, name = path.rpartition(".")
+    if folder is not None:
+        _look_beside(path.partition(".")[0], folder.resolve(), where)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -68,7 +75,7 @@ def _imported(path: str, where: str) -> Any:
             raise UserError(
                 f"{where}: '{path}' needs the module '{error.name}', which is not there: install what brings it."
             ) from error
-        hint = _class_elsewhere(name) or _nearest_module(module_name)
+        hint = _class_elsewhere(name) or _nearest_module(module_name, folder)
         raise UserError(f"{where}: there is no module '{module_name}': {hint}") from None
     target = getattr(module, name, None)
     if target is None:
@@ -76,6 +83,45 @@ def _imported(path: str, where: str) -> Any:
         hint = _class_elsewhere(name) or nearest(name, classes)
         raise UserError(f"{where}: module '{module_name}' has no '{name}': {hint}")
     return target
+
+
+def _look_beside(package: str, folder: Path, where: str) -> None:
+    """Put the folder of a recipe behind all else on Python's path, if only there the package is found.
+
+    On the path, since processes that read data are told of that and of nothing else.
+
+    Raises:
+        UserError: another recipe has another package of that name beside it.
+    """
+    file = folder / f"{package}.py"
+    if not file.is_file() and not (folder / package / "__init__.py").is_file():
+        return
+    known = _folder_of(package)
+    if known is None:
+        _beside.add(folder)
+        sys.path.append(str(folder))
+        importlib.invalidate_caches()
+        return
+    other = known / file.name
+    is_a_copy = file.is_file() and other.is_file() and file.read_bytes() == other.read_bytes()
+    if known in _beside - {folder} and not is_a_copy:
+        raise UserError(
+            f"{where}: '{package}' lies beside this recipe, and another '{package}' beside that in {known}: a command "
+            "can have one of them; rename one, or give each recipe a command of its own."
+        )
+
+
+def _folder_of(package: str) -> Path | None:
+    """The folder that a package is found in; an empty path: it is in no folder. None: it is not found."""
+    try:
+        spec = find_spec(package)
+    except ValueError:  # of a module that was made in memory
+        return Path()
+    if spec is None:
+        return None
+    if not spec.origin or not spec.has_location:
+        return Path()
+    return Path(spec.origin).resolve().parents[1 if spec.submodule_search_locations else 0]
 
 
 def _class_elsewhere(name: str) -> str | None:
@@ -89,12 +135,16 @@ def _class_elsewhere(name: str) -> str | None:
     return None
 
 
-def _nearest_module(name: str) -> str:
-    """The module of the same package whose name is closest."""
+def _nearest_module(name: str, folder: Path | None) -> str:
+    """The module of the same package whose name is closest, or where one of one's own may lie."""
     package, _, last = name.rpartition(".")
     folders = _folders_of(package) if package else []
     if not folders:
-        return f"is '{package or name}' installed?"
+        hint = f"is '{package or name}' installed?"
+        if folder is None:
+            return hint
+        file = folder / f"{name.partition('.')[0]}.py"
+        return f"{hint} A module of one's own lies beside the recipe ({file}), or in a folder of PYTHONPATH."
     names = [file.stem for folder in folders for file in folder.glob("*.py") if file.stem != "__init__"]
     close = difflib.get_close_matches(last, names, n=1, cutoff=0.3)
     return f"did you mean '{package}.{close[0]}'?" if close else f"known: {', '.join(sorted(names))}."

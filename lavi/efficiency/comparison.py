@@ -13,9 +13,19 @@ PERPLEXITY_TIMES = ("before", "after")
 EXACT = "ExactMatch"
 """The metric of records that name none."""
 
+NOT_COUNTED = "not counted"
+"""The knob of a record without FLOPs that says why there are none."""
 
-def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the comparison: one column a method, one row a figure; savings are against ``baseline``."""
+
+def side_by_side(
+    records: Sequence[Record], baseline: Record | Sequence[Record] | None
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the comparison: one column a method, one row a figure.
+
+    Args:
+        baseline: what savings are against: one for all records, or one of each.
+    """
+    baselines = [baseline] * len(records) if isinstance(baseline, Record | None) else list(baseline)
 
     def row(name: str, cells: Sequence[str]) -> list[str]:
         return [name, *cells]
@@ -41,14 +51,8 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     if len({r.knobs.get("answers") for r in records}) > 1:
         rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
-    rows.append(row("GFLOPs, without vision encoder", [f"{r.gflops_language:.4f}" for r in records]))
-    rows.append(row("GFLOPs, with vision encoder", [f"{r.gflops_total:.4f}" for r in records]))
-    if baseline is not None:
-        for with_vision, name in ((False, "without"), (True, "with")):
-            pairs = [saving(r, baseline, with_vision=with_vision) for r in records]
-            rows.append(row(f"saved, {name} vision encoder (%)", [f"{saved:.1f}" for saved, _ in pairs]))
-            rows.append(row("  ceiling of that: fusion at no cost (%)", [f"{ceiling:.1f}" for _, ceiling in pairs]))
-    rows += [row(*cells) for cells in _over_samples(records, baseline)]
+    rows += [row(*cells) for cells in _flops_rows(records, baselines)]
+    rows += [row(*cells) for cells in _over_samples(records, baselines)]
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
         if any(stage in r.milliseconds for r in records):
             rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", [time_cell(r, stage) for r in records]))
@@ -68,36 +72,55 @@ def side_by_side(records: Sequence[Record], baseline: Record | None) -> tuple[li
     return ["", *names], rows
 
 
-def _over_samples(records: Sequence[Record], baseline: Record | None) -> list[tuple[str, list[str]]]:
-    """Rows of the mean over the prompts of a data set, each of its own size; none where records have no such mean."""
-    if not all(record.flops_of_samples for record in records):
+def _flops_rows(records: Sequence[Record], baselines: Sequence[Record | None]) -> list[tuple[str, list[str]]]:
+    """Rows of one prompt; none where no record has FLOPs."""
+    if not any(record.flops for record in records):
         return []
-    sums = [
-        {part: value / 1e9 for part, value in record.flops_of_samples.items() if part != "floor"} for record in records
-    ]
-    with_vision = [sum(parts.values()) for parts in sums]
-    without = [total - parts["vision_encoder"] for total, parts in zip(with_vision, sums, strict=True)]
-    rows = [
-        (
-            "GFLOPs, mean over samples of at most one image, without vision encoder",
-            [f"{value:.4f}" for value in without],
-        ),
-        (
-            "GFLOPs, mean over samples of at most one image, with vision encoder",
-            [f"{value:.4f}" for value in with_vision],
-        ),
-    ]
-    if baseline is None or not baseline.flops_of_samples:
-        return rows
-    for counted, name in ((False, "without"), (True, "with")):
-        saved = [saving_of_samples(record, baseline, with_vision=counted)[0] for record in records]
-        rows.append(
-            (
-                f"saved, mean over samples of at most one image, {name} vision encoder (%)",
-                [f"{value:.1f}" for value in saved],
-            )
-        )
+    without = [f"{record.gflops_language:.4f}" if record.flops else "-" for record in records]
+    total = [f"{record.gflops_total:.4f}" if record.flops else "-" for record in records]
+    rows = [("GFLOPs, without vision encoder", without), ("GFLOPs, with vision encoder", total)]
+    for with_vision, name in ((False, "without"), (True, "with")):
+        pairs = [
+            saving(record, base, with_vision=with_vision) if base is not None and record.flops and base.flops else None
+            for record, base in zip(records, baselines, strict=True)
+        ]
+        if any(pairs):
+            rows.append((f"saved, {name} vision encoder (%)", [f"{pair[0]:.1f}" if pair else "-" for pair in pairs]))
+            ceilings = [f"{pair[1]:.1f}" if pair else "-" for pair in pairs]
+            rows.append(("  ceiling of that: fusion at no cost (%)", ceilings))
     return rows
+
+
+def _over_samples(records: Sequence[Record], baselines: Sequence[Record | None]) -> list[tuple[str, list[str]]]:
+    """Rows of the mean over the prompts of a data set, each of its own size; none where a counted record has none."""
+    means = [record.flops_of_samples for record in records]
+    if not any(means) or not all(mean for mean, record in zip(means, records, strict=True) if record.flops):
+        return []
+    what = "mean over samples of at most one image"
+    rows = []
+    for left_out, name in ((("floor", "vision_encoder"), "without"), (("floor",), "with")):
+        sums = [sum(value for part, value in mean.items() if part not in left_out) / 1e9 for mean in means]
+        cells = [f"{value:.4f}" if mean else "-" for value, mean in zip(sums, means, strict=True)]
+        rows.append((f"GFLOPs, {what}, {name} vision encoder", cells))
+    for with_vision, name in ((False, "without"), (True, "with")):
+        saved = [
+            saving_of_samples(record, base, with_vision=with_vision)[0]
+            if base is not None and record.flops_of_samples and base.flops_of_samples
+            else None
+            for record, base in zip(records, baselines, strict=True)
+        ]
+        if any(value is not None for value in saved):
+            cells = ["-" if value is None else f"{value:.1f}" for value in saved]
+            rows.append((f"saved, {what}, {name} vision encoder (%)", cells))
+    return rows
+
+
+def uncounted_note(name: str, record: Record, twin: Record) -> str:
+    """A line on why a run has no FLOPs, or saves none; empty where it has both."""
+    if why := record.knobs.get(NOT_COUNTED):
+        return f"{name} has no FLOPs: {why}"
+    why = twin.knobs.get(NOT_COUNTED)
+    return f"{name} saves nothing that could be counted, since it has no twin that concatenates: {why}" if why else ""
 
 
 def score_cell(scores: Mapping[str, float], intervals: Mapping[str, Sequence[float]], group: str) -> str:

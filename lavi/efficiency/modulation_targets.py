@@ -14,6 +14,7 @@ from lavi.fusion.base import Fusion
 from lavi.language.load import LanguageModel
 from lavi.language.surgery import NormTarget, kind_of_norm, norm_targets
 from lavi.recipe import Recipe
+from lavi.reduction.base import Reducer
 from lavi.report import table
 from lavi.vision.base import VisionBackbone
 
@@ -27,6 +28,8 @@ def show_targets(recipe: Recipe) -> RenderableType:
     recipe = written_out(recipe)
     language: LanguageModel = recipe.build("model.language")
     vision: VisionBackbone = recipe.build("model.vision")
+    named = recipe.settings["model"].get("reducer") is not None
+    reducer: Reducer | None = recipe.build("model.reducer") if named else None
     fusion: Fusion = recipe.build("model.fusion")
     # Found and named before the fusion opens anything: what it refuses is what people come here to see.
     targets = norm_targets(language.hf)
@@ -35,13 +38,15 @@ def show_targets(recipe: Recipe) -> RenderableType:
     inside = _norms_inside(language)
     verdicts, notes = _refusals(targets, language.width)
     try:
-        fusion.bind(language, vision.feature_spec)
+        fusion.bind(language, vision.feature_spec if reducer is None else reducer.bind(vision))
     except UserError as error:
         notes.append(f"this recipe cannot be built: {error}")
     else:
         chosen = {(t.layer, t.name) for t in fusion.modulated_norms}
         verdicts |= {target: "chosen" for target in targets if (target.layer, target.name) in chosen}
         notes.append(parameters_added(fusion, language))
+        if reducer is not None and (own := sum(p.numel() for p in reducer.parameters())):
+            notes.append(f"parameters of the reducer: {own:,}")
     rows = []
     for alike in _alike(targets, verdicts):
         first = alike[0]

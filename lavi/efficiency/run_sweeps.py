@@ -16,7 +16,7 @@ from lavi.efficiency.latency import half_the_threads
 from lavi.efficiency.measure import check_not_quantized
 from lavi.efficiency.record import Record, write_records
 from lavi.efficiency.scenario import Scenario
-from lavi.efficiency.sweep import Sweep, name_of, sweep_records, with_baseline
+from lavi.efficiency.sweep import Sweep, name_of, sweep_records, with_baseline, with_own_names
 from lavi.errors import UserError
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
@@ -89,7 +89,7 @@ def show_training(recipes: Sequence[Recipe], *, at: str, text: int, rows: int) -
         rows: of the batch of one rank.
     """
     scenario = replace(parse_scenario(at, text), batch=rows)
-    for recipe in recipes:
+    for recipe in with_own_names(recipes):
         check_not_quantized(recipe)
         title = f"{name_of(recipe)}: GiB of a training step of {rows} x {scenario}, {text} text tokens; estimated"
         console().print(table(title, *training_rows(recipe, scenario)))

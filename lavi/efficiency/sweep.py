@@ -12,7 +12,10 @@ import torch
 import yaml
 
 from lavi.checkpoints.published_vlm import written_out
+from lavi.config.paths import told_apart
+from lavi.config.text import Loader
 from lavi.efficiency.estimated import note_estimates
+from lavi.efficiency.flops import language_flops
 from lavi.efficiency.hardware import Device
 from lavi.efficiency.latency import TURNS, Track
 from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, is_concat, measure
@@ -108,9 +111,9 @@ class Sweep:
 
 
 def _settings(sweep: str, text: str) -> list[Any]:
-    """Values of a key of the recipe, as YAML has them."""
+    """Values of a key of the recipe, read as in a recipe: ``1e-3`` is a number."""
     try:
-        values: list[Any] = yaml.safe_load(f"[{text}]")
+        values: list[Any] = yaml.load(f"[{text}]", Loader)
     except yaml.YAMLError:
         raise UserError(
             f"the values of '{sweep}' are not readable as YAML: such as every=1,2 or layers=[0],[0,1]."
@@ -179,10 +182,11 @@ def sweep_records(
     Args:
         track: draws a progress bar over the values.
         estimate: devices whose time is estimated, and with them the memory.
-        leave_out: is called with the error of a value that a model cannot take; the sweep goes on without it.
+        leave_out: is called with the error of a recipe that cannot be counted, or of a value that a model cannot take;
+            the sweep goes on without it.
 
     Raises:
-        UserError: a value that one of the models cannot take, without ``leave_out``.
+        UserError: the same, without ``leave_out``.
     """
     columns = _points(recipes, sweep, base, leave_out)
     return _records(columns, sweep, device=device, runs=runs, outputs=outputs, track=track, estimate=estimate)
@@ -227,12 +231,18 @@ def _points(
     """Each value, with the points of the recipes that can take it, by the recipe's number."""
     columns: list[tuple[Any, dict[int, SweepPoint]]] = [(value, {}) for value in sweep.values]
     for number, recipe in enumerate(recipes):
-        model = build_on(recipe, "meta")
+        try:
+            model = build_on(recipe, "meta") if sweep.turns_recipe else _countable(recipe)
+        except UserError as error:
+            if leave_out is None:
+                raise
+            leave_out(UserError(f"{name_of(recipe)}: {error}"))
+            continue
         for value, points in columns:
             scenario = sweep.scenario(value, base)
             try:
                 turned = sweep.recipe(value, recipe, len(model.language.layers))
-                at = build_on(turned, "meta") if sweep.turns_recipe else model
+                at = _countable(turned) if sweep.turns_recipe else model
                 scenario.shape_for(at).check(at, scenario)
             except UserError as error:
                 if leave_out is None:
@@ -243,8 +253,20 @@ def _points(
     return [(value, points) for value, points in columns if points]
 
 
+def _countable(recipe: Recipe) -> VisionLanguageModel:
+    """The model of a recipe on meta.
+
+    Raises:
+        UserError: it cannot be built there, or FLOPs of its decoder have no formula.
+    """
+    model = build_on(recipe, "meta")
+    language_flops(model.language, tokens=[1] * len(model.language.layers))
+    return model
+
+
 def with_baseline(recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes, with the first one's concatenation twin if none of them concatenates: savings are against it."""
+    recipes = with_own_names(recipes)
     twins = [] if any(map(is_concat, recipes)) else [concat_twin(recipes[0])]
     return [written_out(recipe) for recipe in recipes] + twins
 
@@ -252,3 +274,21 @@ def with_baseline(recipes: Sequence[Recipe]) -> list[Recipe]:
 def name_of(recipe: Recipe) -> str:
     """What a recipe's line is called."""
     return str(recipe.settings.get("name") or Path(recipe.source).stem)
+
+
+def with_own_names(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes; those that have one name, as one that extends another may, are called as their files.
+
+    Raises:
+        UserError: a recipe is named twice.
+    """
+    names = [name_of(recipe) for recipe in recipes]
+    if len(set(names)) == len(names):
+        return list(recipes)
+    files = told_apart([Path(recipe.source).resolve().with_suffix("") for recipe in recipes])
+    own = [file if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
+    if len(set(own)) < len(own):  # a file is called as another recipe is
+        own = files
+    return [
+        replace(recipe, settings=recipe.settings | {"name": name}) for recipe, name in zip(recipes, own, strict=True)
+    ]

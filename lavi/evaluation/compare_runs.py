@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +15,22 @@ from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.published_vlm import is_released
 from lavi.checkpoints.run_folder import load_run
-from lavi.efficiency.comparison import side_by_side
+from lavi.checkpoints.weight_files import versions
+from lavi.config.paths import home_path, told_apart
+from lavi.efficiency.comparison import NOT_COUNTED, side_by_side, uncounted_note
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
-from lavi.efficiency.measure import Measurement, build_on, concat_twin, count, measure, note_mean_flops
-from lavi.efficiency.record import Record, check_writable, write_records
+from lavi.efficiency.measure import (
+    Measurement,
+    build_on,
+    concat_twin,
+    count,
+    is_concat,
+    measure,
+    method_name,
+    note_mean_flops,
+)
+from lavi.efficiency.record import Record, check_writable, current_commit, write_records
 from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
@@ -51,6 +63,19 @@ class ScoredRun(CountedRun):
 
     folder: Path
     scores: Scores
+    test: Any
+    """The test split, as the recipe names it."""
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What the run was asked, as far as it is known."""
+        lies_here = isinstance(self.test, str) and home_path(self.test).exists()
+        return {
+            "test split": str(home_path(self.test).resolve() if lies_here else self.test),
+            "samples": str(self.scores.samples),
+            "answers": str(self.scores.answers),
+            "a typical prompt": _said(self.scores.typical),
+        }
 
 
 def compare_runs(
@@ -76,13 +101,16 @@ def compare_runs(
         noise: deviations of noise on the images, a control each.
 
     Raises:
-        UserError: no such run, no test data, not one question, or a file that cannot be written.
+        UserError: no such run, a run that is named twice, no test data, not one question, or a file that cannot be
+            written.
     """
+    names = run_names(folders)
     for file in [*([out] if out else []), *(folder / RECORDS for folder in folders if folder.is_dir())]:
         check_writable(file)
     texts = read_texts(text) if text else []
     score = partial(score_run, overrides=overrides, trust=trust, limit=limit, device=device, texts=texts)
-    runs = [score(folder, noise=noise, limits=limits) for folder in folders]
+    named = zip(folders, names, strict=True)
+    runs = [score(folder, name=name, noise=noise, limits=limits) for folder, name in named]
     records = [run.record for run in runs]
     try:
         measure([run.measurement for run in runs], device=device, track=partial(track, description="timing in turns"))
@@ -103,6 +131,7 @@ def score_run(
     trust: bool,
     limit: int | None,
     device: torch.device,
+    name: str | None = None,
     texts: Sequence[str] = (),
     noise: Sequence[float] = (),
     limits: AnswerLimits = USUAL_LIMITS,
@@ -111,22 +140,23 @@ def score_run(
 
     Args:
         folder: of the run; or a recipe, whose model is scored as it is built: a released one.
+        name: what the run is called; None: as its folder.
     """
+    name = name or run_name(folder)
     recipe, model = open_run(folder, overrides=list(overrides), trust=trust)
     model.to(device)
     data = recipe.build("data", processor=model.processor)
     check_feature_caches(model, data, ["test"])
     samples = data.sample_stream("test", limit=limit)
-    watched = track(samples, f"{run_name(folder)}: answering", total=samples.expected)
+    watched = track(samples, f"{name}: answering", total=samples.expected)
     scores = evaluate(model, watched, metric=data.metric, device=device, noise=noise, limits=limits)
     counted, build_timed = as_deployed(recipe, model, device)
-    record = count(recipe, counted, scores.typical, scores.route_counts)
-    note_mean_flops(record, counted, scores.prompts, scores.route_counts)
+    record = flops_record(recipe, counted, scores.typical, scores.prompts, scores.route_counts)
     record.accuracy, record.controls = scores.accuracy, scores.controls
     record.accuracy_intervals, record.control_intervals = scores.accuracy_intervals, scores.control_intervals
     if texts:
         record.knobs["perplexity"] = asdict(compare_perplexity(recipe, model, list(texts)))
-    record.knobs |= {"run": run_name(folder), "test_samples": scores.samples, "answers": scores.answers}
+    record.knobs |= {"run": name, "test_samples": scores.samples, "answers": scores.answers}
     record.knobs["metric"] = scores.metric
     if data.metric.wants_whole_answers:
         record.knobs["max_new_tokens"] = limits.max_new_tokens
@@ -141,6 +171,7 @@ def score_run(
     return ScoredRun(
         folder=folder,
         scores=scores,
+        test=recipe.settings["data"].get("test"),
         measurement=Measurement(record, scores.typical, build_timed, usual),
         twin=twin_record(recipe, scores.typical, scores.prompts),
     )
@@ -151,26 +182,76 @@ def as_deployed(
 ) -> tuple[VisionLanguageModel, Callable[[], VisionLanguageModel]]:
     """The model to count, and what gives the one to time: where adapters can be merged, without them.
 
-    What merged weights cost is what the recipe costs without adapters, whatever the weights are.
+    What merged weights cost is what the recipe costs without adapters, whatever the weights are. A model that cannot be
+    built without weights (BioGPT) keeps its adapters.
     """
+    as_it_is = model, partial(model.to, device)
     if not model.language.adapters or model.language.quantization is not None:
-        return model, partial(model.to, device)
-    return build_on(recipe, "meta"), partial(build_on, recipe, device)
+        return as_it_is
+    try:
+        return build_on(recipe, "meta"), partial(build_on, recipe, device)
+    except UserError:
+        return as_it_is
+
+
+def flops_record(
+    recipe: Recipe,
+    model: VisionLanguageModel,
+    typical: Scenario,
+    prompts: Counter[Prompt],
+    routes: Mapping[Hashable, int] | None = None,
+) -> Record:
+    """The FLOPs of a typical prompt and their mean over prompts; none, and why, of a model that cannot be counted.
+
+    Args:
+        model: may be on meta.
+        routes: how many samples took each route through the decoder.
+    """
+    try:
+        record = count(recipe, model, typical, routes)
+        note_mean_flops(record, model, prompts, routes)
+    except UserError as error:
+        shape = typical.shape_for(model)
+        return Record(
+            knobs={NOT_COUNTED: str(error)},
+            method=method_name(recipe),
+            baseline=is_concat(recipe),
+            text_tokens=shape.text,
+            visual_tokens=shape.views * shape.per_view,
+            visual_tokens_in_language=shape.visual_tokens_in_language(model),
+            views=shape.encoded,
+            dtype=str(model.language.hf.dtype).removeprefix("torch."),
+            attention=model.language.attention,
+            versions=versions(),
+            commit=current_commit(),
+            seed=recipe.settings.get("seed"),
+            recipe=recipe.source,
+        )
+    return record
 
 
 def twin_record(recipe: Recipe, typical: Scenario, prompts: Counter[Prompt]) -> Record:
-    """The concatenation twin on the same prompts, counted."""
+    """The FLOPs of the concatenation twin on the same prompts; none, and why, where there can be no such model."""
     twin = concat_twin(recipe)
-    model = build_on(twin, "meta")
-    record = count(twin, model, typical)
-    if prompts:
-        note_mean_flops(record, model, prompts)
-    return record
+    try:
+        model = build_on(twin, "meta")
+    except UserError as error:
+        return Record(method_name(twin), typical.text, 0, 0, 0, baseline=True, knobs={NOT_COUNTED: str(error)})
+    return flops_record(twin, model, typical, prompts)
 
 
 def run_name(folder: Path) -> str:
     """What a run, or a recipe, is called in tables."""
     return folder.stem if folder.suffix in RECIPES else folder.name
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """What runs are called; those of one name are told apart by the folders above them.
+
+    Raises:
+        UserError: a run is named twice.
+    """
+    return told_apart([run.resolve().parent / run_name(run) for run in runs])
 
 
 def open_run(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, VisionLanguageModel]:
@@ -188,9 +269,36 @@ def open_run(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe
 
 
 def _print_comparison(runs: Sequence[ScoredRun]) -> None:
-    records, last = [run.record for run in runs], runs[-1].scores
-    prompt = f"an image of {last.typical}" if last.typical.image else str(last.typical)
-    title = f"{last.samples} test samples; one prompt of {last.typical.text} text tokens and {prompt}"
-    columns, rows = side_by_side(records, runs[0].twin)
+    records, last = [run.record for run in runs], runs[-1]
+    title = f"{last.scores.samples} test samples; one prompt of {_said(last.scores.typical)}"
+    if any(run.asked != last.asked for run in runs):
+        title = "each run on prompts of its own"
+    columns, rows = side_by_side(records, [run.twin for run in runs])
     console().print(table(f"{title}; 1 multiply-add = 2 FLOPs; {records[0].device}", columns, rows))
     console().print(" ".join(filter(None, [NOTE, waiting_note(records)])))
+    names = columns[1:]
+    uncounted = [uncounted_note(name, run.record, run.twin) for name, run in zip(names, runs, strict=True)]
+    for line in filter(None, [asked_otherwise(names, runs), *uncounted]):
+        console().print(line, soft_wrap=True)
+
+
+def _said(typical: Scenario) -> str:
+    """A prompt in words."""
+    return f"{typical.text} text tokens and {f'an image of {typical}' if typical.image else typical}"
+
+
+def asked_otherwise(names: Sequence[str], runs: Sequence[ScoredRun]) -> str:
+    """A line on what the runs were asked, where that was not the same; empty where it was.
+
+    Args:
+        names: of the runs, as their columns are called.
+    """
+    told = []
+    for what in runs[0].asked:
+        of_each = [run.asked[what] for run in runs]
+        if len(set(of_each)) > 1:
+            named = [f"{value} ({name})" for value, name in zip(of_each, names, strict=True)]
+            told.append(f"{what}: {', '.join(named)}")
+    if not told and any(run.scores.prompts != runs[0].scores.prompts for run in runs):
+        told = ["prompts of other sizes"]
+    return f"The runs were not asked the same; {'; '.join(told)}." if told else ""

@@ -14,12 +14,21 @@ import torch.multiprocessing as processes
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.checkpoints.weight_files import versions
 from lavi.config.files import sha256_of
+from lavi.efficiency.comparison import uncounted_note
 from lavi.efficiency.estimate import NOTE
-from lavi.efficiency.measure import Measurement, count, measure, note_mean_flops, saving_of_samples
+from lavi.efficiency.measure import Measurement, measure, saving_of_samples
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import ProcessShare, answer_task
-from lavi.evaluation.compare_runs import CountedRun, as_deployed, open_run, run_name, twin_record
+from lavi.evaluation.compare_runs import (
+    CountedRun,
+    as_deployed,
+    flops_record,
+    open_run,
+    run_name,
+    run_names,
+    twin_record,
+)
 from lavi.evaluation.intervals import Difference, paired_difference
 from lavi.evaluation.predictions import Answered, PredictionFile, routes_of
 from lavi.evaluation.scoring import PromptSizes, metric_intervals
@@ -97,19 +106,6 @@ def run_tasks(runs: Sequence[Path], names: Sequence[str], settings: Settings) ->
     return [one.record for of_run in scored for one in of_run]
 
 
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """What runs are called; those of one name are told apart by the folders above them.
-
-    Raises:
-        UserError: a run is named twice.
-    """
-    parts = [(*run.resolve().parts[1:-1], run_name(run)) for run in runs]
-    if len(set(parts)) < len(parts):
-        raise UserError("a run is named twice.")
-    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({own[-n:] for own in parts}) == len(parts))
-    return ["-".join(own[-depth:]) for own in parts]
-
-
 def _folder_of(run: Path, name: str, out: Path | None) -> Path:
     """Where the predictions of a run lie.
 
@@ -152,9 +148,7 @@ def _score(
     sizes, routes = _sizes(answers), routes_of(answers)
     typical = sizes.typical(model.vision.tokens)
     counted, _ = as_deployed(recipe, model, settings.device)
-    record = count(recipe, counted, typical, routes)
-    if sizes.prompts:
-        note_mean_flops(record, counted, sizes.prompts, routes)
+    record = flops_record(recipe, counted, typical, sizes.prompts, routes)
     record.accuracy, record.accuracy_intervals = metric.compute(), metric_intervals(metric)
     unreadable = [one.error for one in answers if one.error]
     record.knobs |= {"run": name, "task": task.name, "metric": metric.name, "headline": metric.headline}
@@ -319,6 +313,9 @@ def _print_table(runs: Sequence[ScoredTask]) -> None:
         f"{task.name}: {answers} questions; answers of at most {task.max_new_tokens} tokens; {runs[0].record.device}"
     )
     console().print(table(title, columns, rows))
+    for one in runs:
+        if note := uncounted_note(one.run, one.record, one.twin):
+            console().print(note)
     console().print(NOTE)
 
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from lavi.config.types import Check
 from lavi.errors import UserError, one_line
@@ -126,6 +126,8 @@ class LanguageModel(nn.Module):
             quantization=quantization,
         )
         refuse_recurrent(self.hf)
+        if weights_wanted():
+            self._stop_behind_answers()
         self.attention, self.quantization = attention, quantization
         added = add_lora(self.hf, self.layers, adapters) if adapters is not None else frozenset()
         self.adapters = frozenset(f"hf.{name}" for name in added)
@@ -150,6 +152,16 @@ class LanguageModel(nn.Module):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loaded on first use: a model that is only counted needs none."""
         return _load_tokenizer(self._tokenizer, self._tokenizer_file)
+
+    def _stop_behind_answers(self) -> None:
+        """End generation at the token that the tokenizer's template ends answers with, beside the checkpoint's own.
+
+        Base models such as Qwen2.5-0.5B come with a template for chats, and stop at the end of a document alone.
+        """
+        token, ends = _answer_end(self.tokenizer), self.hf.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if token is not None and token not in (*ends, self.tokenizer.eos_token_id):
+            self.hf.generation_config.eos_token_id = [*ends, token]
 
     def _check_vocabulary(self, settings: PretrainedConfig) -> None:
         """Of a tokenizer that is not the checkpoint's own: that each token has an embedding.
@@ -298,19 +310,44 @@ def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase
             tokenizer.chat_template = _template_beside(name)
         return tokenizer
     except Exception as error:
+        readers = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        lacking = [package for package, there in readers.items() if not there]
+        if lacking and _file_beside(name, "tokenizer.model") and not _file_beside(name, "tokenizer.json"):
+            raise UserError(
+                f"the tokenizer at '{name}' is a tokenizer.model without a tokenizer.json, which transformers reads "
+                f"by other packages: pip install {' '.join(lacking)}."
+            ) from error
         raise UserError(
             f"no tokenizer at '{name}' (for the built-in data run `python -m datamodules.scenes` first): "
             f"{one_line(error)}."
         ) from error
 
 
+def _answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token that a tokenizer's own template ends an answer with; None: none, or it has no template."""
+    turns = [{"role": "user", "content": "1729"}, {"role": "assistant", "content": "1729"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # noqa: BLE001 - a template is a program from elsewhere, and may take no such conversation
+        return None
+    ids = tokenizer(text.rpartition("1729")[2].strip(), add_special_tokens=False)["input_ids"]
+    token = tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+    return ids[-1] if token is not None and token.special else None
+
+
 def _template_beside(name: str) -> str | None:
     """The chat template in the file that a vision-language model of 2024 has for its processor; None: it has none."""
+    file = _file_beside(name, "chat_template.json")
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+
+
+def _file_beside(name: str, file: str) -> str | None:
+    """A file of a folder or a hub name; None: it has none, or cannot be reached."""
     missing = {
         f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
     }
-    file = cached_file(name, "chat_template.json", **missing)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    path: str | None = cached_file(name, file, **missing)
+    return path
 
 
 def _config(source: str | None, config: dict[str, Any] | None, gguf_file: str | None = None) -> PretrainedConfig:

@@ -13,8 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lavi.batch import IGNORE, Batch
+from lavi.data.chat import TEMPLATES, Chat
 from lavi.data.data_module import no_training_samples
 from lavi.errors import UserError
 from lavi.model import VisionLanguageModel
@@ -158,9 +160,26 @@ def as_trained(model: VisionLanguageModel, batches: Iterable[Batch]) -> Renderab
     share = trained_tokens / int(batch.attention_mask.sum())
     ends = set(model.end_ids())
     if not any(int(batch.labels[a.row, a.stop - 1]) in ends for a in batch.answers):
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends))) or "none is known"
-        raise UserError(
-            f"no trained answer ends with an end token ({names}): choose the chat template of this tokenizer."
-        )
+        raise _no_end_token(tokenizer, ends)
     note = Text(f"trained: {100 * share:.0f} % of the tokens (green), the end token among them", style="italic")
     return Group(Text(f"One conversation as trained (sample '{batch.keys[0]}')", style="italic"), text, note)
+
+
+def _no_end_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> UserError:
+    """Of answers that would never stop, with the chat templates that would end them."""
+    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends))) or "none is known"
+    templates = [template or "null" for template in (None, *TEMPLATES) if _answer_end(tokenizer, template) in ends]
+    advice = f"set model.chat_template={' or '.join(templates)}, which does"
+    if not templates:
+        advice = "take a tokenizer that has an eos_token, such as that of a model for chats"
+    return UserError(f"no trained answer ends with an end token ({names}), and none would ever stop: {advice}.")
+
+
+def _answer_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
+    """The last token of an answer by a named template, or by the tokenizer's own; None: it cannot be trained on."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        encoded = Chat(tokenizer, template).encode(turns, images=0)
+    except UserError:
+        return None
+    return encoded.ids[encoded.turns[-1].stop - 1]
