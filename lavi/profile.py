@@ -79,8 +79,8 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="DEVICE",
-        help="time on l4, rtx4090, a100, h100, h200, b200 or the cpu in use, and memory, from the operators' shapes; "
-        "nothing is measured but the cpu's own rates",
+        help="time on l4, rtx4090, a100, h100, h200, b200 (h100-graph and so on: where each stage is one captured "
+        "graph) or the cpu in use, and memory, from the operators' shapes; nothing is measured but the cpu's own rates",
     )
     parser.add_argument(
         "--training",

@@ -165,6 +165,9 @@ def test_profile_estimates_for_devices_that_are_not_there(run: Any, tiny_recipe:
     status, said, err = run(*command, "--training", "4", "--text", "20")
     assert status == 0, err
     assert "GiB of a training step of 4 x 32x32, 20 text tokens; estimated" in " ".join(said.split())
+    assert "trainer.precision" not in said
+    _, said, _ = run(*command, "--training", "4", "--text", "20", "trainer.precision=bf16-mixed")
+    assert "trainer.precision=bf16-mixed keeps most" in " ".join(said.split())
 
 
 def test_what_ranks_share_and_what_they_double() -> None:

@@ -9,6 +9,8 @@ from families import HYBRIDS, LOOKING_UP
 from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_answer_alone, bare_logits
 
 from lavi.efficiency.flops import language_flops
+from lavi.efficiency.memory import prefill_memory
+from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.language.load import LanguageModel
 from lavi.language.sequence import PADDING_STAYS_OUT, recurrent_layers
@@ -45,6 +47,16 @@ def test_a_batch_answers_as_its_rows_alone(model: VisionLanguageModel) -> None:
 def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> None:
     awaken(model.fusion)
     assert_cached_is_full(model)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_their_memory_is_measured(build, family: str) -> None:  # type: ignore[no-untyped-def]
+    """Of recurrent layers it is what they carry on."""
+    model = build(FUSIONS["lavi-attention"](), family=family)
+    shape = Scenario(8, image=(32, 32)).shape_for(model)
+    mib = prefill_memory(model, shape, device=torch.device("cpu"))
+    assert 0 < mib["kv_cache"] < mib["weights"]
+    assert mib["peak"] > 0
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -63,11 +63,17 @@ def weights_of(model: VisionLanguageModel) -> float:
     return tensor_bytes(model.parameters())
 
 
+KEYS_VALUES = ("keys", "values")
+"""Of a layer's cache; what else an attending layer holds are marks, such as its length."""
+
+
 def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of the language model's own attention, and the tensors that its layers cache besides."""
     if isinstance(cache, LayeredCache):
         return cache.keys_values(), cache.cached_tensors()
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)], []
+    held = [{name: one for name, one in vars(layer).items() if isinstance(one, Tensor)} for layer in cache.layers]
+    # Layers without keys are recurrent: what they carry on stands for them.
+    return [one for layer in held for name, one in layer.items() if name in KEYS_VALUES or "keys" not in layer], []
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> float:

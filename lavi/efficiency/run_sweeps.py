@@ -93,6 +93,12 @@ def show_training(recipes: Sequence[Recipe], *, at: str, text: int, rows: int) -
         check_not_quantized(recipe)
         title = f"{name_of(recipe)}: GiB of a training step of {rows} x {scenario}, {text} text tokens; estimated"
         console().print(table(title, *training_rows(recipe, scenario)))
+        precision = str(recipe.settings.get("trainer", {}).get("precision", ""))
+        if precision.endswith("mixed"):
+            console().print(
+                f"Activations are estimated in the dtypes of the weights: trainer.precision={precision} keeps most of "
+                "those of fp32 weights in half, and casts of the weights besides."
+            )
 
 
 def _create_folder(folder: Path) -> None:
