@@ -110,7 +110,7 @@ lab-variants: lab-scenes ## what varies them: generators, targets, reducers, tow
 
 LAB_GPU := lab-gpu
 
-lab-gpu: lab-scenes ## the fusions with one seed each on a GPU (twelve minutes at most; stopped, it goes on)
+lab-gpu: lab-scenes ## the fusions with one seed each on a GPU, begun within eight minutes beside drawing the scenes (stopped, it goes on)
 	mkdir -p $(LAB_GPU)
 	$(BIN)/python benchmarks/lab.py --out $(LAB_GPU)/lab.jsonl --minutes 8 --seeds 0 --shares 1 \
 	  --methods LaVi concatenation VISOR cross-attention

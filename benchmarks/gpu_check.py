@@ -105,17 +105,22 @@ def run_plan(plan: tuple[Part, ...], out: Path, *, device: str, limit: float) ->
         took = time.monotonic() - began
         spare += part.seconds - took
         lines.append(f"{part.name}: {status} after {took:.0f} s (log: {log})")
-        lines += [f"    {line[:160]}" for line in telling(log.read_text(), part.lines, failed=status == "failed")]
+        lines += [f"    {line[:160]}" for line in summary_lines(log.read_text(), part.lines, failed=status == "failed")]
     return lines
 
 
-def telling(log: str, count: int, *, failed: bool = False) -> list[str]:
-    """So many lines of a log that say most: verdicts, rows of tables with figures; else, and of a part that failed, the
-    last that are not empty."""
+def summary_lines(log: str, count: int, *, failed: bool = False) -> list[str]:
+    """So many lines of a log: rows of tables, verdicts and LaVi's before others; none that is estimated, which needs no
+    device. Of a part that failed, or has no table, the last lines that are not empty."""
     written = [line.strip() for line in log.splitlines() if line.strip()]
-    rows = [line for line in written if line.startswith("│") and any(map(str.isdigit, line))]
+    tables = [line for line in written if line.startswith("│") and any(map(str.isdigit, line))]
+    rows = [line for line in tables if "estimated" not in line]
+    if failed or not rows:
+        return written[-count:]
     verdicts = [line for line in rows if "PASS" in line or "FAIL" in line]
-    return (written if failed else verdicts or rows or written)[-count:]
+    ours = [line for line in rows if "lavi" in line.lower()]
+    chosen = list(dict.fromkeys([*verdicts, *ours, *rows]))[:count]
+    return [line for line in rows if line in chosen]
 
 
 def run(command: list[str], log: Path, *, timeout: float, device: str) -> str:

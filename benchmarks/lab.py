@@ -98,7 +98,8 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
     """
     method, settings, digest = METHODS[name], settings_of(name, seed, share), digest_of(name, seed, share)
     steps = settings.settings["trainer"]["max_steps"]
-    folder = RUNS / slug(method.of or name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
+    runs = RUNS if device.type == "cpu" else RUNS / device.type  # what one has trained is not the other's
+    folder = runs / slug(method.of or name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:

@@ -302,7 +302,7 @@ KINDS: dict[str, Callable[[list[Record]], str]] = {
 """How a file of records becomes a table; :func:`comparison` if it is not named."""
 
 
-ACROSS: dict[str, Callable[[], str]] = {"changes": lambda: markdown(*changes_table())}
+OF_SEVERAL: dict[str, Callable[[], str]] = {"changes": lambda: markdown(*changes_table())}
 """Tables of the records of several benchmarks."""
 
 
@@ -311,7 +311,7 @@ def render(text: str) -> str:
 
     def fill(marker: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{marker[2].partition('.')[0]}.jsonl"
-        if across := ACROSS.get(marker[2]):
+        if across := OF_SEVERAL.get(marker[2]):
             table = across()
         elif not file.exists():
             table = NOT_YET

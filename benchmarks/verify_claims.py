@@ -57,7 +57,7 @@ ANSWERS = (1, 16, 64, 256)
 """Tokens of the answers whose time is estimated."""
 BATCHES = (1, 4, 16, 64)
 """Rows of the batches whose memory is estimated."""
-WEIGHED = [Scenario(TEXT, image=(1024, 1024)), *(Scenario(TEXT, frames=frames) for frames in (1, 8, 32, 64))]
+MEMORY_SCENARIOS = [Scenario(TEXT, image=(1024, 1024)), *(Scenario(TEXT, frames=frames) for frames in (1, 8, 32, 64))]
 """The inputs whose memory is estimated."""
 
 FLOPS, SPEED, MEMORY = 94.0, 3.1, 0.5
@@ -120,7 +120,7 @@ def estimates() -> list[Record]:
     for file in track([BASELINE, LAVI], description="estimating"):
         recipe = recipe_at(file)
         model = build_for_timing(recipe, "meta")
-        for scenario in WEIGHED:
+        for scenario in MEMORY_SCENARIOS:
             for rows in BATCHES:
                 at = replace(scenario, batch=rows)
                 record = count(recipe, model, at)
@@ -143,7 +143,7 @@ def estimated_tables(records: Sequence[Record]) -> tuple[tuple[list[str], list[l
                 faster = times[0] / times[1]
                 row = [scenario, device, str(tokens), *(f"{one:.0f}" for one in times), f"{faster:.1f}"]
                 answers.append([*row, _answer(faster >= SPEED, f"{SPEED}x")])
-    for scenario, rows in product(map(str, WEIGHED), BATCHES):
+    for scenario, rows in product(map(str, MEMORY_SCENARIOS), BATCHES):
         if (base, scenario, rows) in found:
             mib = [found[name, scenario, rows].estimated_mib for name in (base, lavi)]
             whole = [one["weights"] + one["peak"] for one in mib]

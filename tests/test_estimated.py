@@ -19,7 +19,7 @@ from lavi.batch import Layout
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimated import TrainingMemory, milliseconds, traces, training_step
 from lavi.efficiency.flops import closed_form
-from lavi.efficiency.hardware import DEVICES, LAUNCH_IN_GRAPH, Device, as_one_graph, device_named, fits_in, this_cpu
+from lavi.efficiency.hardware import DEVICES, GAP, Device, as_one_graph, device_named, fits_in, this_cpu
 from lavi.efficiency.measure import build_on, note_mean_flops, saving_of_samples
 from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.operators import Operator, trace
@@ -88,10 +88,10 @@ def test_a_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:
     product = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.float32)
     copy = Operator("clone", flops=0, bytes=2e6, dtype=torch.float32)
     half = Operator("mm", flops=4e9, bytes=1e6, dtype=torch.bfloat16)
-    assert as_one_graph(SLOW).seconds([product, copy, half]) == pytest.approx(4 + 2 + 2 + 3 * LAUNCH_IN_GRAPH)
-    assert SLOW.seconds([product, copy]) == pytest.approx(1e-3 + 4 + 2)  # launched while the first runs
+    assert as_one_graph(SLOW).seconds([product, copy, half]) == pytest.approx(4 + 2 + 2 + 3 * GAP)
+    assert SLOW.seconds([product, copy]) == pytest.approx(1e-3 + 4 + 2 + 2 * GAP)  # launched while the first runs
     small = Operator("add", flops=0, bytes=10, dtype=torch.float32)
-    assert SLOW.seconds([small] * 100) == pytest.approx(100e-3 + 1e-5)  # the host is the slower one
+    assert SLOW.seconds([small] * 100) == pytest.approx(100e-3 + 1e-5 + GAP)  # the host is the slower one
     waiting = Device(**{**vars(SLOW), "runs_ahead": False})
     assert waiting.seconds([small] * 100) == pytest.approx(100e-3 + 100 * 1e-5)
 
@@ -128,7 +128,7 @@ def test_a_causal_kernel_takes_half_the_time_and_is_counted_in_full() -> None:
     )
     assert causal.flops == full.flops == 2 * 2 * 2 * 4 * 4 * 8
     assert (full.skipped, causal.skipped) == (0, full.flops * 6 / 16)  # of 4 x 4 scores the 6 above the diagonal
-    busy = Device(**{**vars(SLOW), "launch": 0.0, "bandwidth": 1e12})
+    busy = Device(**{**vars(SLOW), "launch": 0.0, "bandwidth": 1e12, "runs_ahead": False})
     assert busy.seconds([causal]) == pytest.approx(10 / 16 * busy.seconds([full]))
 
 
@@ -145,6 +145,8 @@ def test_one_graph_takes_less_where_launches_decide() -> None:
     of = traces(model, Scenario(20, image=(224, 224)).shape_for(model))
     eager, graph = (milliseconds(of, device_named(name))["decode"] for name in ("h100", "h100-graph"))
     assert graph < 0.5 * eager
+    for operators in ([Operator("mm", 1e12, 1e9, torch.bfloat16)] * 9, [Operator("add", 0, 10, torch.bfloat16)] * 9):
+        assert as_one_graph(DEVICES["h100"]).seconds(operators) <= DEVICES["h100"].seconds(operators)
 
 
 def test_the_smallest_gpu_that_holds_it() -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_check import LIMIT, PLAN, ROOT, SUMMARY, Part, run_plan, telling
+from gpu_check import LIMIT, PLAN, ROOT, SUMMARY, Part, run_plan, summary_lines
 
 from lavi.report import console, table
 
@@ -38,11 +38,16 @@ def test_the_summary_has_figures_and_fits(capsys: pytest.CaptureFixture[str]) ->
     console().print(table("A table", ["", "ms", "claim"], [["a", "1.25", "PASS (3x)"], ["b", "2.50", "-"]]))
     console().print("A note of 5 words below.")
     log = capsys.readouterr().out
-    assert [["1.25" in line, "PASS" in line] for line in telling(log, 2)] == [[True, True]]
-    assert [("1.25" in line, "2.50" in line) for line in telling(log.replace("PASS", "yes"), 2)] == [
+    assert [["1.25" in line, "PASS" in line] for line in summary_lines(log, 1)] == [[True, True]]
+    assert [("1.25" in line, "2.50" in line) for line in summary_lines(log.replace("PASS", "yes"), 2)] == [
         (True, False), (False, True),
     ]  # fmt: skip
-    assert telling(log + "\nOSError: why\n", 1, failed=True) == ["OSError: why"]
+    assert summary_lines(log + "\nOSError: why\n", 1, failed=True) == ["OSError: why"]
+    console().print(table("Estimated", ["", "claim"], [[str(n), "PASS (3x, estimated)"] for n in range(9)]))
+    log += capsys.readouterr().out
+    assert ["1.25" in line for line in summary_lines(log, 2)] == [True, False]  # measured ones, whatever comes behind
+    console().print(table("Steps", ["", "ms"], [["bare", "1"], ["LaVi", "2"], ["one", "3"], ["other", "4"]]))
+    assert "LaVi" in summary_lines(capsys.readouterr().out, 1)[0]
     assert 1 + sum(1 + part.lines for part in PLAN) <= SUMMARY
 
 

@@ -9,7 +9,7 @@ from families import HYBRIDS, LOOKING_UP
 from test_oracles import FUSIONS, SAMPLES, assert_cached_is_full, assert_rows_answer_alone, bare_logits
 
 from lavi.efficiency.flops import language_flops
-from lavi.efficiency.memory import prefill_memory
+from lavi.efficiency.memory import MIB, prefill_memory
 from lavi.efficiency.scenario import Scenario
 from lavi.errors import UserError
 from lavi.language.load import LanguageModel
@@ -51,11 +51,14 @@ def test_cached_decoding_equals_the_full_forward(model: VisionLanguageModel) -> 
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_their_memory_is_measured(build, family: str) -> None:  # type: ignore[no-untyped-def]
-    """Of recurrent layers it is what they carry on."""
+    """That of recurrent layers beside keys and values: what they carry on."""
     model = build(FUSIONS["lavi-attention"](), family=family)
     shape = Scenario(8, image=(32, 32)).shape_for(model)
     mib = prefill_memory(model, shape, device=torch.device("cpu"))
-    assert 0 < mib["kv_cache"] < mib["weights"]
+    with torch.no_grad():
+        layers = model.prefill(*shape.inputs(model, "cpu"))[0].past_key_values.layers
+    keys = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    assert mib["kv_cache"] * MIB > sum(key.numel() * 4 for key in keys if key is not None)
     assert mib["peak"] > 0
 
 

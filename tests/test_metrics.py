@@ -166,6 +166,18 @@ def test_an_option_that_is_a_number_is_told_by_its_text_a_letter_is_an_option() 
         ('"A red cat."', ("B", "a red cat"), 1),
         ("**B**", ("B", "a red cat"), 1),
         ("(B).", ("B", "a red cat"), 1),
+        ("B。", ("B", "a red cat"), 1),
+        ("“B”", ("B", "a red cat"), 1),
+        ("<B>", ("B", "a red cat"), 1),
+        ("{B}", ("B", "a red cat"), 1),
+        ("- B", ("B", "a red cat"), 1),
+        ("-B", ("B", "-B"), 1),
+        ("B?", ("B", "a red cat"), 1),
+        ('"a red cat".', ("B", "a red cat"), 1),
+        ("(a red cat)", ("B", "a red cat"), 1),
+        ("a red cat?", ("B", "a red cat"), 1),
+        ("[0, 1)", ("B", "(0, 1]"), 0),
+        ("[0, 1)", ("B", "[0, 1)"), 1),
     ],
 )
 def test_signs_are_part_of_an_option(answer: str, references: tuple[str, ...], score: float) -> None:

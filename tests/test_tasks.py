@@ -534,9 +534,9 @@ def test_one_command_at_a_time_answers_a_task(tmp_path: Path, monkeypatch: pytes
     """Two would take each other's parts away."""
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     one, other = (PredictionFile(tmp_path / "a.jsonl", {"task": "a"}) for _ in range(2))
-    with one.alone(), pytest.raises(UserError, match=r"another process is answering into .*a\.jsonl"), other.alone():
+    with one.locked(), pytest.raises(UserError, match=r"another process is answering into .*a\.jsonl"), other.locked():
         pass
-    with other.alone():
+    with other.locked():
         pass
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import logging
+import os
 import shlex
 import signal
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from lavi.checkpoints.trained_weights import (
 )
 from lavi.checkpoints.weight_files import save_state
 from lavi.config.files import replacing
-from lavi.config.targets import find_target
+from lavi.config.targets import find_target, folders_beside
 from lavi.config.text import TARGET
 from lavi.errors import UserError, reason
 from lavi.recipe import Recipe
@@ -46,7 +47,7 @@ DATA = "data_of_ranks"
 
 EVERY = 100
 """Steps between two checkpoints, where nobody says how many."""
-OF_SLURM = "hpc_ckpt_"
+SLURM_PREFIX = "hpc_ckpt_"
 """How the name begins under which Lightning saves when SLURM is about to end a job."""
 
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "muon")
@@ -284,9 +285,12 @@ class KeepRun(Checkpoint):
         return f"stopped at step {self.saved_step}, saved. Go on with: {self._how_to_go_on()}"
 
     def _how_to_go_on(self) -> str:
-        """The command, with ``--trust`` where the recipe names what is not built from a checkpoint otherwise."""
+        """The command, with ``--trust`` where the recipe names what is not built from a checkpoint otherwise, and with
+        the folders of modules that lie beside the recipe."""
         trust = " --trust" if _needs_trust(self.recipe) else ""
-        return f"python -m lavi.fit --resume {shlex.quote(str(self.folder))}{trust}"
+        folders = shlex.quote(os.pathsep.join(map(str, folders_beside())))
+        path = f"PYTHONPATH={folders} " if folders_beside() else ""
+        return f"{path}python -m lavi.fit --resume {shlex.quote(str(self.folder))}{trust}"
 
 
 def _needs_trust(recipe: Recipe) -> bool:
@@ -346,7 +350,7 @@ class FirstRankIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file = Path(path)
-        if (file.name == LAST or file.name.startswith(OF_SLURM)) and _is_same(file.parent, self.folder):
+        if (file.name == LAST or file.name.startswith(SLURM_PREFIX)) and _is_same(file.parent, self.folder):
             self.failure = failed_write(lambda: self.write(checkpoint))
         else:
             super().save_checkpoint(checkpoint, path, storage_options)

@@ -14,7 +14,7 @@ def home_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def told_apart(paths: Sequence[Path]) -> list[str]:
+def unique_names(paths: Sequence[Path]) -> list[str]:
     """The last names of absolute paths; where two are one, with as many of the folders above them as tell all apart.
 
     Raises:

@@ -63,6 +63,11 @@ def path_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def folders_beside() -> list[Path]:
+    """Folders of recipes that modules were found in, and nowhere else: another command needs them in ``PYTHONPATH``."""
+    return sorted(_beside)
+
+
 def _imported(path: str, where: str, folder: Path | None) -> Any:
     """What stands at a dotted path; of a module that is nowhere else, beside the recipe in ``folder``."""
     module_name, _, name = path.rpartition(".")
@@ -117,7 +122,7 @@ def _folder_of(package: str) -> Path | None:
         spec = find_spec(package)
     except ValueError:  # of a module that was made in memory
         return Path()
-    if spec is None:
+    if spec is None or spec.origin is None:  # a folder of that name without modules: Python takes a module before it
         return None
     if not spec.origin or not spec.has_location:
         return Path()

@@ -52,7 +52,7 @@ def side_by_side(
         rows.append(row("answers scored", [str(r.knobs.get("answers", "")) for r in records]))
     rows.append(row("visual tokens in the language model", [str(r.visual_tokens_in_language) for r in records]))
     rows += [row(*cells) for cells in _flops_rows(records, baselines)]
-    rows += [row(*cells) for cells in _over_samples(records, baselines)]
+    rows += [row(*cells) for cells in rows_over_samples(records, baselines)]
     for stage in ("vision_encoder", "prefill", "decode", "floor_prefill", "floor_decode"):
         if any(stage in r.milliseconds for r in records):
             rows.append(row(f"ms {stage.replace('_', ' ')}, median (p10-p90)", [time_cell(r, stage) for r in records]))
@@ -91,7 +91,7 @@ def _flops_rows(records: Sequence[Record], baselines: Sequence[Record | None]) -
     return rows
 
 
-def _over_samples(records: Sequence[Record], baselines: Sequence[Record | None]) -> list[tuple[str, list[str]]]:
+def rows_over_samples(records: Sequence[Record], baselines: Sequence[Record | None]) -> list[tuple[str, list[str]]]:
     """Rows of the mean over the prompts of a data set, each of its own size; none where a counted record has none."""
     means = [record.flops_of_samples for record in records]
     if not any(means) or not all(mean for mean, record in zip(means, records, strict=True) if record.flops):

@@ -24,8 +24,9 @@ from lavi.errors import UserError, nearest
 
 OF_PEAK, OF_BANDWIDTH = 0.7, 0.85
 """The share of a data sheet's figures that large kernels reach (chosen here)."""
-LAUNCH, LAUNCH_IN_GRAPH = 8e-6, 1.5e-6
-"""Seconds between two operators that Python asks for one by one, and of one captured graph (chosen here)."""
+LAUNCH, GAP = 8e-6, 1.5e-6
+"""Seconds between two operators that Python asks for one by one, and between two that wait in a queue or stand in one
+captured graph (chosen here)."""
 GRAPH = "-graph"
 """Behind a device's name: every stage is one captured graph."""
 HALF = (torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ class Device:
         host = device = 0.0
         for operator in operators:
             host += self.launch
-            device = max(host, device) + self._kernel(operator)
+            device = max(host, device) + self._kernel(operator) + GAP
         return device
 
     def _kernel(self, operator: Operator) -> float:
@@ -134,7 +135,7 @@ def device_named(name: str) -> Device:
 
 def as_one_graph(device: Device) -> Device:
     """The same device where all that a stage does is one captured graph: launches cost less, and no host runs ahead."""
-    return replace(device, name=f"{device.name}, one graph", launch=LAUNCH_IN_GRAPH, runs_ahead=False)
+    return replace(device, name=f"{device.name}, one graph", launch=GAP, runs_ahead=False)
 
 
 def this_cpu() -> Device:

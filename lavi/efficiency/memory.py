@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lavi.efficiency.operators import trace
 from lavi.efficiency.scenario import PromptShape
@@ -63,17 +64,12 @@ def weights_of(model: VisionLanguageModel) -> float:
     return tensor_bytes(model.parameters())
 
 
-KEYS_VALUES = ("keys", "values")
-"""Of a layer's cache; what else an attending layer holds are marks, such as its length."""
-
-
 def _cached(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of the language model's own attention, and the tensors that its layers cache besides."""
+    """Keys, values and recurrent states of the language model's own layers, and what a fusion caches besides."""
     if isinstance(cache, LayeredCache):
         return cache.keys_values(), cache.cached_tensors()
-    held = [{name: one for name, one in vars(layer).items() if isinstance(one, Tensor)} for layer in cache.layers]
-    # Layers without keys are recurrent: what they carry on stands for them.
-    return [one for layer in held for name, one in layer.items() if name in KEYS_VALUES or "keys" not in layer], []
+    held = (tree_leaves(dict(vars(layer))) for layer in cache.layers)  # recurrent layers have mappings of states
+    return [one for layer in held for one in layer if isinstance(one, Tensor) and one.is_floating_point()], []
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> float:

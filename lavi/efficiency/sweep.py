@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lavi.checkpoints.published_vlm import written_out
-from lavi.config.paths import told_apart
+from lavi.config.paths import unique_names
 from lavi.config.text import Loader
 from lavi.efficiency.estimated import note_estimates
 from lavi.efficiency.flops import language_flops
@@ -285,7 +285,7 @@ def with_own_names(recipes: Sequence[Recipe]) -> list[Recipe]:
     names = [name_of(recipe) for recipe in recipes]
     if len(set(names)) == len(names):
         return list(recipes)
-    files = told_apart([Path(recipe.source).resolve().with_suffix("") for recipe in recipes])
+    files = unique_names([Path(recipe.source).resolve().with_suffix("") for recipe in recipes])
     own = [file if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
     if len(set(own)) < len(own):  # a file is called as another recipe is
         own = files

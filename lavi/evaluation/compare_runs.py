@@ -16,7 +16,7 @@ from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.published_vlm import is_released
 from lavi.checkpoints.run_folder import load_run
 from lavi.checkpoints.weight_files import versions
-from lavi.config.paths import home_path, told_apart
+from lavi.config.paths import home_path, unique_names
 from lavi.efficiency.comparison import NOT_COUNTED, side_by_side, uncounted_note
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import waiting_note
@@ -251,7 +251,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     Raises:
         UserError: a run is named twice.
     """
-    return told_apart([run.resolve().parent / run_name(run) for run in runs])
+    return unique_names([run.resolve().parent / run_name(run) for run in runs])
 
 
 def open_run(folder: Path, *, overrides: list[str], trust: bool) -> tuple[Recipe, VisionLanguageModel]:

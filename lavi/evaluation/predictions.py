@@ -119,7 +119,7 @@ class PredictionFile:
                     by_index[one.index] = one
         return [by_index[index] for index in sorted(by_index)]
 
-    def alone(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keeps other commands from answering the same meanwhile.
 
         Raises:
@@ -171,7 +171,7 @@ class PredictionFile:
         head = json.loads(lines[0])
         for key in sorted(head | self.head):
             before, now = head.get(key), self.head.get(key)
-            if before != now:
+            if before != now and not (key == "model" and key not in head):  # answers of before that was kept
                 raise UserError(
                     f"{file} holds answers of before {HEAD_WORDS.get(key, key)} changed{_from_to(before, now)}: answer "
                     "anew with --again, or name another --out."

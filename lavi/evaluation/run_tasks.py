@@ -14,9 +14,9 @@ import torch.multiprocessing as processes
 from lavi.checkpoints.trained_weights import TRAINED
 from lavi.checkpoints.weight_files import versions
 from lavi.config.files import sha256_of
-from lavi.efficiency.comparison import uncounted_note
+from lavi.efficiency.comparison import rows_over_samples, uncounted_note
 from lavi.efficiency.estimate import NOTE
-from lavi.efficiency.measure import Measurement, measure, saving_of_samples
+from lavi.efficiency.measure import Measurement, measure
 from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.errors import UserError
 from lavi.evaluation.answer_tasks import ProcessShare, answer_task
@@ -135,7 +135,7 @@ def _score(
     run: Path, name: str, recipe: Recipe, model: VisionLanguageModel, task: Task, folder: Path, settings: Settings
 ) -> ScoredTask:
     kept = PredictionFile(folder / f"{task.name}.jsonl", _head(run, recipe, model, task, settings))
-    with kept.alone():
+    with kept.locked():
         if settings.again:
             kept.discard()
         answers = _answers(kept, run, model, task, settings)
@@ -177,7 +177,7 @@ def _head(run: Path, recipe: Recipe, model: VisionLanguageModel, task: Task, set
         "task": task.written or task.name,
         "metric": task.metric.name,
         "run": run_name(run),
-        "weights": sha256_of(weights) if weights.is_file() else None,
+        "weights": sha256_of(weights) if weights.is_file() else recipe.settings["model"],
         "model": recipe.settings["model"],
         "overrides": list(settings.overrides),
         "decoding": {"max_new_tokens": task.max_new_tokens, "do_sample": False, "repetition_penalty": 1.0},
@@ -328,12 +328,7 @@ def task_table(runs: Sequence[ScoredTask]) -> tuple[list[str], list[list[str]]]:
         differences = [paired_difference(one.predictions, first) for one in runs[1:]]
         name = f"mean score, points above {runs[0].run} (95 % interval; p)"
         rows.append([name, "-", *map(_difference, differences)])
-    for with_vision, name in ((False, "without"), (True, "with")):
-        sums = [_gflops(record, with_vision=with_vision) for record in records]
-        rows.append([f"GFLOPs, mean over samples of at most one image, {name} vision encoder", *sums])
-        if all(one.record.flops_of_samples and one.twin.flops_of_samples for one in runs):
-            pairs = [saving_of_samples(one.record, one.twin, with_vision=with_vision) for one in runs]
-            rows.append([f"saved of that, {name} vision encoder (%)", *(f"{saved:.1f}" for saved, _ in pairs)])
+    rows += [[name, *cells] for name, cells in rows_over_samples(records, [one.twin for one in runs])]
     for stage in ("vision_encoder", "prefill", "decode"):
         if any(stage in record.milliseconds for record in records):
             cells = [f"{r.milliseconds[stage][0]:.2f}" if stage in r.milliseconds else "-" for r in records]
@@ -351,10 +346,3 @@ def _with_interval(record: Record, name: str) -> str:
 def _difference(difference: Difference) -> str:
     low, high = difference.interval
     return f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f}; {difference.p:.3f})"
-
-
-def _gflops(record: Record, *, with_vision: bool) -> str:
-    left_out = {"floor"} if with_vision else {"floor", "vision_encoder"}
-    if not record.flops_of_samples:
-        return "-"
-    return f"{sum(value for part, value in record.flops_of_samples.items() if part not in left_out) / 1e9:.4f}"

@@ -330,7 +330,8 @@ def _answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # noqa: BLE001 - a template is a program from elsewhere, and may take no such conversation
         return None
-    ids = tokenizer(text.rpartition("1729")[2].strip(), add_special_tokens=False)["input_ids"]
+    _, words, behind = text.rpartition("1729")
+    ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"] if words else []
     token = tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
     return ids[-1] if token is not None and token.special else None
 
@@ -342,11 +343,16 @@ def _template_beside(name: str) -> str | None:
 
 
 def _file_beside(name: str, file: str) -> str | None:
-    """A file of a folder or a hub name; None: it has none, or cannot be reached."""
+    """A file of a folder or a hub name; None: it has none, or cannot be reached, or there is no such thing."""
+    if Path(name).is_dir():
+        return str(Path(name) / file) if (Path(name) / file).is_file() else None
     missing = {
         f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
     }
-    path: str | None = cached_file(name, file, **missing)
+    try:
+        path: str | None = cached_file(name, file, **missing)
+    except OSError:  # it is neither a folder nor a name that a hub could have
+        return None
     return path
 
 

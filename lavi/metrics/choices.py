@@ -18,7 +18,11 @@ _SEVERAL = (
     re.compile(rf"(?:^\W*[A-Za-z]|{_NAME}\b[A-Z]){_AND}[A-Za-z]\b\W*$"),  # A or B; The answer is A or B
     re.compile(r"^\W*[A-Z][).:\]]\s.*\bor\b\W*[A-Z][).:\]]\s", re.DOTALL),  # A. a cat or B. a dog
 )
-_ALONE = re.compile(r"^[\s()\[\].:,;!\"']*([A-Za-z])[\s()\[\].:,;!\"']*$")  # and not B+, which may be an option's text
+_MARKS = r"[\s()\[\]{}.:,;!?#\"'“”‘’«»。、：！？]*"
+"""What may stand around a letter. Signs may not: ``B+`` may be an option's text."""
+_ALONE = re.compile(rf"^(?:[-–•]\s+)?{_MARKS}(?:<([A-Za-z])>|([A-Za-z])){_MARKS}$")
+_QUOTES, _STOPS = "\"'“”‘’«»", ".,;:!?。、：！？"
+_ENCLOSED = re.compile(r"^(?:\((.*)\)|\[(.*)\])$")
 _FIRST = re.compile(r"^\W*(?:([A-Za-z])[).:\]](?=\s|$)|([A-Z])\s*\n)")
 _NO_NOUN = r"(?!\s+(?!(?:is|as|because|since|which|for|due|with)\b)[a-z])"
 _NAMED = re.compile(rf"{_NAME}\b(?:([B-HJ-Z])\b(?!')|([AI])\b(?!'){_NO_NOUN})|\b(?i:answer)\s*:\s*([a-z])\W*$")
@@ -57,8 +61,11 @@ class OptionLetter(AnswerMetric):
     def score(self, answer: str, references: Sequence[str]) -> float:
         plain = _plain(answer)
         is_letter = _ALONE.search(answer.translate(_EMPHASIS)) is not None
-        if plain and not is_letter and plain in map(_plain, references):
-            return 1.0
+        if plain and not is_letter:
+            texts = [_plain(reference) for reference in references]
+            inside = _ENCLOSED.search(plain)
+            if plain in texts or (inside and next(filter(None, inside.groups()), "") in texts):
+                return 1.0
         return float(option_letter(answer) == references[0].strip().upper())
 
 
@@ -86,4 +93,7 @@ class CircularChoice(OptionLetter):
 
 def _plain(text: str) -> str:
     """Without what stands around a text; signs are part of it: -5 is not 5, nor B+ the letter B."""
-    return text.translate(_EMPHASIS).lower().strip(string.whitespace + "\"'").rstrip(string.whitespace + ".,;:!")
+    text, before = text.translate(_EMPHASIS).lower(), ""
+    while text != before:
+        before, text = text, text.strip(string.whitespace + _QUOTES).rstrip(_STOPS)
+    return text

@@ -99,7 +99,8 @@ def build_run(recipe: Recipe, folder: Path, resume_from: Path | None, save_every
     module = recipe.build("module", model=model)
     data = recipe.build("data", processor=model.processor)
     keep = KeepRun(folder, recipe, every=save_every, resumed_step=resumed_step)
-    # Last: what the recipe's own checkpoint callbacks have done in a step belongs into the run's checkpoint of it.
+    # Last: what the recipe's own checkpoint callbacks did when a step ended belongs into the run's checkpoint of it;
+    # what they do behind the validation of that step is in the next.
     settings, callbacks = recipe.settings["trainer"], [*recipe.build_callbacks(), keep]
     wants_bar = settings.get("enable_progress_bar", True)
     if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
