@@ -97,7 +97,7 @@ lab-scenes: install
 	$(BIN)/python -m datamodules.scenes --out data/lab $(LAB_SCENES)
 	$(call lab-features,lavi,data/lab-features)
 
-lab: lab-scenes ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (four hours on two cores; stopped, it goes on)
+lab: lab-scenes ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (three to four hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,video_lavi,data/lab-videos-features)
 	$(lab) --processes 2
