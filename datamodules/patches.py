@@ -89,13 +89,12 @@ class TowerScenes(pl.LightningDataModule):
         """Batches that steps have used."""
 
     def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
-        rank = self.trainer.global_rank if self.trainer is not None else 0
         return DataLoader(
             self.batches,
             batch_size=None,
             sampler=range(self.used, 2**31),
             num_workers=1,
-            worker_init_fn=partial(begin_reading, rank=rank),
+            worker_init_fn=partial(begin_reading, rank=0),  # each batch is drawn by its number, on all ranks
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
