@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import quantiles
 from typing import Any
@@ -115,8 +115,20 @@ def count(
     shape = scenario.shape_for(model)
     flops = _mean(model, shape, routes) if routes else closed_form(model, shape)
     total = sum(routes.values()) if routes else 0
-    return Record(
+    return replace(
+        uncounted(recipe, model, scenario),
         knobs={"routes": {str(route): number / total for route, number in routes.items()}} if routes else {},
+        flops=flops.prefill,
+        flops_floor=flops.floor,
+        flops_causal_discount=flops.causal_discount,
+        decode_flops=flops.decode,
+    )
+
+
+def uncounted(recipe: Recipe, model: VisionLanguageModel, scenario: Scenario) -> Record:
+    """The same record without FLOPs: what a model is, and what a prompt holds."""
+    shape = scenario.shape_for(model)
+    return Record(
         method=method_name(recipe),
         text_tokens=shape.text,
         visual_tokens=shape.views * shape.per_view,
@@ -124,10 +136,6 @@ def count(
         views=shape.encoded,
         batch=shape.batch,
         baseline=is_concat(recipe),
-        flops=flops.prefill,
-        flops_floor=flops.floor,
-        flops_causal_discount=flops.causal_discount,
-        decode_flops=flops.decode,
         dtype=str(model.language.hf.dtype).removeprefix("torch."),
         attention=model.language.attention,
         versions=versions(),

@@ -15,7 +15,6 @@ from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.published_vlm import is_released
 from lavi.checkpoints.run_folder import load_run
-from lavi.checkpoints.weight_files import versions
 from lavi.config.paths import home_path, unique_names
 from lavi.efficiency.comparison import NOT_COUNTED, side_by_side, uncounted_note
 from lavi.efficiency.estimate import NOTE
@@ -25,12 +24,12 @@ from lavi.efficiency.measure import (
     build_on,
     concat_twin,
     count,
-    is_concat,
     measure,
     method_name,
     note_mean_flops,
+    uncounted,
 )
-from lavi.efficiency.record import Record, check_writable, current_commit, write_records
+from lavi.efficiency.record import Record, check_writable, write_records
 from lavi.efficiency.scenario import Prompt, Scenario
 from lavi.errors import UserError
 from lavi.evaluation.perplexity import compare_perplexity, read_texts
@@ -211,22 +210,8 @@ def flops_record(
         record = count(recipe, model, typical, routes)
         note_mean_flops(record, model, prompts, routes)
     except UserError as error:
-        shape = typical.shape_for(model)
-        return Record(
-            knobs={NOT_COUNTED: str(error)},
-            method=method_name(recipe),
-            baseline=is_concat(recipe),
-            text_tokens=shape.text,
-            visual_tokens=shape.views * shape.per_view,
-            visual_tokens_in_language=shape.visual_tokens_in_language(model),
-            views=shape.encoded,
-            dtype=str(model.language.hf.dtype).removeprefix("torch."),
-            attention=model.language.attention,
-            versions=versions(),
-            commit=current_commit(),
-            seed=recipe.settings.get("seed"),
-            recipe=recipe.source,
-        )
+        record = uncounted(recipe, model, typical)
+        record.knobs[NOT_COUNTED] = str(error)
     return record
 
 

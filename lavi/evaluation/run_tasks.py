@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -215,33 +215,26 @@ def _answers(
                 report_done=report_done,
             )
         elif len(done) < total:
-            _answer_in_processes(
-                (run, task, kept, done, settings),
-                lambda batches: report_done(min(total, len(done) + settings.batch_size * batches)),
-            )
+            for batches in _answer_in_processes(run, task, kept, done, settings):
+                report_done(min(total, len(done) + settings.batch_size * batches))
     return kept.answered()
 
 
-Share = tuple[Path, Task, PredictionFile, set[int], Settings]
-"""What the processes of a task are told."""
-
-
-def _answer_in_processes(told: Share, report: Callable[[int], None]) -> None:
-    """Answer what is left in several processes.
-
-    Args:
-        report: told each second how many batches there are more.
+def _answer_in_processes(
+    run: Path, task: Task, kept: PredictionFile, done: set[int], settings: Settings
+) -> Iterator[int]:
+    """Answer what is left in several processes; gives each second how many batches there are more.
 
     Raises:
         UserError: one of them met it.
     """
-    kept, settings = told[2], told[4]
     earlier, mistakes = kept.batches(), processes.get_context("spawn").SimpleQueue()
     start = processes.spawn  # type: ignore[attr-defined]
-    started = start(_answer_share, (*told, mistakes), nprocs=settings.processes, join=False)
+    arguments = (run, task, kept, done, settings, mistakes)
+    started = start(_answer_share, arguments, nprocs=settings.processes, join=False)
     try:
         while not started.join(timeout=1.0):
-            report(kept.batches() - earlier)
+            yield kept.batches() - earlier
     except processes.ProcessRaisedException:
         if mistakes.empty():
             raise
