@@ -59,10 +59,15 @@ trained-run = @echo "$(2) is trained: remove it to train anew"
 begin-or-keep = $(if $(wildcard $(2)/trained.safetensors),$(call trained-run,$(1),$(2)),$(call begin-run,$(1),$(2),$(3)))
 run-or-resume = $(if $(wildcard $(2)/last.ckpt),$(BIN)/python -m lavi.fit --resume $(2),$(call begin-or-keep,$(1),$(2),$(3)))
 
-quickstart: install ## draw data, train LaVi and concatenation, set them side by side (four to eight minutes on two cores; stopped, it goes on)
+# The tower is frozen and the same for both: each scene passes it once. Features need no process of their own to be read.
+SCENE_FEATURES := data/scenes-features
+scenes-run = $(call run-or-resume,$(1),$(2),$(foreach split,train validation,data.$(split)=$(SCENE_FEATURES)/$(split)) data.workers=0)
+
+quickstart: install ## draw data, train LaVi and concatenation, set them side by side (three to six minutes on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.scenes --out data/scenes
-	$(call run-or-resume,recipes/quickstart.yaml,runs/quickstart)
-	$(call run-or-resume,recipes/scenes/concat.yaml,runs/concat)
+	$(BIN)/python -m lavi.cache_features --recipe recipes/quickstart.yaml --out $(SCENE_FEATURES) --splits train validation --batch-size 64
+	$(call scenes-run,recipes/quickstart.yaml,runs/quickstart)
+	$(call scenes-run,recipes/scenes/concat.yaml,runs/concat)
 	$(BIN)/python -m lavi.evaluate --checkpoint runs/quickstart runs/concat
 
 digits: install ## your own data, shown on real scans: write, pack, train, score
@@ -88,7 +93,10 @@ real: install ## a released language model learns to see photographs: fetch, tra
 
 LAB_SCENES := --train 40000 --validation 400 --test 1600 --turns 8 --even
 LAB_VIDEOS := --train 24000 --validation 200 --test 1600 --turns 6
+LAB_QUESTIONS := --train 4000 --validation 1 --test 1 --turns 1 --even --seed 1
 lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits train validation test
+
+questions-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2)-features --splits train data.train=$(2)/train
 
 lab = $(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
 
@@ -100,6 +108,8 @@ lab-scenes: install
 lab: lab-scenes ## accuracy against cost: concatenation, LaVi, VISOR, cross-attention on scenes and videos (three to four hours on two cores; stopped, it goes on)
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,video_lavi,data/lab-videos-features)
+	$(BIN)/python -m datamodules.scenes --out data/lab-single $(LAB_QUESTIONS)
+	$(call questions-features,visor,data/lab-single)
 	$(lab) --processes 2
 	$(lab) --time --picture docs/lab.png
 
@@ -122,6 +132,8 @@ lab-large: install ## large pictures: LaVi and VISOR on all tiles beside concate
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
 	$(call lab-features,large_levels,data/lab-large-levels-features)
+	$(BIN)/python -m datamodules.scenes --out data/lab-large-single $(LAB_QUESTIONS) --large
+	$(call questions-features,large_visor,data/lab-large-single)
 	$(lab) --part large
 	$(BIN)/python benchmarks/hybrids.py --out benchmarks/results/hybrids.jsonl --picture docs/hybrids.png
 

@@ -1,6 +1,6 @@
 """What each change for the clock did, before and after: from the records of the benchmarks that time both ways.
 
-    python benchmarks/changes.py          after train_step.py, cached_features.py, decode.py and norm.py
+    python benchmarks/changes.py          after train_step.py, cached_features.py, gather.py, decode.py and norm.py
 
 Both ways of a row were timed in turns in one run. A change that does not pay where it was timed stands here, too.
 """
@@ -46,6 +46,10 @@ def changes() -> Iterator[Change]:
         before, after = records
         of = f"ms a step of {before['batch_size']}, SigLIP-so400m's shape"
         yield Change("a frozen tower's features, once", of, before["milliseconds"], after["milliseconds"])
+    if records := records_of("gather"):
+        before, after = records
+        of = f"ms, {before['rows']} x {before['tokens']} of width {before['width']}, forward and backward"
+        yield Change("rows gathered without an index", of, before["milliseconds"], after["milliseconds"])
     of_way = {(r["layers"], r["width"], r["fusion"], r["way"]): r["milliseconds"] for r in records_of("decode")}
     for (layers, width, fusion, way), after_ms in of_way.items():
         if way == "compiled":

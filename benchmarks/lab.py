@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lab_methods import METHODS, PARTS, ROUTER, RUN, method_of_variant, part_of, variants_of
+from lab_methods import LABELS, METHODS, PARTS, ROUTER, RUN, method_of_variant, part_of, variants_of
 from lab_results import (
     DATA,
     NOISE,
@@ -57,10 +57,13 @@ from lavi.recipe import Recipe
 from lavi.report import console, table, track
 from lavi.training.run import train
 from lavi.training.tile_routing import train_tile_router
+from lavi.visor import offline
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
 QUESTIONED = 4000
-"""Conversations that a router of tiles learns from."""
+"""Conversations that a router learns from."""
+ENOUGH = 0.8
+"""Of the probability of the right answer with all layers refining: what the layers that a router should choose keep."""
 SAVE_EVERY = 500
 """Steps of training that a kill loses at most."""
 
@@ -77,7 +80,8 @@ def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
     steps = max(1, round(share * Recipe.load(file).settings["trainer"]["max_steps"]))
     features = [f"data.{split}={DATA[method.data].features / split}" for split in ("train", "validation", "test")]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    return Recipe.load(file, [*features, *own, *method.changes, *changes])
+    given = [*features, *own, *method.changes, *changes]
+    return Recipe.load(file, list({change.partition("=")[0]: change for change in given}.values()))  # of a key the last
 
 
 def digest_of(name: str, seed: int, share: float) -> str:
@@ -87,7 +91,9 @@ def digest_of(name: str, seed: int, share: float) -> str:
     """
     recipe = settings_of(name, seed, share)
     recipe.settings["trainer"].pop("devices", None)
-    return hashlib.sha256(recipe.yaml().encode()).hexdigest()[:12]
+    routed = METHODS[name].routes
+    before = digest_of(routed, seed, share) if routed else ""
+    return hashlib.sha256((recipe.yaml() + before).encode()).hexdigest()[:12]
 
 
 def run_once(name: str, seed: int, share: float, device: torch.device) -> list[Record]:
@@ -96,23 +102,15 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
     Returns:
         The records of its variants; none where another process has the run in work.
     """
-    method, settings, digest = METHODS[name], settings_of(name, seed, share), digest_of(name, seed, share)
-    steps = settings.settings["trainer"]["max_steps"]
-    runs = RUNS if device.type == "cpu" else RUNS / device.type  # what one has trained is not the other's
-    folder = runs / slug(method.of or name) / f"{steps}-steps" / f"seed-{seed}-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
+    method, digest = METHODS[name], digest_of(name, seed, share)
+    records, noise = [], NOISE if share >= 1 and method.of is None else ()
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock_run_folder(folder))
+            folder = stack.enter_context(trained_run(name, seed, share, device))
         except UserError as busy:
             console().print(f"left out: {busy}")
             return []
-        last = folder / LAST
-        if not (folder / TRAINED).is_file() or last.is_file():
-            if train(settings, folder, resume_from=last if last.is_file() else None, save_every=SAVE_EVERY):
-                raise KeyboardInterrupt
-            last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
-        records, noise = [], NOISE if share >= 1 and method.of is None else ()
+        steps = settings_of(name, seed, share).settings["trainer"]["max_steps"]
         for variant, changes in method.variants or ((name, ()),):
             overrides = [change.replace(RUN, str(folder)) for change in changes]
             if overrides != list(changes) and not (folder / ROUTER).is_dir():
@@ -122,6 +120,45 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
             record.knobs |= {"changes": list(changes), "data": method.data}
             records.append(record)
     return records
+
+
+@contextmanager
+def trained_run(name: str, seed: int, share: float, device: torch.device) -> Iterator[Path]:
+    """The folder of one run, trained to the end, and locked meanwhile.
+
+    Raises:
+        UserError: another process has it in work, or the one that it begins with.
+    """
+    method, settings = METHODS[name], settings_of(name, seed, share)
+    steps = settings.settings["trainer"]["max_steps"]
+    runs = RUNS if device.type == "cpu" else RUNS / device.type  # what one has trained is not the other's
+    folder = runs / slug(method.of or name) / f"{steps}-steps" / f"seed-{seed}-{digest_of(name, seed, share)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_run_folder(folder):
+        last = folder / LAST
+        if not (folder / TRAINED).is_file() or last.is_file():
+            if method.routes is not None:
+                with trained_run(method.routes, seed, share, device) as start:
+                    label_layers(start, settings, device)
+                changes = [change.replace(RUN, str(start)) for change in method.changes]
+                settings = settings_of(name, seed, share, *changes)
+            if train(settings, folder, resume_from=last if last.is_file() else None, save_every=SAVE_EVERY):
+                raise KeyboardInterrupt
+            last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
+        yield folder
+
+
+def label_layers(folder: Path, router: Recipe, device: torch.device) -> None:
+    """What each training question of a router needs of VISOR's layers, by the run that it routes."""
+    train_on = f"data.train={router.settings['data']['train']}"
+    recipe, model = load_run(folder, overrides=[train_on])
+    questions = recipe.build("data", processor=model.processor).stream("train", limit=QUESTIONED)
+    viable = recipe.settings["model"]["fusion"]["configurations"]
+    about = {"run": offline.fingerprint(folder), "data": train_on}
+    model.to(device).eval()
+    labels = folder / LABELS
+    counts = offline.label(model, questions, viable, labels, about=about, keep=ENOUGH, by="likely", device=device)
+    console().print(f"{labels}: {', '.join(f'{count} need {list(layers)}' for layers, count in counts.items())}")
 
 
 def train_router(folder: Path, device: torch.device) -> None:
@@ -159,8 +196,12 @@ def known(file: Path | None) -> dict[Key, Record]:
 
 
 def time_methods(records: Sequence[Record], device: torch.device) -> None:
-    """Add milliseconds to a record of each method on scenes, all in turns; weights say nothing of time."""
-    first = {of[0].knobs["method"]: of[0] for of in longest(records_of(records, "scenes"))}
+    """Add milliseconds to a record of each method on scenes, all in turns; weights say nothing of time.
+
+    Nothing of a router's, either: it takes as long as what it chooses, which is timed.
+    """
+    on_scenes = [one for one in records_of(records, "scenes") if METHODS[_method_of(one)].routes is None]
+    first = {of[0].knobs["method"]: of[0] for of in longest(on_scenes)}
     baseline = first.pop(DATA["scenes"].baseline, None)  # times are told in those of the first concatenation
     measurements = []
     for record in filter(None, [baseline, *first.values()]):
@@ -169,9 +210,12 @@ def time_methods(records: Sequence[Record], device: torch.device) -> None:
     measure(measurements, device=device, track=partial(track, description="timing in turns"))
 
 
+def _method_of(record: Record) -> str:
+    return method_of_variant()[record.knobs["method"]]
+
+
 def _model(record: Record) -> Any:
-    name = method_of_variant()[record.knobs["method"]]
-    return build(settings_of(name, 0, record.knobs["share"], *record.knobs["changes"])).eval()
+    return build(settings_of(_method_of(record), 0, record.knobs["share"], *record.knobs["changes"])).eval()
 
 
 @cli_entry_point

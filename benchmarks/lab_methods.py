@@ -12,8 +12,8 @@ SEEDS = (0, 1, 2)
 TOWER = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
 LEVELS = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower, layer: [2, -1]}"
 """The tower of recipes/lab/large_levels.yaml."""
-RUN, ROUTER = "THE-RUN", "tile-router"
-"""In changes, the folder of the run that is scored; in it, the folder of its router of tiles."""
+RUN, ROUTER, LABELS = "THE-RUN", "tile-router", "labels.jsonl"
+"""In changes, the folder of the run that is scored, or begun with; in it, its router of tiles, its labels of layers."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
@@ -27,6 +27,7 @@ class Method:
         variants: what one trained model is scored as, with the changes of each; by default as it is.
         data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
         of: what is scored are the runs of this method, which are trained if they are not there yet.
+        routes: it is the router of layers of this method's runs, which are labelled for it.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Method:
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
     data: str = "scenes"
     of: str | None = None
+    routes: str | None = None
 
 
 SHORT = 0.4
@@ -45,6 +47,12 @@ SHORT = 0.4
 def ablation(recipe: str, *changes: str) -> Method:
     """One key of a method changed: for a part of the steps, as the method itself is, too; one seed."""
     return Method(recipe, changes, shares=(SHORT,), seeds=(0,))
+
+
+def router_of(name: str, recipe: str, *, train: str, **settings: Any) -> Method:
+    """VISOR's router for the runs of a method, trained on the questions of ``train`` that those runs have labelled."""
+    start = (f"data.train={train}", f"module.start_from={RUN}", f"model.fusion.labels={RUN}/{LABELS}")
+    return Method(recipe, start, routes=name, **settings)
 
 
 def with_encoder(data: str, name: str, vision: str) -> tuple[str, tuple[str, ...]]:
@@ -115,6 +123,7 @@ METHODS: dict[str, Method] = {
             ("VISOR, none refining", ("model.fusion.configuration=none",)),
         ),
     ),
+    "VISOR, routed": router_of("VISOR", "visor_router", train="data/lab-single-features/train"),
     "LaVi, MLP": ablation("lavi", GENERATOR.format("MLPDeltas", 32)),
     "LaVi, convolutions": ablation("lavi", GENERATOR.format("ConvDeltas", 32)),
     "LaVi, pooled": ablation("lavi", GENERATOR.format("PooledDeltas", 32)),
@@ -177,6 +186,13 @@ METHODS: dict[str, Method] = {
             ("VISOR of large pictures, both refining", ()),
         ),
     ),
+    "VISOR of large pictures, routed": router_of(
+        "VISOR of large pictures",
+        "large_visor_router",
+        train="data/lab-large-single-features/train",
+        seeds=(0,),
+        data="large",
+    ),
     "concatenation of frames": Method("video_concat", seeds=(0,), data="videos"),
     "LaVi of frames": Method("video_lavi", seeds=(0,), data="videos"),
 }
@@ -203,7 +219,10 @@ METHODS |= {
 
 PARTS = ("fusions", "variants", "large")
 """Of the lab, each for an evening: fusions with all their steps, what varies them, and large pictures."""
-FUSIONS = ("concatenation", "LaVi", "cross-attention", "VISOR", "concatenation of frames", "LaVi of frames")
+FUSIONS = (
+    *("concatenation", "LaVi", "cross-attention", "VISOR", "VISOR, routed"),
+    *("concatenation of frames", "LaVi of frames"),
+)
 
 
 def part_of(name: str, share: float) -> str:

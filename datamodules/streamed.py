@@ -25,7 +25,7 @@ from datamodules.batches import (
 from datamodules.encoder import Encoder
 from datamodules.formats.base import SampleFormat
 from datamodules.formats.conversations import Conversations
-from datamodules.shards.processes import leave_interrupts_to_parent
+from datamodules.shards.processes import leave_signals_to_parent
 from lavi.batch import Batch, Sample
 from lavi.data.data_module import DataModule
 from lavi.data.processor import Processor
@@ -37,7 +37,7 @@ log = logging.getLogger("lavi")
 
 def begin_reading(worker: int, *, rank: int) -> None:
     """Begin a reading process: Ctrl-C is left to the main process, which ends this one when its step is saved."""
-    leave_interrupts_to_parent()
+    leave_signals_to_parent()
     pl_worker_init_function(worker, rank)  # the seeds that Lightning gives only where no other function begins
 
 

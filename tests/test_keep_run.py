@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,27 +103,34 @@ def test_signals_are_given_back(fit, number: int, at: int) -> None:  # type: ign
 
 
 @pytest.fixture
-def usual_interrupts() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, as a process has it that was spawned; afterwards what was there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def usual_signals() -> Iterator[None]:
+    """Python's own answers, as a process has them that was spawned; afterwards what was there."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, answer) for number, answer in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
-@pytest.mark.usefixtures("usual_interrupts")
-def test_reading_processes_leave_ctrl_c_to_the_main_process(build, scenes: Path) -> None:  # type: ignore[no-untyped-def]
-    """A terminal sends it to all of them."""
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_reading_processes_leave_signals_to_the_main_process(build, scenes: Path, number: int) -> None:  # type: ignore[no-untyped-def]
+    """A terminal sends Ctrl-C to all of them, a scheduler SIGTERM; to one that does not end it is sent once more."""
     processor = build(LaViFusion(generator=small())).processor
     data = ImageTextData(processor, train=str(scenes / "train"), batch_size=2, workers=1)
     batches: Any = iter(data.train_dataloader())
     next(batches)
     (worker,) = batches._workers
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, number)
     assert len([next(batches) for _ in range(6)]) == 6  # more than were read ahead
     assert worker.is_alive()
+    if number == signal.SIGTERM:
+        os.kill(worker.pid, number)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            list(islice(batches, 100))
 
 
-@pytest.mark.usefixtures("usual_interrupts")
+@pytest.mark.usefixtures("usual_signals")
 def test_reading_processes_begin_with_seeds_of_their_own(build, scenes: Path) -> None:  # type: ignore[no-untyped-def]
     """As Lightning gives them where nothing else begins them; and what begins them can be sent to them."""
     data = ImageTextData(build(LaViFusion(generator=small())).processor, train=str(scenes / "train"), workers=1)

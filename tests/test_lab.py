@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from lab_results import (
 )
 from relevance import asked, covered, shares_on
 
-from datamodules.scenes import LEVELS, Thing
+from datamodules.scenes import LEVELS, Thing, write_dataset
 from lavi.checkpoints.run_folder import lock_run_folder
 from lavi.efficiency.measure import Measurement
 from lavi.efficiency.record import Record, read_records
@@ -136,12 +138,16 @@ def test_every_method_is_a_recipe(name: str) -> None:
 
 
 def test_features_are_read_by_methods_of_one_encoder() -> None:
-    """The tower, the tiling and the data of a folder of features are those of all methods that are trained on it."""
+    """The tower, the tiling and the data of a folder of features are those of all methods that are trained on it.
+
+    Routers have training questions of their own.
+    """
     encoders: dict[Path, list[Any]] = {}
     for method in METHODS.values():
         if not method.of:
             settings = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes).settings
-            seen = [settings["model"].get(key) for key in ("vision", "tiling")] + [settings["data"]["train"]]
+            train = settings["data"]["test" if method.routes else "train"].replace("/test", "/train")
+            seen = [settings["model"].get(key) for key in ("vision", "tiling")] + [train]
             encoders.setdefault(DATA[method.data].features, []).append(seen)
     assert all(one == of[0] for of in encoders.values() for one in of)
     different = [of[0] for of in encoders.values()]
@@ -168,6 +174,10 @@ TINY = {
     "LaVi": Method("tiny", shares=(0.5, 1.0), seeds=(0,), variants=(("LaVi, as it is", ()), ("LaVi, late", LATE))),
     "LaVi, shift alone": ablation("tiny", "model.fusion.parameters=shift"),
 }
+VISOR = (
+    "model.fusion={_target_: lavi.visor.fusion.VisorFusion, cross_attention: [0], self_attention: [1], "
+    "configurations: [[], [1]]}"
+)
 
 
 @pytest.fixture
@@ -225,6 +235,29 @@ def test_the_lab_trains_scores_times_and_draws_and_does_nothing_twice(
     file.write_text(file.read_text().replace("batch_size: 4", "batch_size: 2"))
     assert tiny_lab("--methods", "concatenation")[0] != 0  # as after Ctrl-C
     assert len(trained) == 1
+
+
+def test_a_router_learns_from_the_labels_of_the_run_it_routes(
+    tiny_lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is trained first where it is not there, and labels once; another run has another router."""
+    questions = tmp_path / "single"
+    write_dataset(questions, seed=1, counts={"train": 16}, turns=1, workers=1)
+    routed = lab_methods.router_of("VISOR", "tiny", train=str(questions / "train"), seeds=(0,))
+    router = ("model.fusion.router=token", "module.learning_rate={fusion.router: 1e-3}")
+    monkeypatch.setitem(TINY, "VISOR", Method("tiny", (VISOR,), seeds=(0,)))
+    monkeypatch.setitem(TINY, "VISOR, routed", replace(routed, changes=(VISOR, *router, *routed.changes)))
+    status, _, problems = tiny_lab("--methods", "VISOR, routed")
+    assert status == 0, problems
+    (record,) = read_records(Path("lab.jsonl"))
+    assert record.knobs["method"] == "VISOR, routed"
+    (labels,) = Path("runs/lab").rglob("labels.jsonl")
+    assert labels.parent.parent.parent.name == "visor"
+    labelled = [json.loads(line) for line in labels.read_text().splitlines()][1:]
+    assert {tuple(line["configuration"]) for line in labelled} <= {(), (1,)}
+    ours = lab.digest_of("VISOR, routed", 0, 1.0)
+    monkeypatch.setitem(TINY, "VISOR", Method("tiny", (VISOR, "data.batch_size=3"), seeds=(0,)))
+    assert lab.digest_of("VISOR, routed", 0, 1.0) != ours
 
 
 def test_no_run_is_begun_when_its_time_is_over(tiny_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

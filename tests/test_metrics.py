@@ -21,7 +21,7 @@ from lavi.metrics.captions import CIDEr, cider
 from lavi.metrics.choices import CircularChoice, OptionLetter, option_letter
 from lavi.metrics.documents import ANLS, RelaxedAccuracy
 from lavi.metrics.judged import Judge, Judged, LanguageModelJudge, Verdict
-from lavi.metrics.vqa import VQAAccuracy, normalised
+from lavi.metrics.vqa import VQAAccuracy, normalised, normalised_words
 from lavi.metrics.yes_no import MME, YesNo
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text())
@@ -74,10 +74,25 @@ def test_vqa_accuracy_is_the_mean_over_nine_of_ten_people(agree: int, score: flo
         ("none", "0"),
         ("on/off", "on off"),
         ("." * 40, "." * 8),  # the official script takes no more than 32 away
+        ("somebody'd", "somebodyd"),  # as its table has it, against all others
+        ("a car's", "car's"),
     ],
 )
 def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain: str) -> None:
     assert normalised(answer) == plain
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("The car's, red?", "car 's red"),
+        ("Don't, know", "don't know"),
+        ("dont", "don't"),
+        ("is it 10,000?", "is it 10000"),
+    ],
+)
+def test_textvqas_script_parts_the_s_first(answer: str, plain: str) -> None:
+    assert normalised_words(answer) == plain
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,11 @@ def test_anls_by_hand(answer: str, score: float) -> None:
     assert ANLS().score(answer, ["Paris", "in London"]) == pytest.approx(score, abs=0.08 if " " in answer else 1e-9)
 
 
+def test_anls_where_nothing_is_true() -> None:
+    """An empty answer is all of the truth where nothing is to be read, and any other none of it."""
+    assert (ANLS().score("", [""]), ANLS().score("Paris", [""])) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("answer", "truth", "right"),
     [
@@ -304,6 +324,16 @@ def test_a_judge_is_named_with_its_scores() -> None:
     assert metric.scored(kept) == kept
 
 
+def test_an_answer_alone_is_judged_without_its_question() -> None:
+    class NoQuestion(ShortIsRight):
+        def judge(self, question: str, truth: str, answer: str) -> Verdict:
+            assert (question, truth) == ("", "cats")
+            return Verdict(answer == "cat", 0.0)
+
+    metric = Judged(judge=NoQuestion())
+    assert [metric.score(said, ["cats", "dogs"]) for said in ("cat", "dog")] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("said", "verdict"),
     [
@@ -338,8 +368,14 @@ def test_a_judge_works_where_its_process_does(monkeypatch: pytest.MonkeyPatch) -
     made: list[dict[str, Any]] = []
 
     def pipeline(task: str, **given: Any) -> Any:
-        made.append(given)
-        return lambda messages, **_: [{"generated_text": "yes, 5"}]
+        made.append({"task": task, **given})
+
+        def say(messages: list[dict[str, str]], **how: Any) -> list[dict[str, str]]:
+            assert [message["role"] for message in messages] == ["user"]
+            assert how == {"max_new_tokens": 16, "do_sample": False, "return_full_text": False}
+            return [{"generated_text": "yes, 5"}]
+
+        return say
 
     monkeypatch.setattr("transformers.pipeline", pipeline)
     monkeypatch.setattr(judged_module, "_text_generation", cache(judged_module._text_generation.__wrapped__))
@@ -349,10 +385,17 @@ def test_a_judge_works_where_its_process_does(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     LanguageModelJudge(source="a").judge("what?", "red", "red")
-    assert [given["device"] for given in made] == [-1, 3]
+    assert made == [{"task": "text-generation", "model": "a", "device": device} for device in (-1, 3)]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_percents_are_of_is_said() -> None:
+    """In a sentence such as ``75.0 % right of 5 answers``, and not in that of a metric that counts something else."""
+    labels = {"ANLS": "ANLS", "CIDEr": "CIDEr", "Judged": "judged right", "VQAAccuracy": "VQA accuracy"}
+    metrics = [*METRICS.values(), OptionLetter(), CircularChoice(), Judged(judge=ShortIsRight())]
+    assert [metric.label for metric in metrics] == [labels.get(metric.name.split()[0], "right") for metric in metrics]
 
 
 @pytest.mark.parametrize("benchmark", METRICS)

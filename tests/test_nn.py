@@ -9,6 +9,7 @@ import torch
 from conftest import GENERATORS
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -17,6 +18,7 @@ from lavi.nn.cross_attention import GatedCrossAttention
 from lavi.nn.delta_generators import DeltaGenerator, on_grid
 from lavi.nn.grid_code import GridCode
 from lavi.nn.modulated_norm import ModulatedNorm, NormKind, normalise
+from lavi.nn.take_rows import take_rows
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
 
@@ -159,6 +161,18 @@ def test_a_generator_costs_what_a_counter_of_operators_sees(kind: str) -> None:
         with FlopCounterMode(display=False) as each:
             module(draw(1, text, WIDTH), module.prepare(row), all_seen(row, text))
         assert each.get_total_flops() == module.flops(text, views=views, per_view=48)
+
+
+def test_rows_are_taken_as_an_index_takes_them_and_their_gradients_are_not_added_one_by_one() -> None:
+    table, index = torch.randn(7, 3, requires_grad=True), torch.tensor([[0, 6, 6, 2], [5, 6, 1, 0]])
+    weights = torch.randn(2, 4, 3)
+    with profile() as seen:
+        rows = take_rows(table, index)
+        (gradient,) = torch.autograd.grad((rows * weights).sum(), table)
+    expected = table[index]
+    assert torch.equal(rows, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), table)[0])
+    assert not [event.key for event in seen.key_averages() if "index_put" in event.key]
 
 
 def test_heads_divide_the_bottleneck() -> None:

@@ -27,6 +27,15 @@ def leave_interrupts_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def leave_signals_to_parent() -> None:
+    """A scheduler's SIGTERM reaches all processes of a job, as Ctrl-C those of a terminal: the parent answers both.
+
+    A second SIGTERM ends this process. Not for the processes of a pool, which waits for those it has terminated.
+    """
+    leave_interrupts_to_parent()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 def end_with_parent() -> None:
     """End when the parent is gone, however it ended."""
     parent = multiprocessing.parent_process()

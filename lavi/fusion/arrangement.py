@@ -15,6 +15,7 @@ from lavi.batch import Batch
 from lavi.language.context import DecoderInput, VisualContext
 from lavi.language.subsequence import ArrangedCall, LayeredCache
 from lavi.nn.grid_code import GridCode, grid_of_tokens
+from lavi.nn.take_rows import take_rows
 from lavi.nn.view_embedding import ViewEmbedding
 from lavi.nn.visibility import Visibility
 from lavi.vision.windows import windows_of_views
@@ -120,7 +121,7 @@ class Rows:
     def gather(self, tokens: Tensor) -> Tensor:
         """(..., E) to (B, M, E)."""
         flat = tokens.reshape(-1, tokens.shape[-1])
-        return torch.cat([flat, flat.new_zeros(1, flat.shape[-1])])[self.index]
+        return take_rows(torch.cat([flat, flat.new_zeros(1, flat.shape[-1])]), self.index)
 
 
 def group_tokens_by_row(batch: Batch, counts: Sequence[int]) -> Rows:
@@ -249,7 +250,7 @@ def splice_tokens(text: Tensor, visual: Tensor, order: Tensor) -> tuple[Tensor, 
     flat = torch.cat([text.flatten(0, 1), visual.to(text.dtype), text.new_zeros(1, text.shape[-1])])
     order = order.to(text.device)
     mask = order >= 0
-    return flat[order.masked_fill(~mask, len(flat) - 1)], mask
+    return take_rows(flat, order.masked_fill(~mask, len(flat) - 1)), mask
 
 
 def conversation_ids(batch: Batch, counts: list[int], order: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavi.batch import IGNORE
 from lavi.language import fused_cross_entropy
+from lavi.nn.take_rows import take_rows
 
 MOST_LOGITS = 2**26
 """Logits of a chunk: 256 MiB of float32, 441 tokens of a vocabulary of 152,000. Softmax and gradient are as large."""
@@ -49,7 +50,8 @@ def score_tokens(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tenso
     """
     positions = (labels[:, 1:] != IGNORE).nonzero() + torch.tensor([0, 1], device=labels.device)  # (n, 2)
     row, column = positions.unbind(1)
-    before, truth = hidden[row, column - 1], labels[row, column]  # (n, D), (n,)
+    before = take_rows(hidden.flatten(0, 1), row * hidden.shape[1] + column - 1)  # (n, D)
+    truth = labels[row, column]  # (n,)
     return TokenScores(*score_parts(head, before, truth, chunk=chunk), positions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lavi.batch import Batch
@@ -25,6 +26,11 @@ def token_probabilities(scores: TokenScores, batch: Batch) -> list[float]:
 
 def _by_answer(values: Tensor, scores: TokenScores, batch: Batch) -> list[Tensor]:
     """Of values (n,) of the trained tokens those of each answer, on the host."""
-    row, column = scores.positions.cpu().unbind(1)
+    if not batch.answers:
+        return []
+    width = batch.labels.shape[1] + 1
+    row, column = scores.positions.cpu().unbind(1)  # row by row, so that an answer's tokens are a slice of all
+    bounds = torch.tensor([[a.row * width + a.start, a.row * width + a.stop] for a in batch.answers], device="cpu")
+    slices = torch.searchsorted(row * width + column, bounds).tolist()
     values = values.cpu()
-    return [values[(row == a.row) & (a.start <= column) & (column < a.stop)] for a in batch.answers]
+    return [values[first:after] for first, after in slices]

@@ -16,6 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lavi.nn.take_rows import take_rows
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -86,21 +88,21 @@ class TokenSet:
 
     def gather(self, tower: Tensor) -> Tensor:
         """What stands in these places of the tower's tokens: (V, N, D) to (S, n, D)."""
-        return tower.flatten(0, 1)[self.index]
+        return take_rows(tower.flatten(0, 1), self.index)
 
     def write_out(self, tokens: Tensor, views: int) -> Tensor:
         """Each of the tower's tokens gets what stands for it: (S, n, D) to (V, N, D)."""
-        return tokens.flatten(0, 1)[self.source].unflatten(0, (views, -1))
+        return take_rows(tokens.flatten(0, 1), self.source).unflatten(0, (views, -1))
 
     def values(self, tokens: Tensor, merge: Merge) -> Tensor:
         """Tokens (S, n, D) as they go on (S', n', D). What nothing was merged into is the same to the last bit."""
         flat, size, onto = tokens.flatten(0, 1), self.size.flatten(), merge.target.flatten()
         if not merge.mean:
-            return flat[merge.order]
+            return take_rows(flat, merge.order)
         total = self._merged_sizes(merge)
         weighted = flat.float() * size[:, None]
         mean = torch.zeros_like(weighted).index_add(0, onto, weighted) / total.clamp(min=1)[:, None]  # (S n, D)
-        return torch.where((total != size)[:, None], mean.to(flat.dtype), flat)[merge.order]
+        return take_rows(torch.where((total != size)[:, None], mean.to(flat.dtype), flat), merge.order)
 
     def merged(self, merge: Merge) -> TokenSet:
         """The set that goes on."""

@@ -190,7 +190,8 @@ class VisorContext(VisualContext):
         out = torch.empty_like(hidden)
         for number, group in enumerate(groups):
             of_group = _kwargs_of_group(kwargs, number, group.rows)
-            out = out.index_copy(0, group.rows, self._run_group(layer, call, hidden[group.rows], group, of_group))
+            part = self._run_group(layer, call, _rows(hidden, group.rows), group, of_group)
+            out = out.index_copy(0, group.rows, part)
         return out
 
     def _run_group(
@@ -296,4 +297,4 @@ def _kwargs_of_group(kwargs: dict[str, Any], number: int, rows: Tensor | None) -
 def _rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor:
     """Some rows of a tensor; None: all of them."""
     assert tensor is not None
-    return tensor if rows is None else tensor[rows]
+    return tensor if rows is None else tensor.index_select(0, rows)
