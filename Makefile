@@ -94,9 +94,7 @@ real: install ## a released language model learns to see photographs: fetch, tra
 LAB_SCENES := --train 40000 --validation 400 --test 1600 --turns 8 --even
 LAB_VIDEOS := --train 24000 --validation 200 --test 1600 --turns 6
 LAB_QUESTIONS := --train 4000 --validation 1 --test 1 --turns 1 --even --seed 1
-lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits train validation test
-
-questions-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2)-features --splits train data.train=$(2)/train
+lab-features = $(BIN)/python -m lavi.cache_features --recipe recipes/lab/$(1).yaml --out $(2) --splits $(or $(3),train validation test)
 
 lab = $(BIN)/python benchmarks/lab.py --out benchmarks/results/lab.jsonl
 
@@ -109,7 +107,7 @@ lab: lab-scenes ## accuracy against cost: concatenation, LaVi, VISOR, cross-atte
 	$(BIN)/python -m datamodules.moving --out data/lab-videos $(LAB_VIDEOS)
 	$(call lab-features,video_lavi,data/lab-videos-features)
 	$(BIN)/python -m datamodules.scenes --out data/lab-single $(LAB_QUESTIONS)
-	$(call questions-features,visor,data/lab-single)
+	$(call lab-features,visor,data/lab-single-features,train data.train=data/lab-single/train)
 	$(lab) --processes 2
 	$(lab) --time --picture docs/lab.png
 
@@ -132,8 +130,6 @@ lab-large: install ## large pictures: LaVi and VISOR on all tiles beside concate
 	$(BIN)/python -m datamodules.scenes --out data/lab-large $(LAB_LARGE)
 	$(call lab-features,large,data/lab-large-features)
 	$(call lab-features,large_levels,data/lab-large-levels-features)
-	$(BIN)/python -m datamodules.scenes --out data/lab-large-single $(LAB_QUESTIONS) --large
-	$(call questions-features,large_visor,data/lab-large-single)
 	$(lab) --part large
 	$(BIN)/python benchmarks/hybrids.py --out benchmarks/results/hybrids.jsonl --picture docs/hybrids.png
 

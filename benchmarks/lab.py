@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,7 +28,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lab_methods import LABELS, METHODS, PARTS, ROUTER, RUN, method_of_variant, part_of, variants_of
+from lab_methods import (
+    ENOUGH,
+    LABELS,
+    METHODS,
+    PARTS,
+    QUESTIONED,
+    RUN,
+    TILE_ROUTER,
+    method_of_variant,
+    part_of,
+    variants_of,
+)
 from lab_results import (
     DATA,
     NOISE,
@@ -42,16 +54,17 @@ from lab_results import (
 from own_records import parser_of, read
 
 from datamodules import scenes
+from lavi.checkpoints.feature_cache import check_feature_caches
 from lavi.checkpoints.model_folder import build
 from lavi.checkpoints.run_folder import LAST, TRAINED, load_run, lock_run_folder
 from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
-from lavi.config.files import replacing
+from lavi.config.files import replacing, sha256_of
 from lavi.efficiency.measure import Measurement, measure
 from lavi.efficiency.record import Record, read_records, write_records
 from lavi.efficiency.scenario import Scenario
-from lavi.errors import UserError, nearest
+from lavi.errors import Busy, UserError, nearest
 from lavi.evaluation.compare_runs import score_run
 from lavi.recipe import Recipe
 from lavi.report import console, table, track
@@ -60,10 +73,6 @@ from lavi.training.tile_routing import train_tile_router
 from lavi.visor import offline
 
 RECIPES, RUNS = Path("recipes/lab"), Path("runs/lab")
-QUESTIONED = 4000
-"""Conversations that a router learns from."""
-ENOUGH = 0.8
-"""Of the probability of the right answer with all layers refining: what the layers that a router should choose keep."""
 SAVE_EVERY = 500
 """Steps of training that a kill loses at most."""
 
@@ -73,15 +82,20 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-").replace("--", "-")
 
 
-def settings_of(name: str, seed: int, share: float, *changes: str) -> Recipe:
-    """The recipe of one run: on cached features, of this share of the steps; ``changes`` are a variant's."""
+def settings_of(name: str, seed: int, share: float, *changes: str, start: Path = Path(RUN)) -> Recipe:
+    """The recipe of one run: on cached features, of this share of the steps; ``changes`` are a variant's.
+
+    Args:
+        start: the run that it begins with, if it does.
+    """
     method = METHODS[METHODS[name].of or name]
     file = RECIPES / f"{method.recipe}.yaml"
     steps = max(1, round(share * Recipe.load(file).settings["trainer"]["max_steps"]))
-    features = [f"data.{split}={DATA[method.data].features / split}" for split in ("train", "validation", "test")]
+    splits = {split: DATA[method.data].features / split for split in ("train", "validation", "test")}
+    features = [f"data.{split}={path}" for split, path in (splits | {"train": method.train or splits["train"]}).items()]
     own = [f"seed={seed}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    given = [*features, *own, *method.changes, *changes]
-    return Recipe.load(file, list({change.partition("=")[0]: change for change in given}.values()))  # of a key the last
+    of_method = [change.replace(RUN, str(start)) for change in method.changes]
+    return Recipe.load(file, [*features, *own, *of_method, *changes])
 
 
 def digest_of(name: str, seed: int, share: float) -> str:
@@ -107,14 +121,14 @@ def run_once(name: str, seed: int, share: float, device: torch.device) -> list[R
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(trained_run(name, seed, share, device))
-        except UserError as busy:
+        except Busy as busy:
             console().print(f"left out: {busy}")
             return []
         steps = settings_of(name, seed, share).settings["trainer"]["max_steps"]
         for variant, changes in method.variants or ((name, ()),):
             overrides = [change.replace(RUN, str(folder)) for change in changes]
-            if overrides != list(changes) and not (folder / ROUTER).is_dir():
-                train_router(folder, device)
+            if overrides != list(changes) and not (folder / TILE_ROUTER).is_dir():
+                train_tile_router_of(folder, device)
             record = score_run(folder, overrides=overrides, trust=False, limit=None, device=device, noise=noise).record
             record.knobs |= {"method": variant, "seed": seed, "share": share, "steps": steps, "recipe": digest}
             record.knobs |= {"changes": list(changes), "data": method.data}
@@ -127,7 +141,7 @@ def trained_run(name: str, seed: int, share: float, device: torch.device) -> Ite
     """The folder of one run, trained to the end, and locked meanwhile.
 
     Raises:
-        UserError: another process has it in work, or the one that it begins with.
+        Busy: another process has it in work, or the one that it begins with.
     """
     method, settings = METHODS[name], settings_of(name, seed, share)
     steps = settings.settings["trainer"]["max_steps"]
@@ -139,33 +153,36 @@ def trained_run(name: str, seed: int, share: float, device: torch.device) -> Ite
         if not (folder / TRAINED).is_file() or last.is_file():
             if method.routes is not None:
                 with trained_run(method.routes, seed, share, device) as start:
-                    label_layers(start, settings, device)
-                changes = [change.replace(RUN, str(start)) for change in method.changes]
-                settings = settings_of(name, seed, share, *changes)
+                    label_layers(start, settings.settings["data"]["train"], device)
+                settings = settings_of(name, seed, share, start=start)
             if train(settings, folder, resume_from=last if last.is_file() else None, save_every=SAVE_EVERY):
                 raise KeyboardInterrupt
             last.unlink(missing_ok=True)  # it is trained to the end: what is left is the run itself
         yield folder
 
 
-def label_layers(folder: Path, router: Recipe, device: torch.device) -> None:
-    """What each training question of a router needs of VISOR's layers, by the run that it routes."""
-    train_on = f"data.train={router.settings['data']['train']}"
-    recipe, model = load_run(folder, overrides=[train_on])
-    questions = recipe.build("data", processor=model.processor).stream("train", limit=QUESTIONED)
-    viable = recipe.settings["model"]["fusion"]["configurations"]
-    about = {"run": offline.fingerprint(folder), "data": train_on}
+def label_layers(folder: Path, questions: str, device: torch.device) -> None:
+    """What each of the ``questions``, a folder of shards, needs of the layers of a run of VISOR's."""
+    recipe, model = load_run(folder, overrides=[f"data.train={questions}"])
     model.to(device).eval()
+    data = recipe.build("data", processor=model.processor)
+    check_feature_caches(model, data, ["train"])
+    about = {"run": offline.fingerprint(folder), "questions": sha256_of(Path(questions) / "index.json")[:16]}
+    viable, batches = recipe.settings["model"]["fusion"]["configurations"], data.stream("train", limit=QUESTIONED)
     labels = folder / LABELS
-    counts = offline.label(model, questions, viable, labels, about=about, keep=ENOUGH, by="likely", device=device)
+    counts = offline.label(model, batches, viable, labels, about=about, keep=ENOUGH, by="likely", device=device)
     console().print(f"{labels}: {', '.join(f'{count} need {list(layers)}' for layers, count in counts.items())}")
+    for cause, count in batches.left_out.items():
+        console().print(f"left out: {count} x {cause}")
 
 
-def train_router(folder: Path, device: torch.device) -> None:
+def train_tile_router_of(folder: Path, device: torch.device) -> None:
     """A router of tiles for a run, on its training data."""
     recipe, model = load_run(folder)
     data = recipe.build("data", processor=model.processor)
-    for line in train_tile_router(recipe, model, data, folder / ROUTER, split="train", limit=QUESTIONED, device=device):
+    for line in train_tile_router(
+        recipe, model, data, folder / TILE_ROUTER, split="train", limit=QUESTIONED, device=device
+    ):
         console().print(line)
 
 
@@ -198,15 +215,15 @@ def known(file: Path | None) -> dict[Key, Record]:
 def time_methods(records: Sequence[Record], device: torch.device) -> None:
     """Add milliseconds to a record of each method on scenes, all in turns; weights say nothing of time.
 
-    Nothing of a router's, either: it takes as long as what it chooses, which is timed.
+    What is routed takes the route that most questions took.
     """
-    on_scenes = [one for one in records_of(records, "scenes") if METHODS[_method_of(one)].routes is None]
-    first = {of[0].knobs["method"]: of[0] for of in longest(on_scenes)}
+    first = {of[0].knobs["method"]: of[0] for of in longest(records_of(records, "scenes"))}
     baseline = first.pop(DATA["scenes"].baseline, None)  # times are told in those of the first concatenation
     measurements = []
     for record in filter(None, [baseline, *first.values()]):
         scenario = Scenario(record.text_tokens, image=(scenes.SIDE, scenes.SIDE))
-        measurements.append(Measurement(record, scenario, partial(_model, record)))
+        route = literal_eval(record.knobs["timed route"]) if METHODS[_method_of(record)].routes else None
+        measurements.append(Measurement(record, scenario, partial(_model, record), route))
     measure(measurements, device=device, track=partial(track, description="timing in turns"))
 
 

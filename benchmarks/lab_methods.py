@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lab_results import DATA
@@ -12,8 +13,14 @@ SEEDS = (0, 1, 2)
 TOWER = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower}"
 LEVELS = "{_target_: lavi.vision.hf.HFVision, source: recipes/scenes/vision_tower, layer: [2, -1]}"
 """The tower of recipes/lab/large_levels.yaml."""
-RUN, ROUTER, LABELS = "THE-RUN", "tile-router", "labels.jsonl"
-"""In changes, the folder of the run that is scored, or begun with; in it, its router of tiles, its labels of layers."""
+RUN, TILE_ROUTER = "THE-RUN", "tile-router"
+"""In changes, the folder of the run that is scored, or begun with; in it, its router of tiles."""
+QUESTIONED = 4000
+"""Conversations that a router learns from."""
+ENOUGH = 0.8
+"""Of the probability of the right answer with all layers refining: what the layers that a router should choose keep."""
+LABELS = f"labels-likely-{ENOUGH}-of-{QUESTIONED}.jsonl"
+"""In the folder of a run: which layers each question needs."""
 GENERATOR = "model.fusion.generator={{_target_: lavi.nn.delta_generators.{}, bottleneck: {}}}"
 
 
@@ -27,7 +34,8 @@ class Method:
         variants: what one trained model is scored as, with the changes of each; by default as it is.
         data: what it is scored on, and trained unless it is ``of`` another: one of :data:`DATA`.
         of: what is scored are the runs of this method, which are trained if they are not there yet.
-        routes: it is the router of layers of this method's runs, which are labelled for it.
+        routes: the method whose runs it routes, trained from those; they label the questions that it learns from.
+        train: what it is trained on instead of the training split of ``data``.
     """
 
     recipe: str
@@ -38,6 +46,7 @@ class Method:
     data: str = "scenes"
     of: str | None = None
     routes: str | None = None
+    train: Path | None = None
 
 
 SHORT = 0.4
@@ -49,10 +58,9 @@ def ablation(recipe: str, *changes: str) -> Method:
     return Method(recipe, changes, shares=(SHORT,), seeds=(0,))
 
 
-def router_of(name: str, recipe: str, *, train: str, **settings: Any) -> Method:
-    """VISOR's router for the runs of a method, trained on the questions of ``train`` that those runs have labelled."""
-    start = (f"data.train={train}", f"module.start_from={RUN}", f"model.fusion.labels={RUN}/{LABELS}")
-    return Method(recipe, start, routes=name, **settings)
+def layer_router_of(name: str, recipe: str, **settings: Any) -> Method:
+    """VISOR's router for the runs of a method, trained on questions that those runs have labelled."""
+    return Method(recipe, (f"module.start_from={RUN}", f"model.fusion.labels={RUN}/{LABELS}"), routes=name, **settings)
 
 
 def with_encoder(data: str, name: str, vision: str) -> tuple[str, tuple[str, ...]]:
@@ -73,7 +81,7 @@ def on_request(keep: float, ranking: str, tower: str = TOWER) -> str:
     return f"{{_target_: lavi.vision.tiles_on_request.TilesOnRequest, {given}}}"
 
 
-BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{ROUTER}"
+BY_QUESTION = f"tile_router.TileRouter, source: {RUN}/{TILE_ROUTER}"
 DETAIL, SAME = "tiles_on_request.Detail", "tiles_on_request.RandomTiles"
 
 
@@ -123,7 +131,7 @@ METHODS: dict[str, Method] = {
             ("VISOR, none refining", ("model.fusion.configuration=none",)),
         ),
     ),
-    "VISOR, routed": router_of("VISOR", "visor_router", train="data/lab-single-features/train"),
+    "VISOR, routed": layer_router_of("VISOR", "visor_router", train=Path("data/lab-single-features/train")),
     "LaVi, MLP": ablation("lavi", GENERATOR.format("MLPDeltas", 32)),
     "LaVi, convolutions": ablation("lavi", GENERATOR.format("ConvDeltas", 32)),
     "LaVi, pooled": ablation("lavi", GENERATOR.format("PooledDeltas", 32)),
@@ -185,13 +193,6 @@ METHODS: dict[str, Method] = {
             ("VISOR of large pictures, none refining", ("model.fusion.configuration=none",)),
             ("VISOR of large pictures, both refining", ()),
         ),
-    ),
-    "VISOR of large pictures, routed": router_of(
-        "VISOR of large pictures",
-        "large_visor_router",
-        train="data/lab-large-single-features/train",
-        seeds=(0,),
-        data="large",
     ),
     "concatenation of frames": Method("video_concat", seeds=(0,), data="videos"),
     "LaVi of frames": Method("video_lavi", seeds=(0,), data="videos"),

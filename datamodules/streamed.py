@@ -36,7 +36,7 @@ log = logging.getLogger("lavi")
 
 
 def begin_reading(worker: int, *, rank: int) -> None:
-    """Begin a reading process: Ctrl-C is left to the main process, which ends this one when its step is saved."""
+    """Begin a reading process: signals are left to the main process, which ends this one when its step is saved."""
     leave_signals_to_parent()
     pl_worker_init_function(worker, rank)  # the seeds that Lightning gives only where no other function begins
 

@@ -19,6 +19,10 @@ class UserError(Exception):
         return super().__str__().rsplit("UserError: ", 1)[-1].strip()
 
 
+class Busy(UserError):
+    """Another process has it in work: to be waited for, or left to it."""
+
+
 def one_line(error: BaseException, *, most: int = 300) -> str:
     """What an exception of another library says, on one line and without its last full stop."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def test_an_answer_is_correct_where_each_of_its_tokens_is_the_likeliest() -> Non
         logits[index] = logits[index].roll(1)
         assert correct_under_teacher_forcing(scores_of(logits, batch.labels), batch) == expected
     assert groups_of(answers) == [("colour", "easy"), ("count", "easy"), ("count", "hard")]
+    first_token = foretold.clone()
+    first_token[0, 0] = first_token[0, 0].roll(1)
+    backwards = batch_of(labels, answers[::-1])
+    assert correct_under_teacher_forcing(scores_of(first_token, batch.labels), backwards) == [True, True, False]
+    assert correct_under_teacher_forcing(scores_of(foretold, batch.labels), batch_of(labels, [])) == []
 
 
 def test_means_are_of_all_scores_by_level_and_by_family() -> None:
@@ -117,7 +123,7 @@ def test_a_rank_without_scores_exchanges_tensors_of_the_same_types() -> None:
             sent.append((tensor.dtype, tensor.ndim))
             return [tensor]
 
-        metric.sync(dist_sync_fn=gather, distributed_available=lambda: True)
+        metric.sync(gather, distributed_available=lambda: True)
         return sent
 
     full = GroupedMean()
@@ -133,6 +139,7 @@ def test_an_answer_matches_whatever_its_case_and_outer_blanks(answer: str, score
     metric = ExactMatch()
     assert metric.score(answer, ["red"]) == metric.score(answer, ["blues", " ReD "]) == score
     assert metric.score("", [""]) == 1
+    assert metric.score("STRASSE", ["straße"]) == 0
     assert (metric.name, metric.label) == ("ExactMatch", "right")
 
 
@@ -143,7 +150,23 @@ def test_answers_are_scored_against_their_own_truths() -> None:
     assert metric.compute() == pytest.approx(
         {"all": 100 / 3, "family/colour": 200 / 3, "family/count": 0.0, "level/easy": 200 / 3, "level/hard": 0.0}
     )
-    assert (metric.name, metric.label) == ("WordOverlap", "")
+    assert (metric.name, metric.label, metric.headline, metric.wants_whole_answers) == ("WordOverlap", "", "all", True)
+
+
+def test_a_prediction_is_of_no_group_until_it_is_told() -> None:
+    plain = Prediction("red", ("red",), "0")
+    assert (plain.family, plain.level, plain.question) == ("all", "all", "")
+    assert math.isnan(plain.score)
+    assert math.isnan(plain.grade)
+
+
+def test_whole_answers_of_ranks_are_laid_end_to_end() -> None:
+    metric = WordOverlap()
+    metric.update([Prediction("a red circle", ("red circle",), "0", "colour", "easy")])
+    alone = metric.predictions()
+    metric.sync(lambda tensor, group=None: [tensor, tensor], distributed_available=lambda: True)
+    assert metric.predictions() == 2 * alone
+    assert metric._reductions["rows"] is dim_zero_cat
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,11 +27,13 @@ from lab_results import (
     write_tensorboard,
 )
 from relevance import asked, covered, shares_on
+from safetensors.torch import load_file
 
 from datamodules.scenes import LEVELS, Thing, write_dataset
 from lavi.checkpoints.run_folder import lock_run_folder
 from lavi.efficiency.measure import Measurement
 from lavi.efficiency.record import Record, read_records
+from lavi.errors import UserError
 from lavi.fusion.lavi import LaViFusion
 from lavi.inspection.answer import inspect_answer
 from lavi.recipe import Recipe
@@ -140,14 +141,19 @@ def test_every_method_is_a_recipe(name: str) -> None:
 def test_features_are_read_by_methods_of_one_encoder() -> None:
     """The tower, the tiling and the data of a folder of features are those of all methods that are trained on it.
 
-    Routers have training questions of their own.
+    Routers have questions of their own, which the Makefile draws and encodes with the tower of what they route.
     """
     encoders: dict[Path, list[Any]] = {}
     for method in METHODS.values():
         if not method.of:
             settings = Recipe.load(RECIPES / f"{method.recipe}.yaml", method.changes).settings
-            train = settings["data"]["test" if method.routes else "train"].replace("/test", "/train")
-            seen = [settings["model"].get(key) for key in ("vision", "tiling")] + [train]
+            seen = [settings["model"].get(key) for key in ("vision", "tiling")] + [settings["data"]["train"]]
+            if method.routes is not None:
+                assert method.train is not None
+                recipe, questions = METHODS[method.routes].recipe, method.train.parent
+                drawn = f"lab-features,{recipe},{questions},train data.train={seen.pop().removesuffix('/train')}/train)"
+                assert drawn in Path("Makefile").read_text()
+                seen.append(Recipe.load(RECIPES / f"{recipe}.yaml").settings["data"]["train"])
             encoders.setdefault(DATA[method.data].features, []).append(seen)
     assert all(one == of[0] for of in encoders.values() for one in of)
     different = [of[0] for of in encoders.values()]
@@ -243,21 +249,40 @@ def test_a_router_learns_from_the_labels_of_the_run_it_routes(
     """Which is trained first where it is not there, and labels once; another run has another router."""
     questions = tmp_path / "single"
     write_dataset(questions, seed=1, counts={"train": 16}, turns=1, workers=1)
-    routed = lab_methods.router_of("VISOR", "tiny", train=str(questions / "train"), seeds=(0,))
+    routed = lab_methods.layer_router_of("VISOR", "tiny", train=questions / "train", seeds=(0,))
     router = ("model.fusion.router=token", "module.learning_rate={fusion.router: 1e-3}")
     monkeypatch.setitem(TINY, "VISOR", Method("tiny", (VISOR,), seeds=(0,)))
     monkeypatch.setitem(TINY, "VISOR, routed", replace(routed, changes=(VISOR, *router, *routed.changes)))
+    ours, train = lab.digest_of("VISOR, routed", 0, 1.0), lab.train
+    monkeypatch.setattr(lab, "train", lambda recipe, *given, **how: _broken(recipe) or train(recipe, *given, **how))
+    status, _, problems = tiny_lab("--methods", "VISOR, routed")
+    assert (status, "no space is left" in problems) == (2, True)  # and not left out, as what others have in work
+    monkeypatch.setattr(lab, "train", train)
+    label = lab.offline.label
+    monkeypatch.setattr(lab.offline, "label", lambda *given, **how: labelled.append(how) or label(*given, **how))
+    labelled: list[Any] = []
     status, _, problems = tiny_lab("--methods", "VISOR, routed")
     assert status == 0, problems
     (record,) = read_records(Path("lab.jsonl"))
     assert record.knobs["method"] == "VISOR, routed"
-    (labels,) = Path("runs/lab").rglob("labels.jsonl")
-    assert labels.parent.parent.parent.name == "visor"
-    labelled = [json.loads(line) for line in labels.read_text().splitlines()][1:]
-    assert {tuple(line["configuration"]) for line in labelled} <= {(), (1,)}
-    ours = lab.digest_of("VISOR, routed", 0, 1.0)
+    (labels,) = Path("runs/lab").rglob("labels*.jsonl")
+    assert len(labels.read_text().splitlines()) == 1 + 16
+    (folder,) = Path("runs/lab/visor-routed").rglob(f"seed-0-{ours}")
+    assert Recipe.load(folder / "recipe.yaml").settings["module"]["start_from"] == str(labels.parent)
+    before, after = (load_file(of / "trained.safetensors") for of in (labels.parent, folder))
+    assert {name for name in after if name not in before or not torch.equal(before[name], after[name])} == {
+        name for name in after if "fusion.router" in name
+    }
+    assert tiny_lab("--methods", "VISOR, routed")[0] == 0
+    assert len(labelled) == 1
     monkeypatch.setitem(TINY, "VISOR", Method("tiny", (VISOR, "data.batch_size=3"), seeds=(0,)))
     assert lab.digest_of("VISOR, routed", 0, 1.0) != ours
+
+
+def _broken(recipe: Recipe) -> None:
+    """No router can be trained, whatever it routes can."""
+    if recipe.settings["model"]["fusion"].get("router"):
+        raise UserError("no space is left on this disk.")
 
 
 def test_no_run_is_begun_when_its_time_is_over(tiny_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from lavi.errors import UserError
 from lavi.evaluation.intervals import figure_intervals, paired_difference
 from lavi.metrics.answers import ContainsAnswer, ExactMatch
 from lavi.metrics.base import AnswerMetric, Prediction
-from lavi.metrics.captions import CIDEr, cider
+from lavi.metrics.captions import CIDEr, cider, words
 from lavi.metrics.choices import CircularChoice, OptionLetter, option_letter
 from lavi.metrics.documents import ANLS, RelaxedAccuracy
 from lavi.metrics.judged import Judge, Judged, LanguageModelJudge, Verdict
@@ -99,6 +99,9 @@ def test_textvqas_script_parts_the_s_first(answer: str, plain: str) -> None:
     ("answer", "letter"),
     [
         ("B", "B"),
+        ("X", "X"),
+        ("A. a cat\nor B. a dog", None),
+        ("The answer is (A), not (B)", None),
         ("(B)", "B"),
         ("B.", "B"),
         ("B. a red cat", "B"),
@@ -181,6 +184,8 @@ def test_an_option_that_is_a_number_is_told_by_its_text_a_letter_is_an_option() 
         ('"A red cat."', ("B", "a red cat"), 1),
         ("**B**", ("B", "a red cat"), 1),
         ("(B).", ("B", "a red cat"), 1),
+        ("()", ("B", "a red cat"), 0),
+        ("STRASSE", ("B", "straße"), 0),
         ("B。", ("B", "a red cat"), 1),
         ("“B”", ("B", "a red cat"), 1),
         ("<B>", ("B", "a red cat"), 1),
@@ -201,14 +206,17 @@ def test_signs_are_part_of_an_option(answer: str, references: tuple[str, ...], s
 
 def test_circular_choices_are_right_where_every_copy_is() -> None:
     metric = CircularChoice()
-    for question, copies in (("0", "rr"), ("1", "rw"), ("2", "ww"), ("3", "wr")):
+    for question, copies in enumerate(("rr", "rw", "ww", "wr", "rw", "r", "r", "w")):
         for number, copy in enumerate(copies):
             answer = "A" if copy == "r" else "B"
-            metric.update([Prediction(answer, ("A", "x"), question, level="copy" if number else "first")])
+            metric.update([Prediction(answer, ("A", "x"), str(question), level="copy" if number else "first")])
     figures = metric.compute()
-    assert (figures["circular"], figures["single pass"], figures["all"]) == (25.0, 50.0, 50.0)
+    assert (figures["circular"], figures["single pass"]) == (37.5, 62.5)
+    assert figures["all"] == pytest.approx(100 * 7 / 13)
+    rarely = metric.figures(metric.predictions(), np.full(13, 0.01))
+    assert (rarely["circular"], rarely["single pass"]) == (pytest.approx(37.5), pytest.approx(62.5))
     low, high = figure_intervals(metric, metric.predictions())["circular"]
-    assert low < 25 < high
+    assert low < 37.5 < high
 
 
 def yes_no(pairs: str, family: str = "all") -> list[Prediction]:
@@ -265,6 +273,12 @@ def test_anls_where_nothing_is_true() -> None:
     assert (ANLS().score("", [""]), ANLS().score("Paris", [""])) == (1.0, 0.0)
 
 
+def test_anls_counts_a_half_and_takes_lengths_in_capitals() -> None:
+    """As the scripts in use do: of ``straße`` they count seven letters."""
+    assert ANLS().score("pa", ["pair"]) == 0.5
+    assert ANLS().score("straße", ["straxe"]) == ANLS().score("straxe", ["straße"]) == pytest.approx(1 - 1 / 7)
+
+
 @pytest.mark.parametrize(
     ("answer", "truth", "right"),
     [
@@ -287,6 +301,25 @@ def test_an_answer_that_is_contained_is_right_and_formulas_keep_their_case() -> 
     metric.update([Prediction("It reads ＳＴＯＰ here", ("stop",), "0"), Prediction("x + Y", ("x+Y",), "1", "formula")])
     metric.update([Prediction("x + y", ("x+Y",), "2", "formula"), Prediction("", ("go",), "3")])
     assert [one.score for one in metric.predictions()] == [1.0, 1.0, 0.0, 0.0]
+    metric.reset()
+    metric.update([Prediction("so: x\n+ Y", ("x+\nY",), "0", "formula")])
+    assert [one.score for one in metric.predictions()] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("a red\nlight", "red light", 1),
+        ("a red light", "red\nlight", 1),
+        ("STOP！", "stop!", 1),
+        ("one～two", "one~two", 1),
+        ("ａ　ｂ", "a b", 1),
+        ("｟", "\x7f", 0),
+        ("STRASSE", "straße", 0),
+    ],
+)
+def test_an_answer_is_read_on_one_line_in_half_width(answer: str, truth: str, score: float) -> None:
+    assert ContainsAnswer().score(answer, [truth]) == score
 
 
 def test_cider_by_hand() -> None:
@@ -296,7 +329,10 @@ def test_cider_by_hand() -> None:
     assert scores == pytest.approx([5.0, 5.0])  # one and two words of four lengths
     everywhere = [["red", "cat"], ["red", "dog"]]
     assert cider([["red"], ["cat"]], [[caption] for caption in everywhere]) == pytest.approx([0.0, 0.0])
-    assert cider([[]], [[["red"]]]) == [0.0]
+    assert cider([[]], [[["red"]]]) == cider([["red"]], [[["red"]]]) == [0.0]  # of one image nothing is rare
+    assert cider([["red"], ["dog"]], [[["red"]], [["dog"]]]) == pytest.approx([2.5, 2.5])
+    assert CIDEr().score("red", ["red"]) == 0.0  # until all are there
+    assert words("The dog's Straße, 2 m!") == ["the", "dog's", "straße", "2", "m"]
 
 
 class ShortIsRight(Judge):
@@ -395,7 +431,12 @@ def test_what_the_percents_are_of_is_said() -> None:
     """In a sentence such as ``75.0 % right of 5 answers``, and not in that of a metric that counts something else."""
     labels = {"ANLS": "ANLS", "CIDEr": "CIDEr", "Judged": "judged right", "VQAAccuracy": "VQA accuracy"}
     metrics = [*METRICS.values(), OptionLetter(), CircularChoice(), Judged(judge=ShortIsRight())]
-    assert [metric.label for metric in metrics] == [labels.get(metric.name.split()[0], "right") for metric in metrics]
+    for metric in metrics:
+        name = metric.name.split()[0]
+        assert metric.label == labels.get(name, "right")
+        assert metric.headline == {"CircularChoice": "circular", "MME": "perception"}.get(name, "all")
+        assert metric.highest == (10.0 if name == "CIDEr" else 1.0)
+        assert metric.wants_whole_answers is (name != "ExactMatch")  # whatever goes on behind a match is wrong
 
 
 @pytest.mark.parametrize("benchmark", METRICS)

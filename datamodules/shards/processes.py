@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 TOGETHER = 512
 """Items that a process gets at a time."""
+GRACE = 60
+"""Seconds that a parent has to save what it does, and to end its processes itself."""
 
 
 def leave_interrupts_to_parent() -> None:
@@ -30,10 +32,16 @@ def leave_interrupts_to_parent() -> None:
 def leave_signals_to_parent() -> None:
     """A scheduler's SIGTERM reaches all processes of a job, as Ctrl-C those of a terminal: the parent answers both.
 
-    A second SIGTERM ends this process. Not for the processes of a pool, which waits for those it has terminated.
+    A second SIGTERM ends this process, and so do :data:`GRACE` seconds. Not for the processes of a pool, which waits
+    for those it has terminated.
     """
     leave_interrupts_to_parent()
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _on_first_sigterm)
+
+
+def _on_first_sigterm(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.alarm(GRACE)  # whose usual answer is to end
 
 
 def end_with_parent() -> None:

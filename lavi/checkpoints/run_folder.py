@@ -83,7 +83,8 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     """Keep other processes from training into a run folder; of several ranks the first holds it for all.
 
     Raises:
-        UserError: another process trains into it, or nothing can be written there.
+        Busy: another process trains into it.
+        UserError: nothing can be written there.
     """
     if not is_first_rank():
         yield

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from lavi.errors import UserError, reason
+from lavi.errors import Busy, UserError, reason
 
 log = logging.getLogger("lavi")
 PATIENCE = 2.0
@@ -51,13 +51,13 @@ def holding(lock: BaseFileLock, *, busy: str) -> Iterator[None]:
         busy: the sentence of the error, if another process holds the lock for longer than the lock's timeout.
 
     Raises:
-        UserError: ``busy``.
+        Busy: with this sentence.
         OSError, NotImplementedError: the file cannot be written, or its file system has no locks.
     """
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(busy) from None
+        raise Busy(busy) from None
     try:
         yield
     finally:
@@ -72,7 +72,8 @@ def one_process(file: Path, *, busy: str) -> Iterator[None]:
     """Keep other processes from what ``file`` is the lock of, as far as its file system has locks.
 
     Raises:
-        UserError: ``busy``, or the file cannot be written.
+        Busy: with this sentence.
+        UserError: the file cannot be written.
     """
     with ExitStack() as stack:
         try:

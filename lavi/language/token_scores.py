@@ -25,7 +25,7 @@ class TokenScores(NamedTuple):
     is_likeliest: Tensor
     """(n,) bool: no other token is likelier."""
     positions: Tensor
-    """(n, 2): row and column of each among the labels."""
+    """(n, 2): row and column of each among the labels, row by row, ascending."""
 
     @property
     def loss(self) -> Tensor:

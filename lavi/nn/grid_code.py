@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lavi.nn.take_rows import take_rows
 from lavi.nn.waves import waves
 
 
@@ -44,14 +45,18 @@ class GridCode(nn.Module):
         rows, columns = (max(grid[side] for grid in grids) for side in (0, 1))
         # All tokens of a row share its half of the code: waves of each token would take as long as a layer.
         half = 2 * self._frequencies
-        of_row = self._waves(windows[:, 0::2], sizes[:, 0], rows)  # (views, rows, Dv / 2)
-        of_column = self._waves(windows[:, 1::2], sizes[:, 1], columns)[..., : width - half]
+        of_row = self._waves(windows[:, 0::2], sizes[:, 0], rows) * self.amplitude[:half]  # (views, rows, Dv / 2)
+        of_column = self._waves(windows[:, 1::2], sizes[:, 1], columns)[..., : width - half] * self.amplitude[half:]
         index = torch.arange(tokens, device=windows.device) - prefix  # (N,)
         row, column = index // sizes[:, 1:], index % sizes[:, 1:]  # (views, N)
         view = torch.arange(views, device=windows.device)[:, None]
-        code = torch.cat([of_row[view, row.clamp(0, rows - 1)], of_column[view, column]], dim=-1)  # (views, N, Dv)
+        halves = (
+            take_rows(of_row.flatten(0, 1), view * rows + row.clamp(0, rows - 1)),
+            take_rows(of_column.flatten(0, 1), view * columns + column),
+        )
+        code = torch.cat(halves, dim=-1)  # (views, N, Dv)
         inside = (index >= 0) & (index < sizes.prod(-1, keepdim=True))  # (views, N)
-        return code * inside[..., None] * self.amplitude
+        return code * inside[..., None]
 
     @property
     def _frequencies(self) -> int:

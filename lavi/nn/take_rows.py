@@ -6,9 +6,10 @@ from torch import Tensor
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
-    """``table`` (n, E) at ``index`` (...), to (..., E): the same as ``table[index]``.
+    """``table`` (n, E) at ``index`` (...), from 0 and on the same device, to (..., E).
 
-    Indexing adds its gradients up one after the other on a CPU, and sorts the index on a GPU. Both passes take three
-    times as long that way on one core (``benchmarks/gather.py``), and longer yet on two.
+    Indexing adds its gradients up one after the other on a CPU, and takes three times as long there, both passes
+    together (``benchmarks/gather.py``). On a GPU the gradients of a row that is taken several times are added in no
+    fixed order, unless torch's deterministic algorithms are asked for.
     """
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)

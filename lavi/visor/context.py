@@ -203,7 +203,7 @@ class VisorContext(VisualContext):
         if (reader := self.plan.reader(layer)) is not None:
             kept = self._kept(reader, layer, group, rows, kwargs.get("past_key_values"))
             text, during_layer = reader.read(
-                text, kept, self.seen if rows is None else Visibility.by(self.seen.mask[rows])
+                text, kept, self.seen if rows is None else Visibility.by(_rows(self.seen.mask, rows))
             )
         arranged = self.arranged
         if arranged is not None and layer in group.configuration:
@@ -279,7 +279,7 @@ class VisorContext(VisualContext):
         for configuration in dict.fromkeys(chosen):
             of_group = [row for row, of_row in enumerate(chosen) if of_row == configuration]
             rows = torch.tensor(of_group, device="cpu").to(hidden.device)
-            states = {refined: state[rows] for refined, state in whole.states.items()}
+            states = {refined: _rows(state, rows) for refined, state in whole.states.items()}
             groups.append(Group(rows, configuration, states))
         self.groups[1:] = groups
         if cache is not None:
