@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -76,6 +77,14 @@ def test_vqa_accuracy_is_the_mean_over_nine_of_ten_people(agree: int, score: flo
         ("." * 40, "." * 8),  # the official script takes no more than 32 away
         ("somebody'd", "somebodyd"),  # as its table has it, against all others
         ("a car's", "car's"),
+        ("an apple and the cat", "apple and cat"),
+        ("zero one two three four five six seven eight nine ten", "0 1 2 3 4 5 6 7 8 9 10"),
+        ("X-ray", "x ray"),
+        ("x-y z- w", "xy z w"),  # a mark that stands at a blank somewhere goes without one everywhere
+        ("x-y -z w", "xy z w"),
+        ("x-y z-\nw", "xy z w"),
+        ("x-y z-\tw", "xy z w"),
+        ("red\tcar", "red car"),
     ],
 )
 def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain: str) -> None:
@@ -88,11 +97,22 @@ def test_answers_are_normalised_as_the_evaluation_server_does(answer: str, plain
         ("The car's, red?", "car 's red"),
         ("Don't, know", "don't know"),
         ("dont", "don't"),
+        ("a,b?c", "abc"),
         ("is it 10,000?", "is it 10000"),
     ],
 )
 def test_textvqas_script_parts_the_s_first(answer: str, plain: str) -> None:
     assert normalised_words(answer) == plain
+    assert VQAAccuracy(lower_first=True).score(answer, [plain]) == 1.0
+
+
+def test_of_one_persons_answer_vqa_accuracy_is_the_same_or_not() -> None:
+    """Of two and more it is not: nobody else may have given the same."""
+    metric = VQAAccuracy()
+    assert (metric.score("The red one", ["red 1"]), metric.score("blue", ["red"])) == (1.0, 0.0)
+    assert metric.score("red", ["red", "blue"]) == pytest.approx((0 + 1 / 3) / 2)
+    of_car = [VQAAccuracy(lower_first=first).score("a car 's", ["car's"]) for first in (False, True)]
+    assert of_car == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +306,8 @@ def test_anls_counts_a_half_and_takes_lengths_in_capitals() -> None:
         ("105.1", "100", False),
         ("95", "100", True),
         ("50%", "0.5", True),
+        ("95.1%", "1", True),
+        ("50X%", "0.5", False),
         ("0", "0", True),
         ("0.0", "0", False),
         ("Red", "red", True),
@@ -353,6 +375,7 @@ def test_a_judge_is_named_with_its_scores() -> None:
     assert metric.name == "Judged by short-is-right-1"
     figures = metric.compute()
     assert (figures["all"], figures["grade"]) == (50.0, 1.5)
+    assert metric.figures(metric.predictions(), np.array([3.0, 1.0])) == {"grade": 1.75}
     metric.reset()
     judged = metric.scored(Prediction("", ("cats",), "0", question="an empty answer is asked of nobody"))
     assert (judged.score, judged.grade) == (0.0, 0.0)
@@ -380,6 +403,7 @@ def test_an_answer_alone_is_judged_without_its_question() -> None:
         ("yes", Verdict(True, 0)),
         ("yes, 10", Verdict(True, 0)),
         ("yes, 4/5", Verdict(True, 4)),
+        ("YES, 4 OUT OF 5", Verdict(True, 4)),
         ("no, 0 out of 5", Verdict(False, 0)),
         ("Yes. Score: 3 (out of 5)", Verdict(True, 3)),
         ("{'pred': 'yes', 'score': 4.8}", Verdict(True, 4.8)),
@@ -388,14 +412,20 @@ def test_an_answer_alone_is_judged_without_its_question() -> None:
         ("perhaps", Verdict(False, 0)),
     ],
 )
-def test_a_language_model_judges_in_a_form(said: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_model_judges_in_a_form(
+    said: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     judge = LanguageModelJudge(source="models/judge")
     asked: list[str] = []
     monkeypatch.setattr(judge, "_say", lambda prompt: asked.append(prompt) or said)
-    assert judge.judge("what colour?", "red", "crimson") == verdict
-    assert all(word in asked[0] for word in ("what colour?", "red", "crimson"))
+    assert judge.judge("what colour?", "azure", "crimson") == verdict
+    assert all(word in asked[0] for word in ("what colour?", "azure", "crimson"))
     before = judge.name
-    assert before.startswith("models/judge, prompt ")
+    assert re.fullmatch("models/judge, prompt [0-9a-f]{8}", before)
+    none, no_grade = "is no verdict such as 'yes, 4': counted as wrong.", "has no score from 0 to 5: graded 0."
+    missing = {"perhaps": none, "yes": no_grade, "yes, 10": no_grade, "yes, 5.5": no_grade}.get(said)
+    warned = [("lavi", f"the judge {before} said {said!r}, which {missing}")] if missing else []
+    assert [(one.name, one.getMessage()) for one in caplog.records] == warned
     monkeypatch.setattr(judged_module, "PROMPT", "Another: {question} {truth} {answer}")
     assert judge.name != before  # its scores cannot be compared with those of the other prompt
 
@@ -407,7 +437,8 @@ def test_a_judge_works_where_its_process_does(monkeypatch: pytest.MonkeyPatch) -
         made.append({"task": task, **given})
 
         def say(messages: list[dict[str, str]], **how: Any) -> list[dict[str, str]]:
-            assert [message["role"] for message in messages] == ["user"]
+            (message,) = messages
+            assert (message["role"], "what?" in message["content"]) == ("user", True)
             assert how == {"max_new_tokens": 16, "do_sample": False, "return_full_text": False}
             return [{"generated_text": "yes, 5"}]
 
