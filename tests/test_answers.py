@@ -18,7 +18,7 @@ from lavi.errors import UserError
 from lavi.language.token_scores import scores_of
 from lavi.metrics.answers import ExactMatch
 from lavi.metrics.base import AnswerMetric, GroupedMean, Prediction, groups_of
-from lavi.metrics.teacher_forcing import correct_under_teacher_forcing
+from lavi.metrics.teacher_forcing import answer_probabilities, correct_under_teacher_forcing, token_probabilities
 from lavi.recipe import Recipe
 
 
@@ -55,6 +55,18 @@ def test_an_answer_is_correct_where_each_of_its_tokens_is_the_likeliest() -> Non
     backwards = batch_of(labels, answers[::-1])
     assert correct_under_teacher_forcing(scores_of(first_token, batch.labels), backwards) == [True, True, False]
     assert correct_under_teacher_forcing(scores_of(foretold, batch.labels), batch_of(labels, [])) == []
+
+
+def test_the_probability_of_an_answer_is_that_of_all_of_its_tokens() -> None:
+    labels = torch.tensor([[IGNORE, 1, 2, IGNORE, 3]])
+    answers = [Answer(0, 1, 3, "colour", "easy"), Answer(0, 4, 5, "count", "easy")]
+    probabilities = torch.full((1, 5, 4), 0.1)
+    for column, (token, probability) in {0: (1, 0.5), 1: (2, 0.25), 3: (3, 0.7)}.items():
+        probabilities[0, column] = (1 - probability) / 3
+        probabilities[0, column, token] = probability
+    scores, batch = scores_of(probabilities.log(), labels), batch_of(labels, answers)
+    assert answer_probabilities(scores, batch) == pytest.approx([0.125, 0.7])
+    assert token_probabilities(scores, batch) == pytest.approx([0.125**0.5, 0.7])
 
 
 def test_means_are_of_all_scores_by_level_and_by_family() -> None:

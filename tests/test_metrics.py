@@ -23,7 +23,7 @@ from lavi.metrics.choices import CircularChoice, OptionLetter, option_letter
 from lavi.metrics.documents import ANLS, RelaxedAccuracy
 from lavi.metrics.judged import Judge, Judged, LanguageModelJudge, Verdict
 from lavi.metrics.vqa import VQAAccuracy, normalised, normalised_words
-from lavi.metrics.yes_no import MME, YesNo
+from lavi.metrics.yes_no import MME, PERCEPTION, YesNo
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text())
 METRICS: dict[str, AnswerMetric] = {
@@ -257,12 +257,59 @@ def test_pope_by_hand() -> None:
     assert figures["recall, answered"] == figures["f1, answered"] == pytest.approx(50.0)
     assert figures["says yes"] == pytest.approx(40.0)
     assert figures["says neither"] == pytest.approx(20.0)
+    assert not [name for name in figures if name.startswith("f1/") or name.endswith(", mean")]  # of one family
     metric.update(yes_no("yy", "popular"))
     figures = metric.compute()
     assert figures["f1/random"] == pytest.approx(40.0)
     assert figures["f1/popular"] == pytest.approx(100.0)
     assert figures["f1, mean"] == pytest.approx(70.0)
     assert figures["f1"] == pytest.approx(100 * 2 * (2 / 3 * 0.5) / (2 / 3 + 0.5))
+
+
+def test_where_nobody_says_yes_there_is_no_precision() -> None:
+    metric = YesNo()
+    metric.update(yes_no("nn nn"))
+    figures = metric.compute()
+    assert {figures[name] for name in ("precision", "recall", "f1", "recall, answered", "f1, answered")} == {0.0}
+    assert figures["all"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("yes", "Yes.", 1),
+        ("Y.", "yes", 1),
+        ("n", "no", 1),
+        ("No, it is red", "no", 1),
+        ("xxyes", "yes", 0),  # not among the first four
+        ("x", "x", 1),
+        ("maybe", "maybe", 1),
+        ("maybe", "yes", 0),
+    ],
+)
+def test_mme_looks_at_the_beginning_of_an_answer(answer: str, truth: str, score: float) -> None:
+    assert MME().score(answer, [truth]) == score
+
+
+def test_mmes_subtasks_are_of_perception_or_of_cognition() -> None:
+    cognition = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+    perception = (
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    )
+    for family in cognition + perception:
+        metric = MME()
+        metric.update([Prediction("Yes", ("yes",), "a", family), Prediction("No", ("no",), "a", family)])
+        figures = metric.compute()
+        assert (figures["perception"], figures["cognition"]) == ((200, 0) if family in PERCEPTION else (0, 200))
 
 
 def test_mme_by_hand() -> None:
