@@ -131,7 +131,9 @@ METHODS: dict[str, Method] = {
             ("VISOR, none refining", ("model.fusion.configuration=none",)),
         ),
     ),
-    "VISOR, routed": layer_router_of("VISOR", "visor_router", train=Path("data/lab-single-features/train")),
+    "VISOR, routed": layer_router_of(
+        "VISOR", "visor_router", train=Path("data/lab-single-features/train"), seeds=(0, 1)
+    ),
     "LaVi, MLP": ablation("lavi", GENERATOR.format("MLPDeltas", 32)),
     "LaVi, convolutions": ablation("lavi", GENERATOR.format("ConvDeltas", 32)),
     "LaVi, pooled": ablation("lavi", GENERATOR.format("PooledDeltas", 32)),

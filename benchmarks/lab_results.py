@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datamodules import moving, scenes
 from lavi.efficiency.record import Record
@@ -200,6 +200,10 @@ def milliseconds(record: Record) -> float | None:
     return times[0] if times else None
 
 
+MARKERS = "osD^vP*X"
+"""Of the methods in a picture: where two lie on each other, both are seen."""
+
+
 def draw(records: Sequence[Record]) -> Figure:
     """The frontier: accuracy against FLOPs and milliseconds, easy and hard apart.
 
@@ -213,20 +217,20 @@ def draw(records: Sequence[Record]) -> Figure:
     costs: dict[str, Callable[[Record], float | None]] = {"GFLOPs of a prompt": without_encoder}
     if any(milliseconds(r) for r in records):
         costs["milliseconds to the first token"] = milliseconds
-    figure = Figure(figsize=(11, 4.5 * len(costs)), layout="constrained")
+    figure = Figure(figsize=(12, 3.6 * len(costs)), layout="constrained")
     grid = figure.subplots(len(costs), 2, squeeze=False)
+    points: dict[str, Any] = {}
     for row, (label, cost_of) in zip(grid, costs.items(), strict=True):
         for axes, level in zip(row, ("easy", "hard"), strict=True):
-            for of in by_method(records):
+            for number, of in enumerate(by_method(records)):
                 name = of[0].knobs["method"]
                 scores = [r.accuracy[f"level/{level}"] for r in of]
                 told = [cost for cost in map(cost_of, of) if cost is not None]
                 if not told:
                     continue
                 at = (mean(told), mean(scores))
-                axes.errorbar(*at, yerr=half_width(scores), fmt="o", markersize=5, capsize=2)
-                place = {"xytext": (0, -5), "textcoords": "offset points", "rotation": -50, "rotation_mode": "anchor"}
-                axes.annotate(name, at, fontsize=8, ha="left", va="top", **place)
+                looks = {"fmt": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "alpha": 0.7}
+                points[name] = axes.errorbar(*at, yerr=half_width(scores), markersize=7, capsize=2, **looks)
                 if name == "concatenation":
                     axes.axhline(mean(scores), color="grey", linestyle="--", label="concatenation")
             if records and cost_of is without_encoder:
@@ -240,7 +244,8 @@ def draw(records: Sequence[Record]) -> Figure:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(f"{label}, without the vision encoder")
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=7, loc="lower right")
+                axes.legend(fontsize=7, loc="lower left")
+    figure.legend(points.values(), points, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -113,6 +113,7 @@ def test_of_one_persons_answer_vqa_accuracy_is_the_same_or_not() -> None:
     assert metric.score("red", ["red", "blue"]) == pytest.approx((0 + 1 / 3) / 2)
     of_car = [VQAAccuracy(lower_first=first).score("a car 's", ["car's"]) for first in (False, True)]
     assert of_car == [0.0, 1.0]
+    assert VQAAccuracy().score("a car 's", ["car's"]) == 0.0
 
 
 @pytest.mark.parametrize(
