@@ -327,8 +327,8 @@ def test_savings_are_against_concatenation_wherever_it_stands() -> None:
     assert (saved["LaVi"], saved["concatenation"], saved["concatenation, pooled 2 x 2"]) == ("80.0", "0.0", "50.0")
     columns, rows = lab_table([pooled])
     assert rows[0][columns.index("saved %")] == "-"
-    drawn = draw([pooled, *RECORDS]).axes[0]
-    assert {text.get_text() for text in drawn.texts} == {"concatenation", "LaVi"}
+    (names,) = draw([pooled, *RECORDS]).legends
+    assert [text.get_text() for text in names.get_texts()] == ["concatenation", "LaVi"]
     assert draw([pooled]).axes
 
 
