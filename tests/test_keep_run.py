@@ -126,7 +126,7 @@ def test_reading_processes_leave_signals_to_the_main_process(build, scenes: Path
     assert worker.is_alive()
     if number == signal.SIGTERM:
         os.kill(worker.pid, number)
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
+        with pytest.raises((RuntimeError, ConnectionError)):  # by what is noticed first: it has ended, it sends nothing
             list(islice(batches, 100))
 
 
