@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from test_run_folders import acting, curves, equal, fit, resume  # noqa: F401  (two fixtures)
 
 from datamodules.image_text import ImageTextData
+from datamodules.shards.processes import GRACE, leave_signals_to_parent
 from lavi.checkpoints.keep_run import KeepRun
 from lavi.checkpoints.run_folder import LAST, step_of
 from lavi.checkpoints.trained_weights import TRAINED
@@ -128,6 +129,15 @@ def test_reading_processes_leave_signals_to_the_main_process(build, scenes: Path
         os.kill(worker.pid, number)
         with pytest.raises((RuntimeError, ConnectionError)):  # by what is noticed first: it has ended, it sends nothing
             list(islice(batches, 100))
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_process_that_its_parent_forgets_ends_by_itself() -> None:
+    leave_signals_to_parent()
+    signal.raise_signal(signal.SIGTERM)
+    assert 0 < signal.alarm(0) <= GRACE
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("usual_signals")

@@ -99,7 +99,6 @@ class Scorer:
     """Added so far, and left out: their numbers tell them apart, since keys may begin anew in each shard."""
     _waiting: list[tuple[EncodedSample, Expected, int, int]] = field(default_factory=list)
     """With the number of their sample and the tokens that their answer may need."""
-    _waiting_bytes: int = 0
 
     def add(self, sample: Sample) -> bool:
         """Answer all questions of a conversation; False for one that cannot be encoded, which is counted."""
@@ -121,8 +120,8 @@ class Scorer:
                 if least_room < max(needed, *(tokens for *_, tokens in self._waiting)):
                     self.finish()  # one that fills the context shortens no other answer
             self._waiting.append((prompt, expected, number, needed))
-            self._waiting_bytes += tensor_bytes(prompt)
-            if len(self._waiting) >= self.limits.batch_size or self._waiting_bytes > LARGEST_WINDOW:
+            size = sum(tensor_bytes(waiting) for waiting, *_ in self._waiting)
+            if len(self._waiting) >= self.limits.batch_size or size > LARGEST_WINDOW:
                 self.finish()
         return True
 
@@ -146,7 +145,7 @@ class Scorer:
         prompts, expected, samples, needed = zip(*self._waiting, strict=True)
         tokens = min(max(needed), *(self.model.room_behind(prompt.length) for prompt in prompts))
         batch = self.model.processor.collate(list(prompts), pad_left=True)
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting = []
         self.model.fusion.route_counts.clear()
         self._score(expected, samples, batch, tokens, self.metric)
         self.route_counts.update(self.model.fusion.route_counts)
