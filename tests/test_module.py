@@ -321,12 +321,26 @@ def test_all_ranks_stop_where_one_has_no_finite_loss(build, monkeypatch: pytest.
     module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
     monkeypatch.setattr(VisionLanguageModule, "_sum_over_ranks", lambda self, mine: mine + torch.tensor([5, 1]))
     batch = collate(module.model, [ask(1, "what?", answer="red")])
-    with pytest.raises(UserError, match="not finite on another rank at step 0"):
+    with pytest.raises(UserError, match="another rank stops at step 0"):
         module.training_step(batch, 0)
     with torch.no_grad():
         module.model.fusion.projector.layers[0].bias.fill_(float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 0, in samples s: lower"):
         module.training_step(batch, 0)
+
+
+def test_a_rank_that_refuses_its_batch_tells_the_others(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
+    told: list[list[int]] = []
+    monkeypatch.setattr(VisionLanguageModule, "_sum_over_ranks", lambda self, mine: told.append(mine.tolist()))
+
+    def refusing(*_: object) -> Any:
+        raise UserError("it has no label.")
+
+    monkeypatch.setattr(module.model, "token_scores", refusing)
+    with pytest.raises(UserError, match="it has no label"):
+        module.training_step(collate(module.model, [ask(1, "what?", answer="red")]), 0)
+    assert told == [[0, 1]]
 
 
 def test_a_step_without_a_trained_token_is_refused(build) -> None:

@@ -301,6 +301,28 @@ def test_models_take_turns_with_each_other_and_with_their_floors(
     assert Record.from_json(own.to_json()) == own
 
 
+def test_times_are_held_against_concatenation_in_front_of_the_same_decoder(
+    tiny_recipe: Path, clock: ScriptedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = VisionLanguageModel.prefill
+
+    def scripted(self: VisionLanguageModel, batch: Any, features: Any, *cache: Any) -> Any:
+        clock.now += 64.0 * self.language.width if isinstance(self.fusion, ConcatFusion) else 0.0
+        return prefill(self, batch, features, *cache)
+
+    monkeypatch.setattr(VisionLanguageModel, "prefill", scripted)
+    own, wider = (
+        Recipe.load(tiny_recipe, [f"model.language.config.hidden_size={width}", f"name=width-{width}"])
+        for width in (32, 64)
+    )
+    recipes = [concat_twin(wider), own, concat_twin(own)]
+    records = list(sweep_records(recipes, Sweep.parse("visual_tokens=16"), Scenario(text=12), device=CPU, runs=6))
+    assert [sorted(record.ratios) for record in records] == [["floor"], ["concat", "floor"], ["floor"]]
+    assert records[1].ratios["concat"]["prefill"] == [32 / (64 * 32 + 32)] * 3
+    *_, alone = sweep_records([concat_twin(wider), own], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
+    assert alone.ratios.keys() == {"floor"}
+
+
 def test_a_turn_does_not_cast_weights_anew(tiny_recipe: Path, clock: ScriptedClock) -> None:
     recipe = Recipe.load(tiny_recipe, ["model.language.dtype=bfloat16"])
     model = build_on(recipe, "cpu")

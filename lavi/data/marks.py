@@ -56,11 +56,13 @@ class MediaTokens:
             rendered = re.sub(f"(?<!{WORDS}){re.escape(token)}", VIDEO if kind == "video" else IMAGE, rendered)
         return rendered
 
-    def written(self, text: str) -> tuple[str, list[int]]:
+    def written(self, text: str) -> tuple[str, Sequence[int]]:
         """A part of a conversation as the tokenizer gets it, and the index in ``text`` of each of its characters."""
+        tokens = {IMAGE: self.tokens.get("image", IMAGE), VIDEO: self.tokens.get("video", VIDEO), WORDS: ""}
+        if not any(mark in text for mark in tokens):
+            return text, range(len(text))
         out: list[str] = []
         origin: list[int] = []
-        tokens = {IMAGE: self.tokens.get("image", IMAGE), VIDEO: self.tokens.get("video", VIDEO), WORDS: ""}
         for index, character in enumerate(text):
             piece = tokens.get(character, character)
             out.append(piece)

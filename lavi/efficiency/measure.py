@@ -281,7 +281,7 @@ def _measure(
         for model, shape, within in zip(models, shapes, contexts, strict=True):
             for one in model_and_floor(model, shape, device=device, outputs=outputs, within=within):
                 contestants.append(one if stages is None else one.only(stages))
-        pairs, waiting = _pairs(records), WaitMeter()
+        pairs, waiting = _pairs(records, models), WaitMeter()
         times = time_in_turns(
             contestants,
             clock_of(device),
@@ -305,14 +305,23 @@ def _measure(
         records[first // 2].ratios[name] = {stage: [r.median, r.low, r.high] for stage, r in both.items()}
 
 
-def _pairs(records: Sequence[Record]) -> dict[tuple[int, int], str]:
+def _pairs(records: Sequence[Record], models: Sequence[VisionLanguageModel]) -> dict[tuple[int, int], str]:
     """The contestants that are compared, and what the other one is: each model (2 i) with its floor (2 i + 1), and with
-    the first that concatenates."""
+    the first that concatenates in front of the same decoder: of another one a ratio would say nothing of the fusion."""
     pairs = {(2 * i, 2 * i + 1): "floor" for i in range(len(records))}
-    concat = next((i for i, record in enumerate(records) if record.is_baseline), None)
-    if concat is not None:
-        pairs |= {(2 * i, 2 * concat): "concat" for i in range(len(records)) if i != concat}
+    decoders = [_decoder(record, model) for record, model in zip(records, models, strict=True)]
+    concat: dict[Hashable, int] = {}
+    for i, record in enumerate(records):
+        if record.is_baseline:
+            concat.setdefault(decoders[i], i)
+    pairs |= {(2 * i, 2 * concat[own]): "concat" for i, own in enumerate(decoders) if concat.get(own, i) != i}
     return pairs
+
+
+def _decoder(record: Record, model: VisionLanguageModel) -> Hashable:
+    """What is equal for two models whose bare decoders do the same work on the text of their prompts."""
+    language = model.language
+    return type(language.hf), record.dtype, language.width, len(language.layers), record.flops_floor
 
 
 @contextmanager

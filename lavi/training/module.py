@@ -213,7 +213,11 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         added: dict[str, Tensor] = {}
         if self._drop_tiles is not None:
             batch = self._drop_tiles(self.model.with_backbone_features(batch))
-        scores = self.model.token_scores(batch, added)
+        try:
+            scores = self.model.token_scores(batch, added)
+        except UserError:
+            self._sum_over_ranks(torch.tensor([0, 1], device=self.device))
+            raise
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
         if broken:  # all ranks stop together
@@ -221,7 +225,7 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 f"the loss is {float(loss)} at step {self.global_step}, in samples {', '.join(batch.keys[:8])}: "
                 "lower module.learning_rate or train in fp32; checkpoints written before this step are intact."
                 if not torch.isfinite(loss)
-                else f"the loss is not finite on another rank at step {self.global_step}."
+                else f"another rank stops at step {self.global_step}: it refuses its batch, or its loss is not finite."
             )
         if not total:  # the loss of nothing is no number
             raise UserError(
