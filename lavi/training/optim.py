@@ -52,7 +52,7 @@ def orthogonalised(matrix: Tensor, *, steps: int = 5) -> Tensor:
     x = x / (x.norm() + 1e-7)  # no singular value above 1, from where the iteration converges
     for _ in range(steps):
         gram = x @ x.T
-        x = linear * x + (cubic * gram + quintic * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
     return x if wide else x.T
 
 
