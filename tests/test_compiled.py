@@ -104,13 +104,16 @@ def test_one_graph_serves_all_steps_and_prompts_of_one_shape(make: Any) -> None:
 
 
 def test_models_of_one_class_do_not_get_each_other_s_graphs(build: Any) -> None:
-    """Deeper, wider, in another dtype, with norms modulated elsewhere: what differs is in no tensor that goes in."""
+    """Deeper, wider, in another dtype, with norms modulated elsewhere: what differs is in no tensor that goes in.
+
+    Half precision is float16: in bfloat16 two logits are within a rounding, and where tensors lie in memory decides.
+    """
     drawn = {"initializer_range": 0.3, "tie_word_embeddings": False}
     models = [
         build(LaViFusion(every=1, generator=small()), num_hidden_layers=1, **drawn),
         build(LaViFusion(every=1, generator=small()), num_hidden_layers=2, **drawn),
         build(LaViFusion(every=2, generator=small()), num_hidden_layers=2, **drawn),
-        build(LaViFusion(every=1, generator=small()), num_hidden_layers=1, dtype="bfloat16", **drawn),
+        build(LaViFusion(every=1, generator=small()), num_hidden_layers=1, dtype="float16", **drawn),
         build(LaViFusion(every=1, generator=small()), num_hidden_layers=1, hidden_act="relu", **drawn),
     ]
     expected = []
@@ -120,7 +123,7 @@ def test_models_of_one_class_do_not_get_each_other_s_graphs(build: Any) -> None:
         model.language.compiled = DecodeCompiler()
     assert [answers(model, 0) for model in models] == expected
     # A model that changes behind its first compiled answer.
-    models[0].language.hf.to(torch.bfloat16)
+    models[0].language.hf.to(torch.float16)
     models[0].language.compiled = None
     narrow = answers(models[0], 0)
     models[0].language.compiled = DecodeCompiler()
