@@ -319,6 +319,9 @@ def test_times_are_held_against_concatenation_in_front_of_the_same_decoder(
     records = list(sweep_records(recipes, Sweep.parse("visual_tokens=16"), Scenario(text=12), device=CPU, runs=6))
     assert [sorted(record.ratios) for record in records] == [["floor"], ["concat", "floor"], ["floor"]]
     assert records[1].ratios["concat"]["prefill"] == [32 / (64 * 32 + 32)] * 3
+    padded = concat_twin(Recipe.load(tiny_recipe, ["model.language.config.vocab_size=1024"]))
+    first, _ = sweep_records([own, padded], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
+    assert "concat" in first.ratios  # one decoder, whose vocabulary is padded otherwise
     *_, alone = sweep_records([concat_twin(wider), own], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
     assert alone.ratios.keys() == {"floor"}
 

@@ -319,9 +319,13 @@ def _pairs(records: Sequence[Record], models: Sequence[VisionLanguageModel]) -> 
 
 
 def _decoder(record: Record, model: VisionLanguageModel) -> Hashable:
-    """What is equal for two models whose bare decoders do the same work on the text of their prompts."""
-    language = model.language
-    return type(language.hf), record.dtype, language.width, len(language.layers), record.flops_floor
+    """What is equal for two models whose bare decoders do the same work on the text of their prompts.
+
+    The head is left out: checkpoints of one decoder pad their vocabularies differently.
+    """
+    language, layers_flops = model.language, record.flops_floor - record.flops.get("head", 0.0)
+    kind = type(language.hf), record.dtype, language.quantization, language.width, len(language.layers)
+    return *kind, record.text_tokens, layers_flops
 
 
 @contextmanager
