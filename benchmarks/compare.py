@@ -235,7 +235,9 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         fewer = f"{base.gflops_language / record.gflops_language:.1f}"
         in_flops = times_fewer(record, base, encoder=True)[0]
         ratio = record.ratio("concat", "first_token")
-        verdict = "" if record is base else "-" if ratio is None else "noisy" if ratio.noisy else shows(in_flops, 1 / ratio.high)
+        verdict = "" if record is base else "-"
+        if ratio is not None:
+            verdict = "noisy" if ratio.noisy else shows(in_flops, 1 / ratio.high)
         cells = [fewer, milliseconds(record, "prefill"), times_as_fast(record, base, "prefill")[1], f"{in_flops:.2f}"]
         cells += [milliseconds(record, "first_token"), times_as_fast(record, base, "first_token")[1]]
         cells += [milliseconds(record, "decode"), times_as_fast(record, base, "decode")[1]]
