@@ -27,7 +27,7 @@ BATCH, TOKENS, WIDTH = 64, 128, 128
 STAGE = "forward and backward"
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "table[index]": lambda table, index: table[index],
-    "take_rows": take_rows,
+    "lavi.nn.take_rows": take_rows,
 }
 
 

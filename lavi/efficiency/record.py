@@ -24,8 +24,8 @@ class Record:
     ``batch`` rows. ``flops`` and ``decode_flops``: FLOPs by component, of the prompt and of one token more;
     ``flops_of_samples``: of the prompts of a data set as they were, their mean, and that of their ``floor``.
     ``milliseconds``: stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number;
-    ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (the concatenation that was
-    timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
+    ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (concatenation in front of the
+    same decoder, timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
     timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class.
     ``joules``: of a stage, as a GPU counted them; of its floor likewise.
     ``estimated_mib`` and ``estimated_milliseconds`` (device -> stage): of no device, from the operators' shapes

@@ -211,9 +211,9 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
         A loss that the fusion adds has the same weight.
         """
         added: dict[str, Tensor] = {}
-        if self._drop_tiles is not None:
-            batch = self._drop_tiles(self.model.with_backbone_features(batch))
         try:
+            if self._drop_tiles is not None:
+                batch = self._drop_tiles(self.model.with_backbone_features(batch))
             scores = self.model.token_scores(batch, added)
         except UserError:
             self._sum_over_ranks(torch.tensor([0, 1], device=self.device))

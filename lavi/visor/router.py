@@ -88,7 +88,7 @@ class RouterLabels:
         labels = [label.number for label in found]
         if all(label < 0 for label in labels):
             self.unlabelled_batches += 1
-            if self.unlabelled_batches < PATIENCE:  # one rank alone must not stop
+            if self.unlabelled_batches < PATIENCE:  # a batch without labels is no mistake
                 return 0.0 * logits.sum()
             raise UserError(
                 f"{self.file} has a label for none of the samples {', '.join(keys[:4])} ..., nor of the "
