@@ -25,9 +25,9 @@ class Record:
     ``flops_of_samples``: of the prompts of a data set as they were, their mean, and that of their ``floor``.
     ``milliseconds``: stage -> [median, p10, p90], a floor's stages as ``floor_STAGE``; ``turns``: their number;
     ``intervals``: [low, high] of the median. ``ratios``: to ``floor`` and ``concat`` (concatenation in front of the
-    same decoder, timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the share of the
-    timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory by class.
-    ``joules``: of a stage, as a GPU counted them; of its floor likewise.
+    same decoder, timed in the same turns), stage -> [median, low, high] of the ratios of each turn. ``waited``: the
+    share of the timing in which other processes had the cores. Noisy figures have all of these, too. ``mib``: memory
+    by class. ``joules``: of a stage, as a GPU counted them; of its floor likewise.
     ``estimated_mib`` and ``estimated_milliseconds`` (device -> stage): of no device, from the operators' shapes
     (:mod:`lavi.efficiency.estimated`).
     ``accuracy``: percent by group; ``accuracy_intervals``: [low, high] of that (95 %, bootstrap over samples);
