@@ -105,15 +105,22 @@ class Endless(IterableDataset[ReadBatch]):
 
 
 class Watch(pl.Callback):
-    """Writes down what each rank meets in each step; stops the last rank, and no other, in one of them."""
+    """Writes down what each rank meets in each step; stops the last rank, and no other, in one of them.
 
-    def __init__(self, *, stop_at: int | None = None) -> None:
-        self.stop_at = stop_at
+    Args:
+        stop_at: the step behind which it stops.
+        refuse_at: the step whose batch its fusion refuses.
+    """
+
+    def __init__(self, *, stop_at: int | None = None, refuse_at: int | None = None) -> None:
+        self.stop_at, self.refuse_at = stop_at, refuse_at
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
         last = trainer.global_rank == trainer.world_size - 1
         if last and self.stop_at is not None and trainer.global_step == self.stop_at - 1:
             os.kill(os.getpid(), signal.SIGINT)
+        if last and self.refuse_at is not None and trainer.global_step == self.refuse_at - 1:
+            module.model.fusion.forward = refuse
 
     def on_before_zero_grad(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: object) -> None:
         if "train/loss" not in trainer.callback_metrics:
@@ -135,6 +142,10 @@ class Watch(pl.Callback):
         said = model.generate(model.processor.collate(asked, pad_left=True), max_new_tokens=5, eos_token_id=None)
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / "said.json").write_text(json.dumps(said))
+
+
+def refuse(*_: object) -> None:
+    raise UserError("this batch cannot be read.")
 
 
 def met_by(run: Path, rank: int = 0) -> list[dict[str, Any]]:
@@ -209,9 +220,12 @@ def ddp(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     return [(done.returncode, done.stdout, done.stderr)]
 
 
-def fsdp2(folder: Path, *arguments: object) -> list[tuple[int | None, str, str]]:
+FSDP2 = "{_target_: lavi.training.sharding.FSDP2}"
+
+
+def fsdp2(folder: Path, *arguments: object, strategy: str = FSDP2) -> list[tuple[int | None, str, str]]:
     """The same of two commands at once, one a rank."""
-    words = [*map(str, arguments), "trainer.devices=2", "trainer.strategy={_target_: lavi.training.sharding.FSDP2}"]
+    words = [*map(str, arguments), "trainer.devices=2", f"trainer.strategy={strategy}"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     ranks = [
         start_process(partial(fit_in, folder, words), folder / f"said-{rank}", shared | {"LOCAL_RANK": str(rank)})
@@ -272,6 +286,17 @@ def test_two_processes_train_as_one(single: Single, tmp_path: Path, start: Any, 
     batch = collate(models[0], [ask(1, "what colour?", answer="red")])
     with torch.no_grad():
         torch.testing.assert_close(models[0](batch), models[1](batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "others"), [("ddp", "another rank stops at step 2"), (FSDP2, "another rank has ended")]
+)
+def test_a_batch_that_one_rank_refuses_ends_all(single: Single, tmp_path: Path, strategy: str, others: str) -> None:
+    ended = fsdp2(tmp_path, "--recipe", single.recipe, "callbacks.watch.refuse_at=3", strategy=strategy)
+    assert [status for status, *_ in ended] == [2, 2], ended
+    (*_, first), (*_, last) = ended
+    assert first.startswith(f"error: {others}")
+    assert last.startswith("error: this batch cannot be read.")
 
 
 def test_another_number_of_ranks_is_refused(single: Single, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,20 +329,6 @@ def test_all_ranks_stop_where_one_has_no_finite_loss(build, monkeypatch: pytest.
         module.training_step(batch, 0)
 
 
-def test_a_rank_that_refuses_its_batch_tells_the_others(build, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})
-    told: list[list[int]] = []
-    monkeypatch.setattr(VisionLanguageModule, "_sum_over_ranks", lambda self, mine: told.append(mine.tolist()))
-
-    def refusing(*_: object) -> Any:
-        raise UserError("it has no label.")
-
-    monkeypatch.setattr(module.model, "token_scores", refusing)
-    with pytest.raises(UserError, match="it has no label"):
-        module.training_step(collate(module.model, [ask(1, "what?", answer="red")]), 0)
-    assert told == [[0, 1]]
-
-
 def test_a_step_without_a_trained_token_is_refused(build) -> None:
     """Its loss is 0 / 0: the weights would be no numbers after it, and nothing would have said so."""
     module = VisionLanguageModule(build(ConcatFusion()), learning_rate={"fusion": 1e-3})

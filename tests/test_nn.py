@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lavi.errors import UserError
@@ -308,10 +309,14 @@ class Shared(ModulatedNorm, LlamaRMSNorm):
     kind = NormKind(1e-3, centred=False, affine="weight behind the cast")
 
 
+class PlusOne(ModulatedNorm, GemmaRMSNorm):
+    kind = NormKind(1e-3, centred=False, affine="1 + weight")
+
+
 def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:
     x, dgamma, dbeta = draw(2, 3, WIDTH), draw(2, 3, WIDTH, seed=2), draw(2, 3, WIDTH, seed=3)
     x = 0.05 * x + 1.0  # off its mean, and small enough for eps to show
-    norms = (Norm(WIDTH, eps=1e-3), ScaleOnly(WIDTH, eps=1e-3), Shared(WIDTH, eps=1e-3))
+    norms = (cls(WIDTH, eps=1e-3) for cls in (Norm, ScaleOnly, Shared, PlusOne))
     for norm in map(randomised, norms):
         plain = norm(x)
         y = x - x.mean(-1, keepdim=True) if norm.kind.centred else x
@@ -323,8 +328,10 @@ def test_a_modulated_norm_adds_deltas_to_what_the_norm_says() -> None:
             torch.testing.assert_close(norm(x), expected)
             norm.deltas = lambda seen, deltas=(scale, shift): deltas if seen is x else (None, None)
             torch.testing.assert_close(norm(x), expected)
-        norm.deltas = (None, None)
-        assert torch.equal(norm(x), plain)
+        nothing = torch.zeros_like(dgamma)
+        for deltas in ((None, None), (nothing, nothing), (nothing, None), (None, nothing)):
+            norm.deltas = deltas
+            assert torch.equal(norm(x), plain)
         norm.deltas = (dgamma, dbeta)
         norm.bfloat16()
         assert norm(x.bfloat16()).dtype == torch.bfloat16

@@ -532,6 +532,10 @@ def test_too_little_memory_is_one_sentence(fit) -> None:  # type: ignore[no-unty
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "give it more memory, or lower data.",
         ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [::1]:2: Connection reset by peer. This is ..."),
+            "another rank has ended (Read error [::1]:2: Connection reset by peer): what it says",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

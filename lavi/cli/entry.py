@@ -55,6 +55,8 @@ def mendable(error: Exception) -> str | None:
         )
     if (full := os.strerror(errno.ENOSPC)) in message:  # as other libraries pass it on
         return f"{full}: {REMEDIES[errno.ENOSPC]}."
+    if "gloo/transport" in message or "ncclRemoteError" in str(error):
+        return f"another rank has ended ({message.rpartition('] ')[2].partition('. ')[0]}): what it says itself is why."
     if message.startswith("DataLoader worker"):  # killed from outside
         return f"a process that reads data ended ({message}): give it more memory, or lower data.workers."
     return None

@@ -51,6 +51,10 @@ class NormKind(NamedTuple):
         """Whether it does to the last bit: torch adds up a layer norm's in another order."""
         return self.affine is not None and not self.centred
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """(D,) what xhat is multiplied by."""
+        return 1.0 + weight if self.affine == "1 + weight" else weight
+
 
 class ModulatedNorm(nn.Module):
     """Mixed in front of a norm's own class: ``base(x) + (dgamma * xhat(x) + dbeta)``, LaVi's ViLN.
@@ -77,6 +81,10 @@ class ModulatedNorm(nn.Module):
             return self.fused(x, self.weight, getattr(self, "bias", None), (dgamma, dbeta), self.kind)
         xhat = normalise(x, self.kind.eps, centred=self.kind.centred)
         known = self.kind.affine if self.kind.exact else None
+        if known is not None and x.dtype == self.weight.dtype == torch.float32:
+            # No affine part of half precision is to be rounded by itself: one scale does for both.
+            scale = self.kind.scale(self.weight) + dgamma
+            return scale * xhat if dbeta is None else torch.addcmul(dbeta, scale, xhat)
         y = super().forward(x) if known is None else AFFINES[known](xhat, self.weight, None, x.dtype)
         delta = dgamma * xhat if dbeta is None else torch.addcmul(dbeta, dgamma, xhat)
         return y + delta.to(y.dtype)

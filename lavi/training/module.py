@@ -216,7 +216,8 @@ class VisionLanguageModule(StartsFromRun, pl.LightningModule):
                 batch = self._drop_tiles(self.model.with_backbone_features(batch))
             scores = self.model.token_scores(batch, added)
         except UserError:
-            self._sum_over_ranks(torch.tensor([0, 1], device=self.device))
+            if self.device_mesh is None:  # ranks that share weights wait for this one's, and end when it ends
+                self._sum_over_ranks(torch.tensor([0, 1], device=self.device))
             raise
         loss, tokens = scores.loss, scores.tokens
         total, broken = self._sum_over_ranks(torch.stack([tokens, (~torch.isfinite(loss)).long()]))
