@@ -322,8 +322,11 @@ def test_times_are_held_against_concatenation_in_front_of_the_same_decoder(
     padded = concat_twin(Recipe.load(tiny_recipe, ["model.language.config.vocab_size=1024"]))
     first, _ = sweep_records([own, padded], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
     assert "concat" in first.ratios  # one decoder, whose vocabulary is padded otherwise
-    *_, alone = sweep_records([concat_twin(wider), own], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
-    assert alone.ratios.keys() == {"floor"}
+    differently = (Recipe.load(tiny_recipe, [f"model.language.{way}"]) for way in ("attention=eager", "compile=decode"))
+    for other in [wider, *differently]:
+        twin = concat_twin(other)
+        *_, alone = sweep_records([twin, own], Sweep.parse("visual_tokens=16"), PROMPT, device=CPU, runs=6)
+        assert alone.ratios.keys() == {"floor"}
 
 
 def test_a_turn_does_not_cast_weights_anew(tiny_recipe: Path, clock: ScriptedClock) -> None:

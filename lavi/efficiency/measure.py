@@ -319,13 +319,13 @@ def _pairs(records: Sequence[Record], models: Sequence[VisionLanguageModel]) -> 
 
 
 def _decoder(record: Record, model: VisionLanguageModel) -> Hashable:
-    """What is equal for two models whose bare decoders do the same work on the text of their prompts.
+    """What is equal for two models whose bare decoders do the same work on the text of their prompts, in the same way.
 
     The head is left out: checkpoints of one decoder pad their vocabularies differently.
     """
     language, layers_flops = model.language, record.flops_floor - record.flops.get("head", 0.0)
     kind = type(language.hf), record.dtype, language.quantization, language.width, len(language.layers)
-    return *kind, record.text_tokens, layers_flops
+    return *kind, language.attention, language.compiled is None, record.text_tokens, layers_flops
 
 
 @contextmanager
