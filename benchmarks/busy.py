@@ -10,7 +10,6 @@ nothing else to do.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOISE, NOTE
@@ -90,10 +90,10 @@ def verdict(quiet: Record, busy: Record, to: str, stage: str) -> tuple[str, str]
 
 @cli_entry_point
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
+    parser.add_argument("--runs", type=whole_number(1), default=TURNS, help="timed turns of each stage")
+    args = parser.read()
     if args.out:
         check_writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,6 +21,7 @@ from own_records import ends, keep, parser_of, read
 from datamodules.image_text import ImageTextData
 from datamodules.scenes import write_dataset
 from lavi.checkpoints.feature_cache import check_feature_caches, feature_request
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -112,8 +113,8 @@ def cached_features_table(records: list[dict[str, Any]]) -> tuple[list[str], lis
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=7, help="timed turns")
-    parser.add_argument("--batch-size", type=int, default=2, help="samples of a step")
+    parser.add_argument("--turns", type=whole_number(1), default=7, help="timed turns")
+    parser.add_argument("--batch-size", type=whole_number(1), default=2, help="samples of a step")
     parser.add_argument("--small", action="store_true", help="a small tower and decoder")
     args = read(parser)
     records = keep(measure(device_of("auto"), small=args.small, batch_size=args.batch_size, turns=args.turns), args.out)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lavi.cli.arguments import Parser
 from lavi.cli.entry import cli_entry_point
 from lavi.report import console, table
 
@@ -76,6 +77,7 @@ def changes_table() -> tuple[list[str], list[list[str]]]:
 
 @cli_entry_point
 def main() -> None:
+    Parser(description=__doc__).read()
     devices = sorted({record["device"] for name in ("train_step", "decode", "norm") for record in records_of(name)})
     console().print(table(f"Before and after; {', '.join(devices)}", *changes_table()))
 

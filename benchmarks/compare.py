@@ -25,6 +25,7 @@ from encoder import shows
 from own_records import parser_of, read
 from verify_claims import MERGED, ROOT, TEXT, build_for_timing, itself, milliseconds, recipe_at, shrunk, times_as_fast
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.estimated import note_estimates
@@ -249,7 +250,7 @@ def speed_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage; 0: count")
+    parser.add_argument("--runs", type=whole_number(0), default=TURNS, help="timed turns of each stage; 0: count")
     args = read(parser)
     records = counts()
     counted = len(records)

@@ -13,7 +13,6 @@ against copying them, which never leaves the kernel.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import itertools
@@ -43,6 +42,8 @@ from datamodules.image_text import ImageTextData
 from datamodules.shards.read import ShardStream, Slot, StreamPosition
 from datamodules.shards.sources import find_shards
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.arguments import Parser, path, whole_number
+from lavi.cli.entry import cli_entry_point
 from lavi.fusion.lavi import LaViFusion
 from lavi.language.load import LanguageModel
 from lavi.model import VisionLanguageModel
@@ -339,15 +340,16 @@ def table(records: list[dict[str, Any]]) -> str:
     return f"{markdown(['', 'measured', 'ratio'], rows)}\n{where}\n"
 
 
+@cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--samples", type=int, default=2000, help="samples a round")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-samples", type=int, default=100_000)
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
+    parser.add_argument("--samples", type=whole_number(1), default=2000, help="samples a round")
+    parser.add_argument("--batch", type=whole_number(1), default=32)
+    parser.add_argument("--workers", type=whole_number(1), default=2)
+    parser.add_argument("--rounds", type=whole_number(1), default=5)
+    parser.add_argument("--memory-samples", type=whole_number(1), default=100_000)
+    args = parser.read()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

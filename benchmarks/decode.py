@@ -17,6 +17,7 @@ import torch
 from fusions_on_one import PUBLISHED, build, lavi, sizes_for
 from own_records import ends, keep, parser_of, read, with_interval
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -106,7 +107,7 @@ def decode_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[st
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=25, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=25, help="timed turns")
     parser.add_argument("--small", action="store_true", help="tiny models")
     args = read(parser)
     device = device_of("auto")

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavi.batch import Layout
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -137,7 +138,7 @@ def shows(fewer: float, faster: float) -> str:
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=9, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=9, help="timed turns")
     parser.add_argument("--small", action="store_true", help="a tiny tower")
     args = read(parser)
     device = device_of("auto")

@@ -15,6 +15,7 @@ import torch
 from own_records import keep, parser_of, read
 
 from lavi.batch import IGNORE
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.estimate import estimate
 from lavi.efficiency.estimated import milliseconds, traces, training_batch, training_memory
@@ -123,7 +124,7 @@ def estimates_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=TURNS, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=TURNS, help="timed turns")
     parser.add_argument("--small", action="store_true", help="one size of each")
     args = read(parser)
     memory = of_memory(WIDTHS[:1] if args.small else WIDTHS, rows=2, text=100)

@@ -9,7 +9,6 @@ measured in the same run.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sizes import QWEN2_05B, SIGLIP_SO400M, SMALL_QWEN2, SMALL_SIGLIP, recipe_of
 
 from callbacks.efficiency import Efficiency
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import figures
 from lavi.efficiency.latency import TURNS
@@ -41,10 +41,10 @@ REDUCED: dict[str, Any] = {
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append the records to this file of JSON lines")
-    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="append the records to this file of JSON lines")
+    parser.add_argument("--runs", type=whole_number(1), default=TURNS, help="timed turns of each stage")
+    args = parser.read()
     if args.out:
         check_writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,6 +15,7 @@ import torch
 from own_records import ends, keep, parser_of, read, with_interval
 from torch import Tensor
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -69,7 +70,7 @@ def measure(device: torch.device, *, batch: int, turns: int) -> list[dict[str, A
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=15, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=15, help="timed turns")
     parser.add_argument("--small", action="store_true", help="a small batch")
     args = read(parser)
     records = keep(measure(device_of("auto"), batch=2 if args.small else BATCH, turns=args.turns), args.out)

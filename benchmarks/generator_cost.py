@@ -7,13 +7,13 @@ SigLIP-so400m and Qwen2-7B, 50 text tokens, from the real modules on the meta de
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from sizes import QWEN2_7B, SIGLIP_SO400M, recipe_of
 
 from datamodules.tokenizer import train_tokenizer
+from lavi.cli.arguments import Parser, path
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.measure import build_on, count
 from lavi.efficiency.record import Record, check_writable, write_records
@@ -57,9 +57,9 @@ def generator_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
+    args = parser.read()
     if args.out:
         check_writable(args.out)
     records = costs()

@@ -9,7 +9,6 @@ under teacher forcing. Stopped, it goes on.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import random
@@ -25,6 +24,7 @@ from datamodules.built_in import Examiner, Question, conversation, converse
 from datamodules.scenes import SIDE, Scene, questions, sentences
 from datamodules.tokenizer import train_tokenizer
 from lavi.batch import Batch, Sample
+from lavi.cli.arguments import Parser, path
 from lavi.cli.entry import cli_entry_point
 from lavi.data.collator import EncodedSample
 from lavi.efficiency.record import Record, check_writable, current_commit, device_name, read_records, write_records
@@ -214,9 +214,9 @@ def grid_code_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="write the records to this file of JSON lines")
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, required=True, help="write the records to this file of JSON lines")
+    args = parser.read()
     check_writable(args.out)
     known = {(r.knobs["code"], r.seed) for r in read_records(args.out)} if args.out.exists() else set()
     with tempfile.TemporaryDirectory() as folder:

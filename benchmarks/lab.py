@@ -238,10 +238,10 @@ def _model(record: Record) -> Any:
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone; None: all those of --part")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone (default: all those of --part)")
     parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="without --methods: the part of the lab")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="None: those that each method has")
-    parser.add_argument("--shares", nargs="+", type=float, help="of the steps; None: those of each method")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: those that each method has")
+    parser.add_argument("--shares", nargs="+", type=float, help="of the steps (default: those of each method)")
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--time", action="store_true", help="time what is there, in turns, and train nothing")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")

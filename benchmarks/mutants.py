@@ -17,13 +17,13 @@ they are imported once, and a process is forked for each mutant.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shlex
 import sys
 import tomllib
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -32,6 +32,9 @@ from typing import Any
 
 from mutant_sources import mutants_of
 from mutant_trials import ROOT, tried_mutants, warmed_up
+
+from lavi.cli.arguments import Parser, path, whole_number
+from lavi.cli.entry import cli_entry_point
 
 
 def whole_lines(file: Path) -> str:
@@ -54,7 +57,7 @@ def text_of_tests(tests: str) -> str:
     return tests + "".join(file.read_text() for file in dict.fromkeys(files))
 
 
-def measure(module: str, tests: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(module: str, tests: str, args: Namespace) -> dict[str, Any]:
     """Try the mutants of one module that have not been tried yet; its record."""
     path = ROOT / f"{module.replace('.', '/')}.py"
     if not path.exists():
@@ -90,7 +93,7 @@ def _track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
     yield from track(items, description=description, total=total)
 
 
-def summary(module: str, tried: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+def summary(module: str, tried: Sequence[dict[str, Any]], args: Namespace) -> dict[str, Any]:
     """A module's line of the results."""
     equivalents = args.config.get("equivalent", [])
     why = {(entry["module"], entry["before"], entry["after"]): entry["why"] for entry in equivalents}
@@ -134,6 +137,7 @@ def page(records: Iterable[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
+@cli_entry_point
 def main() -> None:
     args = arguments()
     sys.path.insert(0, str(ROOT))
@@ -158,16 +162,16 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
     console().print(table("mutants", columns, rows))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("benchmarks/mutants.toml"))
+def arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--config", type=path, default=Path("benchmarks/mutants.toml"))
     parser.add_argument("--only", nargs="+", default=[], metavar="MODULE", help="modules, or packages of them")
-    parser.add_argument("--sample", type=int, default=40, help="mutants of each module")
+    parser.add_argument("--sample", type=whole_number(1), default=40, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/mutants"), help="where each mutant is noted")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mutants.jsonl"))
-    args = parser.parse_args()
+    parser.add_argument("--jobs", type=whole_number(1), default=2, help="mutants at a time")
+    parser.add_argument("--work", type=path, default=Path("runs/mutants"), help="where each mutant is noted")
+    parser.add_argument("--out", type=path, default=Path("benchmarks/results/mutants.jsonl"))
+    args = parser.read()
     args.config = tomllib.loads(args.config.read_text())
     chosen = {
         module: tests

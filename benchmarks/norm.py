@@ -18,6 +18,7 @@ from own_records import ends, keep, parser_of, read, with_interval
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -145,7 +146,7 @@ def norm_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=15, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=15, help="timed turns")
     parser.add_argument("--small", action="store_true", help="few tokens of a small width")
     args = read(parser)
     device = device_of("auto")

@@ -21,7 +21,7 @@ from typing import Any
 
 from own_records import keep, parser_of, read
 
-from lavi.cli.arguments import path
+from lavi.cli.arguments import path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.errors import UserError
 from lavi.metrics.answers import ContainsAnswer, ExactMatch
@@ -292,7 +292,7 @@ def metrics_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--answers", type=int, default=4000, help="to each benchmark")
+    parser.add_argument("--answers", type=whole_number(1), default=4000, help="to each benchmark")
     parser.add_argument("--cases", type=path, metavar="FILE", help="keep 120 answers of each with the official scores")
     args = read(parser)
     try:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavi.cli.arguments import Parser, path
 from lavi.efficiency.estimate import Estimate
 from lavi.efficiency.record import check_writable
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
+def parser_of(description: str | None) -> Parser:
     """A command line with ``--out``."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = Parser(description=description)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
     return parser
 
 
-def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def read(parser: Parser) -> Namespace:
     """The arguments of this process.
 
     Raises:
-        UserError: the file of ``--out`` cannot be written.
+        UserError: an option that is not known, or a value that it cannot have; a file of ``--out`` that cannot be
+            written.
     """
-    args = parser.parse_args()
+    args = parser.read()
     if args.out:
         check_writable(args.out)
     return args

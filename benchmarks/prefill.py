@@ -17,6 +17,7 @@ import torch
 from fusions_on_one import build, lavi, sizes_for
 from own_records import ends, keep, parser_of, read, with_interval
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.data.tiling import AnyRes
@@ -92,7 +93,7 @@ def prefill_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=9, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=9, help="timed turns")
     parser.add_argument("--small", action="store_true", help="tiny models, one view")
     args = read(parser)
     device = device_of("auto")

@@ -10,7 +10,6 @@ one picture of four test photographs, docs/photographs.jpg.
 
 from __future__ import annotations
 
-import argparse
 import random
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 from datamodules.photographs import NAMES, draw, jpeg, photographs, position_name
 from lavi.checkpoints.run_folder import load_run
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.record import check_writable, read_records, write_records
@@ -61,15 +61,15 @@ def answers(run: Path) -> list[list[str]]:
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
     parser.add_argument("--runs", nargs="+", default=RUNS, help="which of runs/real-NAME to score")
-    parser.add_argument("--limit", type=int, help="score at most this many test samples")
+    parser.add_argument("--limit", type=whole_number(1), help="score at most this many test samples")
     parser.add_argument(
-        "--compose", type=Path, metavar="FOLDER", help="draw the picture anew, of Fashion-MNIST in FOLDER"
+        "--compose", type=path, metavar="FOLDER", help="draw the picture anew, of Fashion-MNIST in FOLDER"
     )
     parser.add_argument("--answers", action="store_true", help="only the answers anew, the rest as FILE has it")
-    args = parser.parse_args()
+    args = parser.read()
     if args.answers and not args.out:
         parser.error("--answers needs --out, the file whose answers are made anew")
     if args.out:

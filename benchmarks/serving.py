@@ -24,6 +24,7 @@ import torch
 from own_records import keep, parser_of, read
 from verify_claims import BASELINE, LAVI, build_for_timing, recipe_at, shrunk
 
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.latency import half_the_threads, model_and_floor
@@ -154,7 +155,7 @@ def serving_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--requests", type=int, default=100, help="of each method and rate")
+    parser.add_argument("--requests", type=whole_number(1), default=100, help="of each method and rate")
     args = read(parser)
     device = device_of("auto")
     recipes = {CONCAT: recipe_at(BASELINE), FUSED: recipe_at(LAVI)}

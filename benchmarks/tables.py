@@ -9,7 +9,6 @@ or NAME.VIEW where there are several tables of one file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -39,6 +38,8 @@ from serving import serving_table
 from train_step import train_step_table
 from verify_claims import estimated_tables, flops_table, speed_table
 
+from lavi.cli.arguments import Parser
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import side_by_side
 from lavi.efficiency.estimate import NOTE
 from lavi.efficiency.figures import sweep_rows, sweep_title, turns_rows, waiting_note
@@ -324,10 +325,11 @@ def render(text: str) -> str:
     return TABLE.sub(fill, text)
 
 
+@cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
-    args = parser.parse_args()
+    args = parser.read()
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     pages = {page: page.read_text() for page in files}
     changed = {page: rendered for page, text in pages.items() if (rendered := render(text)) != text}

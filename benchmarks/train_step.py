@@ -19,6 +19,7 @@ from own_records import ends, keep, parser_of, read, with_interval
 from torch import Tensor, nn
 
 from lavi.batch import IGNORE
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.devices import device_of
 from lavi.efficiency.estimate import estimate, ratio
@@ -104,7 +105,7 @@ def train_step_table(records: list[dict[str, Any]]) -> tuple[list[str], list[lis
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--turns", type=int, default=15, help="timed turns")
+    parser.add_argument("--turns", type=whole_number(1), default=15, help="timed turns")
     parser.add_argument("--small", action="store_true", help="a small vocabulary and width")
     args = read(parser)
     sizes = {"vocabulary": 1000, "width": 32} if args.small else {"vocabulary": VOCABULARY, "width": WIDTH}

@@ -23,6 +23,7 @@ from own_records import parser_of, read
 from sizes import SMALL_QWEN2, SMALL_SIGLIP
 
 from lavi.checkpoints.published_vlm import written_out
+from lavi.cli.arguments import whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.efficiency.comparison import ratio_cell
 from lavi.efficiency.estimate import NOTE
@@ -294,9 +295,9 @@ def _verdict(value: float | None, threshold: float, claim: str, full: bool) -> s
 @cli_entry_point
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--runs", type=int, default=TURNS, help="timed turns of each stage")
+    parser.add_argument("--runs", type=whole_number(1), default=TURNS, help="timed turns of each stage")
     parser.add_argument("--small", action="store_true", help="time small inputs: a quick look, and none at the claims")
-    parser.add_argument("--longest", type=int, metavar="TOKENS", help="of the answers that are timed")
+    parser.add_argument("--longest", type=whole_number(1), metavar="TOKENS", help="of the answers that are timed")
     args = read(parser)
     records = counts()
     title = f"FLOPs of a prompt of {TEXT} text tokens (1 multiply-add = 2 FLOPs, attention in full)"

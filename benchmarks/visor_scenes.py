@@ -10,13 +10,14 @@ chose. Stopped, it goes on.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from tables import visor_scenes
 
 from lavi.checkpoints.run_folder import load_run
+from lavi.cli.arguments import Parser, path, whole_number
+from lavi.cli.entry import cli_entry_point
 from lavi.efficiency import measure
 from lavi.efficiency.record import read_records, write_records
 from lavi.evaluation import scoring
@@ -38,11 +39,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 TEST = "data/scenes-single/test"
 
 
+@cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the records to this file of JSON lines")
-    parser.add_argument("--limit", type=int, help="score at most this many test samples")
-    args = parser.parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=path, help="write the records to this file of JSON lines")
+    parser.add_argument("--limit", type=whole_number(1), help="score at most this many test samples")
+    args = parser.read()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = (
         {record.knobs["name"]: record for record in read_records(args.out)} if args.out and args.out.exists() else {}

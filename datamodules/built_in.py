@@ -13,7 +13,7 @@ from typing import Any
 
 from datamodules.shards.write import shard_jobs, write_shards
 from datamodules.tokenizer import train_tokenizer
-from lavi.cli.arguments import Parser, path
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.errors import UserError, reason
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -192,20 +192,19 @@ def run_command(
     parser.add_argument("--seed", type=int, default=0, help=f"another seed, other {thing}s")
     for split, count in counts.items():
         what = f"training {thing}s" if split == "train" else f"{split} {thing}s, one question each"
-        parser.add_argument(f"--{split}", type=int, default=count, help=what)
+        parser.add_argument(f"--{split}", type=whole_number(1), default=count, help=what)
     if turns is not None:
-        parser.add_argument("--turns", type=int, default=turns, help="questions in a training conversation, at most")
+        parser.add_argument(
+            "--turns", type=whole_number(1), default=turns, help="questions in a training conversation, at most"
+        )
     if source is not None:
         parser.add_argument("--source", type=path, default=source, help=f"folder that {thing}s are made from")
     for flag, what in (flags or {}).items():
         parser.add_argument(f"--{flag}", action="store_true", help=what)
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--workers", type=whole_number(1), default=2, help="processes")
     args = parser.read()
     counts = {split: getattr(args, split) for split in counts}
     own = {name: getattr(args, name) for name in ("turns", "source") if hasattr(args, name)}
     own |= {flag: True for flag in flags or () if getattr(args, flag)}
-    if min(*counts.values(), own.get("turns", 1), args.workers) < 1:
-        numbers = [*counts, *(["turns"] if "turns" in own else [])]
-        raise UserError(f"{', '.join(f'--{name}' for name in numbers)} and --workers are at least 1.")
     written = write(args.out, seed=args.seed, counts=counts, workers=args.workers, **own)
     print(f"{args.out}: {'written' if written else 'there already, left as it is'} ({counts}, seed {args.seed})")

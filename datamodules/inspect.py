@@ -27,7 +27,7 @@ from datamodules.formats.conversations import Conversations, parse_record, visua
 from datamodules.shards.counts import Counts, texts_of
 from datamodules.shards.read import BrokenSample, Raw, ShardStream, index_entry, read_shard
 from datamodules.shards.sources import find_shards
-from lavi.cli.arguments import Parser, path
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.config.files import sha256_of
 from lavi.errors import UserError, one_line, reason
@@ -327,13 +327,11 @@ def inspect(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = Parser(prog="python -m datamodules.inspect", description=__doc__)
     parser.add_argument("shards", help="a folder, a file, or a pattern such as data/shard-{000000..000009}.tar")
-    parser.add_argument("--limit", type=int, metavar="N", help="look at so many samples only")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="look at so many samples only")
     parser.add_argument("--sheet", type=path, metavar="FILE", help=f"draw {SHOWN} of them (png, pdf or svg)")
     parser.add_argument("--check", action="store_true", help="decode everything, and sum whole shards")
     parser.add_argument("--tokenizer", type=os.path.expanduser, metavar="FOLDER", help="count its tokens")
     args = parser.read()
-    if args.limit is not None and args.limit < 1:
-        raise UserError("--limit is at least 1.")
     return inspect(args)
 
 

@@ -40,7 +40,7 @@ from datamodules.shards.counts import type_of
 from datamodules.shards.processes import in_order
 from datamodules.shards.sources import INDEX, read_index
 from datamodules.shards.write import ShardJob, lock_folder, shard_jobs, write_shards
-from lavi.cli.arguments import Parser, path
+from lavi.cli.arguments import Parser, path, whole_number
 from lavi.cli.entry import cli_entry_point
 from lavi.data.videos import is_video
 from lavi.errors import UserError, reason
@@ -272,18 +272,16 @@ def main() -> None:
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="the shards")
     parser.add_argument(
         "--per-shard",
-        type=int,
+        type=whole_number(1),
         metavar="N",
-        help=f"samples in a shard (None: {PER_SHARD}, any with --shard-size)",
+        help=f"samples in a shard (default: {PER_SHARD}, any with --shard-size)",
     )
     parser.add_argument("--shard-size", metavar="SIZE", help="bytes in a shard, at most; as 500MB")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes")
+    parser.add_argument("--workers", type=whole_number(1), default=os.cpu_count() or 2, help="processes")
     parser.add_argument("--max-skipped", type=float, default=0.0, help="share of entries that may be broken")
     args = parser.read()
     if args.per_shard is None and args.shard_size is None:
         args.per_shard = PER_SHARD
-    if args.workers < 1 or (args.per_shard is not None and args.per_shard < 1):
-        raise UserError("--per-shard and --workers are at least 1.")
     if args.split is not None and args.dataset is None:
         raise UserError(f"--split={args.split} is of a --dataset, and none is given.")
     if not 0 <= args.max_skipped <= 1:

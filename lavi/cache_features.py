@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float32")
 def main() -> None:
     parser = Parser(prog="python -m lavi.cache_features", description=__doc__)
     parser.add_argument("--recipe", type=path, required=True, metavar="FILE", help="its tower, tiling and data")
-    parser.add_argument("--out", type=path, metavar="FOLDER", help="the shards (None: data/features/NAME)")
+    parser.add_argument("--out", type=path, metavar="FOLDER", help="the shards (default: data/features/NAME)")
     parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="of the data")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features")
     parser.add_argument("--batch-size", type=whole_number(1), default=16, metavar="VIEWS", help="encoded at a time")

@@ -62,7 +62,7 @@ def _parser() -> Parser:
         "--batch-size",
         type=whole_number(1),
         metavar="N",
-        help="questions answered at a time (None: 128; of --tasks 32)",
+        help="questions answered at a time (default: 128; of --tasks 32)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument(
@@ -70,7 +70,10 @@ def _parser() -> Parser:
     )
     own = parser.add_argument_group("a run's own test split")
     own.add_argument(
-        "--max-new-tokens", type=whole_number(1), metavar="N", help="of answers that the metric reads whole (None: 64)"
+        "--max-new-tokens",
+        type=whole_number(1),
+        metavar="N",
+        help="of answers that are scored whole (default: 64)",
     )
     own.add_argument(
         "--text", type=path, metavar="FILE", help="also the language models' perplexity on its texts, without images"

@@ -30,7 +30,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--save-every",
         type=whole_number(1),
-        default=argparse.SUPPRESS,  # not None, which the help would show
         metavar="STEPS",
         help="steps between two checkpoints (default: 100; with --resume, what the run was begun with)",
     )
@@ -62,7 +61,7 @@ def main() -> int:
             folder = run_folder.new_run_folder(folder, exact=args.run is not None)
     with run_folder.lock_run_folder(folder):
         try:
-            return train(recipe, folder, resume_from=resume_from, save_every=getattr(args, "save_every", None))
+            return train(recipe, folder, resume_from=resume_from, save_every=args.save_every)
         finally:
             if run_folder.is_first_rank():
                 run_folder.remove_unused(folder)

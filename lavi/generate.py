@@ -31,10 +31,10 @@ def arguments() -> Namespace:
     several = "; may be given several times, in the order that the question means"
     parser.add_argument("--image", type=lambda file: ("image", str(path(file))), help=f"an image{several}", **visual)
     parser.add_argument("--video", type=lambda file: ("video", str(path(file))), help=f"a video{several}", **visual)
-    frames = "frames of each video, evenly spread (None: those that the run was trained on)"
+    frames = "frames of each video, evenly spread (default: those that the run was trained on)"
     parser.add_argument("--frames", type=whole_number(1), metavar="N", help=frames)
-    parser.add_argument("--question", type=text, metavar="TEXT", help="one question (None: a chat)")
-    longest = "the longest answer, where the context has room for it (None: 64, in a chat 256)"
+    parser.add_argument("--question", type=text, metavar="TEXT", help="one question (default: a chat)")
+    longest = "the longest answer, where the context has room for it (default: 64, in a chat 256)"
     parser.add_argument("--max-new-tokens", type=whole_number(1), metavar="N", help=longest)
     parser.add_argument(
         "--beams", type=whole_number(1), default=1, help="beam search with this many beams (not streamed)"

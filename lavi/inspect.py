@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=path, required=True, metavar="FOLDER", help=folder)
     parser.add_argument("--image", type=path, action="append", required=True, metavar="FILE", help="one, or several")
     parser.add_argument("--question", type=text, required=True, metavar="TEXT", help="about the images")
-    parser.add_argument("--answer", type=text, metavar="TEXT", help="look into this answer (None: the model's own)")
+    parser.add_argument("--answer", type=text, metavar="TEXT", help="look into this answer (default: the model's own)")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=32, help="of the model's own answer")
     parser.add_argument("--out", type=path, default=Path("inspection.html"), help="the page to write")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")

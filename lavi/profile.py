@@ -1,9 +1,9 @@
 """What a model costs, at any size, without its weights: FLOPs by component, over a sweep.
 
-    python -m lavi.profile --recipe recipes/lavi/qwen2_7b_siglip_stage2.yaml \
+    python -m lavi.profile --recipe recipes/lavi/qwen2_7b_siglip_stage2.yaml \\
         --recipe recipes/baselines/llava_onevision_7b.yaml --sweep image=384x384,640x480,1024x1024
     python -m lavi.profile --recipe recipes/quickstart.yaml --sweep visual_tokens=0..576 --measure
-    python -m lavi.profile --recipe recipes/lavi/qwen2_7b_siglip_stage2.yaml --sweep batch=1..64 \
+    python -m lavi.profile --recipe recipes/lavi/qwen2_7b_siglip_stage2.yaml --sweep batch=1..64 \\
         --estimate h100 a100 model.language.dtype=bfloat16
     python -m lavi.profile --recipe recipes/quickstart.yaml --show targets
 

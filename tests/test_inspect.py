@@ -256,8 +256,8 @@ def test_what_cannot_be_written_or_read_is_said_before_the_work(  # type: ignore
         (("--sheet", tmp_path / "sheet"), "cannot be written as ''"),
         (("--sheet", shards / "index.json" / "sheet.png"), "cannot be written"),
         (("--tokenizer", "~/gone"), f"{tmp_path}/gone has no tokenizer"),
-        (("--limit", -1), "--limit is at least 1"),
-        (("--limit", "nan"), "invalid int value"),
+        (("--limit", -1), "--limit: a whole number from 1, not '-1'"),
+        (("--limit", "nan"), "--limit: a whole number from 1, not 'nan'"),
     ]:
         status, out = run("~/good", *arguments)
         assert (status, words in out) == (2, True), out
@@ -267,7 +267,7 @@ def test_what_cannot_be_written_or_read_is_said_before_the_work(  # type: ignore
 def test_mistakes_are_sentences(run, shards: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for arguments, words in [
         ((tmp_path / "gone",), "no shards at"),
-        ((shards, "--limit", 0), "--limit is at least 1"),
+        ((shards, "--limit", 0), "--limit: a whole number from 1"),
         ((shards, "--tokenizer", tmp_path), "has no tokenizer"),
         ((shards, "--sheet", tmp_path / "sheet.txt"), "cannot be written"),
         ((shards, "--sheet", shards / "index.json" / "sheet.png"), "cannot be written"),

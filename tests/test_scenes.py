@@ -62,7 +62,7 @@ def test_data_that_cannot_be_drawn_is_a_sentence(run, module: str, tmp_path: Pat
     refused(run(f"datamodules.{module}", "--out", "file/deeper"), "be written")
     refused(run(f"datamodules.{module}", "--seed", "x"), "invalid int value")
     for option in ("train", "validation", "test", "turns", "workers") if module != "digits" else ():
-        refused(run(f"datamodules.{module}", "--out", "new", f"--{option}", 0), "at least 1")
+        refused(run(f"datamodules.{module}", "--out", "new", f"--{option}", 0), f"--{option}: a whole number from 1")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

@@ -7,6 +7,7 @@ is built.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -69,7 +70,13 @@ OPTIONS = [
     ("lavi.parts fetch smollm2", 2, "no part is called 'smollm2': did you mean 'smollm2-135m-instruct'?"),
     ("datamodules.photographs --source gone", 2, "train-images-idx3-ubyte cannot be read"),
     ("datamodules.photographs --turns 2", 2, "unrecognized arguments: --turns"),
-    ("datamodules.photographs --test 0", 2, "--train, --validation, --test and --workers are at least 1"),
+    ("datamodules.photographs --test 0", 2, "--test: a whole number from 1, not '0'"),
+    ("datamodules.scenes --turns 0", 2, "--turns: a whole number from 1, not '0'"),
+    ("datamodules.pack --csv gone --out out --per-shard 0", 2, "--per-shard: a whole number from 1, not '0'"),
+    ("decode --turns 0", 2, "--turns: a whole number from 1, not '0'"),
+    ("serving --requests -1", 2, "--requests: a whole number from 1, not '-1'"),
+    ("dataloader --rounds x", 2, "--rounds: a whole number from 1, not 'x'"),
+    ("fusion_cost --runs 0", 2, "--runs: a whole number from 1, not '0'"),
     ("lavi.generate --checkpoint gone --question ''", 2, "--question is empty"),
     ("lavi.generate --checkpoint gone --web --question what?", 2, "--web is a chat: leave out --question"),
     ("lavi.generate --checkpoint gone --question what? --beams 0", 2, "--beams: a whole number from 1, not '0'"),
@@ -335,6 +342,23 @@ def test_mistakes_on_a_command_line(run, tiny_recipe: Path, line: tuple, monkeyp
     result = run(*shlex.split(command))
     assert result[0] == status, result[2]
     refused(result, *words)
+
+
+COMMANDS = [
+    ".".join(file.relative_to(file.parents[1]).with_suffix("").parts).removeprefix("benchmarks.")
+    for folder in ("lavi", "datamodules", "benchmarks")
+    for file in sorted((Path(__file__).parent.parent / folder).glob("*.py"))
+    if re.search(r"^def main\(", file.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_is_to_be_written(run, command: str) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert out.startswith("usage: ")
+    assert not re.search(r"None|default: (False|\[\])", out)
+    assert not re.search(r"\S {4,}--", out)  # lines of an example that were joined
 
 
 @pytest.mark.parametrize("mistake", IN_A_RECIPE)

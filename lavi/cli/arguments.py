@@ -19,7 +19,11 @@ OVERRIDE = re.compile(r"[\w.-]+=")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the module docstring's lines and shows defaults."""
+    """Help that keeps the module docstring's lines and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False or action.default == []
+        return action.help if unset else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
