@@ -23,6 +23,8 @@ from lavi.cli.entry import cli_entry_point
 SHOW = ("targets",)
 OF_COUNTING = ("sweep", "at", "text", "measure", "runs", "estimate", "training", "out")
 """Options that say nothing of what ``--show`` shows."""
+INPUTS = ("image=", "frames=", "visual_tokens=")
+"""How sweeps begin that say what is looked at."""
 
 
 @cli_entry_point
@@ -94,6 +96,10 @@ def arguments() -> argparse.Namespace:
     if args.show and (given := parser.given(args, OF_COUNTING)):
         parser.error(f"--show counts nothing: leave out {given[0]}")
     args.sweep = args.sweep or ["image=384x384,640x480,1024x1024"]
+    if not args.measure and parser.given(args, ["runs"]):
+        parser.error("--runs are those of --measure: leave it out")
+    if parser.given(args, ["at"]) and args.training is None and all(sweep.startswith(INPUTS) for sweep in args.sweep):
+        parser.error("--at is for sweeps of another knob than what is looked at: leave it out")
     return args
 
 

@@ -90,6 +90,8 @@ OPTIONS = [
     ("lavi.generate --checkpoint gone --question what? data.test=x", 2, "unrecognized arguments: data.test=x"),
     ("lavi.profile --recipe tiny.yaml --text 0", 2, "--text: a whole number from 1, not '0'"),
     ("lavi.profile --recipe tiny.yaml --runs 0", 2, "--runs: a whole number from 1, not '0'"),
+    ("lavi.profile --recipe tiny.yaml --runs 3", 2, "--runs are those of --measure: leave it out"),
+    ("lavi.profile --recipe tiny.yaml --at image=64x64", 2, "--at is for sweeps of another knob"),
     ("lavi.profile --recipe tiny.yaml --sweep rows=1,2", 2, "there is no knob 'rows'"),
     ("lavi.profile --recipe tiny.yaml --show norms", 2, "--show: invalid choice"),
     ("lavi.visor search --checkpoint gone --out x.json", 2, "gone is not a run folder"),
